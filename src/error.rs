@@ -1,0 +1,186 @@
+//! The one error of this library: an errno value for the program and a
+//! sentence for the operator.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+
+use crate::sys;
+
+/// What every fallible call of this crate returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong: which step, why, and the cure where one is known.
+///
+/// Making one on a hot path (sockets, original destinations) allocates
+/// nothing; its text is rendered when it is displayed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    errno: i32,
+    what: What,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum What {
+    /// The whole sentence.
+    Sentence(Cow<'static, str>),
+    /// A system call on a socket; the errno is the kernel's.
+    Socket { step: Step, ends: Ends },
+}
+
+/// The system call on a socket that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    Create,
+    DualStack,
+    Transparent,
+    ReportOrigDst,
+    BindAddressNoPort,
+    ReuseAddress,
+    ReusePort,
+    Bind,
+    Listen,
+    Connect,
+    Inspect,
+}
+
+/// The addresses that a step was about, as far as it had any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Ends {
+    pub local: Option<SocketAddr>,
+    pub remote: Option<SocketAddr>,
+}
+
+impl Error {
+    /// An error with a sentence of its own.
+    pub(crate) fn new(errno: i32, sentence: impl Into<Cow<'static, str>>) -> Self {
+        Error { errno, what: What::Sentence(sentence.into()) }
+    }
+
+    /// A bad value: EINVAL.
+    pub(crate) fn invalid(sentence: impl Into<Cow<'static, str>>) -> Self {
+        Error::new(libc::EINVAL, sentence)
+    }
+
+    /// A system call on a socket failed.
+    pub(crate) fn socket(step: Step, ends: Ends, cause: &io::Error) -> Self {
+        Error { errno: cause.raw_os_error().unwrap_or(libc::EIO), what: What::Socket { step, ends } }
+    }
+
+    /// The errno value, as in `errno(3)`.
+    pub fn errno(&self) -> i32 {
+        self.errno
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.what {
+            What::Sentence(sentence) => f.write_str(sentence),
+            What::Socket { step, ends } => {
+                f.write_str(step.call())?;
+                if let Some(local) = ends.local {
+                    write!(f, " from {local}")?;
+                }
+                if let Some(remote) = ends.remote {
+                    write!(f, " to {remote}")?;
+                }
+                write!(f, ": {}", sys::Describe(self.errno))?;
+                match step.cure(self.errno) {
+                    Some(cure) => write!(f, "; {cure}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        io::Error::new(io::Error::from_raw_os_error(error.errno).kind(), error)
+    }
+}
+
+impl Step {
+    fn call(self) -> &'static str {
+        match self {
+            Step::Create => "socket()",
+            Step::DualStack => "setsockopt(IPV6_V6ONLY, 0)",
+            Step::Transparent => "setsockopt(IP_TRANSPARENT, 1)",
+            Step::ReportOrigDst => "setsockopt(IP_RECVORIGDSTADDR, 1)",
+            Step::BindAddressNoPort => "setsockopt(IP_BIND_ADDRESS_NO_PORT, 1)",
+            Step::ReuseAddress => "setsockopt(SO_REUSEADDR, 1)",
+            Step::ReusePort => "setsockopt(SO_REUSEPORT, 1)",
+            Step::Bind => "bind()",
+            Step::Listen => "listen()",
+            Step::Connect => "connect()",
+            Step::Inspect => "reading the socket",
+        }
+    }
+
+    /// What an operator can do about it.
+    fn cure(self, errno: i32) -> Option<&'static str> {
+        Some(match (self, errno) {
+            (Step::Transparent, libc::EPERM) => {
+                "IP_TRANSPARENT needs CAP_NET_RAW or CAP_NET_ADMIN in the user namespace that owns this network \
+                 namespace: run as root, or `setcap cap_net_raw+ep PROGRAM`"
+            }
+            (Step::Create, libc::EAFNOSUPPORT) => {
+                "this kernel has no such address family (was IPv6 left out or disabled at boot?)"
+            }
+            (Step::Create, libc::EMFILE) => "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)",
+            (Step::Create, libc::ENFILE) => "the system is at its descriptor limit: raise sysctl fs.file-max",
+            (Step::Create, libc::EPERM | libc::EACCES) => "raw sockets need CAP_NET_RAW",
+            (Step::Bind, libc::EACCES) => "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE",
+            (Step::Bind, libc::EADDRINUSE) => "another socket holds that address and port (`ss -tulnp` shows which)",
+            (Step::Bind, libc::EADDRNOTAVAIL) => {
+                "the address cannot be bound even transparently (multicast, broadcast, or the option was turned off)"
+            }
+            (Step::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",
+            (Step::Bind, libc::EINVAL) => {
+                "the socket is bound already, or a link-local address came without its scope id"
+            }
+            (Step::Listen, libc::EADDRINUSE) => {
+                "another socket listens on that address and port (`ss -tlnp` shows which)"
+            }
+            (Step::Connect, libc::EADDRNOTAVAIL) => {
+                "every port of that source address is in use towards that destination (widen \
+                 net.ipv4.ip_local_port_range)"
+            }
+            (Step::Connect, libc::ENETUNREACH) => "there is no route to that destination (`ip route get` shows it)",
+            (Step::Connect, libc::ETIMEDOUT) => {
+                "if the destination is up, its answers to the foreign source address may not come back through this \
+                 host, or no rule diverts them to the socket (tp_install_rules)"
+            }
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_error_names_the_call_the_ends_the_cause_and_the_cure() {
+        let ends =
+            Ends { local: Some("192.0.2.1:0".parse().unwrap()), remote: Some("[2001:db8::1]:80".parse().unwrap()) };
+        let error = Error::socket(Step::Connect, ends, &io::Error::from_raw_os_error(libc::ENETUNREACH));
+        assert_eq!(error.errno(), libc::ENETUNREACH);
+        assert_eq!(
+            error.to_string(),
+            "connect() from 192.0.2.1:0 to [2001:db8::1]:80: Network is unreachable; there is no route to that \
+             destination (`ip route get` shows it)"
+        );
+    }
+
+    #[test]
+    fn an_io_error_keeps_the_kind_and_the_sentence() {
+        let error = io::Error::from(Error::new(libc::EADDRINUSE, "taken"));
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), "taken");
+    }
+}

@@ -1,0 +1,251 @@
+//! Transparent sockets: bind, listen and connect with addresses that this host
+//! does not own.
+//!
+//! "Transparent" is the kernel's `IP_TRANSPARENT` (`ip(7)`); it needs
+//! CAP_NET_RAW or CAP_NET_ADMIN. Setting it at either level (SOL_IP, SOL_IPV6)
+//! sets the one flag that both families look at.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+
+use crate::error::{Ends, Error, Result, Step};
+use crate::sys;
+
+/// How [`listen`] makes its socket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ListenOptions {
+    /// The listening socket is non-blocking.
+    pub nonblocking: bool,
+    /// SO_REUSEPORT: several listeners share the port, the kernel spreads the connections.
+    pub reuse_port: bool,
+}
+
+/// How [`connect_from`] connects.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConnectOptions {
+    /// The socket is non-blocking, and the connection may still be under way when it is returned.
+    pub nonblocking: bool,
+    /// Try the source's own port first; only then any other.
+    pub keep_port: bool,
+}
+
+/// `socket(2)`, transparent and close-on-exec.
+///
+/// An IPv6 stream or datagram socket is dual-stack; a datagram socket also
+/// reports original destinations (`IP_RECVORIGDSTADDR`,
+/// `IPV6_RECVORIGDSTADDR`).
+pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+    if domain != Domain::IPV4 && domain != Domain::IPV6 {
+        return Err(Error::new(
+            libc::EAFNOSUPPORT,
+            format!("address family {}: only AF_INET and AF_INET6 can be transparent", i32::from(domain)),
+        ));
+    }
+    let base = base_type(kind);
+    let socket = open(domain, kind, protocol)?;
+    if domain == Domain::IPV6 && base != Type::RAW {
+        socket.set_only_v6(false).map_err(|e| Error::socket(Step::DualStack, Ends::default(), &e))?;
+    }
+    make_transparent(&socket, domain)?;
+    if base == Type::DGRAM {
+        report_orig_dst(socket.as_fd(), domain)?;
+    }
+    Ok(socket)
+}
+
+/// Makes a socket transparent that the caller has already.
+///
+/// A datagram socket also reports original destinations from now on. Nothing
+/// else about the socket changes: whether an IPv6 socket is dual-stack stays
+/// as it is.
+pub fn set_transparent(fd: BorrowedFd<'_>) -> Result<()> {
+    let socket = SockRef::from(&fd);
+    let domain = domain_of(fd)?;
+    let kind = socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))?;
+    make_transparent(&socket, domain)?;
+    if kind == Type::DGRAM {
+        report_orig_dst(fd, domain)?;
+    }
+    Ok(())
+}
+
+/// `bind(2)` to any address, whether this host owns it or not.
+///
+/// Makes the socket transparent first. A stream socket that is bound to port 0
+/// gets its port when it connects (or listens), not now, so that one address
+/// can hold more connections than there are ephemeral ports
+/// (`IP_BIND_ADDRESS_NO_PORT`).
+pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
+    let socket = SockRef::from(&fd);
+    let domain = domain_of(fd)?;
+    if domain != Domain::for_address(addr) {
+        return Err(Error::new(
+            libc::EAFNOSUPPORT,
+            match domain {
+                Domain::IPV6 => "an AF_INET address on an AF_INET6 socket: give it v4-mapped (::ffff:a.b.c.d)",
+                _ => "an AF_INET6 address on an AF_INET socket",
+            },
+        ));
+    }
+    make_transparent(&socket, domain)?;
+    let is_stream = addr.port() == 0
+        && socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))? == Type::STREAM;
+    if is_stream { bind_without_port(&socket, addr) } else { bind(&socket, addr) }
+}
+
+/// A listening transparent stream socket.
+///
+/// An IPv6 socket is dual-stack. SO_REUSEADDR is set, so that a restarted
+/// program need not wait for its old connections to end. A negative `backlog`
+/// asks for the largest that the system allows.
+pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<Socket> {
+    let ends = Ends { local: Some(addr), remote: None };
+    let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
+    socket.set_reuse_address(true).map_err(|e| Error::socket(Step::ReuseAddress, ends, &e))?;
+    if options.reuse_port {
+        socket.set_reuse_port(true).map_err(|e| Error::socket(Step::ReusePort, ends, &e))?;
+    }
+    bind(&socket, addr)?;
+    socket.listen(backlog).map_err(|e| Error::socket(Step::Listen, ends, &e))?;
+    Ok(socket)
+}
+
+/// Connects to `dst` so that the server sees the connection come from `src`.
+///
+/// The port of `src` counts only with [`ConnectOptions::keep_port`], and
+/// another is taken when that one is in use (or, below 1024, not permitted).
+/// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
+pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<Socket> {
+    let (src, dst) = (canonical(src), canonical(dst));
+    if src.is_ipv4() != dst.is_ipv4() {
+        return Err(Error::new(libc::EAFNOSUPPORT, "the source and the destination are of different address families"));
+    }
+    let any_port = with_port(src, 0);
+    if !options.keep_port || src.port() == 0 {
+        return attempt(any_port, dst, options.nonblocking, None);
+    }
+    match attempt(any_port, dst, options.nonblocking, Some(src)) {
+        // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
+        Err(e) if e.errno() == libc::EADDRNOTAVAIL => attempt(any_port, dst, options.nonblocking, None),
+        done => done,
+    }
+}
+
+/// One socket's try at [`connect_from`]: from `wanted` if it can be had, else from `any_port`.
+fn attempt(any_port: SocketAddr, dst: SocketAddr, nonblocking: bool, wanted: Option<SocketAddr>) -> Result<Socket> {
+    let domain = Domain::for_address(dst);
+    let socket = open(domain, stream_type(nonblocking), None)?;
+    make_transparent(&socket, domain)?;
+    match wanted {
+        None => bind_without_port(&socket, any_port)?,
+        Some(src) => {
+            // Connections of one client port to several servers share the address and port.
+            let ends = Ends { local: Some(src), remote: None };
+            socket.set_reuse_address(true).map_err(|e| Error::socket(Step::ReuseAddress, ends, &e))?;
+            match bind(&socket, src) {
+                Err(e) if [libc::EADDRINUSE, libc::EACCES].contains(&e.errno()) => {
+                    bind_without_port(&socket, any_port)?;
+                }
+                bound => bound?,
+            }
+        }
+    }
+    match socket.connect(&SockAddr::from(dst)) {
+        Err(e) if nonblocking && e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
+        Err(e) => {
+            let ends = Ends { local: Some(wanted.unwrap_or(any_port)), remote: Some(dst) };
+            Err(Error::socket(Step::Connect, ends, &e))
+        }
+        Ok(()) => Ok(socket),
+    }
+}
+
+/// The IPv4 address that a v4-mapped one stands for; any other address as it is.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddr::from((v4, v6.port())),
+            None => addr,
+        },
+        SocketAddr::V4(_) => addr,
+    }
+}
+
+fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
+    addr.set_port(port);
+    addr
+}
+
+/// The kind of socket without the flags that `socket(2)` lets ride along.
+fn base_type(kind: Type) -> Type {
+    Type::from(i32::from(kind) & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK))
+}
+
+fn stream_type(nonblocking: bool) -> Type {
+    if nonblocking { Type::STREAM.nonblocking() } else { Type::STREAM }
+}
+
+fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+    Socket::new_raw(domain, kind.cloexec(), protocol).map_err(|e| Error::socket(Step::Create, Ends::default(), &e))
+}
+
+/// The address family of a caller's descriptor, if it is one that can be transparent.
+fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
+    let domain = SockRef::from(&fd).domain().map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))?;
+    if domain == Domain::IPV4 || domain == Domain::IPV6 {
+        Ok(domain)
+    } else {
+        Err(Error::new(
+            libc::EAFNOSUPPORT,
+            format!("the descriptor is a socket of address family {}, not IPv4 or IPv6", i32::from(domain)),
+        ))
+    }
+}
+
+fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
+    let done =
+        if domain == Domain::IPV6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) };
+    done.map_err(|e| Error::socket(Step::Transparent, Ends::default(), &e))
+}
+
+/// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
+fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
+    let failed = |e: io::Error| Error::socket(Step::ReportOrigDst, Ends::default(), &e);
+    if domain == Domain::IPV6 {
+        sys::setsockopt_int(fd, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1).map_err(failed)?;
+    }
+    sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1).map_err(failed)
+}
+
+fn bind(socket: &Socket, addr: SocketAddr) -> Result<()> {
+    let ends = Ends { local: Some(addr), remote: None };
+    socket.bind(&SockAddr::from(addr)).map_err(|e| Error::socket(Step::Bind, ends, &e))
+}
+
+/// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
+fn bind_without_port(socket: &Socket, addr: SocketAddr) -> Result<()> {
+    match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
+        // Linux before 4.2: the port is chosen at once, from fewer.
+        Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+        done => {
+            done.map_err(|e| Error::socket(Step::BindAddressNoPort, Ends { local: Some(addr), remote: None }, &e))?
+        }
+    }
+    bind(socket, addr)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn canonical_unmaps_ipv4_and_keeps_the_scope_of_ipv6() {
+        let mapped: SocketAddr = "[::ffff:192.0.2.1]:80".parse().unwrap();
+        assert_eq!(canonical(mapped), "192.0.2.1:80".parse().unwrap());
+        let scoped: SocketAddr = "[fe80::1%3]:80".parse().unwrap();
+        assert_eq!(canonical(scoped), scoped);
+    }
+}

@@ -1,0 +1,60 @@
+//! The few system calls that `std` and `socket2` do not wrap.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// This thread's `errno`.
+pub(crate) fn errno() -> i32 {
+    // SAFETY: __errno_location gives a valid pointer to this thread's errno.
+    unsafe { *libc::__errno_location() }
+}
+
+/// Sets this thread's `errno`.
+pub(crate) fn set_errno(value: i32) {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = value }
+}
+
+/// `getsockopt` of an `int`.
+pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and len are valid for writes, and len is value's size.
+    let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
+    if rc == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `setsockopt` of an `int`.
+pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: value is valid for reads of the length given.
+    let rc = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// An errno value that displays as the C library describes it, without allocating.
+pub(crate) struct Describe(pub i32);
+
+impl fmt::Display for Describe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut buffer = [0 as libc::c_char; 128];
+        // SAFETY: the buffer is valid for writes of its length. This is the
+        // POSIX strerror_r, which always ends its text with a NUL.
+        let text = unsafe {
+            libc::strerror_r(self.0, buffer.as_mut_ptr(), buffer.len());
+            std::ffi::CStr::from_ptr(buffer.as_ptr())
+        };
+        match text.to_str() {
+            Ok(text) if !text.is_empty() => f.write_str(text),
+            _ => write!(f, "errno {}", self.0),
+        }
+    }
+}
