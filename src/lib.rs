@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+mod netlink;
 pub mod orig_dst;
 pub mod socket;
 #[allow(unsafe_code)]

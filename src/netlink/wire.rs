@@ -1,0 +1,287 @@
+//! The layout of netlink: headers, alignment, attributes, nesting. No other
+//! file knows these (`netlink(7)`, `linux/netlink.h`).
+//!
+//! Messages are native-endian. Attribute values are bytes here; which order
+//! they are in is the business of whoever puts them.
+
+/// A kernel header is aligned to this many bytes, and so is every attribute.
+const ALIGN: usize = 4;
+/// `struct nlmsghdr`: length, type, flags, sequence, port.
+const MESSAGE_HEADER: usize = 16;
+/// `struct nlattr`: length, type.
+const ATTRIBUTE_HEADER: usize = 4;
+/// NLA_F_NESTED.
+const NESTED: u16 = 0x8000;
+/// NLA_F_NESTED and NLA_F_NET_BYTEORDER are flags in an attribute's type.
+const TYPE_MASK: u16 = 0x3fff;
+
+fn align(len: usize) -> usize {
+    len.next_multiple_of(ALIGN)
+}
+
+/// Messages one behind the other, as one `sendto` takes them.
+#[derive(Default)]
+pub(crate) struct Buffer {
+    bytes: Vec<u8>,
+    overflow: bool,
+}
+
+impl Buffer {
+    /// Appends a message: its family's own header, then its attributes.
+    pub fn message(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8], attrs: impl FnOnce(&mut Attrs<'_>)) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 4]);
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        self.bytes.extend_from_slice(&flags.to_ne_bytes());
+        self.bytes.extend_from_slice(&seq.to_ne_bytes());
+        self.bytes.extend_from_slice(&[0; 4]);
+        self.bytes.extend_from_slice(header);
+        self.bytes.resize(align(self.bytes.len()), 0);
+        attrs(&mut Attrs { buffer: self });
+        match u32::try_from(self.bytes.len() - start) {
+            Ok(len) => self.write_at(start, &len.to_ne_bytes()),
+            Err(_) => self.overflow = true,
+        }
+    }
+
+    /// The bytes to send, or `None` if an attribute was longer than its 16-bit length can say.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        (!self.overflow).then_some(&self.bytes)
+    }
+
+    /// The message that was appended at this place.
+    pub fn message_at(&self, start: usize) -> Option<&[u8]> {
+        let rest = self.bytes.get(start..)?;
+        rest.get(..u32_at(rest, 0)? as usize)
+    }
+
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn write_at(&mut self, at: usize, value: &[u8]) {
+        if let Some(place) = self.bytes.get_mut(at..at + value.len()) {
+            place.copy_from_slice(value);
+        }
+    }
+}
+
+/// The attributes of a message, or of a nested attribute, being written.
+pub(crate) struct Attrs<'a> {
+    buffer: &'a mut Buffer,
+}
+
+impl Attrs<'_> {
+    pub fn bytes(&mut self, kind: u16, value: &[u8]) {
+        self.attribute(kind, |buffer| buffer.bytes.extend_from_slice(value));
+    }
+
+    /// A string with its terminating NUL.
+    pub fn string(&mut self, kind: u16, value: &str) {
+        self.attribute(kind, |buffer| {
+            buffer.bytes.extend_from_slice(value.as_bytes());
+            buffer.bytes.push(0);
+        });
+    }
+
+    pub fn u8(&mut self, kind: u16, value: u8) {
+        self.bytes(kind, &[value]);
+    }
+
+    /// Native-endian, as rtnetlink has it.
+    pub fn u32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_ne_bytes());
+    }
+
+    /// Big-endian, as nf_tables has it.
+    pub fn be32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    pub fn nest(&mut self, kind: u16, attrs: impl FnOnce(&mut Attrs<'_>)) {
+        self.attribute(kind | NESTED, |buffer| attrs(&mut Attrs { buffer }));
+    }
+
+    fn attribute(&mut self, kind: u16, value: impl FnOnce(&mut Buffer)) {
+        let start = self.buffer.bytes.len();
+        self.buffer.bytes.extend_from_slice(&[0; 2]);
+        self.buffer.bytes.extend_from_slice(&kind.to_ne_bytes());
+        value(self.buffer);
+        match u16::try_from(self.buffer.bytes.len() - start) {
+            Ok(len) => self.buffer.write_at(start, &len.to_ne_bytes()),
+            Err(_) => self.buffer.overflow = true,
+        }
+        self.buffer.bytes.resize(align(self.buffer.bytes.len()), 0);
+    }
+}
+
+/// A message that was received.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Message<'a> {
+    pub kind: u16,
+    pub flags: u16,
+    pub seq: u32,
+    pub payload: &'a [u8],
+}
+
+/// The messages in what one `recv` returned; ends at the first that makes no sense.
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    std::iter::from_fn(move || {
+        let len = u32_at(bytes, 0)? as usize;
+        let payload = bytes.get(MESSAGE_HEADER..len)?;
+        let message = Message { kind: u16_at(bytes, 4)?, flags: u16_at(bytes, 6)?, seq: u32_at(bytes, 8)?, payload };
+        bytes = bytes.get(align(len)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+/// The attributes in a payload behind its family's header; ends at the first that makes no sense.
+pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    attributes_at(bytes).map(|(_, kind, value)| (kind, value))
+}
+
+/// As [`attributes`], each with the offset of its header.
+fn attributes_at(bytes: &[u8]) -> impl Iterator<Item = (usize, u16, &[u8])> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let rest = bytes.get(at..)?;
+        let len = u16_at(rest, 0)? as usize;
+        let value = rest.get(ATTRIBUTE_HEADER..len)?;
+        let found = (at, u16_at(rest, 2)? & TYPE_MASK, value);
+        at += align(len);
+        Some(found)
+    })
+}
+
+/// The value of the first attribute of a kind.
+pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
+}
+
+/// The attributes of a whole message whose family's own header has this length.
+pub(crate) fn body(message: &[u8], header: usize) -> &[u8] {
+    message.get(MESSAGE_HEADER + align(header)..).unwrap_or_default()
+}
+
+/// The way down to the attribute at `offset` of a message: the position among its siblings and the kind, outermost first.
+///
+/// `header` is the length of the family's own header. Empty if the offset is in no attribute.
+pub(crate) fn path_to(message: &[u8], header: usize, offset: usize) -> Vec<(usize, u16)> {
+    let mut path = Vec::new();
+    let mut start = MESSAGE_HEADER + align(header);
+    let mut bytes = body(message, header);
+    while let Some((index, (at, kind, value))) = attributes_at(bytes)
+        .enumerate()
+        .find(|(_, (at, _, value))| (start + at..start + at + ATTRIBUTE_HEADER + value.len()).contains(&offset))
+    {
+        path.push((index, kind));
+        if offset == start + at {
+            break;
+        }
+        start += at + ATTRIBUTE_HEADER;
+        bytes = value;
+    }
+    path
+}
+
+/// A string attribute, without its NUL.
+pub(crate) fn string(value: &[u8]) -> Option<&str> {
+    std::str::from_utf8(value.split(|b| *b == 0).next()?).ok()
+}
+
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+pub(crate) fn be32(value: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(value.get(..4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> Buffer {
+        let mut buffer = Buffer::default();
+        buffer.message(0x0a03, 0x0401, 7, &[1, 0, 0, 0], |a| {
+            a.string(1, "t");
+            a.nest(4, |a| {
+                a.be32(1, 3);
+                a.u8(2, 9);
+            });
+        });
+        buffer
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn the_layout_is_the_kernels() {
+        #[rustfmt::skip]
+        let expected: &[u8] = &[
+            48, 0, 0, 0,  0x03, 0x0a, 0x01, 0x04,  7, 0, 0, 0,  0, 0, 0, 0,
+            1, 0, 0, 0,
+            6, 0, 1, 0,  b't', 0, 0, 0,
+            20, 0, 4, 0x80,
+                8, 0, 1, 0,  0, 0, 0, 3,
+                5, 0, 2, 0,  9, 0, 0, 0,
+        ];
+        assert_eq!(sample().bytes().unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let buffer = sample();
+        let mut found = messages(buffer.bytes().unwrap());
+        let message = found.next().unwrap();
+        assert_eq!((message.kind, message.flags, message.seq), (0x0a03, 0x0401, 7));
+        let attrs = &message.payload[4..];
+        assert_eq!(attribute(attrs, 1).and_then(string), Some("t"));
+        assert_eq!(attribute(attribute(attrs, 4).unwrap(), 1).and_then(be32), Some(3));
+        assert_eq!(found.next(), None);
+    }
+
+    #[test]
+    fn an_offset_is_traced_to_its_attribute() {
+        let buffer = sample();
+        let bytes = buffer.bytes().unwrap();
+        assert_eq!(path_to(bytes, 4, 20), [(0, 1)]);
+        assert_eq!(path_to(bytes, 4, 28), [(1, 4)]);
+        assert_eq!(path_to(bytes, 4, 40), [(1, 4), (1, 2)]);
+        assert_eq!(path_to(bytes, 4, 4), []);
+        assert_eq!(path_to(bytes, 4, 4000), []);
+    }
+
+    #[test]
+    fn an_attribute_that_is_too_long_is_not_sent_cut() {
+        let mut buffer = Buffer::default();
+        buffer.message(1, 0, 0, &[], |a| a.bytes(1, &[0; 70_000]));
+        assert_eq!(buffer.bytes(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_of_the_kernel_panic_or_loop(bytes in proptest::collection::vec(any::<u8>(), 0..300), offset in 0..400usize) {
+            for message in messages(&bytes) {
+                for (_, value) in attributes(message.payload) {
+                    attributes(value).for_each(drop);
+                }
+            }
+            path_to(&bytes, 4, offset);
+        }
+
+        #[test]
+        fn attributes_survive_the_way_there_and_back(values in proptest::collection::vec((0..100u16, proptest::collection::vec(any::<u8>(), 0..40)), 0..20)) {
+            let mut buffer = Buffer::default();
+            buffer.message(1, 2, 3, &[], |a| values.iter().for_each(|(kind, value)| a.bytes(*kind, value)));
+            let bytes = buffer.bytes().unwrap();
+            let message = messages(bytes).next().unwrap();
+            let found: Vec<(u16, Vec<u8>)> = attributes(message.payload).map(|(k, v)| (k, v.to_vec())).collect();
+            prop_assert_eq!(found, values);
+        }
+    }
+}
