@@ -3,15 +3,22 @@
 //! * [`socket`]: sockets that bind, listen on and connect from addresses that
 //!   the host does not own.
 //! * [`orig_dst`]: where an intercepted connection was going.
+//! * [`rules`]: the nf_tables rules and the policy routing that bring the
+//!   packets to such sockets.
 //!
-//! Whatever fails is one [`Error`].
+//! Arrows run one way: `rules` turns a validated wish into a plan, `backend`
+//! turns the plan into messages, `netlink` sends them. Whatever fails is one
+//! [`Error`].
 
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
 
+mod backend;
 pub mod error;
+mod model;
 mod netlink;
 pub mod orig_dst;
+pub mod rules;
 pub mod socket;
 #[allow(unsafe_code)]
 mod sys;

@@ -1,0 +1,4 @@
+//! What turns a plan into something that the kernel takes.
+
+pub(crate) mod nft;
+pub(crate) mod route;

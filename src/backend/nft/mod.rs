@@ -1,0 +1,19 @@
+//! nf_tables: a plan as objects (`ruleset`), their rules as statements
+//! (`statement`), and both as one transaction (`transaction`).
+
+pub(crate) mod ruleset;
+pub(crate) mod statement;
+pub(crate) mod table;
+pub(crate) mod transaction;
+
+/// NFNL_SUBSYS_NFTABLES, as the high byte of a message type.
+const SUBSYSTEM: u16 = 10 << 8;
+
+/// `struct nfgenmsg`: the family, a version that is always 0, and a resource id.
+fn header(family: u8, resource: u16) -> [u8; 4] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
+/// NFPROTO_INET: tables that see IPv4 and IPv6.
+const INET: u8 = 1;

@@ -1,0 +1,321 @@
+//! The statements that our rules are made of. Each is shown as `nft` writes it
+//! and encoded as the expressions that the kernel runs, side by side.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::model::{Family, Mark, Protocol};
+use crate::netlink::wire::Attrs;
+
+/// NFT_REG_VERDICT and the first two 16-byte data registers.
+const VERDICT: u32 = 0;
+const REG_1: u32 = 1;
+const REG_2: u32 = 2;
+
+/// NFT_CMP_EQ.
+const EQ: u32 = 0;
+
+/// One statement of a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Statement {
+    /// Only this family's packets.
+    Family(Family),
+    /// Only this transport protocol's packets.
+    Protocol(Protocol),
+    /// Only packets to this address; the family is matched before.
+    Destination(IpAddr),
+    /// Only packets to this port.
+    DestinationPort(u16),
+    /// Only packets to a port of this set.
+    DestinationPortIn(&'static str),
+    /// Only packets whose destination is, in the local routing table, of this type.
+    DestinationIsLocal,
+    /// Only packets whose destination is of a type of this set.
+    DestinationTypeIn(&'static str),
+    /// Only packets that belong to a transparent socket which is bound to one address.
+    TransparentSocket,
+    /// Sets our bits of the packet's mark, and leaves the rest.
+    SetMark(Mark),
+    /// Gives the packet to the listener at this address and port; the rule ends here without one.
+    Tproxy { family: Option<Family>, addr: Option<IpAddr>, port: u16 },
+    /// Counts packets and bytes.
+    Counter,
+    /// What becomes of the packet.
+    Verdict(Verdict),
+}
+
+/// The end of a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Accept,
+    Drop,
+    Return,
+    Goto(&'static str),
+}
+
+impl fmt::Display for Statement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Statement::Family(family) => write!(f, "meta nfproto {}", nfproto(*family)),
+            Statement::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
+            Statement::Destination(IpAddr::V4(addr)) => write!(f, "ip daddr {addr}"),
+            Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
+            Statement::DestinationPort(port) => write!(f, "th dport {port}"),
+            Statement::DestinationPortIn(set) => write!(f, "th dport @{set}"),
+            Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
+            Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
+            Statement::TransparentSocket => f.write_str("socket transparent 1 socket wildcard 0"),
+            Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
+            Statement::SetMark(mark) => {
+                write!(f, "meta mark set meta mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
+            }
+            Statement::Tproxy { family, addr, port } => {
+                f.write_str("tproxy ")?;
+                match family {
+                    Some(Family::V4) => f.write_str("ip ")?,
+                    Some(Family::V6) => f.write_str("ip6 ")?,
+                    None => {}
+                }
+                f.write_str("to ")?;
+                match addr {
+                    Some(IpAddr::V4(addr)) => write!(f, "{addr}")?,
+                    Some(IpAddr::V6(addr)) => write!(f, "[{addr}]")?,
+                    None => {}
+                }
+                write!(f, ":{port}")
+            }
+            Statement::Counter => f.write_str("counter"),
+            Statement::Verdict(verdict) => match verdict {
+                Verdict::Accept => f.write_str("accept"),
+                Verdict::Drop => f.write_str("drop"),
+                Verdict::Return => f.write_str("return"),
+                Verdict::Goto(chain) => write!(f, "goto {chain}"),
+            },
+        }
+    }
+}
+
+fn nfproto(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ipv4",
+        Family::V6 => "ipv6",
+    }
+}
+
+impl Statement {
+    /// Appends this statement's expressions to a rule.
+    pub fn encode(&self, rule: &mut Expressions<'_, '_>) {
+        match self {
+            Statement::Family(family) => {
+                rule.meta_load(META_NFPROTO, REG_1);
+                rule.compare(REG_1, &[family.nfproto()]);
+            }
+            Statement::Protocol(protocol) => {
+                rule.meta_load(META_L4PROTO, REG_1);
+                rule.compare(REG_1, &[protocol.number()]);
+            }
+            Statement::Destination(addr) => rule.compare_destination(*addr),
+            Statement::DestinationPort(port) => {
+                rule.load_destination_port(REG_1);
+                rule.compare(REG_1, &port.to_be_bytes());
+            }
+            Statement::DestinationPortIn(set) => {
+                rule.load_destination_port(REG_1);
+                rule.lookup(set, REG_1);
+            }
+            Statement::DestinationIsLocal => {
+                rule.load_destination_type(REG_1);
+                rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
+            }
+            Statement::DestinationTypeIn(set) => {
+                rule.load_destination_type(REG_1);
+                rule.lookup(set, REG_1);
+            }
+            Statement::TransparentSocket => {
+                rule.socket_load(SOCKET_TRANSPARENT, REG_1);
+                rule.compare(REG_1, &[1]);
+                rule.socket_load(SOCKET_WILDCARD, REG_1);
+                rule.compare(REG_1, &[0]);
+            }
+            Statement::SetMark(mark) => {
+                if mark.mask == u32::MAX {
+                    rule.immediate(REG_1, &mark.value.to_ne_bytes());
+                } else {
+                    rule.meta_load(META_MARK, REG_1);
+                    rule.and_xor(REG_1, !mark.mask, mark.value);
+                }
+                rule.meta_set(META_MARK, REG_1);
+            }
+            Statement::Tproxy { family, addr, port } => {
+                let port_register = match addr {
+                    Some(IpAddr::V4(addr)) => {
+                        rule.immediate(REG_1, &addr.octets());
+                        REG_2
+                    }
+                    Some(IpAddr::V6(addr)) => {
+                        rule.immediate(REG_1, &addr.octets());
+                        REG_2
+                    }
+                    None => REG_1,
+                };
+                rule.immediate(port_register, &port.to_be_bytes());
+                rule.tproxy(family.map_or(0, Family::nfproto), addr.map(|_| REG_1), port_register);
+            }
+            Statement::Counter => rule.expression("counter", |a| {
+                a.bytes(1, &0u64.to_be_bytes());
+                a.bytes(2, &0u64.to_be_bytes());
+            }),
+            Statement::Verdict(verdict) => rule.verdict(*verdict),
+        }
+    }
+}
+
+const META_MARK: u32 = 3;
+const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
+const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
+const SOCKET_TRANSPARENT: u32 = 0;
+const SOCKET_WILDCARD: u32 = 3;
+
+/// The list of a rule's expressions (NFTA_RULE_EXPRESSIONS), being written.
+/// Attribute numbers are those of `linux/netfilter/nf_tables.h`.
+pub(crate) struct Expressions<'a, 'b>(pub &'a mut Attrs<'b>);
+
+impl Expressions<'_, '_> {
+    fn expression(&mut self, name: &str, data: impl FnOnce(&mut Attrs<'_>)) {
+        self.0.nest(1, |a| {
+            a.string(1, name);
+            a.nest(2, data);
+        });
+    }
+
+    fn meta_load(&mut self, key: u32, register: u32) {
+        self.expression("meta", |a| {
+            a.be32(2, key);
+            a.be32(1, register);
+        });
+    }
+
+    fn meta_set(&mut self, key: u32, register: u32) {
+        self.expression("meta", |a| {
+            a.be32(2, key);
+            a.be32(3, register);
+        });
+    }
+
+    fn compare(&mut self, register: u32, value: &[u8]) {
+        self.expression("cmp", |a| {
+            a.be32(1, register);
+            a.be32(2, EQ);
+            a.nest(3, |a| a.bytes(1, value));
+        });
+    }
+
+    /// register = (register & mask) ^ xor, in host order as a mark is.
+    fn and_xor(&mut self, register: u32, mask: u32, xor: u32) {
+        self.expression("bitwise", |a| {
+            a.be32(1, register);
+            a.be32(2, register);
+            a.be32(3, 4);
+            a.nest(4, |a| a.bytes(1, &mask.to_ne_bytes()));
+            a.nest(5, |a| a.bytes(1, &xor.to_ne_bytes()));
+        });
+    }
+
+    fn immediate(&mut self, register: u32, value: &[u8]) {
+        self.expression("immediate", |a| {
+            a.be32(1, register);
+            a.nest(2, |a| a.bytes(1, value));
+        });
+    }
+
+    /// A part of the packet: from a header (NFT_PAYLOAD_*), at an offset, of a length.
+    fn payload_load(&mut self, header: u32, offset: u32, len: u32, register: u32) {
+        self.expression("payload", |a| {
+            a.be32(1, register);
+            a.be32(2, header);
+            a.be32(3, offset);
+            a.be32(4, len);
+        });
+    }
+
+    /// TCP and UDP have the port at the same place.
+    fn load_destination_port(&mut self, register: u32) {
+        self.payload_load(TRANSPORT_HEADER, 2, 2, register);
+    }
+
+    /// RFC 791: the destination is 4 bytes at 16; RFC 8200: 16 bytes at 24.
+    fn compare_destination(&mut self, addr: IpAddr) {
+        match addr {
+            IpAddr::V4(addr) => {
+                self.payload_load(NETWORK_HEADER, 16, 4, REG_1);
+                self.compare(REG_1, &addr.octets());
+            }
+            IpAddr::V6(addr) => {
+                self.payload_load(NETWORK_HEADER, 24, 16, REG_1);
+                self.compare(REG_1, &addr.octets());
+            }
+        }
+    }
+
+    fn load_destination_type(&mut self, register: u32) {
+        /// NFT_FIB_RESULT_ADDRTYPE and NFTA_FIB_F_DADDR.
+        const ADDRESS_TYPE: u32 = 3;
+        const DESTINATION: u32 = 2;
+        self.expression("fib", |a| {
+            a.be32(3, DESTINATION);
+            a.be32(2, ADDRESS_TYPE);
+            a.be32(1, register);
+        });
+    }
+
+    fn lookup(&mut self, set: &str, register: u32) {
+        self.expression("lookup", |a| {
+            a.be32(2, register);
+            a.string(1, set);
+        });
+    }
+
+    fn socket_load(&mut self, key: u32, register: u32) {
+        self.expression("socket", |a| {
+            a.be32(1, key);
+            a.be32(2, register);
+        });
+    }
+
+    fn tproxy(&mut self, nfproto: u8, addr_register: Option<u32>, port_register: u32) {
+        self.expression("tproxy", |a| {
+            a.be32(1, nfproto.into());
+            if let Some(register) = addr_register {
+                a.be32(2, register);
+            }
+            a.be32(3, port_register);
+        });
+    }
+
+    fn verdict(&mut self, verdict: Verdict) {
+        /// NF_DROP, NF_ACCEPT, and nf_tables' own negative codes.
+        const DROP: i32 = 0;
+        const ACCEPT: i32 = 1;
+        const GOTO: i32 = -4;
+        const RETURN: i32 = -5;
+        let (code, chain) = match verdict {
+            Verdict::Drop => (DROP, None),
+            Verdict::Accept => (ACCEPT, None),
+            Verdict::Return => (RETURN, None),
+            Verdict::Goto(chain) => (GOTO, Some(chain)),
+        };
+        self.expression("immediate", |a| {
+            a.be32(1, VERDICT);
+            a.nest(2, |a| {
+                a.nest(2, |a| {
+                    a.be32(1, code as u32);
+                    if let Some(chain) = chain {
+                        a.string(2, chain);
+                    }
+                });
+            });
+        });
+    }
+}

@@ -1,0 +1,221 @@
+//! Changes to nf_tables as one transaction: all of them or none.
+
+use std::fmt;
+
+use super::ruleset::Object;
+use super::table::Tag;
+use super::{INET, SUBSYSTEM, header};
+use crate::error::{Error, Result};
+use crate::netlink::wire::{self, Buffer};
+use crate::netlink::{Channel, Failure};
+
+/// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
+const BEGIN: u16 = 0x10;
+const END: u16 = 0x11;
+/// NFNL_BATCH_GENID: only if the ruleset is still of this generation.
+const GENERATION: u16 = 1;
+const RESOURCE: u16 = 10;
+
+/// NFT_TABLE_F_OWNER: the table dies with the socket that made it.
+const OWNER: u32 = 2;
+
+const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
+const ACK: u16 = libc::NLM_F_ACK as u16;
+
+/// One change in a table.
+pub(crate) enum Change<'a> {
+    /// Makes the table, which must not be there.
+    Claim(&'a Tag),
+    DeleteTable,
+    Add(&'a Object),
+}
+
+/// Makes changes in a table, if the ruleset is still of the generation given.
+///
+/// ERESTART: it is not; read it again.
+pub(crate) fn commit(
+    channel: &mut Channel,
+    table: &str,
+    generation: Option<u32>,
+    changes: &[Change<'_>],
+) -> Result<()> {
+    let mut batch = Buffer::default();
+    let begin = channel.next_seq();
+    batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |a| {
+        if let Some(generation) = generation {
+            a.be32(GENERATION, generation);
+        }
+    });
+    let mut sent = Vec::with_capacity(changes.len());
+    for (index, change) in changes.iter().enumerate() {
+        let seq = channel.next_seq();
+        // One acknowledgement tells the end; thousands would overflow the receive buffer.
+        let ack = if index + 1 == changes.len() { ACK } else { 0 };
+        sent.push((seq, batch.len(), change));
+        change.encode(&mut batch, seq, ack, table);
+    }
+    let last = sent.last().map(|(seq, ..)| *seq);
+    batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
+
+    let answers = channel.exchange(&batch).map_err(|e| {
+        let errno = e.raw_os_error().unwrap_or(libc::EIO);
+        Error::new(errno, format!("nf_tables, table inet {table}: sending the transaction: {e}"))
+    })?;
+    if let Some(failure) = answers.failures.first() {
+        let culprit = sent.iter().find(|(seq, ..)| *seq == failure.seq);
+        let (step, expression) = match culprit {
+            Some((_, at, change)) => {
+                let message = batch.message_at(*at).unwrap_or_default();
+                (Command { change, table }.to_string(), expression_at(message, failure.offset))
+            }
+            None => ("nf_tables".to_owned(), None),
+        };
+        return Err(rejected(failure, &step, expression));
+    }
+    if last.is_some_and(|seq| !answers.acked.contains(&seq)) {
+        return Err(Error::new(libc::EIO, format!("nf_tables, table inet {table}: the kernel did not acknowledge")));
+    }
+    Ok(())
+}
+
+/// The sentence for what the kernel refused: step, its words, where, cure.
+fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
+    let mut sentence = format!("{step}: {}", crate::sys::Describe(failure.errno));
+    if let Some(text) = &failure.text {
+        sentence.push_str(&format!(" ({text})"));
+    }
+    if let Some(expression) = expression {
+        sentence.push_str(&format!(", at `{expression}`"));
+    }
+    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables");
+    if let Some(cure) = cure {
+        sentence.push_str(&format!("; {cure}"));
+    }
+    Error::new(errno, sentence)
+}
+
+/// The errno for the program and the cure for the operator.
+fn cure(errno: i32, expression: Option<&str>, whole: bool) -> (i32, Option<&'static str>) {
+    match (errno, expression) {
+        (libc::EPERM, _) => {
+            (libc::EPERM, Some("rules need CAP_NET_ADMIN in the user namespace that owns this network namespace"))
+        }
+        (libc::ENOENT | libc::EOPNOTSUPP, Some(expression)) => {
+            let cure = match expression {
+                "socket" => {
+                    "the kernel needs CONFIG_NFT_SOCKET (`modprobe nft_socket`), and Linux 5.10 for `socket wildcard`"
+                }
+                "tproxy" => "the kernel needs CONFIG_NFT_TPROXY (`modprobe nft_tproxy`)",
+                "fib" => "the kernel needs CONFIG_NFT_FIB_INET (`modprobe nft_fib_inet`)",
+                _ => "the kernel needs CONFIG_NF_TABLES_INET and the modules of nf_tables",
+            };
+            (libc::EOPNOTSUPP, Some(cure))
+        }
+        (libc::EOPNOTSUPP, None) if whole => {
+            (errno, Some("the kernel needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET (`modprobe nf_tables`)"))
+        }
+        (libc::EOPNOTSUPP, None) => (errno, Some("tables that die with their owner need Linux 5.12")),
+        _ => (errno, None),
+    }
+}
+
+/// The name of the expression of a rule that the kernel points at.
+fn expression_at(message: &[u8], offset: Option<usize>) -> Option<&str> {
+    /// NFTA_RULE_EXPRESSIONS, NFTA_EXPR_NAME.
+    const EXPRESSIONS: u16 = 4;
+    const NAME: u16 = 1;
+    let path = wire::path_to(message, header(0, 0).len(), offset?);
+    let (_, EXPRESSIONS) = path.first()? else { return None };
+    let (index, _) = path.get(1)?;
+    let list = wire::attribute(wire::body(message, header(0, 0).len()), EXPRESSIONS)?;
+    let (_, expression) = wire::attributes(list).nth(*index)?;
+    wire::attribute(expression, NAME).and_then(wire::string)
+}
+
+impl Change<'_> {
+    fn encode(&self, batch: &mut Buffer, seq: u32, ack: u16, table: &str) {
+        const NEW_TABLE: u16 = 0;
+        const DELETE_TABLE: u16 = 2;
+        let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+        let (op, flags) = match self {
+            Change::Claim(_) => (NEW_TABLE, exclusively),
+            Change::DeleteTable => (DELETE_TABLE, 0),
+            Change::Add(object) => object.message(),
+        };
+        batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
+            Change::Claim(tag) => {
+                a.string(1, table);
+                a.be32(2, OWNER);
+                a.bytes(6, &super::ruleset::comment_data(&tag.to_string()));
+            }
+            Change::DeleteTable => a.string(1, table),
+            Change::Add(object) => object.encode(table, a),
+        });
+    }
+}
+
+/// A change as the `nft` command that makes it.
+struct Command<'a> {
+    change: &'a Change<'a>,
+    table: &'a str,
+}
+
+impl fmt::Display for Command<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("nft ")?;
+        match self.change {
+            Change::Claim(tag) => write!(f, "add table inet {} {{ comment \"{tag}\"; flags owner; }}", self.table),
+            Change::DeleteTable => write!(f, "delete table inet {}", self.table),
+            Change::Add(object) => object.command(self.table).fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::nft::ruleset;
+    use crate::model::{Families, Mark, Plan};
+
+    /// The kernel points at the name attribute of an expression that it does not have.
+    #[test]
+    fn a_missing_expression_is_named_with_its_module() {
+        let plan = Plan {
+            name: "t".to_owned(),
+            mark: Mark::DEFAULT,
+            families: Families::ALL,
+            intercepts: Vec::new(),
+            guard: true,
+            ports: Vec::new(),
+            table: None,
+            priority: None,
+        };
+        let objects = ruleset::compile(&plan);
+        let rule = objects.iter().find(|o| matches!(o, Object::Rule { .. })).unwrap();
+        let mut batch = Buffer::default();
+        Change::Add(rule).encode(&mut batch, 1, 0, "t");
+        let message = batch.message_at(0).unwrap();
+        let name_at = message.windows(7).position(|w| w == b"socket\0").unwrap() - 4;
+        assert_eq!(expression_at(message, Some(name_at)), Some("socket"));
+        let failure = Failure { seq: 1, errno: libc::ENOENT, text: None, offset: Some(name_at) };
+        let step = Command { change: &Change::Add(rule), table: "t" }.to_string();
+        let error = rejected(&failure, &step, expression_at(message, Some(name_at)));
+        assert_eq!(error.errno(), libc::EOPNOTSUPP);
+        let sentence = error.to_string();
+        assert!(
+            sentence.starts_with("nft add rule inet t prerouting meta l4proto tcp socket transparent 1"),
+            "{sentence}"
+        );
+        assert!(sentence.contains("modprobe nft_socket"), "{sentence}");
+    }
+
+    #[test]
+    fn an_offset_outside_any_expression_names_none() {
+        let mut batch = Buffer::default();
+        Change::DeleteTable.encode(&mut batch, 1, 0, "t");
+        let message = batch.message_at(0).unwrap();
+        for offset in 0..200 {
+            assert_eq!(expression_at(message, Some(offset)), None);
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Policy routing: what brings a marked packet to a local socket.
+//!
+//! For each family three rules in a row and one route:
+//!
+//! ```text
+//! ip rule add pref P   iif lo fwmark M/MASK goto P+2
+//! ip rule add pref P+1 fwmark M/MASK lookup T
+//! ip rule add pref P+2 nop
+//! ip route add local default dev lo table T
+//! ```
+//!
+//! The second rule and the route are the textbook. The first spares the
+//! kernel's reverse-path check: with `src_valid_mark` set it asks, as
+//! `iif lo` and with the packet's mark, for a route back to the client, would
+//! find the local table, and drop the packet as a martian
+//! (`net/ipv4/fib_frontend.c`, `__fib_validate_source`).
+//!
+//! Unlike nf_tables, rtnetlink has no transactions: each message stands for
+//! itself.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::model::{Families, Family, Mark};
+use crate::netlink::wire::{self, Attrs, Buffer};
+use crate::netlink::{Channel, Failure};
+
+/// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 't'. Not among
+/// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
+const PROTOCOL: u8 = 116;
+/// LOOPBACK_IFINDEX: `lo` is number 1 in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// How many rules one instance has for a family.
+pub(crate) const RULES: u32 = 3;
+
+/// What the kernel shall have for one instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Routing {
+    pub families: Families,
+    pub mark: Mark,
+    pub table: u32,
+    pub priority: u32,
+}
+
+/// A routing policy rule that the kernel has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FoundRule {
+    pub family: Family,
+    pub priority: u32,
+    pub ours: bool,
+    kind: RuleKind,
+    mark: Mark,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RuleKind {
+    Goto(u32),
+    Lookup(u32),
+    Nop,
+    /// One that we never make.
+    Foreign,
+}
+
+/// One thing to add or to delete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Rule { family: Family, priority: u32, kind: RuleKind, mark: Mark },
+    Route { family: Family, table: u32 },
+}
+
+/// The rules of these families.
+pub(crate) fn rules(channel: &mut Channel, families: Families) -> Result<Vec<FoundRule>> {
+    let mut found = Vec::new();
+    for family in families.iter() {
+        let header = rule_header(family, 0);
+        let dumped = channel.dump(libc::RTM_GETRULE, &header).map_err(|e| {
+            let errno = e.raw_os_error().unwrap_or(libc::EIO);
+            let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
+            let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
+            Error::new(errno, format!("ip{} rule show: {e}{cure}", flag(family)))
+        })?;
+        found.extend(dumped.iter().filter_map(|payload| parse_rule(family, payload)));
+    }
+    Ok(found)
+}
+
+/// Adds the routes and rules; `leftovers`, which a dead instance had in the same place, go first.
+///
+/// On failure, what was added is deleted again.
+pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRule]) -> Result<()> {
+    let entries = entries(routing);
+    let stale_rules = leftovers.iter().map(|rule| Entry::Rule {
+        family: rule.family,
+        priority: rule.priority,
+        kind: rule.kind,
+        mark: rule.mark,
+    });
+    let stale_routes = entries.iter().copied().filter(|entry| matches!(entry, Entry::Route { .. }));
+    delete_entries(channel, &stale_rules.chain(stale_routes).collect::<Vec<_>>())?;
+
+    let outcome = send(channel, &entries, Operation::Add)?;
+    let Some((failed, failure)) = outcome.first_failure else { return Ok(()) };
+    let error = rejected(&failed, &failure);
+    delete_entries(channel, &outcome.done)?;
+    Err(error)
+}
+
+/// Deletes the routes and rules; those that are gone already are no error.
+pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
+    let mut entries = entries(routing);
+    entries.reverse();
+    delete_entries(channel, &entries)
+}
+
+fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
+    let outcome = send(channel, entries, Operation::Delete)?;
+    match outcome.first_failure {
+        Some((entry, failure)) => Err(Error::new(
+            failure.errno,
+            format!("ip {}: {}", entry.command(Operation::Delete), crate::sys::Describe(failure.errno)),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Routes first: a rule without its route would let marked packets pass by.
+fn entries(routing: &Routing) -> Vec<Entry> {
+    let Routing { families, mark, table, priority } = *routing;
+    let routes = families.iter().map(|family| Entry::Route { family, table });
+    let rules = families.iter().flat_map(|family| {
+        let after = priority + RULES - 1;
+        let kinds = [RuleKind::Goto(after), RuleKind::Lookup(table), RuleKind::Nop];
+        (priority..).zip(kinds).map(move |(priority, kind)| Entry::Rule { family, priority, kind, mark })
+    });
+    routes.chain(rules).collect()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Add,
+    Delete,
+}
+
+#[derive(Default)]
+struct Outcome {
+    done: Vec<Entry>,
+    first_failure: Option<(Entry, Failure)>,
+}
+
+/// Sends one message for each entry, all at once; each succeeds or fails by itself.
+fn send(channel: &mut Channel, entries: &[Entry], operation: Operation) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    if entries.is_empty() {
+        return Ok(outcome);
+    }
+    let mut messages = Buffer::default();
+    let mut sent = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let seq = channel.next_seq();
+        entry.encode(&mut messages, seq, operation);
+        sent.push((seq, *entry));
+    }
+    let answers = channel.exchange(&messages).map_err(|e| {
+        Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("rtnetlink: sending routes and rules: {e}"))
+    })?;
+    for (seq, entry) in sent {
+        match answers.failures.iter().find(|failure| failure.seq == seq) {
+            // ENOENT: no such rule. ESRCH: no such route, or no such table.
+            Some(f) if operation == Operation::Delete && [libc::ENOENT, libc::ESRCH].contains(&f.errno) => {}
+            Some(failure) => _ = outcome.first_failure.get_or_insert((entry, failure.clone())),
+            None => outcome.done.push(entry),
+        }
+    }
+    Ok(outcome)
+}
+
+fn rejected(entry: &Entry, failure: &Failure) -> Error {
+    let mut sentence = format!("ip {}: {}", entry.command(Operation::Add), crate::sys::Describe(failure.errno));
+    if let Some(text) = &failure.text {
+        sentence.push_str(&format!(" ({text})"));
+    }
+    let cure = match (entry, failure.errno) {
+        (_, libc::EPERM) => "routing needs CAP_NET_ADMIN in the user namespace that owns this network namespace",
+        (Entry::Route { .. }, libc::ENETDOWN | libc::ENETUNREACH | libc::EINVAL) => {
+            "the loopback device must be up: `ip link set lo up`"
+        }
+        (Entry::Route { family: Family::V6, .. }, libc::EACCES | libc::ENODEV) => {
+            "IPv6 is disabled on lo: `sysctl net.ipv6.conf.lo.disable_ipv6=0`, or ask for IPv4 only"
+        }
+        (Entry::Route { .. }, libc::EEXIST) => "that table has a default route of someone else: choose another `table`",
+        (Entry::Rule { .. }, libc::EEXIST) => "someone else has the same rule: choose another `priority`",
+        _ => "",
+    };
+    if !cure.is_empty() {
+        sentence.push_str(&format!("; {cure}"));
+    }
+    Error::new(failure.errno, sentence)
+}
+
+/// `struct fib_rule_hdr`.
+fn rule_header(family: Family, action: u8) -> [u8; 12] {
+    [family.nfproto(), 0, 0, 0, 0, 0, 0, action, 0, 0, 0, 0]
+}
+
+/// `struct rtmsg`, of the local default route.
+fn route_header(family: Family) -> [u8; 12] {
+    let [f0, f1, f2, f3] = 0u32.to_ne_bytes();
+    [family.nfproto(), 0, 0, 0, 0, PROTOCOL, libc::RT_SCOPE_HOST, libc::RTN_LOCAL, f0, f1, f2, f3]
+}
+
+// FR_ACT_* and FRA_* of `linux/fib_rules.h`, RTA_* of `linux/rtnetlink.h`.
+const ACT_TO_TABLE: u8 = 1;
+const ACT_GOTO: u8 = 2;
+const ACT_NOP: u8 = 3;
+const RULE_IIF: u16 = 3;
+const RULE_GOTO: u16 = 4;
+const RULE_PRIORITY: u16 = 6;
+const RULE_MARK: u16 = 10;
+const RULE_TABLE: u16 = 15;
+const RULE_MARK_MASK: u16 = 16;
+const RULE_PROTOCOL: u16 = 21;
+const ROUTE_OIF: u16 = 4;
+const ROUTE_TABLE: u16 = 15;
+
+impl Entry {
+    fn encode(&self, messages: &mut Buffer, seq: u32, operation: Operation) {
+        let (op, flags) = match operation {
+            Operation::Add => (0, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
+            Operation::Delete => (1, 0),
+        };
+        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags) as u16;
+        match *self {
+            Entry::Rule { family, priority, kind, mark } => {
+                let action = match kind {
+                    RuleKind::Goto(_) => ACT_GOTO,
+                    RuleKind::Nop => ACT_NOP,
+                    RuleKind::Lookup(_) | RuleKind::Foreign => ACT_TO_TABLE,
+                };
+                messages.message(libc::RTM_NEWRULE + op, flags, seq, &rule_header(family, action), |a| {
+                    encode_rule(a, priority, kind, mark);
+                });
+            }
+            Entry::Route { family, table } => {
+                messages.message(libc::RTM_NEWROUTE + op, flags, seq, &route_header(family), |a| {
+                    a.u32(ROUTE_TABLE, table);
+                    a.u32(ROUTE_OIF, LOOPBACK);
+                });
+            }
+        }
+    }
+
+    /// What follows `ip` in the command that would do the same.
+    fn command(&self, operation: Operation) -> impl fmt::Display {
+        let verb = match operation {
+            Operation::Add => "add",
+            Operation::Delete => "del",
+        };
+        match *self {
+            Entry::Rule { family, priority, kind, mark } => {
+                let what = match kind {
+                    RuleKind::Goto(target) => format!("iif lo fwmark {mark} goto {target}"),
+                    RuleKind::Lookup(table) => format!("fwmark {mark} lookup {table}"),
+                    RuleKind::Nop => "nop".to_owned(),
+                    RuleKind::Foreign => String::new(),
+                };
+                format!("{} rule {verb} pref {priority} {what} protocol {PROTOCOL}", flag(family))
+            }
+            Entry::Route { family, table } => {
+                format!("{} route {verb} local default dev lo table {table} protocol {PROTOCOL}", flag(family))
+            }
+        }
+    }
+}
+
+fn flag(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "-4",
+        Family::V6 => "-6",
+    }
+}
+
+fn encode_rule(attrs: &mut Attrs<'_>, priority: u32, kind: RuleKind, mark: Mark) {
+    attrs.u32(RULE_PRIORITY, priority);
+    attrs.u8(RULE_PROTOCOL, PROTOCOL);
+    if kind != RuleKind::Nop {
+        attrs.u32(RULE_MARK, mark.value);
+        attrs.u32(RULE_MARK_MASK, mark.mask);
+    }
+    match kind {
+        RuleKind::Goto(target) => {
+            attrs.string(RULE_IIF, "lo");
+            attrs.u32(RULE_GOTO, target);
+        }
+        RuleKind::Lookup(table) => attrs.u32(RULE_TABLE, table),
+        RuleKind::Nop | RuleKind::Foreign => {}
+    }
+}
+
+fn parse_rule(family: Family, payload: &[u8]) -> Option<FoundRule> {
+    let action = *payload.get(7)?;
+    let attrs = payload.get(rule_header(family, 0).len()..)?;
+    let number = |kind| wire::attribute(attrs, kind).and_then(|v| wire::u32_at(v, 0));
+    let protocol = wire::attribute(attrs, RULE_PROTOCOL).and_then(|v| v.first().copied());
+    let kind = match action {
+        ACT_GOTO => RuleKind::Goto(number(RULE_GOTO)?),
+        ACT_TO_TABLE => RuleKind::Lookup(number(RULE_TABLE)?),
+        ACT_NOP => RuleKind::Nop,
+        _ => RuleKind::Foreign,
+    };
+    Some(FoundRule {
+        family,
+        priority: number(RULE_PRIORITY).unwrap_or(0),
+        ours: protocol == Some(PROTOCOL) && kind != RuleKind::Foreign,
+        kind,
+        mark: Mark { value: number(RULE_MARK).unwrap_or(0), mask: number(RULE_MARK_MASK).unwrap_or(0) },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::wire;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_rule_that_is_added_is_recognised_when_it_is_dumped() {
+        let routing = Routing { families: Families::ALL, mark: Mark::DEFAULT, table: 7470, priority: 200 };
+        for entry in entries(&routing) {
+            let Entry::Rule { family, priority, kind, mark } = entry else { continue };
+            let mut buffer = Buffer::default();
+            entry.encode(&mut buffer, 1, Operation::Add);
+            let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
+            let found = parse_rule(family, message.payload).unwrap();
+            assert_eq!((found.priority, found.kind, found.ours), (priority, kind, true));
+            assert!(kind == RuleKind::Nop || found.mark == mark);
+        }
+    }
+
+    #[test]
+    fn the_equivalent_commands_are_the_documented_ones() {
+        let families = Families { v4: true, v6: false };
+        let routing = Routing { families, mark: Mark::DEFAULT, table: 7470, priority: 200 };
+        let commands: Vec<String> = entries(&routing).iter().map(|e| e.command(Operation::Add).to_string()).collect();
+        assert_eq!(
+            commands,
+            [
+                "-4 route add local default dev lo table 7470 protocol 116",
+                "-4 rule add pref 200 iif lo fwmark 0x1000/0x3000 goto 202 protocol 116",
+                "-4 rule add pref 201 fwmark 0x1000/0x3000 lookup 7470 protocol 116",
+                "-4 rule add pref 202 nop protocol 116",
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_dump_panics(payload in proptest::collection::vec(any::<u8>(), 0..100)) {
+            parse_rule(Family::V4, &payload);
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The words that the rules and what carries them out have in common.
+
+use std::fmt;
+use std::net::IpAddr;
+
+/// A set of address families.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Families {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// AF_INET and AF_INET6, which are also NFPROTO_IPV4 and NFPROTO_IPV6.
+    pub(crate) fn nfproto(self) -> u8 {
+        match self {
+            Family::V4 => libc::AF_INET as u8,
+            Family::V6 => libc::AF_INET6 as u8,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+impl Families {
+    /// Both.
+    pub const ALL: Families = Families { v4: true, v6: true };
+
+    pub(crate) fn is_empty(self) -> bool {
+        !self.v4 && !self.v6
+    }
+
+    pub(crate) fn contains(self, family: Family) -> bool {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = Family> {
+        [Family::V4, Family::V6].into_iter().filter(move |family| self.contains(*family))
+    }
+
+    /// The family, if there is but one.
+    pub(crate) fn only(self) -> Option<Family> {
+        match self {
+            Families { v4: true, v6: false } => Some(Family::V4),
+            Families { v4: false, v6: true } => Some(Family::V6),
+            _ => None,
+        }
+    }
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+}
+
+impl Protocol {
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => libc::IPPROTO_TCP as u8,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protocol::Tcp => "tcp",
+        })
+    }
+}
+
+/// A range of ports, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    /// The lowest.
+    pub first: u16,
+    /// The highest.
+    pub last: u16,
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PortRange { first, last } if first == last => write!(f, "{first}"),
+            PortRange { first, last } => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+/// The bits of a packet's mark that say that the packet is for a local socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark {
+    /// What our bits are set to.
+    pub value: u32,
+    /// Which bits are ours; the others are left as they are.
+    pub mask: u32,
+}
+
+impl Mark {
+    /// Bit 12, of a field of two (12 and 13; the other value is for the host's own traffic).
+    ///
+    /// A mark has 32 bits that everything on a host shares. Taken are, by
+    /// their projects' documentation and sources: 0x4000 and 0x8000 by
+    /// Kubernetes (kube-proxy's masquerade and drop), 0xffff0000 by Calico
+    /// (its default mask) and by Cilium (identities), 0x0f00 by Cilium (its
+    /// magic mark), 0xff0000 by Tailscale, 0x80 by the AWS VPC CNI, 0xca6c
+    /// (bits 2, 3, 5, 6, 9, 11, 14, 15) by wg-quick for WireGuard, 0x539 and
+    /// 0x53a (bits 0, 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers
+    /// (1, 2, 0x10). That leaves bits 12 and 13.
+    pub const DEFAULT: Mark = Mark { value: 0x1000, mask: 0x3000 };
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+/// A wish that can be carried out, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub name: String,
+    pub mark: Mark,
+    pub families: Families,
+    /// Who gets what is intercepted; none: nothing is, only sockets get their packets.
+    pub intercepts: Vec<Intercept>,
+    /// Connections made straight to the listeners are dropped.
+    pub guard: bool,
+    /// Sorted and apart from each other; none: all.
+    pub ports: Vec<PortRange>,
+    /// `None`: whatever is free.
+    pub table: Option<u32>,
+    pub priority: Option<u32>,
+}
+
+/// A listener, for one family or for both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Intercept {
+    pub protocol: Protocol,
+    /// `None`: both.
+    pub family: Option<Family>,
+    /// `None`: it is bound to every address. Else there is a family.
+    pub addr: Option<IpAddr>,
+    pub port: u16,
+}
+
+impl Plan {
+    /// The protocols whose packets are looked at.
+    pub fn protocols(&self) -> impl Iterator<Item = Protocol> {
+        [Protocol::Tcp].into_iter()
+    }
+
+    /// The family, if only one is served.
+    pub fn only_family(&self) -> Option<Family> {
+        self.families.only()
+    }
+
+    /// The listeners that can be reached without interception, and shall not be.
+    pub fn guarded(&self) -> impl Iterator<Item = Intercept> {
+        let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
+        self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
+    }
+}

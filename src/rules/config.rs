@@ -1,0 +1,118 @@
+//! What a caller wishes for, in values that cannot be misread.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
+
+use socket2::{Domain, SockRef, Type};
+
+use crate::error::{Ends, Error, Result, Step};
+use crate::model::{Families, PortRange, Protocol};
+use crate::sys;
+
+/// The wish: which connections to intercept, and for whom. A default value asks for what most want.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Config {
+    /// The instance; empty: "tproxy". Its table is called "libtproxy-" and this.
+    pub name: String,
+    /// The listeners that get the connections.
+    pub listeners: Vec<Listener>,
+    /// Only the socket match, mark and local route: for listeners on foreign
+    /// addresses and connections from them. Nothing is intercepted.
+    pub divert_only: bool,
+    /// Leave connections alone that are made straight to the listener, instead of dropping them.
+    pub allow_direct: bool,
+    /// Only these families; both `false`: those of the listeners.
+    pub families: Families,
+    /// The bits of a packet's mark that say "ours"; 0: [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
+    pub mark: u32,
+    /// The bits of the mark that are ours to set; 0: all, or with a default mark those of [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
+    pub mark_mask: u32,
+    /// The routing table; 0: one that is free.
+    pub table: u32,
+    /// The preference of the first of three routing policy rules; 0: one that is free.
+    pub priority: u32,
+    /// Destination ports to intercept; none: all.
+    pub ports: Vec<PortRange>,
+}
+
+/// A listening socket, as far as rules need to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listener {
+    /// What it listens for.
+    pub protocol: Protocol,
+    /// The families whose connections it gets.
+    pub families: Families,
+    /// The address that it is bound to; `None`: every address.
+    pub addr: Option<IpAddr>,
+    /// The port that it is bound to.
+    pub port: u16,
+}
+
+impl Listener {
+    /// Reads all of it off a live socket.
+    ///
+    /// The socket must be a transparent TCP socket of IPv4 or IPv6 that is
+    /// bound to a port and listens; else the error says which of these it is not.
+    pub fn from_fd(fd: BorrowedFd<'_>) -> Result<Listener> {
+        let failed = |e: std::io::Error| Error::socket(Step::Inspect, Ends::default(), &e);
+        let socket = SockRef::from(&fd);
+        let domain = socket.domain().map_err(failed)?;
+        if domain != Domain::IPV4 && domain != Domain::IPV6 {
+            return Err(Error::invalid("it is not a socket of IPv4 or IPv6"));
+        }
+        match socket.r#type().map_err(failed)? {
+            Type::STREAM => {}
+            Type::DGRAM => {
+                return Err(Error::new(libc::EOPNOTSUPP, "it is a datagram socket; rules for UDP are not supported"));
+            }
+            _ => return Err(Error::invalid("it is neither a stream nor a datagram socket")),
+        }
+        if sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)? == 0 {
+            return Err(Error::invalid(
+                "it is not transparent, so the kernel would never give it an intercepted connection: make it with \
+                 tp_listen, or call tp_set_transparent before bind",
+            ));
+        }
+        let local = socket.local_addr().map_err(failed)?.as_socket();
+        let local = local.ok_or_else(|| Error::invalid("it has no address of IPv4 or IPv6"))?;
+        if local.port() == 0 {
+            return Err(Error::invalid("it is not bound to a port"));
+        }
+        if sys::getsockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN).map_err(failed)? == 0 {
+            return Err(Error::invalid("it does not listen: call listen first"));
+        }
+        let dual_stack = domain == Domain::IPV6 && !socket.only_v6().map_err(failed)?;
+        Ok(Listener { port: local.port(), ..Listener::at(local.ip(), dual_stack) })
+    }
+
+    /// A TCP listener at an address, port 0.
+    fn at(ip: IpAddr, dual_stack: bool) -> Listener {
+        let (families, addr) = match ip.to_canonical() {
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => (Families { v4: dual_stack, v6: true }, None),
+            // `::ffff:0.0.0.0` is every IPv4 address.
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => (Families { v4: true, v6: false }, None),
+            ip @ IpAddr::V4(_) => (Families { v4: true, v6: false }, Some(ip)),
+            ip @ IpAddr::V6(_) => (Families { v4: false, v6: true }, Some(ip)),
+        };
+        Listener { protocol: Protocol::Tcp, families, addr, port: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listeners_address_says_whom_it_serves() {
+        let at = |ip: &str, dual| {
+            let listener = Listener::at(ip.parse().unwrap(), dual);
+            (listener.families.v4, listener.families.v6, listener.addr.map(|a| a.to_string()))
+        };
+        assert_eq!(at("0.0.0.0", false), (true, false, None));
+        assert_eq!(at("::", true), (true, true, None));
+        assert_eq!(at("::", false), (false, true, None));
+        assert_eq!(at("::ffff:0.0.0.0", true), (true, false, None));
+        assert_eq!(at("::ffff:127.0.0.1", true), (true, false, Some("127.0.0.1".to_owned())));
+        assert_eq!(at("::1", true), (false, true, Some("::1".to_owned())));
+    }
+}

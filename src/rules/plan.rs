@@ -1,0 +1,272 @@
+//! What the kernel shall hold, worked out from a wish with no look at the
+//! kernel.
+
+use std::net::IpAddr;
+
+use super::config::{Config, Listener};
+use crate::error::{Error, Result};
+use crate::model::{Families, Family, Intercept, Mark, Plan, PortRange};
+
+/// An instance's name is part of names in the kernel, which are bounded.
+const NAME_MAX: usize = 20;
+/// Three rules in a row need three preferences; 32766 is the main table's.
+const PRIORITY_MAX: u32 = 32_766 - 3;
+/// RT_TABLE_DEFAULT, _MAIN and _LOCAL belong to the system.
+const SYSTEM_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
+
+/// Checks a wish and fills in its defaults.
+pub(crate) fn make(config: &Config) -> Result<Plan> {
+    if config.divert_only && !config.ports.is_empty() {
+        return Err(Error::invalid(
+            "ports with TP_RULES_DIVERT_ONLY: nothing is intercepted, so no port can be chosen",
+        ));
+    }
+    let intercepts = if config.divert_only { Vec::new() } else { intercepts(config)? };
+    let served = if config.divert_only && config.listeners.is_empty() {
+        Families::ALL
+    } else {
+        config.listeners.iter().fold(Families::default(), |all, listener| Families {
+            v4: all.v4 || listener.families.v4,
+            v6: all.v6 || listener.families.v6,
+        })
+    };
+    Ok(Plan {
+        name: name(&config.name)?,
+        mark: mark(config.mark, config.mark_mask)?,
+        families: families(config.families, served)?,
+        intercepts,
+        guard: !config.allow_direct,
+        ports: merge_ports(&config.ports)?,
+        table: table(config.table)?,
+        priority: priority(config.priority)?,
+    })
+}
+
+fn name(name: &str) -> Result<String> {
+    let name = if name.is_empty() { "tproxy" } else { name };
+    let fits = name.len() <= NAME_MAX && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+    if fits {
+        Ok(name.to_owned())
+    } else {
+        Err(Error::invalid(format!(
+            "name {name:?}: at most {NAME_MAX} letters, digits, '_', '-' and '.' (it becomes part of a table's name)"
+        )))
+    }
+}
+
+fn mark(value: u32, mask: u32) -> Result<Mark> {
+    let mark = match (value, mask) {
+        (0, 0) => Mark::DEFAULT,
+        (0, _) => return Err(Error::invalid("mark_mask without mark: say which of its bits mean \"ours\"")),
+        (value, 0) => Mark { value, mask: u32::MAX },
+        (value, mask) => Mark { value, mask },
+    };
+    if mark.value & !mark.mask != 0 {
+        return Err(Error::invalid(format!("mark {mark} has bits that its mask has not")));
+    }
+    Ok(mark)
+}
+
+fn families(wanted: Families, served: Families) -> Result<Families> {
+    if wanted.is_empty() {
+        return Ok(served);
+    }
+    match wanted.iter().find(|family| !served.contains(*family)) {
+        Some(family) => Err(Error::invalid(format!(
+            "families asks for {family}, but no listener serves it (one on [::] serves both, unless it is IPV6_V6ONLY)"
+        ))),
+        None => Ok(wanted),
+    }
+}
+
+fn table(table: u32) -> Result<Option<u32>> {
+    if SYSTEM_TABLES.contains(&table) {
+        return Err(Error::invalid(format!(
+            "table {table} is the system's own (local, main or default): choose another"
+        )));
+    }
+    Ok((table != 0).then_some(table))
+}
+
+fn priority(priority: u32) -> Result<Option<u32>> {
+    if priority > PRIORITY_MAX {
+        return Err(Error::invalid(format!(
+            "priority {priority}: at most {PRIORITY_MAX}, so that all three rules come before the main table's"
+        )));
+    }
+    Ok((priority != 0).then_some(priority))
+}
+
+/// One listener for each family and protocol; the same one twice (SO_REUSEPORT) is one.
+fn intercepts(config: &Config) -> Result<Vec<Intercept>> {
+    if config.listeners.is_empty() {
+        return Err(Error::invalid(
+            "no listeners: give the descriptors that the connections shall go to, or TP_RULES_DIVERT_ONLY",
+        ));
+    }
+    let mut found: Vec<(Family, &Listener)> = Vec::new();
+    for listener in &config.listeners {
+        for family in listener.families.iter() {
+            let wanted = config.families.is_empty() || config.families.contains(family);
+            match found.iter().find(|(f, other)| *f == family && other.protocol == listener.protocol) {
+                Some((_, other)) if (other.addr, other.port) != (listener.addr, listener.port) => {
+                    return Err(Error::invalid(format!(
+                        "two listeners for {} over {family}, at {} and {}: a connection can go to one only (several \
+                         sockets of one address and port, by SO_REUSEPORT, are fine)",
+                        listener.protocol,
+                        shown(other),
+                        shown(listener),
+                    )));
+                }
+                None if wanted => found.push((family, listener)),
+                _ => {}
+            }
+        }
+    }
+    Ok(one_for_both(&found))
+}
+
+/// A listener that serves both families needs one rule, not two.
+fn one_for_both(found: &[(Family, &Listener)]) -> Vec<Intercept> {
+    let make =
+        |family: Option<Family>, l: &Listener| Intercept { protocol: l.protocol, family, addr: l.addr, port: l.port };
+    match found {
+        [(_, a), (_, b)] if (a.protocol, a.addr, a.port) == (b.protocol, b.addr, b.port) => vec![make(None, a)],
+        _ => found.iter().map(|(family, listener)| make(Some(*family), listener)).collect(),
+    }
+}
+
+fn shown(listener: &Listener) -> String {
+    match listener.addr {
+        Some(IpAddr::V6(addr)) => format!("[{addr}]:{}", listener.port),
+        Some(IpAddr::V4(addr)) => format!("{addr}:{}", listener.port),
+        None => format!("*:{}", listener.port),
+    }
+}
+
+/// Sorted, and merged where ranges overlap or touch: the kernel's sets take no overlaps.
+fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
+    if let Some(bad) = ports.iter().find(|range| range.first == 0 || range.first > range.last) {
+        return Err(Error::invalid(format!(
+            "ports {}-{}: the first must be at least 1 and not above the last",
+            bad.first, bad.last
+        )));
+    }
+    let mut sorted = ports.to_vec();
+    sorted.sort_by_key(|range| range.first);
+    let mut merged: Vec<PortRange> = Vec::new();
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if range.first <= last.last.saturating_add(1) => last.last = last.last.max(range.last),
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Protocol;
+    use proptest::prelude::*;
+
+    fn listener(v4: bool, v6: bool, addr: Option<&str>, port: u16) -> Listener {
+        Listener {
+            protocol: Protocol::Tcp,
+            families: Families { v4, v6 },
+            addr: addr.map(|a| a.parse().unwrap()),
+            port,
+        }
+    }
+
+    fn config(listeners: &[Listener]) -> Config {
+        Config { listeners: listeners.to_vec(), ..Config::default() }
+    }
+
+    fn refusal(config: &Config) -> String {
+        let error = make(config).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL);
+        error.to_string()
+    }
+
+    #[test]
+    fn a_dual_stack_listener_needs_one_rule_for_both_families() {
+        let plan = make(&config(&[listener(true, true, None, 3129)])).unwrap();
+        assert_eq!(plan.families, Families::ALL);
+        assert_eq!(plan.intercepts, [Intercept { protocol: Protocol::Tcp, family: None, addr: None, port: 3129 }]);
+    }
+
+    #[test]
+    fn a_listener_for_each_family_needs_a_rule_each() {
+        let listeners = [listener(true, false, Some("127.0.0.1"), 1), listener(false, true, Some("::1"), 2)];
+        let plan = make(&config(&listeners)).unwrap();
+        assert_eq!(plan.families, Families::ALL);
+        assert_eq!(
+            plan.intercepts.iter().map(|i| (i.family, i.port)).collect::<Vec<_>>(),
+            [(Some(Family::V4), 1), (Some(Family::V6), 2)]
+        );
+        assert_eq!(plan.guarded().count(), 0, "nobody outside reaches a loopback listener");
+    }
+
+    #[test]
+    fn families_narrows_what_a_dual_stack_listener_gets() {
+        let mut config = config(&[listener(true, true, None, 3129)]);
+        config.families = Families { v4: false, v6: true };
+        let plan = make(&config).unwrap();
+        assert_eq!(plan.only_family(), Some(Family::V6));
+        assert_eq!(plan.intercepts[0].family, Some(Family::V6));
+    }
+
+    #[test]
+    fn sockets_that_share_a_port_are_one_listener_and_others_conflict() {
+        let one = listener(true, false, None, 3129);
+        assert_eq!(make(&config(&[one, one])).unwrap().intercepts.len(), 1);
+        let sentence = refusal(&config(&[one, listener(true, false, None, 3130)]));
+        assert!(sentence.contains("*:3129 and *:3130"), "{sentence}");
+    }
+
+    #[test]
+    fn bad_values_are_refused_with_what_is_wrong() {
+        let good = config(&[listener(true, false, None, 3129)]);
+        let check = |change: &dyn Fn(&mut Config), words: &str| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            let sentence = refusal(&bad);
+            assert!(sentence.contains(words), "{sentence}");
+        };
+        check(&|c| c.listeners.clear(), "no listeners");
+        check(&|c| (c.divert_only, c.ports) = (true, vec![PortRange { first: 1, last: 1 }]), "nothing is intercepted");
+        check(&|c| c.name = "a b".into(), "letters, digits");
+        check(&|c| c.name = "x".repeat(21), "at most 20");
+        check(&|c| c.mark_mask = 1, "mark_mask without mark");
+        check(&|c| (c.mark, c.mark_mask) = (3, 1), "0x3/0x1");
+        check(&|c| c.table = 254, "the system's own");
+        check(&|c| c.priority = 32_764, "at most 32763");
+        check(&|c| c.families.v6 = true, "asks for IPv6");
+        check(&|c| c.ports = vec![PortRange { first: 2, last: 1 }], "ports 2-1");
+        check(&|c| c.ports = vec![PortRange { first: 0, last: 1 }], "at least 1");
+    }
+
+    #[test]
+    fn divert_only_needs_no_listener() {
+        let plan = make(&Config { divert_only: true, ..Config::default() }).unwrap();
+        assert_eq!(plan.families, Families::ALL);
+        assert!(plan.intercepts.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn merged_ports_cover_the_same_and_keep_apart(ranges in proptest::collection::vec((1..=u16::MAX, 0..2000u16), 0..30)) {
+            let ranges: Vec<PortRange> =
+                ranges.into_iter().map(|(first, n)| PortRange { first, last: first.saturating_add(n) }).collect();
+            let merged = merge_ports(&ranges).unwrap();
+            let covered = |ranges: &[PortRange], port| ranges.iter().any(|r| r.first <= port && port <= r.last);
+            for port in 0..=u16::MAX {
+                prop_assert_eq!(covered(&ranges, port), covered(&merged, port));
+            }
+            for pair in merged.windows(2) {
+                prop_assert!(u32::from(pair[0].last) + 1 < u32::from(pair[1].first));
+            }
+        }
+    }
+}
