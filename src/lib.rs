@@ -5,16 +5,19 @@
 //! * [`orig_dst`]: where an intercepted connection was going.
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
+//! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
-//! Arrows run one way: `rules` turns a validated wish into a plan, `backend`
-//! turns the plan into messages, `netlink` sends them. Whatever fails is one
-//! [`Error`].
+//! Arrows run one way: `ffi` decodes what C gave into the types of the modules
+//! above; `rules` turns a validated wish into a plan, `backend` turns the plan
+//! into messages, `netlink` sends them. Whatever fails is one [`Error`].
 
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
 
 mod backend;
 pub mod error;
+#[allow(unsafe_code)]
+pub mod ffi;
 mod model;
 mod netlink;
 pub mod orig_dst;

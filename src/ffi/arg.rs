@@ -1,0 +1,178 @@
+//! What C gives, decoded: NULL, lengths and families are checked here, once.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::BorrowedFd;
+
+use libc::{sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t};
+
+use crate::error::{Error, Result};
+
+/// A pointer that must not be NULL was.
+pub(super) fn null(what: &str) -> Error {
+    Error::new(libc::EFAULT, format!("{what} is NULL"))
+}
+
+/// A caller's descriptor.
+///
+/// # Safety
+/// If it is open, it stays open during the call. (One that is not gives EBADF
+/// from the first system call.)
+pub(super) unsafe fn fd<'a>(fd: c_int) -> Result<BorrowedFd<'a>> {
+    if fd < 0 {
+        return Err(Error::new(libc::EBADF, format!("descriptor {fd}: Bad file descriptor")));
+    }
+    // SAFETY: not -1, and open by the caller's word.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+/// Flags, none of which may be unknown.
+pub(super) fn flags(flags: u32, known: u32) -> Result<u32> {
+    match flags & !known {
+        0 => Ok(flags),
+        unknown => Err(Error::invalid(format!("flags: {unknown:#x} is not known to this call"))),
+    }
+}
+
+/// A socket address.
+///
+/// # Safety
+/// `addr` is NULL or valid for reads of `len` bytes.
+pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<SocketAddr> {
+    if addr.is_null() {
+        return Err(null(what));
+    }
+    let len = len as usize;
+    let too_short = || Error::invalid(format!("{what}: a length of {len} is too short for its address family"));
+    if len < size_of::<libc::sa_family_t>() {
+        return Err(too_short());
+    }
+    if len > size_of::<sockaddr_storage>() {
+        return Err(Error::invalid(format!("{what}: a length of {len} is more than any socket address has")));
+    }
+    // SAFETY: valid for len bytes, of which this reads the first two; C need not have aligned it.
+    let family = unsafe { addr.cast::<libc::sa_family_t>().read_unaligned() };
+    match i32::from(family) {
+        libc::AF_INET if len < size_of::<sockaddr_in>() => Err(too_short()),
+        libc::AF_INET6 if len < size_of::<sockaddr_in6>() => Err(too_short()),
+        libc::AF_INET => {
+            // SAFETY: valid for len bytes, which are enough.
+            let v4 = unsafe { addr.cast::<sockaddr_in>().read_unaligned() };
+            let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
+            Ok(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: valid for len bytes, which are enough.
+            let v6 = unsafe { addr.cast::<sockaddr_in6>().read_unaligned() };
+            let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
+            Ok(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into())
+        }
+        other => Err(Error::new(
+            libc::EAFNOSUPPORT,
+            format!("{what}: address family {other}, where AF_INET or AF_INET6 is needed"),
+        )),
+    }
+}
+
+/// Where an address goes: the place and its size, which becomes the address's.
+pub(super) struct AddressOut {
+    addr: *mut sockaddr,
+    len: *mut socklen_t,
+}
+
+impl AddressOut {
+    pub(super) fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<AddressOut> {
+        if addr.is_null() {
+            return Err(null(what));
+        }
+        if len.is_null() {
+            return Err(null(&format!("{what}: the length")));
+        }
+        Ok(AddressOut { addr, len })
+    }
+
+    /// Writes the address and its length, or nothing if there is too little room.
+    ///
+    /// # Safety
+    /// The length is valid for reads and writes, the place for writes of that length.
+    pub(super) unsafe fn write(&self, value: SocketAddr) -> Result<()> {
+        // SAFETY: by the caller's word.
+        let room = unsafe { self.len.read_unaligned() } as usize;
+        let value = socket2::SockAddr::from(value);
+        let len = value.len() as usize;
+        if room < len {
+            return Err(Error::invalid(format!(
+                "the address needs {len} bytes, but there is room for {room}: use a struct sockaddr_storage"
+            )));
+        }
+        // SAFETY: the source is a socket address of that length, and the place has room for it.
+        unsafe {
+            self.addr.cast::<u8>().copy_from_nonoverlapping(value.as_ptr().cast(), len);
+            self.len.write_unaligned(value.len());
+        }
+        Ok(())
+    }
+}
+
+/// A string, or `None` for NULL.
+///
+/// # Safety
+/// `text` is NULL or NUL-terminated.
+pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<Option<&'a str>> {
+    if text.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: NUL-terminated by the caller's word.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str().map(Some).map_err(|_| Error::invalid(format!("{what}: not UTF-8")))
+}
+
+/// An array, or an empty one if `len` is 0.
+///
+/// # Safety
+/// `items` is NULL or valid for reads of `len` items, and aligned.
+pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Result<&'a [T]> {
+    if len == 0 {
+        return Ok(&[]);
+    }
+    if items.is_null() {
+        return Err(null(what));
+    }
+    if len > isize::MAX as usize / size_of::<T>().max(1) {
+        return Err(Error::invalid(format!("{what}: {len} items are more than memory holds")));
+    }
+    // SAFETY: not NULL, valid for len items by the caller's word, and not too large.
+    Ok(unsafe { std::slice::from_raw_parts(items, len) })
+}
+
+/// A struct that may grow: what an older caller does not have is zero, what a
+/// newer one has must be zero.
+///
+/// # Safety
+/// `value` is NULL or valid for reads of `size` bytes. Any bytes are a valid
+/// `T`, all zero among them.
+pub(super) unsafe fn sized<T: Copy>(what: &str, value: *const T, size: usize, smallest: usize) -> Result<T> {
+    if value.is_null() {
+        return Err(null(what));
+    }
+    if size < smallest {
+        return Err(Error::invalid(format!("{what}: a size of {size} is less than the first version's {smallest}")));
+    }
+    let ours = size_of::<T>();
+    if size > ours {
+        // SAFETY: valid for size bytes, of which these are the last.
+        let tail = unsafe { std::slice::from_raw_parts(value.cast::<u8>().add(ours), size - ours) };
+        if tail.iter().any(|byte| *byte != 0) {
+            return Err(Error::new(
+                libc::E2BIG,
+                format!("{what}: it has fields that this version of the library does not know; leave them zero"),
+            ));
+        }
+    }
+    // SAFETY: T may be all zero, and what is copied over it is no more than either has.
+    unsafe {
+        let mut copy: T = std::mem::zeroed();
+        (&raw mut copy).cast::<u8>().copy_from_nonoverlapping(value.cast(), size.min(ours));
+        Ok(copy)
+    }
+}

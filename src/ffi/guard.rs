@@ -1,0 +1,139 @@
+//! The way out of every call: return value, errno, last error, and no panic.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{c_char, c_int};
+use std::fmt::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
+
+use once_cell::sync::Lazy;
+
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// Long enough for a step, its command, the kernel's words and the cure.
+const CAPACITY: usize = 2048;
+
+thread_local! {
+    static LAST_ERROR: RefCell<Text> = const { RefCell::new(Text { bytes: [0; CAPACITY], len: 0 }) };
+    static IN_CALL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The sentence of this thread's last failing call, NUL-terminated in place,
+/// so that setting it allocates nothing.
+#[repr(C)]
+struct Text {
+    bytes: [u8; CAPACITY],
+    len: usize,
+}
+
+impl Write for Text {
+    /// What does not fit is cut, between characters.
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = CAPACITY - 1 - self.len;
+        let end = (0..=room.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        let text = &text[..end];
+        // A NUL would end the sentence early.
+        for (place, byte) in self.bytes[self.len..].iter_mut().zip(text.bytes()) {
+            *place = if byte == 0 { b'?' } else { byte };
+        }
+        self.len += text.len();
+        Ok(())
+    }
+}
+
+/// The sentence of this thread's last failing call; it stays until the next.
+pub(super) fn last_error() -> *const c_char {
+    // The text is the struct's first field.
+    LAST_ERROR.with(RefCell::as_ptr).cast()
+}
+
+fn remember(error: &dyn fmt::Display) {
+    LAST_ERROR.with(|text| {
+        if let Ok(mut text) = text.try_borrow_mut() {
+            text.len = 0;
+            let _ = write!(text, "{error}");
+            let end = text.len;
+            text.bytes[end] = 0;
+        }
+    });
+}
+
+/// Runs the body of a call: its value and the caller's errno on success, else
+/// -1, errno (last of all) and the sentence.
+pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
+    let errno = sys::errno();
+    let error = match quietly(body) {
+        Ok(Ok(value)) => {
+            sys::set_errno(errno);
+            return value;
+        }
+        Ok(Err(error)) => error,
+        Err(()) => Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"),
+    };
+    remember(&error);
+    sys::set_errno(error.errno());
+    -1
+}
+
+/// Catches a panic, and keeps it off the host program's standard error.
+fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
+    static HOOK: Lazy<()> = Lazy::new(|| {
+        let previous = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !IN_CALL.get() {
+                previous(info);
+            }
+        }));
+    });
+    // The hook cannot be changed by a thread that is panicking.
+    if !std::thread::panicking() {
+        Lazy::force(&HOOK);
+    }
+    let outer = IN_CALL.replace(true);
+    let outcome = panic::catch_unwind(AssertUnwindSafe(body));
+    IN_CALL.set(outer);
+    // Dropping what was thrown could panic again.
+    outcome.map_err(std::mem::forget)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    fn sentence() -> String {
+        // SAFETY: last_error gives a NUL-terminated text that lives as long as this thread.
+        unsafe { CStr::from_ptr(last_error()) }.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn success_leaves_errno_and_the_sentence_alone() {
+        assert_eq!(guard(|| Err(Error::invalid("first"))), -1);
+        sys::set_errno(libc::ENOTTY);
+        let value = guard(|| {
+            sys::set_errno(libc::EINPROGRESS);
+            Ok(7)
+        });
+        assert_eq!((value, sys::errno(), sentence().as_str()), (7, libc::ENOTTY, "first"));
+    }
+
+    #[test]
+    fn a_panic_becomes_enotrecoverable() {
+        assert_eq!(guard(|| panic!("not to be seen")), -1);
+        assert_eq!(sys::errno(), libc::ENOTRECOVERABLE);
+        assert!(sentence().contains("panic"));
+    }
+
+    #[test]
+    fn a_long_sentence_is_cut_between_characters() {
+        guard(|| Err(Error::invalid("é\0".repeat(CAPACITY))));
+        let sentence = sentence();
+        assert!(sentence.len() < CAPACITY && sentence.len() > CAPACITY - 5);
+        assert!(sentence.starts_with("é?é?"));
+    }
+
+    #[test]
+    fn there_is_an_empty_sentence_before_any_failure() {
+        std::thread::spawn(|| assert_eq!(sentence(), "")).join().unwrap();
+    }
+}

@@ -1,0 +1,16 @@
+//! The C library: every `extern "C"` function, and nothing else.
+//!
+//! Each function decodes its arguments (`arg`), makes one call into the rest
+//! of the crate, and hands the result to `guard`, which turns it into a return
+//! value, `errno` and [`tp_last_error`]. The comments of this folder are the
+//! manual: cbindgen copies them into `include/tproxy.h`.
+
+mod arg;
+mod diagnosis;
+mod guard;
+mod rules;
+mod sockets;
+
+pub use diagnosis::*;
+pub use rules::*;
+pub use sockets::*;
