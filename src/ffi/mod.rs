@@ -3,7 +3,10 @@
 //! Each function decodes its arguments (`arg`), makes one call into the rest
 //! of the crate, and hands the result to `guard`, which turns it into a return
 //! value, `errno` and [`tp_last_error`]. The comments of this folder are the
-//! manual: cbindgen copies them into `include/tproxy.h`.
+//! manual: cbindgen copies them into `include/tproxy.h`. What they say of
+//! their pointers is also what makes the `unsafe` functions safe to call.
+
+#![allow(clippy::missing_safety_doc)]
 
 mod arg;
 mod diagnosis;

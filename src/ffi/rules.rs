@@ -196,9 +196,6 @@ pub struct tp_rules {
 /// ENOBUFS, ENOMEM: as tp_socket.
 ///
 /// Needs Linux 5.12. Thread-safe.
-///
-/// # Safety
-/// Every pointer is NULL or points to what its comment says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_install_rules(
     config: *const tp_rules_config,
@@ -229,9 +226,6 @@ pub unsafe extern "C" fn tp_install_rules(
 /// Returns 0, or -1 with errno if something could not be removed, which
 /// tp_last_error names. Rules and routes that somebody else removed already
 /// are no error.
-///
-/// # Safety
-/// rules is NULL or a handle that has not been removed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
     guard(|| {

@@ -90,9 +90,6 @@ pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
 /// port. EADDRNOTAVAIL: an address that nobody can bind.
 ///
 /// Thread-safe.
-///
-/// # Safety
-/// addr is NULL or points to addrlen bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addrlen: socklen_t) -> c_int {
     guard(|| {
@@ -124,9 +121,6 @@ pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addr
 /// tp_socket.
 ///
 /// Thread-safe.
-///
-/// # Safety
-/// addr is NULL or points to addrlen bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, backlog: c_int, flags: u32) -> c_int {
     guard(|| {
@@ -169,9 +163,6 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// System calls: socket, setsockopt(IP_TRANSPARENT),
 /// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
 /// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT. Thread-safe.
-///
-/// # Safety
-/// src and dst are NULL or point to srclen and dstlen bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
@@ -217,9 +208,6 @@ pub unsafe extern "C" fn tp_connect_from(
 ///
 /// System calls: getsockopt and getsockname; one more getsockopt if the
 /// socket is not transparent. Thread-safe.
-///
-/// # Safety
-/// addrlen is NULL or points to the size of what addr points to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard(|| {

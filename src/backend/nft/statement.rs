@@ -176,7 +176,7 @@ const META_L4PROTO: u32 = 16;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
 const SOCKET_TRANSPARENT: u32 = 0;
-const SOCKET_WILDCARD: u32 = 3;
+const SOCKET_WILDCARD: u32 = 2;
 
 /// The list of a rule's expressions (NFTA_RULE_EXPRESSIONS), being written.
 /// Attribute numbers are those of `linux/netfilter/nf_tables.h`.

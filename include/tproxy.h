@@ -1,0 +1,556 @@
+/*
+ * libtproxy: transparent proxying on Linux.
+ *
+ * Sockets that bind to, listen on and connect from addresses that this host
+ * does not own; where an intercepted connection was going; and the kernel
+ * rules that bring the packets to the program. A transparent TCP proxy is
+ *
+ *     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(3129) };
+ *     int listener = tp_listen((struct sockaddr *)&any, sizeof any, -1, 0);
+ *
+ *     struct tp_port_range http = { 80, 80 };
+ *     struct tp_rules_config config = { 0 };
+ *     config.listeners = &listener, config.n_listeners = 1;
+ *     config.ports = &http, config.n_ports = 1;
+ *     tp_rules *rules;
+ *     if (tp_install_rules(&config, sizeof config, &rules) != 0)
+ *         errx(1, "%s", tp_last_error());
+ *
+ *     int client = accept(listener, (struct sockaddr *)&from, &fromlen);
+ *     tp_orig_dst(client, (struct sockaddr *)&to, &tolen);
+ *     int server = tp_connect_from((struct sockaddr *)&from, fromlen,
+ *                                  (struct sockaddr *)&to, tolen, 0);
+ *     ... relay, then tp_remove_rules(rules) ...
+ *
+ * What holds for every call
+ *
+ * Results. A call that returns int gives -1 and sets errno when it fails; else
+ * 0, or the value that is described. errno is not touched on success. After a
+ * failure tp_last_error() has a sentence for people: the step, the command
+ * that would do the same, the kernel's own words, and the cure.
+ *
+ * Common errno values. EFAULT: a pointer that is needed is NULL. EINVAL: a bad
+ * value or an unknown flag. EOPNOTSUPP: the kernel, or this version, cannot do
+ * it. EPERM: a capability is missing. ENOTRECOVERABLE: an error in the library
+ * itself.
+ *
+ * Nothing by halves. Outputs are written on success only; a call that fails
+ * leaves no descriptor, rule or route behind.
+ *
+ * Addresses are struct sockaddr_in or sockaddr_in6, in network byte order.
+ * v4-mapped addresses (::ffff:a.b.c.d) are accepted, and reported where the
+ * caller's socket has them. Other ports and masks, in the structs below, are
+ * in host byte order.
+ *
+ * Ownership. Descriptors that a call returns are the caller's to close, and
+ * close-on-exec. What a pointer points to is read during the call only.
+ *
+ * Threads. Every call may be made from any thread at any time, except where
+ * its comment says otherwise. No call prints, exits, starts a thread or changes
+ * a signal handler.
+ *
+ * Privileges. CAP_NET_RAW or CAP_NET_ADMIN for sockets, CAP_NET_ADMIN for rules,
+ * in the user namespace that owns the network namespace; root in `unshare -rn`
+ * has both there.
+ *
+ * Link with `pkg-config --cflags --libs tproxy`.
+ */
+
+
+#ifndef TPROXY_H
+#define TPROXY_H
+
+/* Generated from src/ffi by cbindgen; `UPDATE_HEADER=1 cargo test --test header` writes it anew. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+/**
+ * The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
+ */
+#define TP_NONBLOCK 1
+
+/**
+ * Several listeners share the address and port, and the kernel spreads
+ * the connections among them (SO_REUSEPORT). tp_listen.
+ */
+#define TP_REUSEPORT 2
+
+/**
+ * Connect from the source's own port if it can be had, else from any
+ * other. tp_connect_from.
+ */
+#define TP_KEEP_PORT 4
+
+/**
+ * Only bring packets to transparent sockets that they belong to: listeners
+ * on addresses that this host does not own, and connections from such
+ * addresses. Nothing is intercepted; listeners may be empty.
+ */
+#define TP_RULES_DIVERT_ONLY 1
+
+/**
+ * Intercept by NAT redirection, where TPROXY cannot be had. Not supported
+ * by this version: EOPNOTSUPP.
+ */
+#define TP_RULES_REDIRECT 2
+
+/**
+ * Intercept the host's own connections too. Not supported by this version:
+ * EOPNOTSUPP.
+ */
+#define TP_RULES_LOCAL_OUTPUT 4
+
+/**
+ * Let traffic pass by while there is no listener; the default is to drop
+ * it. Not supported by this version: EOPNOTSUPP.
+ */
+#define TP_RULES_FAIL_OPEN 8
+
+/**
+ * Leave connections alone that are made straight to a listener's own address
+ * and port. By default they are dropped, since a proxy that connects to
+ * the original destination would connect to itself, without end. (A listener
+ * on loopback cannot be reached from outside, and needs no such rule.)
+ */
+#define TP_RULES_ALLOW_DIRECT 16
+
+/**
+ * Keep what is intercepted out of connection tracking. Not supported by this
+ * version: EOPNOTSUPP.
+ */
+#define TP_RULES_NOTRACK 32
+
+/**
+ * The rules outlive the process. Not supported by this version: EOPNOTSUPP.
+ */
+#define TP_RULES_PERSIST 64
+
+/**
+ * The backend that the kernel has; today nf_tables.
+ */
+#define TP_BACKEND_AUTO 0
+
+/**
+ * nf_tables, over netlink.
+ */
+#define TP_BACKEND_NFT 1
+
+/**
+ * iptables. Not supported by this version: EOPNOTSUPP.
+ */
+#define TP_BACKEND_IPTABLES 2
+
+/**
+ * TCP.
+ */
+#define TP_TCP 1
+
+/**
+ * UDP. Rules for it are not supported by this version: EOPNOTSUPP.
+ */
+#define TP_UDP 2
+
+/**
+ * IPv4.
+ */
+#define TP_IPV4 1
+
+/**
+ * IPv6.
+ */
+#define TP_IPV6 2
+
+/**
+ * Installed rules. Calls on one handle may come from any thread.
+ */
+typedef struct tp_rules tp_rules;
+
+/**
+ * A range of ports in host byte order, both ends included.
+ */
+typedef struct tp_port_range {
+    /**
+     * The lowest, at least 1.
+     */
+    uint16_t first;
+    /**
+     * The highest, at least first. One port: the same.
+     */
+    uint16_t last;
+} tp_port_range;
+
+/**
+ * An address prefix: addr in network byte order, its first len bits.
+ */
+typedef struct tp_prefix {
+    /**
+     * AF_INET or AF_INET6.
+     */
+    uint8_t family;
+    /**
+     * 0 to 32, or 0 to 128.
+     */
+    uint8_t len;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[2];
+    /**
+     * IPv4 in the first four bytes.
+     */
+    uint8_t addr[16];
+} tp_prefix;
+
+/**
+ * What to intercept, for whom. Set it to zero (`= {0}`), then the fields
+ * that matter: every field that is zero means its default. All of it is the
+ * caller's and is read during the call only.
+ */
+typedef struct tp_rules_config {
+    /**
+     * The instance's name: at most 20 letters, digits, '_', '-' and '.'.
+     * NULL: "tproxy". One network namespace holds several instances, if
+     * their names differ.
+     */
+    const char *name;
+    /**
+     * Descriptors of the listening sockets that get what is intercepted.
+     * Protocol, family, address and port come from them. Each must be
+     * transparent, bound and listening (tp_listen makes such), and for each
+     * family there must be one address and port; sockets that share it by
+     * TP_REUSEPORT are fine. They are read now; a listener that ends later
+     * leaves no listener, and so no traffic.
+     */
+    const int *listeners;
+    /**
+     * How many descriptors.
+     */
+    size_t n_listeners;
+    /**
+     * A listener in another process. Not supported by this version:
+     * EOPNOTSUPP.
+     */
+    const struct sockaddr *listen_addr;
+    /**
+     * The length of listen_addr.
+     */
+    socklen_t listen_addrlen;
+    /**
+     * TP_RULES_ flags, or 0.
+     */
+    uint32_t flags;
+    /**
+     * TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
+     */
+    uint32_t backend;
+    /**
+     * TP_TCP, TP_UDP. 0: what the listeners are, else TCP.
+     */
+    uint32_t protocols;
+    /**
+     * TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both.
+     */
+    uint32_t families;
+    /**
+     * The packet mark that means "for a local socket", in host byte order.
+     * 0: 0x1000, with mask 0x3000.
+     */
+    uint32_t mark;
+    /**
+     * The bits of the mark that are ours; the others are left as they are.
+     * 0: all of them, if mark is given.
+     */
+    uint32_t mark_mask;
+    /**
+     * The routing table that delivers to local sockets. 0: one that is free,
+     * from 7470.
+     */
+    uint32_t table;
+    /**
+     * The preference of the first of three routing policy rules, at most
+     * 32763. 0: three that are free, from 200.
+     */
+    uint32_t priority;
+    /**
+     * Destination ports to intercept, in any order, overlaps welcome.
+     */
+    const struct tp_port_range *ports;
+    /**
+     * How many ranges. 0: every port.
+     */
+    size_t n_ports;
+    /**
+     * Destinations to intercept. Not supported by this version: EOPNOTSUPP.
+     */
+    const struct tp_prefix *dst;
+    /**
+     * How many prefixes. 0: every destination.
+     */
+    size_t n_dst;
+    /**
+     * Sources to intercept. Not supported by this version: EOPNOTSUPP.
+     */
+    const struct tp_prefix *src;
+    /**
+     * How many prefixes. 0: every source.
+     */
+    size_t n_src;
+    /**
+     * Destinations never to intercept. Not supported by this version:
+     * EOPNOTSUPP.
+     */
+    const struct tp_prefix *bypass;
+    /**
+     * How many prefixes.
+     */
+    size_t n_bypass;
+    /**
+     * Names of the interfaces by which forwarded traffic comes in. Not
+     * supported by this version: EOPNOTSUPP.
+     */
+    const char *const *interfaces;
+    /**
+     * How many names. 0: every interface.
+     */
+    size_t n_interfaces;
+} tp_rules_config;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Makes a socket like socket(2) that is transparent: it can be bound to,
+ * listen on and send from addresses that this host does not own
+ * (IP_TRANSPARENT, ip(7)).
+ *
+ * An AF_INET6 socket is dual-stack (IPV6_V6ONLY off): it serves IPv4 too,
+ * as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
+ * destination of every datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR).
+ * The descriptor is close-on-exec.
+ *
+ * domain: AF_INET or AF_INET6. type: SOCK_STREAM, SOCK_DGRAM or SOCK_RAW,
+ * with SOCK_NONBLOCK if wished. protocol: 0, or as for socket(2).
+ *
+ * Returns a descriptor, which the caller closes, or -1 with errno:
+ * EAFNOSUPPORT: domain is neither of the two, or the kernel has no IPv6.
+ * EPERM: neither CAP_NET_RAW nor CAP_NET_ADMIN. EINVAL, EPROTONOSUPPORT,
+ * ESOCKTNOSUPPORT: type or protocol, as socket(2). EMFILE, ENFILE: a
+ * descriptor limit. ENOBUFS, ENOMEM: no memory.
+ *
+ * System calls: socket and one setsockopt for each option named above.
+ * Thread-safe.
+ */
+int tp_socket(int domain, int type, int protocol);
+
+/**
+ * Makes a socket transparent that the program has already: from socket
+ * activation, an event library, another language.
+ *
+ * As with tp_socket a SOCK_DGRAM socket reports original destinations from
+ * then on. Nothing else changes: whether an AF_INET6 socket is dual-stack
+ * stays as it is. Do it before bind, and on a listener before it is given to
+ * tp_install_rules. Connections that a transparent listener accepts are
+ * transparent.
+ *
+ * Returns 0, or -1 with errno: EBADF, ENOTSOCK: not a descriptor, not a
+ * socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6. EPERM: neither
+ * CAP_NET_RAW nor CAP_NET_ADMIN.
+ *
+ * Thread-safe.
+ */
+int tp_set_transparent(int fd);
+
+/**
+ * Binds a socket to any address, whether this host owns it or not.
+ *
+ * The socket is made transparent first; it need not come from tp_socket.
+ * addr is a struct sockaddr_in or sockaddr_in6 of the socket's family, in
+ * network byte order; an AF_INET6 socket takes IPv4 addresses v4-mapped.
+ *
+ * A stream socket that is bound to port 0 gets its port when it connects or
+ * listens (IP_BIND_ADDRESS_NO_PORT); until then getsockname(2) shows 0. So
+ * one address can hold more connections, to several destinations, than there
+ * are ephemeral ports.
+ *
+ * Returns 0, or -1 with errno: EFAULT: addr is NULL. EINVAL: addrlen does
+ * not fit the family, or the socket is bound already. EAFNOSUPPORT: the
+ * address is not of the socket's family, or neither is of AF_INET or
+ * AF_INET6. EBADF, ENOTSOCK: not a descriptor, not a socket. EPERM: neither
+ * CAP_NET_RAW nor CAP_NET_ADMIN. EACCES: a port below 1024 without
+ * CAP_NET_BIND_SERVICE. EADDRINUSE: another socket has that address and
+ * port. EADDRNOTAVAIL: an address that nobody can bind.
+ *
+ * Thread-safe.
+ */
+int tp_bind_nonlocal(int fd, const struct sockaddr *addr, socklen_t addrlen);
+
+/**
+ * Makes a transparent stream socket that listens on an address, whether
+ * this host owns it or not.
+ *
+ * This is the listener to give to tp_install_rules. 0.0.0.0 serves IPv4,
+ * :: serves IPv6 and IPv4, 127.0.0.1 and ::1 are reached by interception
+ * alone. SO_REUSEADDR is set, so that a program can be restarted at once.
+ *
+ * addr: a struct sockaddr_in or sockaddr_in6, in network byte order; with
+ * port 0 the kernel chooses one (getsockname(2) tells). backlog: as
+ * listen(2); negative asks for the most that the system allows
+ * (net.core.somaxconn). flags: TP_NONBLOCK, TP_REUSEPORT, or 0.
+ *
+ * Returns a descriptor, which the caller closes, or -1 with errno: EFAULT:
+ * addr is NULL. EINVAL: addrlen does not fit the family, or flags has an
+ * unknown bit. EAFNOSUPPORT: the address family is neither AF_INET nor
+ * AF_INET6, or the kernel lacks it. EPERM, EACCES, EADDRINUSE,
+ * EADDRNOTAVAIL: as tp_bind_nonlocal. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
+ * tp_socket.
+ *
+ * Thread-safe.
+ */
+int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint32_t flags);
+
+/**
+ * Connects to dst so that the server sees the connection come from src, an
+ * address that this host need not own.
+ *
+ * src and dst: a struct sockaddr_in or sockaddr_in6 each, in network byte
+ * order, of one family; v4-mapped addresses are taken as IPv4, so what
+ * accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
+ * back to this host if it is on their way, and to the socket by the divert
+ * rule that tp_install_rules installs in every mode.
+ *
+ * The port: without TP_KEEP_PORT any that is free for this destination; the
+ * port in src does not count. With TP_KEEP_PORT the one in src, unless it is
+ * 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
+ * 1024 without CAP_NET_BIND_SERVICE): then any, as without.
+ *
+ * flags: TP_KEEP_PORT, TP_NONBLOCK, or 0. With TP_NONBLOCK the connection
+ * may still be under way when the descriptor is returned: wait until it is
+ * writable, then SO_ERROR tells. Without, the call waits, at most as long as
+ * the kernel tries (net.ipv4.tcp_syn_retries).
+ *
+ * Returns a connected stream socket, which the caller closes, or -1 with
+ * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
+ * family, or an unknown flag. EAFNOSUPPORT: a family other than AF_INET and
+ * AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
+ * CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
+ * signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
+ * EHOSTUNREACH and the rest of connect(2). EMFILE, ENFILE, ENOBUFS, ENOMEM:
+ * as tp_socket. On failure no descriptor is left open.
+ *
+ * System calls: socket, setsockopt(IP_TRANSPARENT),
+ * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
+ * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT. Thread-safe.
+ */
+int tp_connect_from(const struct sockaddr *src,
+                    socklen_t srclen,
+                    const struct sockaddr *dst,
+                    socklen_t dstlen,
+                    uint32_t flags);
+
+/**
+ * Where an accepted connection was going before it was intercepted.
+ *
+ * Works for both ways of interception: a transparent socket (TPROXY) has
+ * the original destination as its own address; any other asks connection
+ * tracking (SO_ORIGINAL_DST: REDIRECT, DNAT). Connection tracking is never
+ * asked about a transparent socket, since it may hold another connection's
+ * entry.
+ *
+ * A connection that was made straight to a transparent listener gives the
+ * listener's own address: the original destination is where the client
+ * connected to.
+ *
+ * fd: a stream socket from accept(2). addr and addrlen: as getsockname(2),
+ * a place and its size, which becomes the size of the address; but too
+ * little room is EINVAL, not a cut address. A struct sockaddr_storage always
+ * has enough. The address is in network byte order and of the socket's
+ * family: an IPv4 connection of an AF_INET6 listener gives it v4-mapped.
+ *
+ * Returns 0, or -1 with errno, addr and addrlen untouched: EFAULT: addr or
+ * addrlen is NULL. EINVAL: too little room. ENOENT: the socket is not
+ * transparent, and no REDIRECT or DNAT of the connection is known. ENOTCONN:
+ * not an accepted connection. EBADF, ENOTSOCK: not a descriptor, not a
+ * socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6.
+ *
+ * System calls: getsockopt and getsockname; one more getsockopt if the
+ * socket is not transparent. Thread-safe.
+ */
+int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen);
+
+/**
+ * Makes the kernel bring connections to the listeners: an nf_tables table of
+ * this process, and policy routing. No other program is run.
+ *
+ * What is intercepted is TCP to config's ports that comes in from the
+ * network for someone else: never what goes to this host's own addresses,
+ * to loopback, broadcast or multicast. While there is no listener, what
+ * would be intercepted is dropped, so that nothing gets past the proxy.
+ *
+ * The table belongs to the process: the kernel removes it when the process
+ * ends, however it ends, and no other program can change it (`nft flush
+ * ruleset` leaves it alone). A child that was forked and did not exec keeps
+ * it alive. Routing has no owner: what a killed process leaves of it affects
+ * no packet, and the next instance in its place removes it. Once the rules
+ * are gone, traffic flows as if they had never been.
+ *
+ * All or nothing: on failure nothing is left. Reverse-path filtering works
+ * as before, with net.ipv4.conf.*.src_valid_mark set or not; no sysctl is
+ * changed, and forwarding (net.ipv4.ip_forward,
+ * net.ipv6.conf.all.forwarding) is not needed for what is intercepted.
+ *
+ * config: what to intercept. size: sizeof(struct tp_rules_config). rules:
+ * where the handle goes, on success alone; tp_remove_rules ends it.
+ *
+ * Returns 0, or -1 with errno: EFAULT: config, rules or an array is NULL.
+ * EINVAL: a value out of range, a listener that is not transparent, bound or
+ * listening, an unknown flag, or a size less than the first version's.
+ * E2BIG: config is larger than this library knows, and the rest is not zero.
+ * EOPNOTSUPP: this version cannot do it, or the kernel lacks an option;
+ * tp_last_error names it. EPERM: no CAP_NET_ADMIN over this network
+ * namespace. EBUSY: a living process has rules of this name, or has this
+ * table or priority. EEXIST: someone else has what was asked for. EBADF,
+ * ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
+ * down. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
+ * ENOBUFS, ENOMEM: as tp_socket.
+ *
+ * Needs Linux 5.12. Thread-safe.
+ */
+int tp_install_rules(const struct tp_rules_config *config, size_t size, struct tp_rules **rules);
+
+/**
+ * Removes what tp_install_rules installed, and frees the handle.
+ *
+ * Established connections of the proxy lose their way: packets of theirs are
+ * no longer diverted. rules may be NULL, which does nothing. The handle is
+ * gone whatever is returned; no other call may use it at the same time.
+ *
+ * Returns 0, or -1 with errno if something could not be removed, which
+ * tp_last_error names. Rules and routes that somebody else removed already
+ * are no error.
+ */
+int tp_remove_rules(struct tp_rules *rules);
+
+/**
+ * The sentence of this thread's last failing call: the step, why it failed,
+ * and what cures it where that is known.
+ *
+ * Never NULL; empty before the first failure. UTF-8, for people, and not to
+ * be parsed: errno is for programs. Valid until this thread's next failing
+ * call, and until the thread ends. A call that succeeds does not change it.
+ */
+const char *tp_last_error(void);
+
+/**
+ * The version of the library, "MAJOR.MINOR.PATCH". Static, never NULL.
+ */
+const char *tp_version(void);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* TPROXY_H */

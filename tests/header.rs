@@ -1,0 +1,27 @@
+//! `include/tproxy.h` is what cbindgen makes of `src/ffi`.
+
+use std::path::Path;
+
+#[test]
+fn the_committed_header_is_what_the_source_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
+    // In the order in which a reader of the header wants them.
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for file in ["sockets.rs", "rules.rs", "diagnosis.rs"] {
+        builder = builder.with_src(root.join("src/ffi").join(file));
+    }
+    let mut made = Vec::new();
+    builder.generate().unwrap().write(&mut made);
+    let made = String::from_utf8(made).unwrap();
+
+    let committed = root.join("include/tproxy.h");
+    if std::env::var_os("UPDATE_HEADER").is_some() {
+        std::fs::write(&committed, &made).unwrap();
+    }
+    let committed = std::fs::read_to_string(&committed).unwrap_or_default();
+    assert!(
+        committed == made,
+        "include/tproxy.h differs from src/ffi; `UPDATE_HEADER=1 cargo test --test header` writes it anew"
+    );
+}
