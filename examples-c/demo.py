@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Shows tcp_proxy and bind_nonlocal at work, on a network of its own.
+
+    demo.py DIRECTORY-OF-THE-PROGRAMS
+
+Three hosts, each a network namespace, joined by veth pairs:
+
+    client ---- proxy ---- server
+
+The client fetches a few megabytes over HTTP from the server, whose only way is
+through the proxy's host, once over IPv4 and once over IPv6. What each of the
+three saw is put side by side, and the exit status is 0 only if all of it is
+right. All happens in namespaces that end with this program; it needs root, or
+leave to make user namespaces.
+"""
+
+import hashlib
+import http.server
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+SIZE = 4 << 20
+SEED = 4093
+PORT = 80
+HOSTS = ("client", "proxy", "server")
+# The two links: (host, interface, addresses).
+LINKS = (
+    (("client", "eth0", ("198.51.100.2/24", "2001:db8:1::2/64")), ("proxy", "eth0", ("198.51.100.1/24", "2001:db8:1::1/64"))),
+    (("proxy", "eth1", ("203.0.113.1/24", "2001:db8:2::1/64")), ("server", "eth0", ("203.0.113.2/24", "2001:db8:2::2/64"))),
+)
+GATEWAYS = (("client", ("198.51.100.1", "2001:db8:1::1")), ("server", ("203.0.113.1", "2001:db8:2::1")))
+FETCHES = (("IPv4", "198.51.100.2", "203.0.113.2"), ("IPv6", "2001:db8:1::2", "2001:db8:2::2"))
+PATIENCE = 20
+
+
+def on(host, *command):
+    """The command, to be run on a host."""
+    return ["nsenter", f"--net=/run/netns/{host}", *command]
+
+
+def run(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
+
+
+def build_network():
+    # Named namespaces live in /run; this one is seen by nobody else.
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")
+    for host in HOSTS:
+        run("ip", "netns", "add", host)
+        run("ip", "-n", host, "link", "set", "lo", "up")
+    for (a, a_name, a_addrs), (b, b_name, b_addrs) in LINKS:
+        run("ip", "-n", a, "link", "add", a_name, "type", "veth", "peer", "name", b_name, "netns", b)
+        for host, name, addrs in ((a, a_name, a_addrs), (b, b_name, b_addrs)):
+            for addr in addrs:
+                run("ip", "-n", host, "addr", "add", addr, "dev", name, *(["nodad"] if ":" in addr else []))
+            run("ip", "-n", host, "link", "set", name, "up")
+    for host, gateways in GATEWAYS:
+        for gateway in gateways:
+            run("ip", "-n", host, "route", "add", "default", "via", gateway)
+    # The proxy's host is a router: what it does not intercept it would pass on.
+    for path in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        run(*on("proxy", "sh", "-c", f"echo 1 > /proc/sys/net/{path}"))
+
+
+def body():
+    return random.Random(SEED).randbytes(SIZE)
+
+
+def at_port(addr, port):
+    return f"[{addr}]:{port}" if ":" in addr else f"{addr}:{port}"
+
+
+def serve():
+    """The server: answers every request with the same bytes, and says who asked."""
+    content = body()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            peer = self.client_address[0].removeprefix("::ffff:")
+            print("asked by", at_port(peer, self.client_address[1]), flush=True)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    with Server(("::", PORT), Handler) as server:
+        print("listening", flush=True)
+        server.serve_forever()
+
+
+class Program:
+    """A program that runs on a host, and the lines that it prints."""
+
+    def __init__(self, host, *command):
+        self.process = subprocess.Popen(on(host, *command), stdout=subprocess.PIPE, text=True)
+        self.lines = queue.Queue()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def expect(self, start):
+        """The rest of the next line that starts so; "nothing" if none comes."""
+        try:
+            while (line := self.lines.get(timeout=PATIENCE)) is not None:
+                if line.startswith(start):
+                    return line[len(start):].strip()
+        except queue.Empty:
+            pass
+        return "nothing"
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(PATIENCE)
+
+
+def port_of(addr):
+    return addr.rpartition(":")[2]
+
+
+def fetch(family, client, server, proxy, http_server):
+    """One row of the table, and whether it is right."""
+    asked = at_port(server, PORT)
+    got = subprocess.run(
+        on("client", "curl", "-s", "-g", "-m", str(PATIENCE), f"http://{asked}/"), capture_output=True, check=False
+    ).stdout
+    intercepted = proxy.expect("intercepted ")
+    caller, _, seen_by_proxy = intercepted.partition(" -> ")
+    seen_by_server = http_server.expect("asked by ")
+    same = hashlib.sha256(got).digest() == hashlib.sha256(body()).digest()
+    right = (
+        seen_by_proxy == asked
+        and caller == at_port(client, port_of(caller))
+        and seen_by_server == at_port(client, port_of(seen_by_server))
+        and same
+    )
+    return (family, caller, asked, seen_by_proxy, seen_by_server, f"{len(got)}", "same" if same else "DIFFERS"), right
+
+
+def leftovers():
+    """What a proxy that ended might have left on its host."""
+    rules = [line for f in ("-4", "-6") for line in run("ip", f, "-n", "proxy", "rule").splitlines() if "116" in line]
+    routes = [
+        line
+        for f in ("-4", "-6")
+        for line in run("ip", f, "-n", "proxy", "route", "show", "table", "all").splitlines()
+        if "proto 116" in line
+    ]
+    tables = [line for line in run(*on("proxy", "nft", "list", "tables")).splitlines() if "libtproxy" in line]
+    return tables + rules + routes
+
+
+def print_table(head, rows):
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, tuple("-" * width for width in widths), *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def show(programs):
+    build_network()
+    http_server = Program("server", sys.executable, __file__, "--serve")
+    proxy = Program("proxy", os.path.join(programs, "tcp_proxy"), "3129", str(PORT))
+    if http_server.expect("listening") == "nothing" or proxy.expect("listening") == "nothing":
+        sys.exit("demo: the server or the proxy did not start")
+
+    rows, verdicts = [], []
+    for family, client, server in FETCHES:
+        row, right = fetch(family, client, server, proxy, http_server)
+        rows.append((*row, "ok" if right else "WRONG"))
+        verdicts.append(right)
+    print("An HTTP response, through tcp_proxy:")
+    print_table(("", "client", "asked for", "original destination", "server saw", "bytes", "SHA-256", ""), rows)
+
+    status = proxy.stop()
+    left = leftovers()
+    verdicts.append(status == 0 and not left)
+    print(f"\nThe proxy ended with status {status} and left", "nothing." if not left else "; ".join(left))
+
+    bound = subprocess.run(
+        on("proxy", os.path.join(programs, "bind_nonlocal")), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    verdicts.append(bound.returncode == 0)
+    print(f"An address that nobody owns, through bind_nonlocal: {bound.stdout.strip() or bound.stderr.strip()}.")
+    return 0 if all(verdicts) else 1
+
+
+def main():
+    if sys.argv[1] == "--serve":
+        serve()
+    elif sys.argv[1] == "--inside":
+        sys.exit(show(sys.argv[2]))
+    else:
+        # The processes and the namespaces end with the first of them, however it ends.
+        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        new = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "--kill-child"]
+        os.execvp(new[0], [*new, sys.executable, __file__, "--inside", os.path.abspath(sys.argv[1])])
+
+
+if __name__ == "__main__":
+    main()

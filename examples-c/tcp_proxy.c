@@ -1,0 +1,301 @@
+/*
+ * A transparent TCP proxy, whole.
+ *
+ *     tcp_proxy LISTEN-PORT PORT[-PORT]...
+ *
+ * intercepts every connection that this host would forward to one of the PORTs
+ * of somebody else, over IPv4 and IPv6, and connects onward: the client
+ * believes that it talks to the server, the server that it talks to the client.
+ * Until SIGINT or SIGTERM, which leave nothing behind. A line for each
+ * connection goes to standard output.
+ *
+ * One thread, one epoll loop. What is specific to transparent proxying is in
+ * main() and in accept_one(); the rest is any relay: bytes go both ways, an end
+ * of stream is passed on by itself (half-close), a reset as a reset.
+ */
+#define _GNU_SOURCE
+#include <err.h>
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <tproxy.h>
+
+enum { BUFFER = 64 * 1024, EVENTS = 256, MAX_RANGES = 64 };
+
+/* One end of a connection, and what was read from it but not yet written to the other. */
+struct end {
+    int fd;
+    struct end *other;
+    uint32_t interest;     /* what epoll was asked for */
+    bool eof;              /* it has no more to say */
+    bool told;             /* and the other end was told so */
+    size_t start, stop;    /* the part of buffer that waits */
+    char buffer[BUFFER];
+};
+
+struct connection {
+    struct end client, server;
+    bool connecting;               /* the server has not answered yet */
+    bool dead;                     /* to be freed when this round of events is done */
+    struct connection *next_dead;
+};
+
+static int epoll_fd, listener;
+static bool accepting = true;
+static struct connection *dead_list;
+
+static struct connection *connection_of(struct end *end)
+{
+    size_t offset = end < end->other ? offsetof(struct connection, client) : offsetof(struct connection, server);
+    return (struct connection *)((char *)end - offset);
+}
+
+static void watch(int fd, uint32_t events, void *ptr, int op)
+{
+    struct epoll_event event = { .events = events, .data.ptr = ptr };
+    if (epoll_ctl(epoll_fd, op, fd, &event) != 0)
+        err(1, "epoll_ctl");
+}
+
+static void set_interest(struct end *end, uint32_t interest)
+{
+    if (interest != end->interest)
+        watch(end->fd, end->interest = interest, end, EPOLL_CTL_MOD);
+}
+
+/* Out of descriptors: leave the next connections in the queue until one ends. */
+static void set_accepting(bool wanted)
+{
+    if (wanted != accepting)
+        watch(listener, (accepting = wanted) ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD);
+}
+
+static void finish(struct connection *connection, bool reset)
+{
+    if (connection->dead)
+        return;
+    if (reset) {
+        struct linger linger = { .l_onoff = 1, .l_linger = 0 };
+        setsockopt(connection->client.fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+        setsockopt(connection->server.fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+    }
+    close(connection->client.fd);
+    close(connection->server.fd);
+    connection->dead = true;
+    connection->next_dead = dead_list;
+    dead_list = connection;
+}
+
+/* Moves bytes from one end to the other until either has to wait. False: the connection broke. */
+static bool pump(struct end *from)
+{
+    struct end *to = from->other;
+    for (;;) {
+        if (from->start == from->stop) {
+            if (from->eof)
+                break;
+            ssize_t n = read(from->fd, from->buffer, BUFFER);
+            if (n < 0)
+                return errno == EAGAIN || errno == EINTR;
+            from->eof = n == 0;
+            from->start = 0, from->stop = (size_t)n;
+            continue;
+        }
+        ssize_t n = send(to->fd, from->buffer + from->start, from->stop - from->start, MSG_NOSIGNAL);
+        if (n < 0)
+            return errno == EAGAIN || errno == EINTR;
+        from->start += (size_t)n;
+    }
+    if (!from->told) {
+        from->told = true;
+        shutdown(to->fd, SHUT_WR);
+    }
+    return true;
+}
+
+static uint32_t wanted(const struct end *end)
+{
+    bool can_read = !end->eof && end->start == end->stop;
+    bool can_write = end->other->start != end->other->stop;
+    return (can_read ? EPOLLIN : 0) | (can_write ? EPOLLOUT : 0);
+}
+
+static void on_end(struct end *end, uint32_t events)
+{
+    struct connection *connection = connection_of(end);
+    if (connection->dead)
+        return;
+    if (connection->connecting && end == &connection->server) {
+        int error = 0;
+        socklen_t len = sizeof error;
+        getsockopt(end->fd, SOL_SOCKET, SO_ERROR, &error, &len);
+        if (error != 0) {
+            fprintf(stderr, "the server did not answer: %s\n", strerror(error));
+            finish(connection, true);
+            return;
+        }
+        connection->connecting = false;
+    } else if (events & EPOLLERR) {
+        finish(connection, true);
+        return;
+    }
+    if (connection->connecting) {
+        /* The client hung up while the server has not answered: nobody is left to connect for. */
+        if (events & EPOLLHUP)
+            finish(connection, true);
+        return;
+    }
+    if (!pump(&connection->client) || !pump(&connection->server)) {
+        finish(connection, true);
+    } else if (connection->client.told && connection->server.told) {
+        finish(connection, false);
+    } else {
+        set_interest(&connection->client, wanted(&connection->client));
+        set_interest(&connection->server, wanted(&connection->server));
+    }
+}
+
+/* An address for people; IPv4 as IPv4, whatever the socket. */
+static const char *show(const struct sockaddr_storage *addr, char text[static 80])
+{
+    char host[NI_MAXHOST], port[NI_MAXSERV];
+    if (getnameinfo((const struct sockaddr *)addr, sizeof *addr, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        return "?";
+    bool mapped = strncmp(host, "::ffff:", 7) == 0;
+    bool brackets = !mapped && strchr(host, ':') != NULL;
+    snprintf(text, 80, brackets ? "[%.60s]:%.8s" : "%.60s:%.8s", mapped ? host + 7 : host, port);
+    return text;
+}
+
+/* The heart of it: who calls, whom do they want, call them in the caller's name. */
+static bool accept_one(void)
+{
+    struct sockaddr_storage from, to;
+    socklen_t from_len = sizeof from, to_len = sizeof to;
+    int client = accept4(listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (client < 0) {
+        if (errno == EMFILE || errno == ENFILE)
+            set_accepting(false);
+        return errno == EINTR || errno == ECONNABORTED;
+    }
+
+    int server = -1;
+    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
+        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
+    struct connection *connection = server < 0 ? NULL : malloc(sizeof *connection);
+    if (connection == NULL) {
+        fprintf(stderr, "%s\n", server < 0 ? tp_last_error() : "out of memory");
+        struct linger linger = { .l_onoff = 1, .l_linger = 0 };
+        setsockopt(client, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+        close(client);
+        if (server >= 0)
+            close(server);
+        return true;
+    }
+
+    char a[80], b[80];
+    printf("intercepted %s -> %s\n", show(&from, a), show(&to, b));
+    memset(connection, 0, offsetof(struct connection, client.buffer));
+    memset(&connection->server, 0, offsetof(struct end, buffer));
+    connection->client.fd = client, connection->client.other = &connection->server;
+    connection->server.fd = server, connection->server.other = &connection->client;
+    connection->connecting = true, connection->dead = false;
+    watch(client, 0, &connection->client, EPOLL_CTL_ADD);
+    watch(server, connection->server.interest = EPOLLOUT, &connection->server, EPOLL_CTL_ADD);
+    return true;
+}
+
+static size_t parse_ports(char **args, struct tp_port_range *ranges)
+{
+    size_t n = 0;
+    for (; args[n] != NULL && n < MAX_RANGES; n++) {
+        unsigned first, last;
+        int found = sscanf(args[n], "%5u-%5u", &first, &last);
+        if (found == 1)
+            last = first;
+        if (found < 1 || first < 1 || last < first || last > 65535)
+            errx(2, "%s: not a port or a range of ports", args[n]);
+        ranges[n].first = (uint16_t)first, ranges[n].last = (uint16_t)last;
+    }
+    return n;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 3)
+        errx(2, "usage: tcp_proxy LISTEN-PORT PORT[-PORT]...");
+    setvbuf(stdout, NULL, _IOLBF, 0);
+
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    sigprocmask(SIG_BLOCK, &signals, NULL);
+    int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC);
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (signal_fd < 0 || epoll_fd < 0)
+        err(1, "signalfd, epoll_create1");
+
+    /* One listener for both families; for IPv4 alone where the kernel has no IPv6. */
+    uint16_t port = htons((uint16_t)atoi(argv[1]));
+    struct sockaddr_in6 any6 = { .sin6_family = AF_INET6, .sin6_port = port };
+    struct sockaddr_in any4 = { .sin_family = AF_INET, .sin_port = port };
+    listener = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK);
+    if (listener < 0 && errno == EAFNOSUPPORT)
+        listener = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK);
+    if (listener < 0)
+        errx(1, "%s", tp_last_error());
+
+    struct tp_port_range ports[MAX_RANGES];
+    struct tp_rules_config config = { 0 };
+    config.listeners = &listener, config.n_listeners = 1;
+    config.ports = ports, config.n_ports = parse_ports(argv + 2, ports);
+    tp_rules *rules;
+    if (tp_install_rules(&config, sizeof config, &rules) != 0)
+        errx(1, "%s", tp_last_error());
+    printf("listening\n");
+
+    watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD);
+    watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD);
+    for (bool running = true; running;) {
+        struct epoll_event events[EVENTS];
+        int n = epoll_wait(epoll_fd, events, EVENTS, -1);
+        for (int i = 0; i < n; i++) {
+            if (events[i].data.ptr == NULL)
+                while (accepting && accept_one())
+                    ;
+            else if (events[i].data.ptr == &signal_fd)
+                running = false;
+            else
+                on_end(events[i].data.ptr, events[i].events);
+        }
+        if (dead_list != NULL)
+            set_accepting(true);
+        while (dead_list != NULL) {
+            struct connection *next = dead_list->next_dead;
+            free(dead_list);
+            dead_list = next;
+        }
+    }
+
+    if (tp_remove_rules(rules) != 0)
+        errx(1, "%s", tp_last_error());
+    return 0;
+}
