@@ -43,16 +43,24 @@ pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
         SocketAddr::V6(_) => socket.original_dst_v6(),
     };
     match before_nat {
-        Ok(found) => as_family_of(local, &found),
+        Ok(found) => match as_family_of(local, &found)? {
+            // Tracked, but not translated: the client wanted this very socket.
+            same if same == local => Err(not_intercepted()),
+            found => Ok(found),
+        },
         Err(e) => Err(match e.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOPROTOOPT) => Error::new(
-                libc::ENOENT,
-                "the connection was not intercepted: the socket is not transparent (TPROXY), and connection tracking \
-                 knows no REDIRECT or DNAT of it",
-            ),
+            Some(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
             _ => Error::socket(Step::Inspect, Ends { local: Some(local), remote: None }, &e),
         }),
     }
+}
+
+fn not_intercepted() -> Error {
+    Error::new(
+        libc::ENOENT,
+        "the connection was not intercepted: the socket is not transparent (TPROXY), and connection tracking knows no \
+         REDIRECT or DNAT of it",
+    )
 }
 
 /// An IPv4 answer for an IPv6 socket is v4-mapped, like every other address of that socket.

@@ -6,7 +6,8 @@ use super::statement::{Expressions, Statement, Verdict};
 use crate::model::{Family, Intercept, Plan, PortRange};
 use crate::netlink::wire::Attrs;
 
-/// The chain that only packets to be intercepted reach.
+/// The chains that packets of transparent sockets and packets to be intercepted reach.
+const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
 const PREROUTING: &str = "prerouting";
 /// The sets of the ports to intercept, and of the address types that are this host's own or nobody's.
@@ -73,57 +74,58 @@ const MANGLE_PREROUTING: Hook = Hook { number: 0, priority: -150 };
 
 /// The objects that hold a plan, within its table.
 pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
-    let mut objects = Vec::new();
-    let chain = |name, hook| Object::Chain { name, hook };
-    if plan.intercepts.is_empty() {
-        objects.push(chain(PREROUTING, Some(MANGLE_PREROUTING)));
-    } else {
-        if !plan.ports.is_empty() {
-            objects.push(Object::Set(Set { name: PORTS, key: Key::Port, id: 1 }));
-            objects.push(Object::Elements { set: PORTS, elements: Elements::Ports(plan.ports.clone()) });
-        }
-        objects.push(Object::Set(Set { name: OWN, key: Key::AddressType, id: 2 }));
-        objects.push(Object::Elements { set: OWN, elements: Elements::AddressTypes(&OWN_TYPES) });
-        objects.push(chain(INTERCEPT, None));
-        objects.push(chain(PREROUTING, Some(MANGLE_PREROUTING)));
+    let intercepting = !plan.intercepts.is_empty();
+    let mut objects = divert_chain(plan);
+    if intercepting {
+        objects.extend(sets(plan));
+        objects.extend(intercept_chain(plan));
     }
+    objects.push(Object::Chain { name: PREROUTING, hook: Some(MANGLE_PREROUTING) });
     objects.extend(plan.guarded().map(|listener| guard(&listener)));
-    objects.extend(plan.protocols().map(|protocol| {
-        rule(
-            PREROUTING,
-            "to a transparent socket",
-            only_family(plan.only_family()),
-            [
-                Statement::Protocol(protocol),
-                Statement::TransparentSocket,
-                Statement::SetMark(plan.mark),
-                Statement::Counter,
-                Statement::Verdict(Verdict::Accept),
-            ],
-        )
-    }));
-    if plan.intercepts.is_empty() {
-        return objects;
+    for protocol in plan.protocols() {
+        let to_socket =
+            [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))];
+        objects.push(rule(PREROUTING, "there is a transparent socket", only_family(plan.only_family()), to_socket));
     }
-    objects.extend(plan.protocols().map(|protocol| {
+    for protocol in plan.protocols().filter(|_| intercepting) {
         let to_ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(PORTS));
         let statements = [Statement::Protocol(protocol)].into_iter().chain(to_ports);
         let goto = Statement::Verdict(Verdict::Goto(INTERCEPT));
-        rule(PREROUTING, "to be intercepted", only_family(plan.only_family()), statements.chain([goto]))
-    }));
-    objects.push(rule(
-        INTERCEPT,
-        "to this host, or to nobody",
-        None,
-        [Statement::DestinationTypeIn(OWN), Statement::Verdict(Verdict::Return)],
-    ));
+        let statements = statements.chain([goto]);
+        objects.push(rule(PREROUTING, "to be intercepted", only_family(plan.only_family()), statements));
+    }
+    objects
+}
+
+/// Packets for which there is a transparent socket go to it, unless it is one
+/// on every address: that would take what was sent to anybody.
+///
+/// `socket wildcard 0` would not do: it fails for connections that are being
+/// opened or were closed (`nft_socket_eval` wants a full socket).
+fn divert_chain(plan: &Plan) -> Vec<Object> {
+    let mark_and_accept = [Statement::SetMark(plan.mark), Statement::Counter, Statement::Verdict(Verdict::Accept)];
+    let not_to_everybodys = [Statement::WildcardSocket, Statement::Verdict(Verdict::Return)];
+    vec![
+        Object::Chain { name: DIVERT, hook: None },
+        rule(DIVERT, "a listener on every address", None, not_to_everybodys),
+        rule(DIVERT, "to the socket", None, mark_and_accept),
+    ]
+}
+
+fn sets(plan: &Plan) -> Vec<Object> {
+    let set = |name, key, id, elements| [Object::Set(Set { name, key, id }), Object::Elements { set: name, elements }];
+    let ports = (!plan.ports.is_empty()).then(|| set(PORTS, Key::Port, 1, Elements::Ports(plan.ports.clone())));
+    let own = set(OWN, Key::AddressType, 2, Elements::AddressTypes(&OWN_TYPES));
+    ports.into_iter().chain([own]).flatten().collect()
+}
+
+fn intercept_chain(plan: &Plan) -> Vec<Object> {
+    let own = [Statement::DestinationTypeIn(OWN), Statement::Verdict(Verdict::Return)];
+    let mut objects =
+        vec![Object::Chain { name: INTERCEPT, hook: None }, rule(INTERCEPT, "to this host, or to nobody", None, own)];
     objects.extend(plan.intercepts.iter().map(|listener| intercept(listener, plan)));
-    objects.push(rule(
-        INTERCEPT,
-        "no listener, no traffic",
-        None,
-        [Statement::Counter, Statement::Verdict(Verdict::Drop)],
-    ));
+    let drop = [Statement::Counter, Statement::Verdict(Verdict::Drop)];
+    objects.push(rule(INTERCEPT, "no listener, no traffic", None, drop));
     objects
 }
 

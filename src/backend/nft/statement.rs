@@ -32,8 +32,12 @@ pub(crate) enum Statement {
     DestinationIsLocal,
     /// Only packets whose destination is of a type of this set.
     DestinationTypeIn(&'static str),
-    /// Only packets that belong to a transparent socket which is bound to one address.
+    /// Only packets for which there is a transparent socket.
     TransparentSocket,
+    /// Only packets for which there is a socket that is bound to every
+    /// address. (The kernel does not say for a connection that is being
+    /// opened, or was closed: to match those, ask for the opposite.)
+    WildcardSocket,
     /// Sets our bits of the packet's mark, and leaves the rest.
     SetMark(Mark),
     /// Gives the packet to the listener at this address and port; the rule ends here without one.
@@ -50,6 +54,7 @@ pub(crate) enum Verdict {
     Accept,
     Drop,
     Return,
+    Jump(&'static str),
     Goto(&'static str),
 }
 
@@ -64,7 +69,8 @@ impl fmt::Display for Statement {
             Statement::DestinationPortIn(set) => write!(f, "th dport @{set}"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
             Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
-            Statement::TransparentSocket => f.write_str("socket transparent 1 socket wildcard 0"),
+            Statement::TransparentSocket => f.write_str("socket transparent 1"),
+            Statement::WildcardSocket => f.write_str("socket wildcard 1"),
             Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
             Statement::SetMark(mark) => {
                 write!(f, "meta mark set meta mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
@@ -89,6 +95,7 @@ impl fmt::Display for Statement {
                 Verdict::Accept => f.write_str("accept"),
                 Verdict::Drop => f.write_str("drop"),
                 Verdict::Return => f.write_str("return"),
+                Verdict::Jump(chain) => write!(f, "jump {chain}"),
                 Verdict::Goto(chain) => write!(f, "goto {chain}"),
             },
         }
@@ -134,8 +141,10 @@ impl Statement {
             Statement::TransparentSocket => {
                 rule.socket_load(SOCKET_TRANSPARENT, REG_1);
                 rule.compare(REG_1, &[1]);
+            }
+            Statement::WildcardSocket => {
                 rule.socket_load(SOCKET_WILDCARD, REG_1);
-                rule.compare(REG_1, &[0]);
+                rule.compare(REG_1, &[1]);
             }
             Statement::SetMark(mark) => {
                 if mark.mask == u32::MAX {
@@ -298,12 +307,14 @@ impl Expressions<'_, '_> {
         /// NF_DROP, NF_ACCEPT, and nf_tables' own negative codes.
         const DROP: i32 = 0;
         const ACCEPT: i32 = 1;
+        const JUMP: i32 = -3;
         const GOTO: i32 = -4;
         const RETURN: i32 = -5;
         let (code, chain) = match verdict {
             Verdict::Drop => (DROP, None),
             Verdict::Accept => (ACCEPT, None),
             Verdict::Return => (RETURN, None),
+            Verdict::Jump(chain) => (JUMP, Some(chain)),
             Verdict::Goto(chain) => (GOTO, Some(chain)),
         };
         self.expression("immediate", |a| {

@@ -191,7 +191,7 @@ mod tests {
             priority: None,
         };
         let objects = ruleset::compile(&plan);
-        let rule = objects.iter().find(|o| matches!(o, Object::Rule { .. })).unwrap();
+        let rule = objects.last().unwrap();
         let mut batch = Buffer::default();
         Change::Add(rule).encode(&mut batch, 1, 0, "t");
         let message = batch.message_at(0).unwrap();

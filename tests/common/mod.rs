@@ -1,0 +1,403 @@
+//! Networks for tests: namespaces joined by veth pairs, and the C functions
+//! with Rust's types.
+//!
+//! The tests run in a user namespace (`.cargo/config.toml`). A network
+//! namespace here is a descriptor; it ends when the last one is closed.
+
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::ffi::{CStr, c_int};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use socket2::{SockAddr, SockAddrStorage, SockRef};
+use tproxy::ffi::*;
+
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Long enough for a connection that would come about.
+pub const NEVER: Duration = Duration::from_millis(400);
+
+/// A network namespace.
+pub struct Net(File);
+
+impl Net {
+    pub fn new() -> Net {
+        let file = std::thread::spawn(|| {
+            // SAFETY: plain system call; it changes this new thread alone.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", std::io::Error::last_os_error());
+            File::open("/proc/thread-self/ns/net").unwrap()
+        });
+        let net = Net(file.join().unwrap());
+        // An address is to be had at once, not after a second of asking who else has it.
+        net.sysctl("ipv6/conf/default/accept_dad", "0");
+        net.ip("link set lo up");
+        net
+    }
+
+    /// Runs something in this namespace, in a thread of its own.
+    pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: plain system call; it changes this new thread alone.
+                let rc = unsafe { libc::setns(self.0.as_raw_fd(), libc::CLONE_NEWNET) };
+                assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+                body()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Runs a command here; gives what it printed.
+    pub fn command(&self, program: &str, args: &[&str]) -> String {
+        let output =
+            self.run(|| Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}")));
+        assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub fn ip(&self, args: &str) -> String {
+        self.command("ip", &args.split_whitespace().collect::<Vec<_>>())
+    }
+
+    pub fn nft(&self, script: &str) -> String {
+        self.command("nft", &[script])
+    }
+
+    /// Sets a sysctl of this namespace, named by its path below /proc/sys/net.
+    pub fn sysctl(&self, name: &str, value: &str) {
+        self.run(|| std::fs::write(format!("/proc/sys/net/{name}"), value).unwrap_or_else(|e| panic!("{name}: {e}")));
+    }
+
+    /// A path by which `ip link ... netns` finds this namespace.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
+    /// Joins two namespaces by a veth pair; each end is an interface's name and its addresses.
+    pub fn link(a: (&Net, &str, &[&str]), b: (&Net, &str, &[&str])) {
+        const MACS: [&str; 2] = ["02:00:00:00:00:0a", "02:00:00:00:00:0b"];
+        let [mac_a, mac_b] = MACS;
+        let peer = format!("peer name {} address {mac_b} netns {}", b.1, b.0.path());
+        a.0.ip(&format!("link add {} address {mac_a} type veth {peer}", a.1));
+        for ((net, name, addrs), (_, _, neighbours), mac) in [(a, b, mac_b), (b, a, mac_a)] {
+            for addr in addrs {
+                net.ip(&format!("addr add {addr} dev {name}"));
+            }
+            net.ip(&format!("link set {name} up"));
+            // The first question for a neighbour may take a second to be answered.
+            for neighbour in neighbours {
+                let (neighbour, _) = neighbour.split_once('/').unwrap();
+                net.ip(&format!("neigh add {neighbour} lladdr {mac} dev {name}"));
+            }
+        }
+    }
+
+    /// Until then an interface with a fresh carrier answers to none of its IPv6 addresses.
+    fn wait_for_ipv6(&self, interface: &str) {
+        const TENTATIVE: u32 = 0x40;
+        let ready = || {
+            let text = std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap();
+            let mut flags = text.lines().filter(|line| line.ends_with(&format!(" {interface}"))).map(|line| {
+                let field = line.split_whitespace().nth(4).unwrap();
+                u32::from_str_radix(field, 16).unwrap()
+            });
+            // The link-local address comes with the carrier.
+            text.contains("fe80") && flags.all(|flags| flags & TENTATIVE == 0)
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !self.run(ready) {
+            assert!(Instant::now() < deadline, "{interface} has no IPv6");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Everything that rules could have changed here, as text.
+    pub fn state(&self) -> String {
+        [
+            self.nft("list tables"),
+            self.ip("-4 rule"),
+            self.ip("-6 rule"),
+            self.ip("-4 route show table all"),
+            self.ip("-6 route show table all"),
+        ]
+        .join("--\n")
+    }
+}
+
+/// client --- proxy --- server; the proxy's host is a router, so that what it does not intercept goes through.
+pub struct Lab {
+    pub client: Net,
+    pub proxy: Net,
+    pub server: Net,
+}
+
+/// One address of each host, of one family.
+#[derive(Clone, Copy)]
+pub struct Hosts {
+    pub client: IpAddr,
+    pub proxy: IpAddr,
+    pub server: IpAddr,
+}
+
+pub fn v4() -> Hosts {
+    Hosts { client: ip("198.51.100.2"), proxy: ip("198.51.100.1"), server: ip("203.0.113.2") }
+}
+
+pub fn v6() -> Hosts {
+    Hosts { client: ip("2001:db8:1::2"), proxy: ip("2001:db8:1::1"), server: ip("2001:db8:2::2") }
+}
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+pub fn at(ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip, port)
+}
+
+impl Lab {
+    pub fn new() -> Lab {
+        let lab = Lab { client: Net::new(), proxy: Net::new(), server: Net::new() };
+        Net::link(
+            (&lab.client, "eth0", &["198.51.100.2/24", "2001:db8:1::2/64"]),
+            (&lab.proxy, "eth0", &["198.51.100.1/24", "2001:db8:1::1/64"]),
+        );
+        Net::link(
+            (&lab.proxy, "eth1", &["203.0.113.1/24", "2001:db8:2::1/64"]),
+            (&lab.server, "eth0", &["203.0.113.2/24", "203.0.113.3/24", "203.0.113.4/24", "2001:db8:2::2/64"]),
+        );
+        for (net, v4, v6) in
+            [(&lab.client, "198.51.100.1", "2001:db8:1::1"), (&lab.server, "203.0.113.1", "2001:db8:2::1")]
+        {
+            net.ip(&format!("route add default via {v4}"));
+            net.ip(&format!("route add default via {v6}"));
+        }
+        for (net, name) in [(&lab.client, "eth0"), (&lab.proxy, "eth0"), (&lab.proxy, "eth1"), (&lab.server, "eth0")] {
+            net.wait_for_ipv6(name);
+        }
+        lab.proxy.sysctl("ipv4/ip_forward", "1");
+        lab.proxy.sysctl("ipv6/conf/all/forwarding", "1");
+        lab
+    }
+
+    /// The server's listener for a port, both families.
+    pub fn serve(&self, port: u16) -> TcpListener {
+        self.server.run(|| TcpListener::bind(at(ip("::"), port)).unwrap())
+    }
+
+    /// The client connects, says something, and hears what the server makes of it.
+    pub fn ask(&self, to: SocketAddr) -> std::io::Result<Heard> {
+        self.client.run(|| ask(to))
+    }
+}
+
+/// What the client heard, and from where it asked.
+#[derive(Debug)]
+pub struct Heard {
+    pub from: SocketAddr,
+    pub answer: String,
+}
+
+pub fn ask(to: SocketAddr) -> std::io::Result<Heard> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"who am I?")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(Heard { from: stream.local_addr()?, answer })
+}
+
+/// Accepts one connection, or panics when none comes.
+pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    accept_within(listener, PATIENCE).expect("no connection came")
+}
+
+pub fn accept_within(listener: &TcpListener, patience: Duration) -> Option<(TcpStream, SocketAddr)> {
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        match listener.accept() {
+            Ok((stream, peer)) => {
+                stream.set_nonblocking(false).unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                return Some((stream, canonical(peer)));
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(2)),
+            Err(e) => panic!("accept: {e}"),
+        }
+    }
+    None
+}
+
+/// Serves one connection: reads all, answers "seen ADDRESS, heard WORDS". Gives whom it saw.
+pub fn answer_one(listener: &TcpListener) -> SocketAddr {
+    let (mut stream, peer) = accept(listener);
+    let mut words = String::new();
+    stream.read_to_string(&mut words).unwrap();
+    write!(stream, "seen {}, heard {words}", peer.ip()).unwrap();
+    peer
+}
+
+/// What a proxy saw of one connection.
+pub struct Seen {
+    pub peer: SocketAddr,
+    pub orig_dst: SocketAddr,
+}
+
+/// Proxies one connection from accept to both ends of stream, with the C functions.
+pub fn proxy_one(listener: &TcpListener, flags: u32) -> Seen {
+    let (client, _) = accept(listener);
+    let peer = client.peer_addr().unwrap();
+    let orig_dst = orig_dst(&client).unwrap();
+    let server = connect_from(peer, orig_dst, flags).unwrap_or_else(|e| panic!("{peer} to {orig_dst}: {e}"));
+    let server = TcpStream::from(server);
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    std::thread::scope(|scope| {
+        for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+            scope.spawn(move || {
+                std::io::copy(&mut from, &mut to).unwrap();
+                to.shutdown(std::net::Shutdown::Write).unwrap();
+            });
+        }
+    });
+    Seen { peer: canonical(peer), orig_dst: canonical(orig_dst) }
+}
+
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => at(addr.ip().to_canonical(), addr.port()),
+        _ => addr,
+    }
+}
+
+// The C functions, with Rust's types. A failure is errno and the sentence.
+
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub struct Failed {
+    pub errno: i32,
+    pub sentence: String,
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (errno {})", self.sentence, self.errno)
+    }
+}
+
+pub fn checked(rc: c_int) -> Result<c_int, Failed> {
+    if rc >= 0 {
+        return Ok(rc);
+    }
+    let errno = std::io::Error::last_os_error().raw_os_error().unwrap();
+    // SAFETY: tp_last_error gives a NUL-terminated text, valid until the next failure.
+    let sentence = unsafe { CStr::from_ptr(tp_last_error()) }.to_str().unwrap().to_owned();
+    assert!(!sentence.is_empty());
+    Err(Failed { errno, sentence })
+}
+
+fn owned(rc: c_int) -> Result<OwnedFd, Failed> {
+    // SAFETY: the call gave it to us.
+    checked(rc).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub fn socket(domain: c_int, kind: c_int) -> Result<OwnedFd, Failed> {
+    owned(tp_socket(domain, kind, 0))
+}
+
+pub fn bind_nonlocal(fd: &impl AsRawFd, addr: SocketAddr) -> Result<(), Failed> {
+    let addr = SockAddr::from(addr);
+    // SAFETY: a valid address of that length.
+    checked(unsafe { tp_bind_nonlocal(fd.as_raw_fd(), addr.as_ptr().cast(), addr.len()) }).map(drop)
+}
+
+pub fn listen(addr: SocketAddr, flags: u32) -> Result<TcpListener, Failed> {
+    let addr = SockAddr::from(addr);
+    // SAFETY: a valid address of that length.
+    owned(unsafe { tp_listen(addr.as_ptr().cast(), addr.len(), -1, flags) }).map(TcpListener::from)
+}
+
+pub fn connect_from(src: SocketAddr, dst: SocketAddr, flags: u32) -> Result<OwnedFd, Failed> {
+    let (src, dst) = (SockAddr::from(src), SockAddr::from(dst));
+    // SAFETY: valid addresses of these lengths.
+    owned(unsafe { tp_connect_from(src.as_ptr().cast(), src.len(), dst.as_ptr().cast(), dst.len(), flags) })
+}
+
+pub fn orig_dst(fd: &impl AsRawFd) -> Result<SocketAddr, Failed> {
+    let mut storage = SockAddrStorage::zeroed();
+    let mut len = storage.size_of();
+    // SAFETY: room for len bytes.
+    checked(unsafe { tp_orig_dst(fd.as_raw_fd(), (&raw mut storage).cast(), &raw mut len) })?;
+    // SAFETY: the call wrote an address of that length.
+    Ok(unsafe { SockAddr::new(storage, len) }.as_socket().unwrap())
+}
+
+/// A config with nothing set.
+pub fn config() -> tp_rules_config {
+    // SAFETY: integers and pointers, for which all zero is the documented default.
+    unsafe { std::mem::zeroed() }
+}
+
+/// Installed rules, removed at the end of the scope.
+pub struct Rules(*mut tp_rules);
+
+// SAFETY: the header says that any thread may use the handle.
+unsafe impl Send for Rules {}
+
+impl Rules {
+    pub fn install(config: &tp_rules_config) -> Result<Rules, Failed> {
+        let mut rules = std::ptr::null_mut();
+        // SAFETY: the config's pointers are the caller's, alive.
+        checked(unsafe { tp_install_rules(config, size_of::<tp_rules_config>(), &raw mut rules) })?;
+        Ok(Rules(rules))
+    }
+
+    pub fn remove(mut self) -> Result<(), Failed> {
+        // SAFETY: a handle that was not removed.
+        checked(unsafe { tp_remove_rules(std::mem::replace(&mut self.0, std::ptr::null_mut())) }).map(drop)
+    }
+}
+
+impl Drop for Rules {
+    fn drop(&mut self) {
+        // SAFETY: NULL, or a handle that was not removed.
+        unsafe { tp_remove_rules(self.0) };
+    }
+}
+
+/// Intercepts a port for a listener, in this thread's namespace.
+pub fn intercept(listener: &impl AsRawFd, port: u16) -> Result<Rules, Failed> {
+    intercept_ports(listener, &[tp_port_range { first: port, last: port }])
+}
+
+pub fn intercept_ports(listener: &impl AsRawFd, ports: &[tp_port_range]) -> Result<Rules, Failed> {
+    let listeners = [listener.as_raw_fd()];
+    Rules::install(&tp_rules_config {
+        listeners: listeners.as_ptr(),
+        n_listeners: 1,
+        ports: ports.as_ptr(),
+        n_ports: ports.len(),
+        ..config()
+    })
+}
+
+pub fn divert_only() -> Result<Rules, Failed> {
+    Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() })
+}
+
+pub fn option(fd: &OwnedFd, level: c_int, name: c_int) -> c_int {
+    let mut value: c_int = -1;
+    let mut len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: room for an int.
+    let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
+    assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+    value
+}
+
+pub fn local_addr(fd: &OwnedFd) -> SocketAddr {
+    SockRef::from(fd).local_addr().unwrap().as_socket().unwrap()
+}

@@ -1,0 +1,73 @@
+//! The recipe of the kernel's documentation: sockets on foreign addresses get
+//! their packets, and nothing is intercepted.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use common::*;
+use tproxy::ffi::*;
+
+/// 0xDEADBEEF, the foreign address of the kernel's own example.
+const FOREIGN: [&str; 2] = ["222.173.190.239:51966", "[2001:db8:dead::beef]:51966"];
+
+#[test]
+fn a_listener_on_a_foreign_address_accepts() {
+    for foreign in FOREIGN {
+        let lab = Lab::new();
+        let foreign = foreign.parse().unwrap();
+        let listener = lab.proxy.run(|| listen(foreign, 0)).unwrap();
+        // Without the rules the packets are not for this host.
+        let outcome = lab.client.run(|| TcpStream::connect_timeout(&foreign, NEVER));
+        assert!(outcome.is_err());
+        let _rules = lab.proxy.run(divert_only).unwrap();
+        std::thread::scope(|scope| {
+            let served = scope.spawn(|| answer_one(&listener));
+            let heard = lab.ask(foreign).unwrap();
+            assert_eq!(served.join().unwrap(), heard.from);
+            assert_eq!(heard.answer, format!("seen {}, heard who am I?", heard.from.ip()));
+        });
+    }
+}
+
+#[test]
+fn a_connection_from_a_foreign_address_gets_its_answers() {
+    for hosts in [v4(), v6()] {
+        let lab = Lab::new();
+        let server = lab.serve(80);
+        let _rules = lab.proxy.run(divert_only).unwrap();
+        // The client's address, from the proxy's host, while the client knows nothing.
+        for flags in [0, TP_KEEP_PORT] {
+            let src = at(hosts.client, 4321);
+            std::thread::scope(|scope| {
+                let served = scope.spawn(|| answer_one(&server));
+                let fd = lab.proxy.run(|| connect_from(src, at(hosts.server, 80), flags)).unwrap();
+                let mut stream = TcpStream::from(fd);
+                stream.write_all(b"hello").unwrap();
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                assert_eq!(answer, format!("seen {}, heard hello", hosts.client));
+                let peer = served.join().unwrap();
+                assert_eq!(peer.ip(), hosts.client);
+                assert_eq!(peer.port() == 4321, flags == TP_KEEP_PORT);
+            });
+        }
+    }
+}
+
+#[test]
+fn nothing_is_intercepted() {
+    let lab = Lab::new();
+    let server = lab.serve(80);
+    let listener = lab.proxy.run(|| listen("[::]:80".parse().unwrap(), 0)).unwrap();
+    let _rules = lab.proxy.run(divert_only).unwrap();
+    for hosts in [v4(), v6()] {
+        std::thread::scope(|scope| {
+            scope.spawn(|| answer_one(&server));
+            lab.ask(at(hosts.server, 80)).unwrap();
+        });
+    }
+    assert!(accept_within(&listener, NEVER).is_none(), "a wildcard listener is no reason to divert");
+}

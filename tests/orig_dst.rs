@@ -1,0 +1,104 @@
+//! `tp_orig_dst` for each way in which a connection can have come.
+
+mod common;
+
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+
+use common::*;
+
+/// REDIRECT, as an administrator would set it up.
+fn redirect(net: &Net) {
+    net.nft(
+        "table inet nat {
+            chain prerouting { type nat hook prerouting priority dstnat
+                tcp dport 80 redirect to :3129
+            }
+        }",
+    );
+}
+
+/// The accepted end of a connection that the client makes.
+fn accepted(lab: &Lab, listener: &TcpListener, to: SocketAddr) -> TcpStream {
+    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    accept(listener).0
+}
+
+#[test]
+fn redirected_connections_tell_where_they_were_going() {
+    let lab = Lab::new();
+    redirect(&lab.proxy);
+    let dual = lab.proxy.run(|| TcpListener::bind("[::]:3129")).unwrap();
+    for hosts in [v4(), v6()] {
+        let to = at(hosts.server, 80);
+        let found = orig_dst(&accepted(&lab, &dual, to)).unwrap();
+        assert!(found.is_ipv6(), "the address is of the socket's family");
+        assert_eq!(canonical(found), to);
+    }
+    drop(dual);
+    let plain = lab.proxy.run(|| TcpListener::bind("0.0.0.0:3129")).unwrap();
+    let to = at(v4().server, 80);
+    assert_eq!(orig_dst(&accepted(&lab, &plain, to)).unwrap(), to);
+}
+
+#[test]
+fn a_connection_that_was_not_redirected_is_enoent() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| TcpListener::bind("[::]:3129")).unwrap();
+    let enoent = |stream: &TcpStream| {
+        let failed = orig_dst(stream).unwrap_err();
+        assert_eq!(failed.errno, libc::ENOENT, "{failed}");
+        assert!(failed.sentence.contains("not intercepted"), "{failed}");
+    };
+    // With no NAT in the namespace (ENOPROTOOPT or ENOENT within), and with NAT that passed this one by.
+    for hosts in [v4(), v6()] {
+        enoent(&accepted(&lab, &listener, at(hosts.proxy, 3129)));
+    }
+    redirect(&lab.proxy);
+    for hosts in [v4(), v6()] {
+        enoent(&accepted(&lab, &listener, at(hosts.proxy, 3129)));
+    }
+}
+
+/// Connection tracking has an entry of this very five-tuple, of NAT that another host did; it must not be believed.
+#[test]
+fn a_transparent_connection_never_asks_connection_tracking() {
+    let lab = Lab::new();
+    lab.proxy.nft(
+        "table inet nat {
+            chain prerouting { type nat hook prerouting priority dstnat
+                ip daddr 203.0.113.3 tcp dport 80 dnat ip to 203.0.113.2
+            }
+        }",
+    );
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+    for hosts in [v4(), v6()] {
+        let to = at(hosts.server, 80);
+        assert_eq!(canonical(orig_dst(&accepted(&lab, &listener, to)).unwrap()), to);
+    }
+}
+
+#[test]
+fn a_direct_connection_to_a_transparent_listener_was_going_there() {
+    let net = Net::new();
+    let to: SocketAddr = "127.0.0.1:3129".parse().unwrap();
+    let listener = net.run(|| listen(to, 0)).unwrap();
+    let _client = net.run(|| TcpStream::connect(to)).unwrap();
+    assert_eq!(orig_dst(&accept(&listener).0).unwrap(), to);
+}
+
+#[test]
+fn what_is_no_accepted_connection_is_enotconn() {
+    let net = Net::new();
+    net.run(|| {
+        for errno in [
+            orig_dst(&listen("[::]:3129".parse().unwrap(), 0).unwrap()).unwrap_err().errno,
+            orig_dst(&TcpListener::bind("0.0.0.0:3130").unwrap()).unwrap_err().errno,
+            orig_dst(&UdpSocket::bind("0.0.0.0:53").unwrap()).unwrap_err().errno,
+            orig_dst(&socket(libc::AF_INET, libc::SOCK_STREAM).unwrap()).unwrap_err().errno,
+            orig_dst(&socket(libc::AF_INET6, libc::SOCK_DGRAM).unwrap()).unwrap_err().errno,
+        ] {
+            assert_eq!(errno, libc::ENOTCONN);
+        }
+    });
+}
