@@ -64,7 +64,11 @@ impl Net {
     }
 
     pub fn nft(&self, script: &str) -> String {
-        self.command("nft", &[script])
+        self.nft_with(&[script])
+    }
+
+    pub fn nft_with(&self, args: &[&str]) -> String {
+        self.command("nft", args)
     }
 
     /// Sets a sysctl of this namespace, named by its path below /proc/sys/net.

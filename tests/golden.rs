@@ -1,0 +1,86 @@
+//! What the kernel holds after `tp_install_rules` is what it holds after `nft`
+//! and `ip` were given the same: the same bytecode, sets, rules and routes.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+
+use common::*;
+use tproxy::ffi::*;
+
+/// The rules as the kernel runs them, chain by chain, and the sets, without handles.
+fn nf_tables(net: &Net) -> String {
+    let listing = net.nft_with(&["--debug=netlink", "list", "ruleset"]);
+    // First the bytecode, then the text. The sets are compared as text, since `nft`
+    // puts elements into an interval set that mean nothing to the kernel.
+    let (bytecode, text) = listing.split_once("\ntable ").unwrap();
+    let expressions = bytecode.lines().filter(|line| line.starts_with("  ["));
+    let chains = text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.contains("flags owner") && !line.contains("\tcomment \"libtproxy:"));
+    // "# progname ..." stands behind the name of a table that is owned.
+    let chains = chains.map(|line| line.split(" # ").next().unwrap());
+    expressions.chain(chains).collect::<Vec<_>>().join("\n")
+}
+
+fn routing(net: &Net) -> String {
+    ["-4 rule", "-6 rule", "-4 route show table all", "-6 route show table all"].map(|args| net.ip(args)).join("--\n")
+}
+
+/// Two namespaces alike, with the addresses that the configurations name.
+fn host() -> Net {
+    let net = Net::new();
+    net.ip("addr add 192.0.2.1/32 dev lo");
+    net
+}
+
+fn compare(ours: &Net, nft: &str, ip: &str) {
+    let theirs = host();
+    theirs.nft(nft);
+    assert_eq!(nf_tables(ours), nf_tables(&theirs));
+    for line in ip.lines() {
+        theirs.ip(line);
+    }
+    assert_eq!(routing(ours), routing(&theirs));
+}
+
+#[test]
+fn a_dual_stack_listener_with_all_defaults() {
+    let net = host();
+    let listener = net.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    let ports = [(8000, 8100), (80, 80)].map(|(first, last)| tp_port_range { first, last });
+    let _rules = net.run(|| intercept_ports(&listener, &ports)).unwrap();
+    compare(&net, include_str!("golden/dual.nft"), include_str!("golden/default.ip"));
+}
+
+#[test]
+fn listeners_on_addresses_and_everything_chosen() {
+    let net = host();
+    let _rules = net.run(|| {
+        let v4 = listen("192.0.2.1:3129".parse().unwrap(), 0).unwrap();
+        let v6 = listen("[::1]:3130".parse().unwrap(), 0).unwrap();
+        let fds = [v4.as_raw_fd(), v6.as_raw_fd()];
+        Rules::install(&tp_rules_config {
+            name: c"two".as_ptr(),
+            listeners: fds.as_ptr(),
+            n_listeners: 2,
+            mark: 7,
+            table: 100,
+            priority: 1000,
+            ..config()
+        })
+        .unwrap()
+    });
+    compare(&net, include_str!("golden/addresses.nft"), include_str!("golden/chosen.ip"));
+}
+
+#[test]
+fn divert_only_for_one_family() {
+    let net = host();
+    let _rules = net.run(|| {
+        Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, families: TP_IPV6, ..config() }).unwrap()
+    });
+    let only_v6: String =
+        include_str!("golden/default.ip").lines().filter(|l| l.starts_with("-6")).map(|l| format!("{l}\n")).collect();
+    compare(&net, include_str!("golden/divert.nft"), &only_v6);
+}
