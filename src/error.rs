@@ -136,9 +136,6 @@ impl Step {
             (Step::Create, libc::EPERM | libc::EACCES) => "raw sockets need CAP_NET_RAW",
             (Step::Bind, libc::EACCES) => "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE",
             (Step::Bind, libc::EADDRINUSE) => "another socket holds that address and port (`ss -tulnp` shows which)",
-            (Step::Bind, libc::EADDRNOTAVAIL) => {
-                "the address cannot be bound even transparently (multicast, broadcast, or the option was turned off)"
-            }
             (Step::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",
             (Step::Bind, libc::EINVAL) => {
                 "the socket is bound already, or a link-local address came without its scope id"

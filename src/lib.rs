@@ -2,7 +2,7 @@
 //!
 //! * [`socket`]: sockets that bind, listen on and connect from addresses that
 //!   the host does not own.
-//! * [`orig_dst`]: where an intercepted connection was going.
+//! * [`orig_dst()`]: where an intercepted connection was going.
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
@@ -20,7 +20,7 @@ pub mod error;
 pub mod ffi;
 mod model;
 mod netlink;
-pub mod orig_dst;
+mod orig_dst;
 pub mod rules;
 pub mod socket;
 #[allow(unsafe_code)]

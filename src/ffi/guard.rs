@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_int};
 use std::fmt::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 
-use once_cell::sync::Lazy;
+use once_cell::sync::OnceCell;
 
 use crate::error::{Error, Result};
 use crate::sys;
@@ -75,19 +75,25 @@ pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
     -1
 }
 
+/// What reported panics before us. Nothing here allocates: a program's first
+/// call costs no more system calls than the others.
+type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send>;
+static PREVIOUS_HOOK: OnceCell<Hook> = OnceCell::new();
+
+fn silence_own_panics() -> Hook {
+    let previous = panic::take_hook();
+    panic::set_hook(Box::new(|info| match PREVIOUS_HOOK.get() {
+        Some(previous) if !IN_CALL.get() => previous(info),
+        _ => {}
+    }));
+    previous
+}
+
 /// Catches a panic, and keeps it off the host program's standard error.
 fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
-    static HOOK: Lazy<()> = Lazy::new(|| {
-        let previous = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !IN_CALL.get() {
-                previous(info);
-            }
-        }));
-    });
     // The hook cannot be changed by a thread that is panicking.
     if !std::thread::panicking() {
-        Lazy::force(&HOOK);
+        PREVIOUS_HOOK.get_or_init(silence_own_panics);
     }
     let outer = IN_CALL.replace(true);
     let outcome = panic::catch_unwind(AssertUnwindSafe(body));

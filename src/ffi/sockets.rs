@@ -87,7 +87,7 @@ pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
 /// AF_INET6. EBADF, ENOTSOCK: not a descriptor, not a socket. EPERM: neither
 /// CAP_NET_RAW nor CAP_NET_ADMIN. EACCES: a port below 1024 without
 /// CAP_NET_BIND_SERVICE. EADDRINUSE: another socket has that address and
-/// port. EADDRNOTAVAIL: an address that nobody can bind.
+/// port. EADDRNOTAVAIL and the rest of bind(2).
 ///
 /// Thread-safe.
 #[unsafe(no_mangle)]

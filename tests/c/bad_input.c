@@ -1,0 +1,314 @@
+/*
+ * What each call does with bad input: the errno of its manual, outputs
+ * untouched, no descriptor left open. Prints a line for each that fails.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <tproxy.h>
+
+static int checks, failures;
+
+static int open_descriptors(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    int n = 0;
+    while (readdir(dir) != NULL)
+        n++;
+    closedir(dir);
+    return n;
+}
+
+static int before;
+
+/* Called before each expression of EXPECT. */
+static void begin(void)
+{
+    before = open_descriptors();
+    errno = ENOTTY;
+}
+
+static void end(int line, const char *what, long result, int wanted)
+{
+    int got = errno;
+    checks++;
+    bool right = wanted == 0 ? result >= 0 && got == ENOTTY : result == -1 && got == wanted && tp_last_error()[0] != '\0';
+    if (wanted == 0 && result > 2)
+        close((int)result);
+    if (open_descriptors() != before)
+        right = false;
+    if (!right) {
+        failures++;
+        fprintf(stderr, "line %d: %s: %ld, errno %d (%s), wanted %d, descriptors %d -> %d\n  %s\n", line, what, result, got,
+                strerror(got), wanted, before, open_descriptors(), tp_last_error());
+    }
+}
+
+/* The call gives -1 and this errno; with 0, it succeeds and does not touch errno. */
+#define EXPECT(wanted, call) (begin(), end(__LINE__, #call, (call), (wanted)))
+#define CHECK(condition) \
+    (checks++, (condition) ? 0 : (failures++, fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition)))
+
+static struct sockaddr *sa(void *addr)
+{
+    return (struct sockaddr *)addr;
+}
+
+static void sockets(int closed, int file, int unix_fd)
+{
+    EXPECT(0, tp_socket(AF_INET, SOCK_STREAM, 0));
+    EXPECT(0, tp_socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK, IPPROTO_UDP));
+    EXPECT(EAFNOSUPPORT, tp_socket(AF_UNIX, SOCK_STREAM, 0));
+    EXPECT(EAFNOSUPPORT, tp_socket(-1, SOCK_STREAM, 0));
+    EXPECT(EAFNOSUPPORT, tp_socket(9999, SOCK_STREAM, 0));
+    EXPECT(EINVAL, tp_socket(AF_INET, -1, 0));
+    EXPECT(EINVAL, tp_socket(AF_INET, SOCK_STREAM | 0x100, 0));
+    EXPECT(EPROTONOSUPPORT, tp_socket(AF_INET, SOCK_STREAM, IPPROTO_UDP));
+    EXPECT(EINVAL, tp_socket(AF_INET, SOCK_STREAM, -1));
+
+    EXPECT(EBADF, tp_set_transparent(-1));
+    EXPECT(EBADF, tp_set_transparent(closed));
+    EXPECT(ENOTSOCK, tp_set_transparent(file));
+    EXPECT(EAFNOSUPPORT, tp_set_transparent(unix_fd));
+}
+
+/* The calls that take an address alike. */
+static int bind_it(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    return tp_bind_nonlocal(fd, addr, len);
+}
+
+static int listen_it(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    (void)fd;
+    return tp_listen(addr, len, 1, 0);
+}
+
+static struct sockaddr_in good = { .sin_family = AF_INET, .sin_port = 0 };
+
+static int connect_from_it(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    (void)fd;
+    return tp_connect_from(addr, len, sa(&good), sizeof good, TP_NONBLOCK);
+}
+
+static int connect_to_it(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    (void)fd;
+    return tp_connect_from(sa(&good), sizeof good, addr, len, TP_NONBLOCK);
+}
+
+static void addresses(int fd, int (*call)(int, const struct sockaddr *, socklen_t))
+{
+    struct sockaddr_storage storage = { .ss_family = AF_INET };
+    char large[sizeof storage + 1] = { 0 };
+    EXPECT(EFAULT, call(fd, NULL, sizeof storage));
+    EXPECT(EFAULT, call(fd, NULL, 0));
+    EXPECT(EINVAL, call(fd, sa(&storage), 0));
+    EXPECT(EINVAL, call(fd, sa(&storage), 1));
+    EXPECT(EINVAL, call(fd, sa(&storage), sizeof(struct sockaddr_in) - 1));
+    storage.ss_family = AF_INET6;
+    EXPECT(EINVAL, call(fd, sa(&storage), sizeof(struct sockaddr_in)));
+    EXPECT(EINVAL, call(fd, sa(&storage), sizeof(struct sockaddr_in6) - 1));
+    storage.ss_family = AF_UNIX;
+    EXPECT(EAFNOSUPPORT, call(fd, sa(&storage), sizeof storage));
+    storage.ss_family = AF_UNSPEC;
+    EXPECT(EAFNOSUPPORT, call(fd, sa(&storage), sizeof storage));
+    memcpy(large, &(struct sockaddr_in){ .sin_family = AF_INET }, sizeof(struct sockaddr_in));
+    EXPECT(EINVAL, call(fd, sa(large), sizeof large));
+    EXPECT(EINVAL, call(fd, sa(large), (socklen_t)-1));
+}
+
+static void binds(int closed, int file, int unix_fd)
+{
+    struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_port = htons(51966) };
+    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6 };
+    struct sockaddr_storage wide = { 0 };
+    v4.sin_addr.s_addr = htonl(0xDEADBEEF);
+    memcpy(&wide, &v4, sizeof v4);
+
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    addresses(fd, bind_it);
+    EXPECT(EBADF, tp_bind_nonlocal(-1, sa(&v4), sizeof v4));
+    EXPECT(EBADF, tp_bind_nonlocal(closed, sa(&v4), sizeof v4));
+    EXPECT(ENOTSOCK, tp_bind_nonlocal(file, sa(&v4), sizeof v4));
+    EXPECT(EAFNOSUPPORT, tp_bind_nonlocal(unix_fd, sa(&v4), sizeof v4));
+    EXPECT(EAFNOSUPPORT, tp_bind_nonlocal(fd, sa(&v6), sizeof v6));
+    /* Longer than it needs to be, and at an odd address: fine. */
+    EXPECT(0, tp_bind_nonlocal(fd, sa(&wide), sizeof wide));
+    EXPECT(EINVAL, tp_bind_nonlocal(fd, sa(&v4), sizeof v4));
+    int other = socket(AF_INET, SOCK_STREAM, 0);
+    EXPECT(EADDRINUSE, tp_bind_nonlocal(other, sa(&v4), sizeof v4));
+    close(other);
+    close(fd);
+    fd = socket(AF_INET, SOCK_DGRAM, 0);
+    char odd[sizeof v4 + 1];
+    memcpy(odd + 1, &v4, sizeof v4);
+    EXPECT(0, tp_bind_nonlocal(fd, sa(odd + 1), sizeof v4));
+    close(fd);
+}
+
+static void streams(void)
+{
+    struct sockaddr_in v4 = { .sin_family = AF_INET };
+    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6 };
+    v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+
+    addresses(-1, listen_it);
+    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, 0x80000000));
+    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, TP_KEEP_PORT));
+    EXPECT(0, tp_listen(sa(&v4), sizeof v4, 0, 0));
+    EXPECT(0, tp_listen(sa(&v6), sizeof v6, -1, TP_NONBLOCK | TP_REUSEPORT));
+
+    addresses(-1, connect_from_it);
+    addresses(-1, connect_to_it);
+    v4.sin_port = htons(1);
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_REUSEPORT));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x8));
+    EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
+    v4.sin_port = 0;
+    struct sockaddr_in refused = v4;
+    refused.sin_port = htons(1);
+    EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, 0));
+    EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_KEEP_PORT));
+    EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_NONBLOCK));
+}
+
+static void original_destinations(int closed, int file, int unix_fd)
+{
+    struct sockaddr_storage out, untouched;
+    memset(&out, 0xA5, sizeof out);
+    untouched = out;
+    socklen_t len = sizeof out;
+
+    struct sockaddr_in addr = { .sin_family = AF_INET };
+    addr.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int listener = tp_listen(sa(&addr), sizeof addr, 1, 0);
+    socklen_t addr_len = sizeof addr;
+    getsockname(listener, sa(&addr), &addr_len);
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(connect(client, sa(&addr), sizeof addr) == 0);
+    int accepted = accept(listener, NULL, NULL);
+
+    EXPECT(EFAULT, tp_orig_dst(accepted, NULL, &len));
+    EXPECT(EFAULT, tp_orig_dst(accepted, sa(&out), NULL));
+    EXPECT(EBADF, tp_orig_dst(-1, sa(&out), &len));
+    EXPECT(EBADF, tp_orig_dst(closed, sa(&out), &len));
+    EXPECT(ENOTSOCK, tp_orig_dst(file, sa(&out), &len));
+    EXPECT(EAFNOSUPPORT, tp_orig_dst(unix_fd, sa(&out), &len));
+    EXPECT(ENOENT, tp_orig_dst(client, sa(&out), &len));
+    int fresh = tp_socket(AF_INET6, SOCK_STREAM, 0);
+    EXPECT(ENOTCONN, tp_orig_dst(fresh, sa(&out), &len));
+    close(fresh);
+    CHECK(len == sizeof out);
+    for (socklen_t room = 0; room < sizeof addr; room++) {
+        len = room;
+        EXPECT(EINVAL, tp_orig_dst(accepted, sa(&out), &len));
+        CHECK(len == room);
+    }
+    CHECK(memcmp(&out, &untouched, sizeof out) == 0);
+    len = sizeof addr;
+    EXPECT(0, tp_orig_dst(accepted, sa(&out), &len));
+    CHECK(len == sizeof addr && memcmp(&out, &addr, 8) == 0);
+    CHECK(memcmp((char *)&out + sizeof addr, (char *)&untouched + sizeof addr, sizeof out - sizeof addr) == 0);
+    close(accepted);
+    close(client);
+    close(listener);
+}
+
+static void rules(int closed, int file, int unix_fd)
+{
+    struct sockaddr_in addr = { .sin_family = AF_INET };
+    int listener = tp_listen(sa(&addr), sizeof addr, 1, 0);
+    tp_rules *const untouched = (tp_rules *)(void *)&addr;
+    tp_rules *out = untouched;
+    const struct tp_port_range port = { 80, 80 };
+    const struct tp_rules_config start = { .listeners = &listener, .n_listeners = 1, .ports = &port, .n_ports = 1 };
+    struct tp_rules_config config = start;
+#define INSTALL() tp_install_rules(&config, sizeof config, &out)
+#define WITH(wanted, ...) (config = start, __VA_ARGS__, EXPECT(wanted, INSTALL()))
+
+    EXPECT(EFAULT, tp_install_rules(NULL, sizeof config, &out));
+    EXPECT(EFAULT, tp_install_rules(&config, sizeof config, NULL));
+    EXPECT(EINVAL, tp_install_rules(&config, 0, &out));
+    EXPECT(EINVAL, tp_install_rules(&config, sizeof config - 1, &out));
+    struct {
+        struct tp_rules_config config;
+        char later[16];
+    } newer = { start, { 0 } };
+    newer.later[15] = 1;
+    EXPECT(E2BIG, tp_install_rules(&newer.config, sizeof newer, &out));
+
+    WITH(EFAULT, config.listeners = NULL);
+    WITH(EFAULT, config.ports = NULL);
+    WITH(EINVAL, config.n_listeners = (size_t)-1);
+    WITH(EINVAL, config.n_ports = (size_t)-1);
+    WITH(EINVAL, config.n_listeners = 0);
+    WITH(EINVAL, config.name = "no spaces");
+    WITH(EINVAL, config.name = "\xff");
+    WITH(EINVAL, config.name = "more-than-twenty-letters");
+    WITH(EINVAL, config.flags = 0x80000000);
+    WITH(EINVAL, config.backend = 3);
+    WITH(EINVAL, config.protocols = 4);
+    WITH(EINVAL, config.families = 4);
+    WITH(EINVAL, config.families = TP_IPV6);
+    WITH(EINVAL, config.mark_mask = 1);
+    WITH(EINVAL, config.mark = 2, config.mark_mask = 1);
+    WITH(EINVAL, config.table = 255);
+    WITH(EINVAL, config.priority = 40000);
+    const struct tp_port_range backwards = { 2, 1 }, zero = { 0, 0 };
+    WITH(EINVAL, config.ports = &backwards);
+    WITH(EINVAL, config.ports = &zero);
+    WITH(EINVAL, config.flags = TP_RULES_DIVERT_ONLY);
+
+    const int descriptors[] = { -1, closed, file, unix_fd };
+    WITH(EBADF, config.listeners = &descriptors[0]);
+    WITH(EBADF, config.listeners = &descriptors[1]);
+    WITH(ENOTSOCK, config.listeners = &descriptors[2]);
+    WITH(EINVAL, config.listeners = &descriptors[3]);
+
+    /* What this version cannot do is refused, never ignored. */
+    const struct tp_prefix prefix = { .family = AF_INET };
+    const char *interface = "lo";
+    const uint32_t unsupported[] = { TP_RULES_REDIRECT, TP_RULES_LOCAL_OUTPUT, TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK,
+                                     TP_RULES_PERSIST };
+    for (size_t i = 0; i < sizeof unsupported / sizeof *unsupported; i++)
+        WITH(EOPNOTSUPP, config.flags = unsupported[i]);
+    WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES);
+    WITH(EOPNOTSUPP, config.protocols = TP_TCP | TP_UDP);
+    WITH(EOPNOTSUPP, config.listen_addr = sa(&addr), config.listen_addrlen = sizeof addr);
+    WITH(EOPNOTSUPP, config.dst = &prefix, config.n_dst = 1);
+    WITH(EOPNOTSUPP, config.src = &prefix, config.n_src = 1);
+    WITH(EOPNOTSUPP, config.bypass = &prefix, config.n_bypass = 1);
+    WITH(EOPNOTSUPP, config.interfaces = &interface, config.n_interfaces = 1);
+    CHECK(out == untouched);
+
+    EXPECT(0, tp_remove_rules(NULL));
+    /* The good one works, also when it comes from a newer program. */
+    newer.later[15] = 0;
+    CHECK(tp_install_rules(&newer.config, sizeof newer, &out) == 0);
+    CHECK(out != untouched);
+    CHECK(tp_remove_rules(out) == 0);
+    close(listener);
+}
+
+int main(void)
+{
+    /* Within every limit, and never opened. */
+    int closed = 900, file = open("/dev/null", O_RDWR), unix_fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    sockets(closed, file, unix_fd);
+    binds(closed, file, unix_fd);
+    streams();
+    original_destinations(closed, file, unix_fd);
+    rules(closed, file, unix_fd);
+    printf("%d checks, %d failures\n", checks, failures);
+    return failures != 0;
+}

@@ -1,0 +1,111 @@
+#!/bin/bash
+# The installed library as C and C++ programs see it: the files, the header, the
+# symbols, pkg-config, bad input, system calls. Installs into a tree of its own.
+# Prints a line for each test and the total; exits non-zero if one failed.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+stage=$root/build/stage
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+# The rest of the arguments is a command that must succeed; its output is shown if it does not.
+expect() {
+    local what=$1
+    shift
+    if "$@" > "$work/output" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $what"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $what: $*"
+        head -n 40 "$work/output"
+    fi
+}
+
+# In a network of its own, with loopback up.
+alone() { unshare --map-root-user --net sh -c 'ip link set lo up && exec "$@"' sh "$@"; }
+
+make -C "$root" -s install DESTDIR= PREFIX="$stage" LIBDIR="$stage/lib" || exit 1
+export PKG_CONFIG_PATH=$stage/lib/pkgconfig
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/Cargo.toml" | head -n 1)
+library=$stage/lib/libtproxy.so.$version
+flags="-pedantic -Wall -Wextra -Werror"
+
+# The files.
+expect "soname" test "$(readelf -d "$library" | sed -n 's/.*soname: \[\(.*\)\]/\1/p')" = libtproxy.so.0
+expect "three names" test "$(readlink "$stage/lib/libtproxy.so") $(readlink "$stage/lib/libtproxy.so.0")" = "libtproxy.so.0 libtproxy.so.$version"
+nm -D --defined-only "$library" | awk '{ print $3 }' | sort > "$work/symbols"
+expect "exported symbols" diff "$here/symbols.txt" "$work/symbols"
+grep -o '\btp_[a-z_]*(' "$stage/include/tproxy.h" | tr -d '(' | sort -u > "$work/declared"
+declares_all() { comm -23 "$here/symbols.txt" "$work/declared" | grep . && return 1 || return 0; }
+expect "the header declares each" declares_all
+# Without link-time optimisation the archive is some 22 MB (the standard library whole).
+expect "link-time optimisation" test "$(stat -c %s "$stage/lib/libtproxy.a")" -lt 12000000
+needed_ok() { ! readelf -d "$library" | grep NEEDED | grep -vE 'libc\.so|libgcc_s\.so|ld-linux'; }
+expect "needs the C library only" needed_ok
+
+# make install into a DESTDIR and make uninstall: nothing more, nothing left.
+installs_cleanly() {
+    make -C "$root" -s install DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
+        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
+./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc " &&
+        grep -qx 'prefix=/usr' "$work/dest/usr/lib/multi/pkgconfig/tproxy.pc" &&
+        make -C "$root" -s uninstall DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
+        test -z "$(find "$work/dest" ! -type d)"
+}
+expect "install and uninstall" installs_cleanly
+
+# The header alone, in every language version.
+echo '#include <tproxy.h>' > "$work/header.c"
+cp "$work/header.c" "$work/header.cc"
+for std in c99 c11 c17 c2x; do
+    expect "header, $std" cc -std=$std $flags -fsyntax-only $(pkg-config --cflags tproxy) "$work/header.c"
+done
+for std in c++11 c++14 c++17 c++20; do
+    expect "header, $std" g++ -std=$std $flags -fsyntax-only $(pkg-config --cflags tproxy) "$work/header.cc"
+done
+
+# pkg-config, from C and C++, shared and static.
+cp "$here/link.c" "$work/link.cc"
+# The archive itself, and what it needs; else the linker takes the shared library that lies beside it.
+static=$(pkg-config --static --libs tproxy | sed 's/-ltproxy/-l:libtproxy.a/')
+for language in "cc c" "g++ cc"; do
+    set -- $language
+    source=$here/link.c
+    [ "$2" = cc ] && source=$work/link.cc
+    expect "$1, shared: link" "$1" $flags $(pkg-config --cflags tproxy) "$source" $(pkg-config --libs tproxy) -o "$work/shared-$1"
+    expect "$1, shared: run" env LD_LIBRARY_PATH="$stage/lib" "$work/shared-$1"
+    expect "$1, --static: link" "$1" $flags $(pkg-config --cflags tproxy) "$source" $static -o "$work/static-$1"
+    expect "$1, --static: run" env LD_LIBRARY_PATH=/nowhere "$work/static-$1"
+    expect "$1, fully static: link" "$1" $flags -static $(pkg-config --cflags tproxy) "$source" \
+        $(pkg-config --static --libs tproxy | sed 's/-lgcc_s/-lgcc_eh/') -o "$work/fully-$1"
+    expect "$1, fully static: run" "$work/fully-$1"
+done
+
+# Bad input, and system calls.
+for program in bad_input syscalls; do
+    expect "$program: build" cc -std=c11 -O2 $flags $(pkg-config --cflags tproxy) "$here/$program.c" $(pkg-config --libs tproxy) \
+        -Wl,-rpath,"$stage/lib" -o "$work/$program"
+done
+expect "bad input: errno, outputs, descriptors" alone "$work/bad_input"
+
+# What strace saw between the two marks: the calls with their arguments, and without descriptors and ports.
+traced() {
+    alone strace -o "$work/trace" "$work/syscalls" "$1" "$2" &&
+        awk '/^write\(-1, "mark"/ { inside = !inside; next } inside' "$work/trace" |
+        sed -e 's/(\([0-9]*\),/(fd,/' -e 's/sin6*_port=htons([0-9]*)/port/g' -e 's/ = [0-9]*$/ = n/'
+}
+same_calls() {
+    traced "$1" hand > "$work/hand" && traced "$1" library > "$work/library" && test -s "$work/hand" &&
+        diff "$work/hand" "$work/library"
+}
+for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep orig_dst4 orig_dst6; do
+    expect "system calls as by hand: $name" same_calls "$name"
+done
+two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
+expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

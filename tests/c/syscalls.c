@@ -1,0 +1,118 @@
+/*
+ * The system calls of each call, beside those that C has to make by hand.
+ *
+ *     syscalls NAME library|hand
+ *
+ * does one thing between two writes to descriptor -1, by which a reader of
+ * strace's output finds it. The network must have lo up.
+ */
+#define _GNU_SOURCE
+#include <err.h>
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <tproxy.h>
+
+static const int on = 1, off = 0;
+
+static void mark(void)
+{
+    if (write(-1, "mark", 4) != -1)
+        err(1, "write");
+}
+
+static struct sockaddr *sa(void *addr)
+{
+    return (struct sockaddr *)addr;
+}
+
+static int socket_by_hand(int domain, int type)
+{
+    int fd = socket(domain, type | SOCK_CLOEXEC, 0);
+    bool six = domain == AF_INET6;
+    if (six)
+        setsockopt(fd, SOL_IPV6, IPV6_V6ONLY, &off, sizeof off);
+    setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
+    if (type == SOCK_DGRAM) {
+        if (six)
+            setsockopt(fd, SOL_IPV6, IPV6_RECVORIGDSTADDR, &on, sizeof on);
+        setsockopt(fd, SOL_IP, IP_RECVORIGDSTADDR, &on, sizeof on);
+    }
+    return fd;
+}
+
+static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct sockaddr *dst, socklen_t dst_len, bool keep)
+{
+    bool six = src->sa_family == AF_INET6;
+    int fd = socket(src->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
+    if (keep)
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    else
+        setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
+    bind(fd, src, src_len);
+    connect(fd, dst, dst_len);
+    return fd;
+}
+
+static int orig_dst_by_hand(int fd, struct sockaddr *addr, socklen_t *len)
+{
+    int transparent = 0;
+    socklen_t size = sizeof transparent;
+    getsockopt(fd, SOL_IP, IP_TRANSPARENT, &transparent, &size);
+    return transparent ? getsockname(fd, addr, len) : -1;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 3)
+        errx(2, "usage: syscalls NAME library|hand");
+    const char *name = argv[1];
+    bool library = strcmp(argv[2], "library") == 0;
+    struct sockaddr_in v4 = { .sin_family = AF_INET };
+    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT };
+    v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    bool six = strchr(name, '6') != NULL;
+    struct sockaddr *loopback = six ? sa(&v6) : sa(&v4);
+    socklen_t len = six ? sizeof v6 : sizeof v4;
+    int domain = loopback->sa_family, fd = -1;
+
+    if (strncmp(name, "socket", 6) == 0) {
+        int type = strstr(name, "dgram") != NULL ? SOCK_DGRAM : SOCK_STREAM;
+        mark();
+        fd = library ? tp_socket(domain, type, 0) : socket_by_hand(domain, type);
+        mark();
+    } else {
+        int listener = tp_listen(loopback, len, 1, 0);
+        struct sockaddr_storage to, from = { 0 };
+        socklen_t to_len = sizeof to;
+        getsockname(listener, sa(&to), &to_len);
+        bool keep = strstr(name, "keep") != NULL;
+        memcpy(&from, loopback, len);
+        if (keep)
+            ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* at the same place for both families */
+        bool asks = strncmp(name, "orig_dst", 8) == 0;
+        if (!asks)
+            mark();
+        fd = library ? tp_connect_from(sa(&from), len, sa(&to), to_len, TP_NONBLOCK | (keep ? TP_KEEP_PORT : 0))
+                     : connect_by_hand(sa(&from), len, sa(&to), to_len, keep);
+        if (!asks)
+            mark();
+        int accepted = accept(listener, NULL, NULL);
+        struct sockaddr_storage found;
+        socklen_t found_len = sizeof found;
+        if (asks)
+            mark();
+        int rc = library ? tp_orig_dst(accepted, sa(&found), &found_len) : orig_dst_by_hand(accepted, sa(&found), &found_len);
+        if (asks)
+            mark();
+        if (rc != 0 || memcmp(&found, &to, to_len) != 0)
+            errx(1, "%s: not the original destination", name);
+    }
+    if (fd < 0)
+        errx(1, "%s", tp_last_error());
+    return 0;
+}
