@@ -151,6 +151,16 @@ def fetch(family, client, server, proxy, http_server):
     return (family, caller, asked, seen_by_proxy, seen_by_server, f"{len(got)}", "same" if same else "DIFFERS"), right
 
 
+def start_proxy(programs):
+    """The proxy, once it says that it is ready; None if it never does."""
+    proxy = Program("proxy", os.path.join(programs, "tcp_proxy"), "3129", str(PORT))
+    return proxy if proxy.expect("listening") != "nothing" else None
+
+
+def our_tables():
+    return [line for line in run(*on("proxy", "nft", "list", "tables")).splitlines() if "libtproxy" in line]
+
+
 def leftovers():
     """What a proxy that ended might have left on its host."""
     rules = [line for f in ("-4", "-6") for line in run("ip", f, "-n", "proxy", "rule").splitlines() if "116" in line]
@@ -160,8 +170,7 @@ def leftovers():
         for line in run("ip", f, "-n", "proxy", "route", "show", "table", "all").splitlines()
         if "proto 116" in line
     ]
-    tables = [line for line in run(*on("proxy", "nft", "list", "tables")).splitlines() if "libtproxy" in line]
-    return tables + rules + routes
+    return our_tables() + rules + routes
 
 
 def print_table(head, rows):
@@ -173,8 +182,8 @@ def print_table(head, rows):
 def show(programs):
     build_network()
     http_server = Program("server", sys.executable, __file__, "--serve")
-    proxy = Program("proxy", os.path.join(programs, "tcp_proxy"), "3129", str(PORT))
-    if http_server.expect("listening") == "nothing" or proxy.expect("listening") == "nothing":
+    proxy = start_proxy(programs)
+    if http_server.expect("listening") == "nothing" or not proxy:
         sys.exit("demo: the server or the proxy did not start")
 
     rows, verdicts = [], []
@@ -185,10 +194,17 @@ def show(programs):
     print("An HTTP response, through tcp_proxy:")
     print_table(("", "client", "asked for", "original destination", "server saw", "bytes", "SHA-256", ""), rows)
 
-    status = proxy.stop()
+    proxy.process.kill()
+    proxy.process.wait(PATIENCE)
+    tables = our_tables()
+    proxy = start_proxy(programs)
+    verdicts.append(not tables and proxy is not None)
+    print(f"\nKilled, it left {', '.join(tables) or 'no table'}; a second start", "worked." if proxy else "FAILED.")
+
+    status = proxy.stop() if proxy else None
     left = leftovers()
     verdicts.append(status == 0 and not left)
-    print(f"\nThe proxy ended with status {status} and left", "nothing." if not left else "; ".join(left))
+    print(f"Stopped, it ended with status {status} and left", f"{'; '.join(left) or 'nothing'}.")
 
     bound = subprocess.run(
         on("proxy", os.path.join(programs, "bind_nonlocal")), capture_output=True, text=True, check=False, timeout=PATIENCE
