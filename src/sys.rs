@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use socket2::SockAddr;
+
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
     // SAFETY: __errno_location gives a valid pointer to this thread's errno.
@@ -38,6 +40,22 @@ pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i
         )
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
+pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
+    // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both
+    // are valid when all zero.
+    let ((), addr) = unsafe {
+        SockAddr::try_init(|storage, len| {
+            let addr = &mut *storage.cast::<libc::sockaddr_nl>();
+            addr.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+            addr.nl_pid = port;
+            *len = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+            Ok(())
+        })
+    }?;
+    Ok(addr)
 }
 
 /// An errno value that displays as the C library describes it, without allocating.

@@ -1,10 +1,12 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
 use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::wire::{self, Buffer};
+use crate::sys;
 
 /// NLMSG_ERROR: an acknowledgement (error 0) or an error.
 const ERROR: u16 = 2;
@@ -79,8 +81,9 @@ impl Channel {
         let socket = Socket::new_raw(Domain::from(libc::AF_NETLINK), kind, Some(Protocol::from(family)))?;
         for option in SOCKET_OPTIONS {
             // Each came with another kernel (4.2 to 4.20); without one, errors say less.
-            let _ = crate::sys::setsockopt_int(std::os::fd::AsFd::as_fd(&socket), libc::SOL_NETLINK, option, 1);
+            let _ = sys::setsockopt_int(std::os::fd::AsFd::as_fd(&socket), libc::SOL_NETLINK, option, 1);
         }
+        bind_to_fresh_port(&socket)?;
         Ok(Channel::over(Box::new(socket)))
     }
 
@@ -181,6 +184,28 @@ impl Channel {
             }
         }
     }
+}
+
+/// Binds a netlink socket to a port that no other had a moment ago.
+///
+/// Left to itself the kernel gives the process id whenever it is free, and it is
+/// free again before the release of what a closing socket owned has run: that
+/// release, which goes by the port, would take the tables of the next socket
+/// with it (`netlink_release`, `nft_rcv_nl_event`).
+fn bind_to_fresh_port(socket: &Socket) -> io::Result<()> {
+    /// Process ids have at most 22 bits (PID_MAX_LIMIT).
+    const COUNTER_BITS: u32 = 10;
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let mut outcome = Ok(());
+    for _ in 0..1 << COUNTER_BITS {
+        let count = COUNTER.fetch_add(1, Ordering::Relaxed) % (1 << COUNTER_BITS);
+        outcome = socket.bind(&sys::netlink_address(std::process::id() << COUNTER_BITS | count)?);
+        match &outcome {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) => {}
+            _ => break,
+        }
+    }
+    outcome
 }
 
 /// Takes an NLMSG_ERROR message apart; errno 0 is an acknowledgement.
