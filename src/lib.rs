@@ -21,6 +21,7 @@ pub mod ffi;
 mod model;
 mod netlink;
 mod orig_dst;
+mod prefix;
 pub mod rules;
 pub mod socket;
 #[allow(unsafe_code)]
