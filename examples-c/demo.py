@@ -136,7 +136,7 @@ def fetch(family, client, server, proxy, http_server):
     """One row of the table, and whether it is right."""
     asked = at_port(server, PORT)
     got = subprocess.run(
-        on("client", "curl", "-s", "-g", "-m", str(PATIENCE), f"http://{asked}/"), capture_output=True, check=False
+        on("client", "curl", "-q", "-s", "-g", "--noproxy", "*", "-m", str(PATIENCE), f"http://{asked}/"), capture_output=True, check=False
     ).stdout
     intercepted = proxy.expect("intercepted ")
     caller, _, seen_by_proxy = intercepted.partition(" -> ")

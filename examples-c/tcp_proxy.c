@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <err.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -51,7 +52,7 @@ struct connection {
     struct connection *next_dead;
 };
 
-static int epoll_fd, listener;
+static int epoll_fd, listener, spare_fd = -1;
 static bool accepting = true;
 static struct connection *dead_list;
 
@@ -68,15 +69,24 @@ static void watch(int fd, uint32_t events, void *ptr, int op)
         err(1, "epoll_ctl");
 }
 
+/* An end of which nothing is wanted is not watched at all: a hang-up would be reported for ever. */
 static void set_interest(struct end *end, uint32_t interest)
 {
+    int op = interest == 0 ? EPOLL_CTL_DEL : end->interest == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
     if (interest != end->interest)
-        watch(end->fd, end->interest = interest, end, EPOLL_CTL_MOD);
+        watch(end->fd, interest, end, op);
+    end->interest = interest;
 }
 
-/* Out of descriptors: leave the next connections in the queue until one ends. */
-static void set_accepting(bool wanted)
+/*
+ * Each connection takes two descriptors. One is kept in reserve, so that who is
+ * accepted can be served; without it the next wait in the listener's queue.
+ */
+static void refill(void)
 {
+    if (spare_fd < 0)
+        spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    bool wanted = spare_fd >= 0;
     if (wanted != accepting)
         watch(listener, (accepting = wanted) ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD);
 }
@@ -150,12 +160,6 @@ static void on_end(struct end *end, uint32_t events)
         finish(connection, true);
         return;
     }
-    if (connection->connecting) {
-        /* The client hung up while the server has not answered: nobody is left to connect for. */
-        if (events & EPOLLHUP)
-            finish(connection, true);
-        return;
-    }
     if (!pump(&connection->client) || !pump(&connection->server)) {
         finish(connection, true);
     } else if (connection->client.told && connection->server.told) {
@@ -185,12 +189,11 @@ static bool accept_one(void)
     struct sockaddr_storage from, to;
     socklen_t from_len = sizeof from, to_len = sizeof to;
     int client = accept4(listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (client < 0) {
-        if (errno == EMFILE || errno == ENFILE)
-            set_accepting(false);
+    if (client < 0)
         return errno == EINTR || errno == ECONNABORTED;
-    }
 
+    close(spare_fd);
+    spare_fd = -1;
     int server = -1;
     if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
         server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
@@ -202,7 +205,8 @@ static bool accept_one(void)
         close(client);
         if (server >= 0)
             close(server);
-        return true;
+        refill();
+        return accepting;
     }
 
     char a[80], b[80];
@@ -212,22 +216,33 @@ static bool accept_one(void)
     connection->client.fd = client, connection->client.other = &connection->server;
     connection->server.fd = server, connection->server.other = &connection->client;
     connection->connecting = true, connection->dead = false;
-    watch(client, 0, &connection->client, EPOLL_CTL_ADD);
-    watch(server, connection->server.interest = EPOLLOUT, &connection->server, EPOLL_CTL_ADD);
-    return true;
+    set_interest(&connection->server, EPOLLOUT);
+    refill();
+    return accepting;
+}
+
+/* A port, up to the given character or the end. */
+static uint16_t parse_port(const char *text, char end, const char **rest)
+{
+    char *stop;
+    errno = 0;
+    unsigned long port = strtoul(text, &stop, 10);
+    if (errno != 0 || stop == text || port < 1 || port > 65535 || (*stop != '\0' && *stop != end))
+        errx(2, "%s: not a port or a range of ports", text);
+    *rest = stop;
+    return (uint16_t)port;
 }
 
 static size_t parse_ports(char **args, struct tp_port_range *ranges)
 {
     size_t n = 0;
-    for (; args[n] != NULL && n < MAX_RANGES; n++) {
-        unsigned first, last;
-        int found = sscanf(args[n], "%5u-%5u", &first, &last);
-        if (found == 1)
-            last = first;
-        if (found < 1 || first < 1 || last < first || last > 65535)
-            errx(2, "%s: not a port or a range of ports", args[n]);
-        ranges[n].first = (uint16_t)first, ranges[n].last = (uint16_t)last;
+    for (; args[n] != NULL; n++) {
+        const char *rest;
+        if (n == MAX_RANGES)
+            errx(2, "more than %d ranges of ports", MAX_RANGES);
+        ranges[n].first = ranges[n].last = parse_port(args[n], '-', &rest);
+        if (*rest == '-')
+            ranges[n].last = parse_port(rest + 1, '\0', &rest);
     }
     return n;
 }
@@ -254,7 +269,8 @@ int main(int argc, char **argv)
         err(1, "signalfd, epoll_create1");
 
     /* One listener for both families; for IPv4 alone where the kernel has no IPv6. */
-    uint16_t port = htons((uint16_t)atoi(argv[1]));
+    const char *rest;
+    uint16_t port = htons(parse_port(argv[1], '\0', &rest));
     struct sockaddr_in6 any6 = { .sin6_family = AF_INET6, .sin6_port = port };
     struct sockaddr_in any4 = { .sin_family = AF_INET, .sin_port = port };
     listener = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK);
@@ -273,10 +289,12 @@ int main(int argc, char **argv)
     printf("listening\n");
 
     watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD);
+    refill();
     watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD);
     for (bool running = true; running;) {
         struct epoll_event events[EVENTS];
-        int n = epoll_wait(epoll_fd, events, EVENTS, -1);
+        /* While none are accepted, look now and then whether there are descriptors again. */
+        int n = epoll_wait(epoll_fd, events, EVENTS, accepting ? -1 : 100);
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == NULL)
                 while (accepting && accept_one())
@@ -286,8 +304,7 @@ int main(int argc, char **argv)
             else
                 on_end(events[i].data.ptr, events[i].events);
         }
-        if (dead_list != NULL)
-            set_accepting(true);
+        refill();
         while (dead_list != NULL) {
             struct connection *next = dead_list->next_dead;
             free(dead_list);

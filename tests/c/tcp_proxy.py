@@ -1,0 +1,131 @@
+"""tcp_proxy under conditions that the demo does not have.
+
+    tcp_proxy.py DIRECTORY-OF-THE-PROGRAMS
+
+Runs itself in namespaces of its own, as the demo does. Exits non-zero with a
+sentence if something is not as it should be.
+"""
+
+import ctypes
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "examples-c"))
+import demo  # noqa: E402
+
+SERVER = ("203.0.113.2", 80)
+
+
+def on(host, body):
+    """The result of something done in a thread that is on a host."""
+    result = []
+
+    def run():
+        with open(f"/run/netns/{host}", encoding="ascii") as namespace:
+            enter(namespace.fileno())
+        result.append(body())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def enter(fd):
+    if ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def listen():
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Small, and inherited: a server that does not read stops its peer soon.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    listener.bind(SERVER)
+    listener.listen(64)
+    listener.settimeout(demo.PATIENCE)
+    return listener
+
+
+def cpu_seconds(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def half_closed_and_stuck(listener, proxy):
+    """The server has said all and reads nothing; the client has said all. Nothing can move, so nothing may run."""
+    client = on("client", lambda: socket.create_connection(SERVER, demo.PATIENCE))
+    server, _ = listener.accept()
+    server.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    sent = 0
+    client.settimeout(0.5)
+    try:
+        while sent < 200_000:
+            sent += client.send(b"x" * 10_000)
+    except TimeoutError:
+        pass
+    client.shutdown(socket.SHUT_WR)
+    time.sleep(0.5)
+    before = cpu_seconds(proxy.process.pid)
+    time.sleep(1)
+    spent = cpu_seconds(proxy.process.pid) - before
+    assert spent < 0.2, f"the proxy was busy for {spent:.2f} s of a second with nothing to do"
+    # And what waited arrives when the server reads after all.
+    server.settimeout(demo.PATIENCE)
+    got = 0
+    while data := server.recv(65536):
+        got += len(data)
+    assert got == sent, f"{got} bytes of {sent} arrived"
+
+
+def few_descriptors(listener, programs):
+    """More clients than the proxy has descriptors for: each is served in its turn, none is turned away."""
+    limit = 18
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    command = ["sh", "-c", f'ulimit -n {limit}; exec "$0" "$@"', os.path.join(programs, "tcp_proxy"), "3129", "80"]
+    proxy = demo.Program("proxy", *command)
+    assert proxy.expect("listening") != "nothing"
+    assert (soft, hard) == resource.getrlimit(resource.RLIMIT_NOFILE)
+    clients = [on("client", lambda: socket.create_connection(SERVER, demo.PATIENCE)) for _ in range(24)]
+    for client in clients:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+    for _ in clients:
+        server, _ = listener.accept()
+        server.settimeout(demo.PATIENCE)
+        while server.recv(100):
+            pass
+        server.sendall(b"served")
+        server.close()
+    answers = [client.recv(100) for client in clients]
+    assert answers == [b"served"] * len(clients), f"{answers.count(b'served')} of {len(clients)} clients were served"
+    assert proxy.stop() == 0
+
+
+def main():
+    if sys.argv[1] != "--inside":
+        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        new = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        os.execvp(new[0], [*new, sys.executable, __file__, "--inside", os.path.abspath(sys.argv[1])])
+    programs = sys.argv[2]
+    demo.build_network()
+    for bad in (["3129"], ["3129", "80,443"], ["3129", "80-x"], ["68665", "80"], ["x", "80"], ["3129", "0"]):
+        outcome = subprocess.run([os.path.join(programs, "tcp_proxy"), *bad], capture_output=True, check=False)
+        assert outcome.returncode == 2, f"tcp_proxy {bad}: status {outcome.returncode}"
+    listener = on("server", listen)
+    proxy = demo.start_proxy(programs)
+    assert proxy
+    half_closed_and_stuck(listener, proxy)
+    assert proxy.stop() == 0
+    few_descriptors(listener, programs)
+
+
+if __name__ == "__main__":
+    main()
