@@ -8,8 +8,10 @@ CARGO   ?= cargo
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libtproxy.so.0
-OUT     := target/release
-SOURCES := Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
+SOURCES := Makefile Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
+# A target directory of its own: what `cargo build` leaves in the usual one has no LTO.
+CARGO_DIR := build/cargo
+OUT       := $(CARGO_DIR)/release
 
 # What is installed, and where; uninstall removes just that.
 LIBRARIES := $(addprefix $(LIBDIR)/,libtproxy.so libtproxy.so.0 libtproxy.so.$(VERSION) libtproxy.a)
@@ -21,15 +23,15 @@ all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a
 
 # One crate type at a time: along with an rlib, cargo skips LTO without a word.
 $(OUT)/libtproxy.so: $(SOURCES)
-	$(CARGO) rustc --release --lib --crate-type cdylib
+	$(CARGO) rustc --release --lib --crate-type cdylib --target-dir $(CARGO_DIR)
 	@touch $@
 
 # rustc says what a program that links the archive needs besides.
-$(OUT)/libtproxy.a: $(SOURCES)
-	$(CARGO) rustc --release --lib --crate-type staticlib -- --print native-static-libs 2> $(OUT)/staticlib.log \
-		|| { cat $(OUT)/staticlib.log >&2; exit 1; }
+$(OUT)/libtproxy.a: $(SOURCES) | $(OUT)/libtproxy.so
+	$(CARGO) rustc --release --lib --crate-type staticlib --target-dir $(CARGO_DIR) -- --print native-static-libs \
+		2> $(OUT)/staticlib.log || { cat $(OUT)/staticlib.log >&2; exit 1; }
 	@sed -n 's/^note: native-static-libs: //p' $(OUT)/staticlib.log | tail -n 1 > $(OUT)/native-static-libs
-	@test -s $(OUT)/native-static-libs || { echo 'rustc did not name the native libraries' >&2; exit 1; }
+	@test -s $(OUT)/native-static-libs || { rm -f $@; echo 'rustc did not name the native libraries' >&2; exit 1; }
 	@touch $@
 
 deps:
