@@ -66,6 +66,9 @@
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/types.h>
+/* A handle is known by its pointer alone. */
+typedef struct tp_rules tp_rules;
+
 
 /**
  * The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
@@ -92,20 +95,24 @@
 #define TP_RULES_DIVERT_ONLY 1
 
 /**
- * Intercept by NAT redirection, where TPROXY cannot be had. Not supported
- * by this version: EOPNOTSUPP.
+ * Intercept by NAT redirection, where TPROXY cannot be had. The listener is
+ * then an ordinary socket, not a transparent one (tp_orig_dst asks connection
+ * tracking), on a wildcard or specific address. TCP only; no marks, no policy
+ * routing, and connections from foreign addresses do not get their answers.
  */
 #define TP_RULES_REDIRECT 2
 
 /**
- * Intercept the host's own connections too. Not supported by this version:
- * EOPNOTSUPP.
+ * Intercept the host's own traffic too. What comes from transparent sockets
+ * is exempt: a proxy whose sockets towards servers are transparent
+ * (tp_connect_from, tp_set_transparent) does not intercept itself.
  */
 #define TP_RULES_LOCAL_OUTPUT 4
 
 /**
- * Let traffic pass by while there is no listener; the default is to drop
- * it. Not supported by this version: EOPNOTSUPP.
+ * Let traffic pass by while there is no listener; the default is to drop it.
+ * Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
+ * EOPNOTSUPP.
  */
 #define TP_RULES_FAIL_OPEN 8
 
@@ -118,13 +125,15 @@
 #define TP_RULES_ALLOW_DIRECT 16
 
 /**
- * Keep what is intercepted out of connection tracking. Not supported by this
- * version: EOPNOTSUPP.
+ * Keep what is intercepted, and what transparent sockets send, out of
+ * connection tracking.
  */
 #define TP_RULES_NOTRACK 32
 
 /**
- * The rules outlive the process. Not supported by this version: EOPNOTSUPP.
+ * The rules outlive the process, and drop what they would intercept until an
+ * instance of the same name, with this flag too, takes them over without a
+ * gap, or tp_purge_rules removes them. Needs Linux 6.9.
  */
 #define TP_RULES_PERSIST 64
 
@@ -149,9 +158,24 @@
 #define TP_TCP 1
 
 /**
- * UDP. Rules for it are not supported by this version: EOPNOTSUPP.
+ * UDP.
  */
 #define TP_UDP 2
+
+/**
+ * The destinations to intercept. tp_update_rules.
+ */
+#define TP_SET_DST 1
+
+/**
+ * The sources to intercept. tp_update_rules.
+ */
+#define TP_SET_SRC 2
+
+/**
+ * The destinations never to intercept. tp_update_rules.
+ */
+#define TP_SET_BYPASS 3
 
 /**
  * IPv4.
@@ -166,12 +190,12 @@
 /**
  * Installed rules. Calls on one handle may come from any thread.
  */
-typedef struct tp_rules tp_rules;
+struct tp_rules;
 
 /**
  * A range of ports in host byte order, both ends included.
  */
-typedef struct tp_port_range {
+struct tp_port_range {
     /**
      * The lowest, at least 1.
      */
@@ -180,12 +204,12 @@ typedef struct tp_port_range {
      * The highest, at least first. One port: the same.
      */
     uint16_t last;
-} tp_port_range;
+};
 
 /**
  * An address prefix: addr in network byte order, its first len bits.
  */
-typedef struct tp_prefix {
+struct tp_prefix {
     /**
      * AF_INET or AF_INET6.
      */
@@ -202,27 +226,27 @@ typedef struct tp_prefix {
      * IPv4 in the first four bytes.
      */
     uint8_t addr[16];
-} tp_prefix;
+};
 
 /**
  * What to intercept, for whom. Set it to zero (`= {0}`), then the fields
  * that matter: every field that is zero means its default. All of it is the
  * caller's and is read during the call only.
  */
-typedef struct tp_rules_config {
+struct tp_rules_config {
     /**
-     * The instance's name: at most 20 letters, digits, '_', '-' and '.'.
-     * NULL: "tproxy". One network namespace holds several instances, if
+     * The instance's name: at most 20 letters, digits, '_', '.' and, not
+     * first, '-'. NULL: "tproxy". One network namespace holds several instances, if
      * their names differ.
      */
     const char *name;
     /**
      * Descriptors of the listening sockets that get what is intercepted.
      * Protocol, family, address and port come from them. Each must be
-     * transparent, bound and listening (tp_listen makes such), and for each
-     * family there must be one address and port; sockets that share it by
-     * TP_REUSEPORT are fine. They are read now; a listener that ends later
-     * leaves no listener, and so no traffic.
+     * transparent, bound and, for TCP, listening (tp_listen makes such), and
+     * for each protocol and family there must be one address and port;
+     * sockets that share it by TP_REUSEPORT are fine. They are read now; a
+     * listener that ends later leaves no listener, and so no traffic.
      */
     const int *listeners;
     /**
@@ -230,8 +254,8 @@ typedef struct tp_rules_config {
      */
     size_t n_listeners;
     /**
-     * A listener in another process. Not supported by this version:
-     * EOPNOTSUPP.
+     * In place of listeners, the address and port of one in another process.
+     * The wildcard address of IPv6 serves both families.
      */
     const struct sockaddr *listen_addr;
     /**
@@ -247,16 +271,19 @@ typedef struct tp_rules_config {
      */
     uint32_t backend;
     /**
-     * TP_TCP, TP_UDP. 0: what the listeners are, else TCP.
+     * TP_TCP, TP_UDP. 0: what the listeners are, else TCP. With listen_addr
+     * it says what listens there.
      */
     uint32_t protocols;
     /**
-     * TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both.
+     * TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both; IPv4
+     * alone on a host that has no IPv6 address.
      */
     uint32_t families;
     /**
      * The packet mark that means "for a local socket", in host byte order.
-     * 0: 0x1000, with mask 0x3000.
+     * 0: 0x2000, with mask 0x3000. TP_RULES_LOCAL_OUTPUT needs another for
+     * the host's own packets: the lowest other bit of the mask.
      */
     uint32_t mark;
     /**
@@ -270,8 +297,8 @@ typedef struct tp_rules_config {
      */
     uint32_t table;
     /**
-     * The preference of the first of three routing policy rules, at most
-     * 32763. 0: three that are free, from 200.
+     * The preference of the first of four routing policy rules, at most
+     * 32762. 0: four that are free, from 200.
      */
     uint32_t priority;
     /**
@@ -283,15 +310,17 @@ typedef struct tp_rules_config {
      */
     size_t n_ports;
     /**
-     * Destinations to intercept. Not supported by this version: EOPNOTSUPP.
+     * Destinations to intercept, in any order, overlaps welcome. What they
+     * name is intercepted even if it is this host's own address.
      */
     const struct tp_prefix *dst;
     /**
-     * How many prefixes. 0: every destination.
+     * How many prefixes. 0: every destination but this host's own addresses,
+     * loopback, broadcast and multicast.
      */
     size_t n_dst;
     /**
-     * Sources to intercept. Not supported by this version: EOPNOTSUPP.
+     * Sources to intercept.
      */
     const struct tp_prefix *src;
     /**
@@ -299,8 +328,7 @@ typedef struct tp_rules_config {
      */
     size_t n_src;
     /**
-     * Destinations never to intercept. Not supported by this version:
-     * EOPNOTSUPP.
+     * Destinations never to intercept, whatever dst says.
      */
     const struct tp_prefix *bypass;
     /**
@@ -308,15 +336,53 @@ typedef struct tp_rules_config {
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces by which forwarded traffic comes in. Not
-     * supported by this version: EOPNOTSUPP.
+     * Names of the interfaces by which forwarded traffic comes in. They need
+     * not exist yet.
      */
     const char *const *interfaces;
     /**
      * How many names. 0: every interface.
      */
     size_t n_interfaces;
-} tp_rules_config;
+};
+
+/**
+ * What the rules have done: packets, and their bytes from the IP header on.
+ */
+struct tp_rules_stats {
+    /**
+     * Given to a listener.
+     */
+    uint64_t intercepted_packets;
+    /**
+     * Their bytes.
+     */
+    uint64_t intercepted_bytes;
+    /**
+     * Given to a transparent socket that they belong to.
+     */
+    uint64_t diverted_packets;
+    /**
+     * Their bytes.
+     */
+    uint64_t diverted_bytes;
+    /**
+     * Dropped, because there was no listener.
+     */
+    uint64_t dropped_packets;
+    /**
+     * Their bytes.
+     */
+    uint64_t dropped_bytes;
+    /**
+     * Dropped, because they were sent straight to a listener.
+     */
+    uint64_t guarded_packets;
+    /**
+     * Their bytes.
+     */
+    uint64_t guarded_bytes;
+};
 
 #ifdef __cplusplus
 extern "C" {
@@ -420,7 +486,7 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * order, of one family; v4-mapped addresses are taken as IPv4, so what
  * accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
  * back to this host if it is on their way, and to the socket by the divert
- * rule that tp_install_rules installs in every mode.
+ * rule that tp_install_rules installs (not with TP_RULES_REDIRECT).
  *
  * The port: without TP_KEEP_PORT any that is free for this destination; the
  * port in src does not count. With TP_KEEP_PORT the one in src, unless it is
@@ -473,29 +539,34 @@ int tp_connect_from(const struct sockaddr *src,
  * Returns 0, or -1 with errno, addr and addrlen untouched: EFAULT: addr or
  * addrlen is NULL. EINVAL: too little room. ENOENT: the socket is not
  * transparent, and no REDIRECT or DNAT of the connection is known. ENOTCONN:
- * not an accepted connection. EBADF, ENOTSOCK: not a descriptor, not a
+ * a socket that is bound to every address, or to none: not an accepted one. EBADF, ENOTSOCK: not a descriptor, not a
  * socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6.
  *
  * System calls: getsockopt and getsockname; one more getsockopt if the
  * socket is not transparent. Thread-safe.
  */
-int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen);
+int tp_orig_dst(int fd,
+                struct sockaddr *addr,
+                socklen_t *addrlen);
 
 /**
  * Makes the kernel bring connections to the listeners: an nf_tables table of
  * this process, and policy routing. No other program is run.
  *
- * What is intercepted is TCP to config's ports that comes in from the
- * network for someone else: never what goes to this host's own addresses,
- * to loopback, broadcast or multicast. While there is no listener, what
- * would be intercepted is dropped, so that nothing gets past the proxy.
+ * What is intercepted is what comes in from the network for someone else, and
+ * with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
+ * what goes to this host's own addresses, to loopback, broadcast or
+ * multicast, unless dst names it. While there is no listener, what would be
+ * intercepted is dropped, so that nothing gets past the proxy.
  *
  * The table belongs to the process: the kernel removes it when the process
  * ends, however it ends, and no other program can change it (`nft flush
  * ruleset` leaves it alone). A child that was forked and did not exec keeps
  * it alive. Routing has no owner: what a killed process leaves of it affects
- * no packet, and the next instance in its place removes it. Once the rules
- * are gone, traffic flows as if they had never been.
+ * no packet, and the next tp_install_rules or tp_purge_rules removes it. Once
+ * the rules are gone, traffic flows as if they had never been. To restart
+ * without a gap, install under a second name before the first ends, or use
+ * TP_RULES_PERSIST.
  *
  * All or nothing: on failure nothing is left. Reverse-path filtering works
  * as before, with net.ipv4.conf.*.src_valid_mark set or not; no sysctl is
@@ -514,12 +585,14 @@ int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen);
  * namespace. EBUSY: a living process has rules of this name, or has this
  * table or priority. EEXIST: someone else has what was asked for. EBADF,
  * ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
- * down. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
+ * down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
  * ENOBUFS, ENOMEM: as tp_socket.
  *
  * Needs Linux 5.12. Thread-safe.
  */
-int tp_install_rules(const struct tp_rules_config *config, size_t size, struct tp_rules **rules);
+int tp_install_rules(const struct tp_rules_config *config,
+                     size_t size,
+                     struct tp_rules **rules);
 
 /**
  * Removes what tp_install_rules installed, and frees the handle.
@@ -533,6 +606,62 @@ int tp_install_rules(const struct tp_rules_config *config, size_t size, struct t
  * are no error.
  */
 int tp_remove_rules(struct tp_rules *rules);
+
+/**
+ * Replaces what the rules ask for, in one transaction: every packet is treated
+ * either by the old rules or by the new. Counters go on.
+ *
+ * config, size: as tp_install_rules. The name and TP_RULES_PERSIST stay as
+ * they are, and so do table and priority (leave them zero, or say the same).
+ * On failure the old rules are as they were.
+ *
+ * Returns 0, or -1 with errno as tp_install_rules; EMSGSIZE: larger than one
+ * transaction may be here (net.core.wmem_max).
+ */
+int tp_replace_rules(struct tp_rules *rules, const struct tp_rules_config *config, size_t size);
+
+/**
+ * Removes what a dead or persistent instance left: its rules if they
+ * persist, and routing. Never what a living process has.
+ *
+ * name: the instance's, or NULL for all of them. An instance that left
+ * nothing is no error.
+ *
+ * Returns 0, or -1 with errno: EBUSY: a living process has these rules.
+ * EINVAL: no valid name. EPERM: no CAP_NET_ADMIN over this network namespace.
+ */
+int tp_purge_rules(const char *name);
+
+/**
+ * Adds prefixes to a set and removes others from it, in one transaction,
+ * while the rules work. It costs in proportion to the change, not to the set.
+ *
+ * set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
+ * they were given (none given means every address), bypass always. A set may
+ * become empty: an empty dst or src intercepts nothing. Prefixes may
+ * overlap: an address is in the set as long as one of them covers it. To add
+ * one that is there is fine; what is both added and removed is removed.
+ *
+ * Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
+ * an array with a count. EINVAL: no such set, no valid prefix, or of a family
+ * that the rules do not serve. ENOENT: a prefix to be removed is not there.
+ */
+int tp_update_rules(struct tp_rules *rules,
+                    uint32_t set,
+                    const struct tp_prefix *add,
+                    size_t n_add,
+                    const struct tp_prefix *remove,
+                    size_t n_remove);
+
+/**
+ * Reads what the rules have done since they were installed.
+ *
+ * stats, size: where it goes, and sizeof(struct tp_rules_stats).
+ *
+ * Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
+ * less than the first version's. E2BIG: larger than this library knows.
+ */
+int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
 
 /**
  * The sentence of this thread's last failing call: the step, why it failed,

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::prefix::PrefixSet;
+
 /// A set of address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Families {
@@ -74,12 +76,15 @@ impl Families {
 pub enum Protocol {
     /// TCP.
     Tcp,
+    /// UDP.
+    Udp,
 }
 
 impl Protocol {
     pub(crate) fn number(self) -> u8 {
         match self {
             Protocol::Tcp => libc::IPPROTO_TCP as u8,
+            Protocol::Udp => libc::IPPROTO_UDP as u8,
         }
     }
 }
@@ -88,8 +93,47 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
         })
     }
+}
+
+/// A set of transport protocols.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Protocols {
+    /// TCP.
+    pub tcp: bool,
+    /// UDP.
+    pub udp: bool,
+}
+
+impl Protocols {
+    pub(crate) fn is_empty(self) -> bool {
+        !self.tcp && !self.udp
+    }
+
+    pub(crate) fn contains(self, protocol: Protocol) -> bool {
+        match protocol {
+            Protocol::Tcp => self.tcp,
+            Protocol::Udp => self.udp,
+        }
+    }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = Protocol> {
+        [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
+    }
+}
+
+/// How packets reach the program.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// TPROXY: unchanged, to a transparent listener.
+    #[default]
+    Tproxy,
+    /// NAT redirection: translated, to an ordinary listener.
+    Redirect,
+    /// Nothing is intercepted; only transparent sockets get what is for them.
+    DivertOnly,
 }
 
 /// A range of ports, both ends included.
@@ -120,17 +164,18 @@ pub struct Mark {
 }
 
 impl Mark {
-    /// Bit 12, of a field of two (12 and 13; the other value is for the host's own traffic).
+    /// Bit 13, of a field of two (12 and 13; the other is for the host's own traffic).
     ///
     /// A mark has 32 bits that everything on a host shares. Taken are, by
     /// their projects' documentation and sources: 0x4000 and 0x8000 by
     /// Kubernetes (kube-proxy's masquerade and drop), 0xffff0000 by Calico
     /// (its default mask) and by Cilium (identities), 0x0f00 by Cilium (its
-    /// magic mark), 0xff0000 by Tailscale, 0x80 by the AWS VPC CNI, 0xca6c
-    /// (bits 2, 3, 5, 6, 9, 11, 14, 15) by wg-quick for WireGuard, 0x539 and
-    /// 0x53a (bits 0, 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers
-    /// (1, 2, 0x10). That leaves bits 12 and 13.
-    pub const DEFAULT: Mark = Mark { value: 0x1000, mask: 0x3000 };
+    /// magic mark; 0x1e00 with its WireGuard, 0xf000 with its IPsec),
+    /// 0xff0000 by Tailscale, 0x80 by the AWS VPC CNI, 0xca6c (bits 2, 3, 5,
+    /// 6, 9, 11, 14, 15) by wg-quick for WireGuard, 0x539 and 0x53a (bits 0,
+    /// 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers (1, 2, 0x10).
+    /// That leaves bit 13, and bit 12 where Cilium does not encrypt.
+    pub const DEFAULT: Mark = Mark { value: 0x2000, mask: 0x3000 };
 }
 
 impl fmt::Display for Mark {
@@ -139,18 +184,45 @@ impl fmt::Display for Mark {
     }
 }
 
+impl Mark {
+    /// Another value in the same bits: that of the host's own packets on their way round. `None` if the bits have
+    /// no other.
+    pub(crate) fn second(self) -> Option<Mark> {
+        let free = self.mask & !self.value;
+        (free != 0).then_some(Mark { value: free & free.wrapping_neg(), mask: self.mask })
+    }
+}
+
 /// A wish that can be carried out, with its defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub name: String,
+    pub mode: Mode,
+    /// The mark of packets for local sockets.
     pub mark: Mark,
+    /// The mark of the host's own packets that are to be intercepted; `None`: none are.
+    pub output_mark: Option<Mark>,
     pub families: Families,
-    /// Who gets what is intercepted; none: nothing is, only sockets get their packets.
+    pub protocols: Protocols,
+    /// Who gets what is intercepted; none with [`Mode::DivertOnly`].
     pub intercepts: Vec<Intercept>,
     /// Connections made straight to the listeners are dropped.
     pub guard: bool,
+    /// Without a listener, traffic passes by.
+    pub fail_open: bool,
+    /// What is intercepted is kept out of connection tracking.
+    pub notrack: bool,
+    /// The rules outlive the process.
+    pub persist: bool,
     /// Sorted and apart from each other; none: all.
     pub ports: Vec<PortRange>,
+    /// `None`: every destination but those that are the host's own, or nobody's.
+    pub dst: Option<PrefixSet>,
+    /// `None`: every source.
+    pub src: Option<PrefixSet>,
+    pub bypass: PrefixSet,
+    /// Where forwarded traffic comes in; none: everywhere.
+    pub interfaces: Vec<String>,
     /// `None`: whatever is free.
     pub table: Option<u32>,
     pub priority: Option<u32>,
@@ -168,19 +240,19 @@ pub(crate) struct Intercept {
 }
 
 impl Plan {
-    /// The protocols whose packets are looked at.
-    pub fn protocols(&self) -> impl Iterator<Item = Protocol> {
-        [Protocol::Tcp].into_iter()
-    }
-
-    /// The family, if only one is served.
-    pub fn only_family(&self) -> Option<Family> {
-        self.families.only()
-    }
-
     /// The listeners that can be reached without interception, and shall not be.
     pub fn guarded(&self) -> impl Iterator<Item = Intercept> {
         let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
+    }
+
+    /// The same for IPv4 alone, on a host that has no IPv6.
+    pub fn without_ipv6(mut self) -> Plan {
+        self.families.v6 = false;
+        self.intercepts.retain(|listener| listener.family != Some(Family::V6));
+        for listener in &mut self.intercepts {
+            listener.family = Some(Family::V4);
+        }
+        self
     }
 }

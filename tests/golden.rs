@@ -54,24 +54,63 @@ fn a_dual_stack_listener_with_all_defaults() {
 }
 
 #[test]
-fn listeners_on_addresses_and_everything_chosen() {
+fn everything_at_once() {
     let net = host();
     let _rules = net.run(|| {
         let v4 = listen("192.0.2.1:3129".parse().unwrap(), 0).unwrap();
         let v6 = listen("[::1]:3130".parse().unwrap(), 0).unwrap();
-        let fds = [v4.as_raw_fd(), v6.as_raw_fd()];
+        let udp = socket(libc::AF_INET6, libc::SOCK_DGRAM).unwrap();
+        bind_nonlocal(&udp, "[::]:3131".parse().unwrap()).unwrap();
+        let fds = [v4.as_raw_fd(), v6.as_raw_fd(), udp.as_raw_fd()];
+        let src = prefixes(&["10.0.0.0/8"]);
+        let dst = prefixes(&["255.255.255.255/32", "198.51.101.0/24", "::/0", "198.51.100.0/24", "198.51.100.128/25"]);
+        let bypass = prefixes(&["198.51.100.7/32"]);
+        let interfaces = [c"wg-1".as_ptr(), c"eth0".as_ptr()];
         Rules::install(&tp_rules_config {
             name: c"two".as_ptr(),
             listeners: fds.as_ptr(),
-            n_listeners: 2,
-            mark: 7,
+            n_listeners: fds.len(),
+            flags: TP_RULES_LOCAL_OUTPUT | TP_RULES_NOTRACK,
+            mark: 6,
             table: 100,
             priority: 1000,
+            src: src.as_ptr(),
+            n_src: src.len(),
+            dst: dst.as_ptr(),
+            n_dst: dst.len(),
+            bypass: bypass.as_ptr(),
+            n_bypass: bypass.len(),
+            interfaces: interfaces.as_ptr(),
+            n_interfaces: interfaces.len(),
             ..config()
         })
         .unwrap()
     });
     compare(&net, include_str!("golden/addresses.nft"), include_str!("golden/chosen.ip"));
+}
+
+#[test]
+fn redirection_with_local_output() {
+    let net = host();
+    let _rules = net.run(|| {
+        let v4 = std::net::TcpListener::bind("192.0.2.1:3129").unwrap();
+        let v6 = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+        v6.set_only_v6(true).unwrap();
+        v6.bind(&"[::]:3130".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+        v6.listen(1).unwrap();
+        let fds = [v4.as_raw_fd(), v6.as_raw_fd()];
+        let port = tp_port_range { first: 80, last: 80 };
+        Rules::install(&tp_rules_config {
+            listeners: fds.as_ptr(),
+            n_listeners: 2,
+            flags: TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT,
+            ports: &raw const port,
+            n_ports: 1,
+            ..config()
+        })
+        .unwrap()
+    });
+    compare(&net, include_str!("golden/redirect.nft"), "");
 }
 
 #[test]

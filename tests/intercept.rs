@@ -194,7 +194,7 @@ fn other_bits_of_the_mark_survive() {
         "table inet other {
             chain before { type filter hook prerouting priority -200; iifname eth0 meta mark set 0x40000
             }
-            chain after { type filter hook input priority 0; iifname eth0 tcp dport 80 meta mark != 0x41000 drop
+            chain after { type filter hook input priority 0; iifname eth0 tcp dport 80 meta mark != 0x42000 drop
             }
         }",
     );
@@ -202,4 +202,36 @@ fn other_bits_of_the_mark_survive() {
     let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     proxied(&lab, v4(), &listener, &server, 0);
     proxied(&lab, v6(), &listener, &server, 0);
+}
+
+/// The server closes first, so that the proxy keeps the old connection in TIME_WAIT; then the client comes from the
+/// same port again. That is a new connection, to be intercepted, and not the old one's last words.
+#[test]
+fn a_client_port_that_is_used_again_within_a_minute() {
+    for rfc1337 in ["0", "1"] {
+        let lab = Lab::new();
+        lab.proxy.sysctl("ipv4/tcp_rfc1337", rfc1337);
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+        for hosts in [v4(), v6()] {
+            for _ in 0..3 {
+                let to = at(hosts.server, 80);
+                let begin = std::time::Instant::now();
+                let client = lab.client.run(|| {
+                    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+                    socket.set_reuse_address(true)?;
+                    socket.bind(&at(hosts.client, 4321).into())?;
+                    socket.connect_timeout(&to.into(), PATIENCE)?;
+                    std::io::Result::Ok(TcpStream::from(socket))
+                });
+                let mut client = client.unwrap();
+                assert!(begin.elapsed() < NEVER, "{:?}", begin.elapsed());
+                let (accepted, peer) = accept(&listener);
+                assert_eq!(peer, at(hosts.client, 4321));
+                drop(accepted);
+                let mut nothing = Vec::new();
+                assert_eq!(client.read_to_end(&mut nothing).unwrap(), 0);
+            }
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Stdio};
 
 use common::*;
-use libc::{EADDRINUSE, EBADF, EBUSY, EEXIST, EINVAL, ENETDOWN, ENOTSOCK, EOPNOTSUPP, EPERM};
+use libc::{EADDRINUSE, EBADF, EBUSY, EEXIST, EINVAL, ENETDOWN, ENOTSOCK, EPERM};
 use tproxy::ffi::*;
 
 const HOLD: &str = "TPROXY_TEST_HOLD";
@@ -161,6 +161,65 @@ fn a_dead_instances_place_is_not_taken_for_a_living_ones() {
     assert_eq!(net.state(), before);
 }
 
+/// Whatever place the next instance has, nothing of a dead one stays to send its packets astray.
+#[test]
+fn leftovers_that_overlap_the_next_place_do_no_harm() {
+    for priority in [198, 201, 203, 1000] {
+        let lab = Lab::new();
+        let before = lab.proxy.state();
+        for interface in ["all", "eth0", "eth1"] {
+            lab.proxy.sysctl(&format!("ipv4/conf/{interface}/src_valid_mark"), "1");
+            lab.proxy.sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "1");
+        }
+        Holder::start(&lab.proxy, "").kill();
+        let listener = listener(&lab.proxy);
+        let rules = lab.proxy.run(|| install(&listener, |c| c.priority = priority)).unwrap();
+        let to = at(v4().server, 80);
+        let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+        assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), to);
+        lab.proxy.run(|| rules.remove()).unwrap();
+        assert_eq!(lab.proxy.state(), before);
+    }
+}
+
+#[test]
+fn a_dead_instances_routes_go_with_its_rules() {
+    let net = Net::new();
+    let before = net.state();
+    Holder::start(&net, "").kill();
+    let listener = net.run(|| listen("0.0.0.0:3129".parse().unwrap(), 0)).unwrap();
+    let rules = net.run(|| install(&listener, |c| c.table = 99)).unwrap();
+    net.run(|| rules.remove()).unwrap();
+    assert_eq!(net.state(), before);
+}
+
+#[test]
+fn a_routing_table_that_someone_else_uses_is_avoided() {
+    let net = Net::new();
+    net.ip("route add local default dev lo table 7470");
+    let before = net.state();
+    let listener = listener(&net);
+    let rules = net.run(|| install(&listener, |_| {})).unwrap();
+    assert!(net.ip("rule").contains("lookup 7471"), "{}", net.ip("rule"));
+    net.run(|| rules.remove()).unwrap();
+    assert_eq!(net.state(), before);
+}
+
+#[test]
+fn a_host_without_ipv6_is_served_ipv4() {
+    let lab = Lab::new();
+    for interface in ["all", "default", "lo"] {
+        lab.proxy.sysctl(&format!("ipv6/conf/{interface}/disable_ipv6"), "1");
+    }
+    let listener = listener(&lab.proxy);
+    let failed = lab.proxy.run(|| install(&listener, |c| c.families = TP_IPV4 | TP_IPV6)).err().unwrap();
+    assert!(failed.sentence.contains("IPv6 is disabled on lo"), "{failed}");
+    let _rules = lab.proxy.run(|| install(&listener, |_| {})).unwrap();
+    let to = at(v4().server, 80);
+    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), to);
+}
+
 #[test]
 fn a_firewall_reload_leaves_the_rules_alone() {
     let lab = Lab::new();
@@ -179,7 +238,7 @@ fn rules_of_others_are_avoided_and_never_touched() {
     let before = net.state();
     let listener = listener(&net);
     let rules = net.run(|| install(&listener, |_| {})).unwrap();
-    assert!(net.ip("rule").contains("206:	from all fwmark 0x1000/0x3000 iif lo goto 208"), "{}", net.ip("rule"));
+    assert!(net.ip("rule").contains("204:	from all fwmark 0x2000/0x3000 iif lo goto 207"), "{}", net.ip("rule"));
     net.run(|| rules.remove()).unwrap();
     assert_eq!(net.state(), before);
     // Asked for by number, they are refused instead.
@@ -265,7 +324,7 @@ fn a_listener_that_cannot_be_reached_is_refused_with_the_reason() {
         let bound = socket(libc::AF_INET6, libc::SOCK_STREAM).unwrap();
         bind_nonlocal(&bound, "[::]:3130".parse().unwrap()).unwrap();
         refused(&bound, EINVAL, "does not listen");
-        refused(&socket(libc::AF_INET, libc::SOCK_DGRAM).unwrap(), EOPNOTSUPP, "UDP");
+        refused(&socket(libc::AF_INET, libc::SOCK_DGRAM).unwrap(), EINVAL, "not bound");
         refused(&std::os::unix::net::UnixDatagram::unbound().unwrap(), EINVAL, "not a socket of IPv4 or IPv6");
         refused(&std::fs::File::open("/dev/null").unwrap(), ENOTSOCK, "");
         refused(&-1, EBADF, "");

@@ -59,7 +59,7 @@ fn a_connection_that_was_not_redirected_is_enoent() {
     }
 }
 
-/// Connection tracking has an entry of this very five-tuple, of NAT that another host did; it must not be believed.
+/// With connection tracking active and NAT in the namespace, what it says of the five-tuple is not asked for.
 #[test]
 fn a_transparent_connection_never_asks_connection_tracking() {
     let lab = Lab::new();

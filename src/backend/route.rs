@@ -1,11 +1,12 @@
 //! Policy routing: what brings a marked packet to a local socket.
 //!
-//! For each family three rules in a row and one route:
+//! For each family four preferences in a row and one route:
 //!
 //! ```text
-//! ip rule add pref P   iif lo fwmark M/MASK goto P+2
+//! ip rule add pref P   iif lo fwmark M/MASK goto P+3
 //! ip rule add pref P+1 fwmark M/MASK lookup T
-//! ip rule add pref P+2 nop
+//! ip rule add pref P+2 fwmark O/MASK lookup T
+//! ip rule add pref P+3 nop
 //! ip route add local default dev lo table T
 //! ```
 //!
@@ -13,7 +14,8 @@
 //! kernel's reverse-path check: with `src_valid_mark` set it asks, as
 //! `iif lo` and with the packet's mark, for a route back to the client, would
 //! find the local table, and drop the packet as a martian
-//! (`net/ipv4/fib_frontend.c`, `__fib_validate_source`).
+//! (`net/ipv4/fib_frontend.c`, `__fib_validate_source`). The third is for the
+//! host's own packets, which do come in by `lo`, and so need a mark of their own.
 //!
 //! Unlike nf_tables, rtnetlink has no transactions: each message stands for
 //! itself.
@@ -31,14 +33,16 @@ const PROTOCOL: u8 = 116;
 /// LOOPBACK_IFINDEX: `lo` is number 1 in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// How many rules one instance has for a family.
-pub(crate) const RULES: u32 = 3;
+/// How many preferences one instance has.
+pub(crate) const RULES: u32 = 4;
 
 /// What the kernel shall have for one instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Routing {
     pub families: Families,
     pub mark: Mark,
+    /// The mark of the host's own packets, if they are intercepted.
+    pub output_mark: Option<Mark>,
     pub table: u32,
     pub priority: u32,
 }
@@ -53,8 +57,26 @@ pub(crate) struct FoundRule {
     mark: Mark,
 }
 
+impl FoundRule {
+    /// It has one of the instance's preferences.
+    pub fn is_in(&self, routing: &Routing) -> bool {
+        (routing.priority..routing.priority + RULES).contains(&self.priority)
+    }
+
+    fn entry(&self) -> Entry {
+        Entry::Rule { family: self.family, priority: self.priority, kind: self.kind, mark: self.mark }
+    }
+}
+
+impl Routing {
+    /// The rule is one that this routing wants.
+    pub fn has(&self, rule: &FoundRule) -> bool {
+        entries(self).iter().any(|entry| entry.is(rule))
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RuleKind {
+pub(crate) enum RuleKind {
     Goto(u32),
     Lookup(u32),
     Nop,
@@ -64,57 +86,129 @@ enum RuleKind {
 
 /// One thing to add or to delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Entry {
+pub(crate) enum Entry {
     Rule { family: Family, priority: u32, kind: RuleKind, mark: Mark },
     Route { family: Family, table: u32 },
 }
 
-/// The rules of these families.
-pub(crate) fn rules(channel: &mut Channel, families: Families) -> Result<Vec<FoundRule>> {
+/// The rules of both families, as far as the kernel has both; those of `needed` it must have.
+pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<FoundRule>> {
     let mut found = Vec::new();
-    for family in families.iter() {
-        let header = rule_header(family, 0);
-        let dumped = channel.dump(libc::RTM_GETRULE, &header).map_err(|e| {
-            let errno = e.raw_os_error().unwrap_or(libc::EIO);
-            let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
-            let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
-            Error::new(errno, format!("ip{} rule show: {e}{cure}", flag(family)))
-        })?;
+    for family in Families::ALL.iter() {
+        let dumped = match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), |_| {}) {
+            Ok(dumped) => dumped,
+            Err(_) if !needed.contains(family) || needed == Families::ALL && family == Family::V6 => continue,
+            Err(e) => {
+                let errno = e.raw_os_error().unwrap_or(libc::EIO);
+                let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
+                let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
+                return Err(Error::new(errno, format!("ip {} rule show: {e}{cure}", flag(family))));
+            }
+        };
         found.extend(dumped.iter().filter_map(|payload| parse_rule(family, payload)));
     }
     Ok(found)
+}
+
+/// Whether any interface has an IPv6 address: `::1` at least, unless IPv6 is not built in or switched off.
+pub(crate) fn has_ipv6(channel: &mut Channel) -> bool {
+    /// `struct ifaddrmsg` of any address of the family.
+    const ANY: [u8; 8] = [libc::AF_INET6 as u8, 0, 0, 0, 0, 0, 0, 0];
+    channel.dump(libc::RTM_GETADDR, &ANY, |_| {}).is_ok_and(|addresses| !addresses.is_empty())
+}
+
+/// The local route needs `lo`: what is routed to it is dropped while it is down.
+pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
+    /// `struct ifinfomsg`: family, type, index, flags, change.
+    const FLAGS_AT: usize = 8;
+    let mut query = [0; 16];
+    query[4..FLAGS_AT].copy_from_slice(&LOOPBACK.to_ne_bytes());
+    let failed = |e: std::io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("ip link show lo: {e}"));
+    let link = channel.get(libc::RTM_GETLINK, &query).map_err(failed)?;
+    let flags = link.and_then(|link| wire::u32_at(&link, FLAGS_AT)).unwrap_or(0);
+    if flags & libc::IFF_UP as u32 == 0 {
+        return Err(Error::new(libc::ENETDOWN, "the loopback device must be up: `ip link set lo up`"));
+    }
+    Ok(())
 }
 
 /// Adds the routes and rules; `leftovers`, which a dead instance had in the same place, go first.
 ///
 /// On failure, what was added is deleted again.
 pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRule]) -> Result<()> {
+    delete_found(channel, leftovers, &[])?;
     let entries = entries(routing);
-    let stale_rules = leftovers.iter().map(|rule| Entry::Rule {
-        family: rule.family,
-        priority: rule.priority,
-        kind: rule.kind,
-        mark: rule.mark,
-    });
-    let stale_routes = entries.iter().copied().filter(|entry| matches!(entry, Entry::Route { .. }));
-    delete_entries(channel, &stale_rules.chain(stale_routes).collect::<Vec<_>>())?;
+    let stale_routes: Vec<Entry> =
+        entries.iter().copied().filter(|entry| matches!(entry, Entry::Route { .. })).collect();
+    delete_entries(channel, &stale_routes)?;
+    add_entries(channel, &entries).map(|_| ())
+}
 
-    let outcome = send(channel, &entries, Operation::Add)?;
-    let Some((failed, failure)) = outcome.first_failure else { return Ok(()) };
-    let error = rejected(&failed, &failure);
-    delete_entries(channel, &outcome.done)?;
-    Err(error)
+/// Adds what of a routing is not among the rules found, and its routes. Gives what was added.
+pub(crate) fn add_missing(channel: &mut Channel, routing: &Routing, found: &[FoundRule]) -> Result<Vec<Entry>> {
+    let there = |entry: &Entry| found.iter().any(|rule| entry.is(rule));
+    let entries: Vec<Entry> = entries(routing).into_iter().filter(|entry| !there(entry)).collect();
+    add_entries_but(channel, &entries, |entry, failure| {
+        matches!(entry, Entry::Route { .. }) && failure.errno == libc::EEXIST
+    })
+}
+
+fn add_entries(channel: &mut Channel, entries: &[Entry]) -> Result<Vec<Entry>> {
+    add_entries_but(channel, entries, |_, _| false)
+}
+
+/// Adds all or nothing, but for failures that are fine.
+fn add_entries_but(
+    channel: &mut Channel,
+    entries: &[Entry],
+    fine: impl Fn(&Entry, &Failure) -> bool,
+) -> Result<Vec<Entry>> {
+    let outcome = match send(channel, entries, Operation::Add, fine) {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            // Nobody knows how far it came.
+            let _ = delete_entries(channel, entries);
+            return Err(error);
+        }
+    };
+    match outcome.first_failure {
+        Some((failed, failure)) => {
+            let error = rejected(&failed, &failure);
+            delete_entries(channel, &outcome.done)?;
+            Err(error)
+        }
+        None => Ok(outcome.done),
+    }
 }
 
 /// Deletes the routes and rules; those that are gone already are no error.
 pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
-    let mut entries = entries(routing);
-    entries.reverse();
-    delete_entries(channel, &entries)
+    delete_entries(channel, &entries(routing))
 }
 
-fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
-    let outcome = send(channel, entries, Operation::Delete)?;
+/// Deletes rules that were found, and the local routes of the tables that they lead to, but for tables in use.
+pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &[u32]) -> Result<()> {
+    let tables = rules.iter().filter_map(|rule| match rule.kind {
+        RuleKind::Lookup(table) if !in_use.contains(&table) => Some(table),
+        _ => None,
+    });
+    let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
+    delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).collect::<Vec<_>>())
+}
+
+/// Deletes the routes of families that the routing does not serve.
+pub(crate) fn delete_routes_without(channel: &mut Channel, routing: &Routing) -> Result<()> {
+    let unserved = Families::ALL.iter().filter(|family| !routing.families.contains(*family));
+    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).collect();
+    delete_entries(channel, &routes)
+}
+
+/// Deletes entries, the last first; those that are gone already are no error.
+pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
+    let backwards: Vec<Entry> = entries.iter().rev().copied().collect();
+    // ENOENT: no such rule. ESRCH: no such route or table. EAFNOSUPPORT, EOPNOTSUPP: no such family here.
+    let gone = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+    let outcome = send(channel, &backwards, Operation::Delete, |_, failure| gone.contains(&failure.errno))?;
     match outcome.first_failure {
         Some((entry, failure)) => Err(Error::new(
             failure.errno,
@@ -124,14 +218,21 @@ fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
     }
 }
 
-/// Routes first: a rule without its route would let marked packets pass by.
+/// In the order in which they are added: a look-up without its route, or a jump without its target, would lead
+/// marked packets past.
 fn entries(routing: &Routing) -> Vec<Entry> {
-    let Routing { families, mark, table, priority } = *routing;
+    let Routing { families, mark, output_mark, table, priority } = *routing;
     let routes = families.iter().map(|family| Entry::Route { family, table });
+    let after = priority + RULES - 1;
+    let none = Mark { value: 0, mask: 0 };
+    let mut rules = vec![
+        (after, RuleKind::Nop, none),
+        (priority, RuleKind::Goto(after), mark),
+        (priority + 1, RuleKind::Lookup(table), mark),
+    ];
+    rules.extend(output_mark.map(|mark| (priority + 2, RuleKind::Lookup(table), mark)));
     let rules = families.iter().flat_map(|family| {
-        let after = priority + RULES - 1;
-        let kinds = [RuleKind::Goto(after), RuleKind::Lookup(table), RuleKind::Nop];
-        (priority..).zip(kinds).map(move |(priority, kind)| Entry::Rule { family, priority, kind, mark })
+        rules.clone().into_iter().map(move |(priority, kind, mark)| Entry::Rule { family, priority, kind, mark })
     });
     routes.chain(rules).collect()
 }
@@ -149,7 +250,12 @@ struct Outcome {
 }
 
 /// Sends one message for each entry, all at once; each succeeds or fails by itself.
-fn send(channel: &mut Channel, entries: &[Entry], operation: Operation) -> Result<Outcome> {
+fn send(
+    channel: &mut Channel,
+    entries: &[Entry],
+    operation: Operation,
+    fine: impl Fn(&Entry, &Failure) -> bool,
+) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     if entries.is_empty() {
         return Ok(outcome);
@@ -166,8 +272,7 @@ fn send(channel: &mut Channel, entries: &[Entry], operation: Operation) -> Resul
     })?;
     for (seq, entry) in sent {
         match answers.failures.iter().find(|failure| failure.seq == seq) {
-            // ENOENT: no such rule. ESRCH: no such route, or no such table.
-            Some(f) if operation == Operation::Delete && [libc::ENOENT, libc::ESRCH].contains(&f.errno) => {}
+            Some(failure) if fine(&entry, failure) => {}
             Some(failure) => _ = outcome.first_failure.get_or_insert((entry, failure.clone())),
             None => outcome.done.push(entry),
         }
@@ -224,6 +329,11 @@ const ROUTE_OIF: u16 = 4;
 const ROUTE_TABLE: u16 = 15;
 
 impl Entry {
+    /// The rule found is this one, of ours.
+    fn is(&self, rule: &FoundRule) -> bool {
+        rule.ours && *self == rule.entry()
+    }
+
     fn encode(&self, messages: &mut Buffer, seq: u32, operation: Operation) {
         let (op, flags) = match operation {
             Operation::Add => (0, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
@@ -313,7 +423,10 @@ fn parse_rule(family: Family, payload: &[u8]) -> Option<FoundRule> {
         priority: number(RULE_PRIORITY).unwrap_or(0),
         ours: protocol == Some(PROTOCOL) && kind != RuleKind::Foreign,
         kind,
-        mark: Mark { value: number(RULE_MARK).unwrap_or(0), mask: number(RULE_MARK_MASK).unwrap_or(0) },
+        mark: match number(RULE_MARK) {
+            Some(value) => Mark { value, mask: number(RULE_MARK_MASK).unwrap_or(u32::MAX) },
+            None => Mark { value: 0, mask: 0 },
+        },
     })
 }
 
@@ -325,7 +438,13 @@ mod tests {
 
     #[test]
     fn a_rule_that_is_added_is_recognised_when_it_is_dumped() {
-        let routing = Routing { families: Families::ALL, mark: Mark::DEFAULT, table: 7470, priority: 200 };
+        let routing = Routing {
+            families: Families::ALL,
+            mark: Mark::DEFAULT,
+            output_mark: Mark::DEFAULT.second(),
+            table: 7470,
+            priority: 200,
+        };
         for entry in entries(&routing) {
             let Entry::Rule { family, priority, kind, mark } = entry else { continue };
             let mut buffer = Buffer::default();
@@ -333,22 +452,24 @@ mod tests {
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
             let found = parse_rule(family, message.payload).unwrap();
             assert_eq!((found.priority, found.kind, found.ours), (priority, kind, true));
-            assert!(kind == RuleKind::Nop || found.mark == mark);
+            assert_eq!(found.mark, mark);
         }
     }
 
     #[test]
     fn the_equivalent_commands_are_the_documented_ones() {
         let families = Families { v4: true, v6: false };
-        let routing = Routing { families, mark: Mark::DEFAULT, table: 7470, priority: 200 };
+        let routing =
+            Routing { families, mark: Mark::DEFAULT, output_mark: Mark::DEFAULT.second(), table: 7470, priority: 200 };
         let commands: Vec<String> = entries(&routing).iter().map(|e| e.command(Operation::Add).to_string()).collect();
         assert_eq!(
             commands,
             [
                 "-4 route add local default dev lo table 7470 protocol 116",
-                "-4 rule add pref 200 iif lo fwmark 0x1000/0x3000 goto 202 protocol 116",
-                "-4 rule add pref 201 fwmark 0x1000/0x3000 lookup 7470 protocol 116",
-                "-4 rule add pref 202 nop protocol 116",
+                "-4 rule add pref 203 nop protocol 116",
+                "-4 rule add pref 200 iif lo fwmark 0x2000/0x3000 goto 203 protocol 116",
+                "-4 rule add pref 201 fwmark 0x2000/0x3000 lookup 7470 protocol 116",
+                "-4 rule add pref 202 fwmark 0x1000/0x3000 lookup 7470 protocol 116",
             ]
         );
     }

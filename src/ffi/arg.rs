@@ -138,6 +138,9 @@ pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Re
     if items.is_null() {
         return Err(null(what));
     }
+    if !items.is_aligned() {
+        return Err(Error::invalid(format!("{what}: the array is not aligned")));
+    }
     if len > isize::MAX as usize / size_of::<T>().max(1) {
         return Err(Error::invalid(format!("{what}: {len} items are more than memory holds")));
     }
@@ -159,14 +162,21 @@ pub(super) unsafe fn sized<T: Copy>(what: &str, value: *const T, size: usize, sm
         return Err(Error::invalid(format!("{what}: a size of {size} is less than the first version's {smallest}")));
     }
     let ours = size_of::<T>();
+    let unknown = || {
+        Error::new(
+            libc::E2BIG,
+            format!("{what}: it has fields that this version of the library does not know; leave them zero"),
+        )
+    };
+    // As the kernel's copy_struct_from_user: no struct is larger than a page.
+    if size > 4096 {
+        return Err(unknown());
+    }
     if size > ours {
         // SAFETY: valid for size bytes, of which these are the last.
         let tail = unsafe { std::slice::from_raw_parts(value.cast::<u8>().add(ours), size - ours) };
         if tail.iter().any(|byte| *byte != 0) {
-            return Err(Error::new(
-                libc::E2BIG,
-                format!("{what}: it has fields that this version of the library does not know; leave them zero"),
-            ));
+            return Err(unknown());
         }
     }
     // SAFETY: T may be all zero, and what is copied over it is no more than either has.

@@ -1,37 +1,44 @@
 //! Rules.
 
 use std::ffi::{c_char, c_int};
-use std::sync::Mutex;
+use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard};
 
 use libc::{sockaddr, socklen_t};
 
 use super::arg;
 use super::guard::guard;
 use crate::error::{Error, Result};
-use crate::rules::{Config, Families, Listener, PortRange, Rules};
+use crate::rules::{self, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols, Rules};
 
 /// Only bring packets to transparent sockets that they belong to: listeners
 /// on addresses that this host does not own, and connections from such
 /// addresses. Nothing is intercepted; listeners may be empty.
 pub const TP_RULES_DIVERT_ONLY: u32 = 0x1;
-/// Intercept by NAT redirection, where TPROXY cannot be had. Not supported
-/// by this version: EOPNOTSUPP.
+/// Intercept by NAT redirection, where TPROXY cannot be had. The listener is
+/// then an ordinary socket, not a transparent one (tp_orig_dst asks connection
+/// tracking), on a wildcard or specific address. TCP only; no marks, no policy
+/// routing, and connections from foreign addresses do not get their answers.
 pub const TP_RULES_REDIRECT: u32 = 0x2;
-/// Intercept the host's own connections too. Not supported by this version:
-/// EOPNOTSUPP.
+/// Intercept the host's own traffic too. What comes from transparent sockets
+/// is exempt: a proxy whose sockets towards servers are transparent
+/// (tp_connect_from, tp_set_transparent) does not intercept itself.
 pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
-/// Let traffic pass by while there is no listener; the default is to drop
-/// it. Not supported by this version: EOPNOTSUPP.
+/// Let traffic pass by while there is no listener; the default is to drop it.
+/// Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
+/// EOPNOTSUPP.
 pub const TP_RULES_FAIL_OPEN: u32 = 0x8;
 /// Leave connections alone that are made straight to a listener's own address
 /// and port. By default they are dropped, since a proxy that connects to
 /// the original destination would connect to itself, without end. (A listener
 /// on loopback cannot be reached from outside, and needs no such rule.)
 pub const TP_RULES_ALLOW_DIRECT: u32 = 0x10;
-/// Keep what is intercepted out of connection tracking. Not supported by this
-/// version: EOPNOTSUPP.
+/// Keep what is intercepted, and what transparent sockets send, out of
+/// connection tracking.
 pub const TP_RULES_NOTRACK: u32 = 0x20;
-/// The rules outlive the process. Not supported by this version: EOPNOTSUPP.
+/// The rules outlive the process, and drop what they would intercept until an
+/// instance of the same name, with this flag too, takes them over without a
+/// gap, or tp_purge_rules removes them. Needs Linux 6.9.
 pub const TP_RULES_PERSIST: u32 = 0x40;
 
 /// The backend that the kernel has; today nf_tables.
@@ -43,8 +50,15 @@ pub const TP_BACKEND_IPTABLES: u32 = 2;
 
 /// TCP.
 pub const TP_TCP: u32 = 0x1;
-/// UDP. Rules for it are not supported by this version: EOPNOTSUPP.
+/// UDP.
 pub const TP_UDP: u32 = 0x2;
+
+/// The destinations to intercept. tp_update_rules.
+pub const TP_SET_DST: u32 = 1;
+/// The sources to intercept. tp_update_rules.
+pub const TP_SET_SRC: u32 = 2;
+/// The destinations never to intercept. tp_update_rules.
+pub const TP_SET_BYPASS: u32 = 3;
 
 /// IPv4.
 pub const TP_IPV4: u32 = 0x1;
@@ -89,21 +103,21 @@ pub struct tp_port_range {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_rules_config {
-    /// The instance's name: at most 20 letters, digits, '_', '-' and '.'.
-    /// NULL: "tproxy". One network namespace holds several instances, if
+    /// The instance's name: at most 20 letters, digits, '_', '.' and, not
+    /// first, '-'. NULL: "tproxy". One network namespace holds several instances, if
     /// their names differ.
     pub name: *const c_char,
     /// Descriptors of the listening sockets that get what is intercepted.
     /// Protocol, family, address and port come from them. Each must be
-    /// transparent, bound and listening (tp_listen makes such), and for each
-    /// family there must be one address and port; sockets that share it by
-    /// TP_REUSEPORT are fine. They are read now; a listener that ends later
-    /// leaves no listener, and so no traffic.
+    /// transparent, bound and, for TCP, listening (tp_listen makes such), and
+    /// for each protocol and family there must be one address and port;
+    /// sockets that share it by TP_REUSEPORT are fine. They are read now; a
+    /// listener that ends later leaves no listener, and so no traffic.
     pub listeners: *const c_int,
     /// How many descriptors.
     pub n_listeners: usize,
-    /// A listener in another process. Not supported by this version:
-    /// EOPNOTSUPP.
+    /// In place of listeners, the address and port of one in another process.
+    /// The wildcard address of IPv6 serves both families.
     pub listen_addr: *const sockaddr,
     /// The length of listen_addr.
     pub listen_addrlen: socklen_t,
@@ -111,12 +125,15 @@ pub struct tp_rules_config {
     pub flags: u32,
     /// TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
     pub backend: u32,
-    /// TP_TCP, TP_UDP. 0: what the listeners are, else TCP.
+    /// TP_TCP, TP_UDP. 0: what the listeners are, else TCP. With listen_addr
+    /// it says what listens there.
     pub protocols: u32,
-    /// TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both.
+    /// TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both; IPv4
+    /// alone on a host that has no IPv6 address.
     pub families: u32,
     /// The packet mark that means "for a local socket", in host byte order.
-    /// 0: 0x1000, with mask 0x3000.
+    /// 0: 0x2000, with mask 0x3000. TP_RULES_LOCAL_OUTPUT needs another for
+    /// the host's own packets: the lowest other bit of the mask.
     pub mark: u32,
     /// The bits of the mark that are ours; the others are left as they are.
     /// 0: all of them, if mark is given.
@@ -124,28 +141,29 @@ pub struct tp_rules_config {
     /// The routing table that delivers to local sockets. 0: one that is free,
     /// from 7470.
     pub table: u32,
-    /// The preference of the first of three routing policy rules, at most
-    /// 32763. 0: three that are free, from 200.
+    /// The preference of the first of four routing policy rules, at most
+    /// 32762. 0: four that are free, from 200.
     pub priority: u32,
     /// Destination ports to intercept, in any order, overlaps welcome.
     pub ports: *const tp_port_range,
     /// How many ranges. 0: every port.
     pub n_ports: usize,
-    /// Destinations to intercept. Not supported by this version: EOPNOTSUPP.
+    /// Destinations to intercept, in any order, overlaps welcome. What they
+    /// name is intercepted even if it is this host's own address.
     pub dst: *const tp_prefix,
-    /// How many prefixes. 0: every destination.
+    /// How many prefixes. 0: every destination but this host's own addresses,
+    /// loopback, broadcast and multicast.
     pub n_dst: usize,
-    /// Sources to intercept. Not supported by this version: EOPNOTSUPP.
+    /// Sources to intercept.
     pub src: *const tp_prefix,
     /// How many prefixes. 0: every source.
     pub n_src: usize,
-    /// Destinations never to intercept. Not supported by this version:
-    /// EOPNOTSUPP.
+    /// Destinations never to intercept, whatever dst says.
     pub bypass: *const tp_prefix,
     /// How many prefixes.
     pub n_bypass: usize,
-    /// Names of the interfaces by which forwarded traffic comes in. Not
-    /// supported by this version: EOPNOTSUPP.
+    /// Names of the interfaces by which forwarded traffic comes in. They need
+    /// not exist yet.
     pub interfaces: *const *const c_char,
     /// How many names. 0: every interface.
     pub n_interfaces: usize,
@@ -153,6 +171,31 @@ pub struct tp_rules_config {
 
 /// The size of the first version of tp_rules_config: where its last field ends.
 const FIRST_VERSION: usize = std::mem::offset_of!(tp_rules_config, n_interfaces) + size_of::<usize>();
+
+/// What the rules have done: packets, and their bytes from the IP header on.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tp_rules_stats {
+    /// Given to a listener.
+    pub intercepted_packets: u64,
+    /// Their bytes.
+    pub intercepted_bytes: u64,
+    /// Given to a transparent socket that they belong to.
+    pub diverted_packets: u64,
+    /// Their bytes.
+    pub diverted_bytes: u64,
+    /// Dropped, because there was no listener.
+    pub dropped_packets: u64,
+    /// Their bytes.
+    pub dropped_bytes: u64,
+    /// Dropped, because they were sent straight to a listener.
+    pub guarded_packets: u64,
+    /// Their bytes.
+    pub guarded_bytes: u64,
+}
+
+/// The size of the first version of tp_rules_stats.
+const FIRST_STATS: usize = std::mem::offset_of!(tp_rules_stats, guarded_bytes) + size_of::<u64>();
 
 /// Installed rules. Calls on one handle may come from any thread.
 #[allow(non_camel_case_types)]
@@ -163,17 +206,20 @@ pub struct tp_rules {
 /// Makes the kernel bring connections to the listeners: an nf_tables table of
 /// this process, and policy routing. No other program is run.
 ///
-/// What is intercepted is TCP to config's ports that comes in from the
-/// network for someone else: never what goes to this host's own addresses,
-/// to loopback, broadcast or multicast. While there is no listener, what
-/// would be intercepted is dropped, so that nothing gets past the proxy.
+/// What is intercepted is what comes in from the network for someone else, and
+/// with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
+/// what goes to this host's own addresses, to loopback, broadcast or
+/// multicast, unless dst names it. While there is no listener, what would be
+/// intercepted is dropped, so that nothing gets past the proxy.
 ///
 /// The table belongs to the process: the kernel removes it when the process
 /// ends, however it ends, and no other program can change it (`nft flush
 /// ruleset` leaves it alone). A child that was forked and did not exec keeps
 /// it alive. Routing has no owner: what a killed process leaves of it affects
-/// no packet, and the next instance in its place removes it. Once the rules
-/// are gone, traffic flows as if they had never been.
+/// no packet, and the next tp_install_rules or tp_purge_rules removes it. Once
+/// the rules are gone, traffic flows as if they had never been. To restart
+/// without a gap, install under a second name before the first ends, or use
+/// TP_RULES_PERSIST.
 ///
 /// All or nothing: on failure nothing is left. Reverse-path filtering works
 /// as before, with net.ipv4.conf.*.src_valid_mark set or not; no sysctl is
@@ -192,7 +238,7 @@ pub struct tp_rules {
 /// namespace. EBUSY: a living process has rules of this name, or has this
 /// table or priority. EEXIST: someone else has what was asked for. EBADF,
 /// ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
-/// down. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
+/// down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
 /// ENOBUFS, ENOMEM: as tp_socket.
 ///
 /// Needs Linux 5.12. Thread-safe.
@@ -240,69 +286,256 @@ pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
     })
 }
 
+/// Replaces what the rules ask for, in one transaction: every packet is treated
+/// either by the old rules or by the new. Counters go on.
+///
+/// config, size: as tp_install_rules. The name and TP_RULES_PERSIST stay as
+/// they are, and so do table and priority (leave them zero, or say the same).
+/// On failure the old rules are as they were.
+///
+/// Returns 0, or -1 with errno as tp_install_rules; EMSGSIZE: larger than one
+/// transaction may be here (net.core.wmem_max).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const tp_rules_config, size: usize) -> c_int {
+    guard(|| {
+        // SAFETY: by the caller's word; the struct is integers and pointers.
+        let config = unsafe { arg::sized("config", config, size, FIRST_VERSION) }?;
+        // SAFETY: by the caller's word.
+        let mut rules = unsafe { locked(rules) }?;
+        // SAFETY: by the caller's word.
+        rules.replace(&unsafe { decode(&config) }?)?;
+        Ok(0)
+    })
+}
+
+/// Removes what a dead or persistent instance left: its rules if they
+/// persist, and routing. Never what a living process has.
+///
+/// name: the instance's, or NULL for all of them. An instance that left
+/// nothing is no error.
+///
+/// Returns 0, or -1 with errno: EBUSY: a living process has these rules.
+/// EINVAL: no valid name. EPERM: no CAP_NET_ADMIN over this network namespace.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
+    guard(|| {
+        // SAFETY: by the caller's word.
+        rules::purge(unsafe { arg::text("name", name) }?)?;
+        Ok(0)
+    })
+}
+
+/// Adds prefixes to a set and removes others from it, in one transaction,
+/// while the rules work. It costs in proportion to the change, not to the set.
+///
+/// set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
+/// they were given (none given means every address), bypass always. A set may
+/// become empty: an empty dst or src intercepts nothing. Prefixes may
+/// overlap: an address is in the set as long as one of them covers it. To add
+/// one that is there is fine; what is both added and removed is removed.
+///
+/// Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
+/// an array with a count. EINVAL: no such set, no valid prefix, or of a family
+/// that the rules do not serve. ENOENT: a prefix to be removed is not there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_update_rules(
+    rules: *mut tp_rules,
+    set: u32,
+    add: *const tp_prefix,
+    n_add: usize,
+    remove: *const tp_prefix,
+    n_remove: usize,
+) -> c_int {
+    guard(|| {
+        let set = match set {
+            TP_SET_DST => rules::Set::Dst,
+            TP_SET_SRC => rules::Set::Src,
+            TP_SET_BYPASS => rules::Set::Bypass,
+            other => return Err(Error::invalid(format!("set: {other} is not known"))),
+        };
+        // SAFETY: by the caller's word.
+        let add = unsafe { prefixes("add", add, n_add) }?;
+        // SAFETY: by the caller's word.
+        let remove = unsafe { prefixes("remove", remove, n_remove) }?;
+        // SAFETY: by the caller's word.
+        unsafe { locked(rules) }?.update(set, &add, &remove)?;
+        Ok(0)
+    })
+}
+
+/// Reads what the rules have done since they were installed.
+///
+/// stats, size: where it goes, and sizeof(struct tp_rules_stats).
+///
+/// Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
+/// less than the first version's. E2BIG: larger than this library knows.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_rules_stats, size: usize) -> c_int {
+    guard(|| {
+        if stats.is_null() {
+            return Err(arg::null("stats"));
+        }
+        if size < FIRST_STATS {
+            return Err(Error::invalid(format!(
+                "stats: a size of {size} is less than the first version's {FIRST_STATS}"
+            )));
+        }
+        if size > size_of::<tp_rules_stats>() {
+            return Err(Error::new(libc::E2BIG, "stats: it has fields that this version of the library cannot fill"));
+        }
+        // SAFETY: by the caller's word.
+        let found = unsafe { locked(rules) }?.stats()?;
+        let found = tp_rules_stats {
+            intercepted_packets: found.intercepted.packets,
+            intercepted_bytes: found.intercepted.bytes,
+            diverted_packets: found.diverted.packets,
+            diverted_bytes: found.diverted.bytes,
+            dropped_packets: found.dropped.packets,
+            dropped_bytes: found.dropped.bytes,
+            guarded_packets: found.guarded.packets,
+            guarded_bytes: found.guarded.bytes,
+        };
+        // SAFETY: size bytes of the caller's, and no more than ours has.
+        unsafe { stats.cast::<u8>().copy_from_nonoverlapping((&raw const found).cast(), size) };
+        Ok(0)
+    })
+}
+
+/// The rules behind a handle, for this call alone.
+///
+/// # Safety
+/// `rules` is NULL or a handle that has not been removed.
+unsafe fn locked<'a>(rules: *const tp_rules) -> Result<MutexGuard<'a, Rules>> {
+    // SAFETY: by the caller's word.
+    let handle = unsafe { rules.as_ref() }.ok_or_else(|| arg::null("rules"))?;
+    Ok(handle.rules.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
 /// Decodes the struct; refuses what this version cannot do.
 ///
 /// # Safety
 /// Every pointer in it is NULL or points to what its comment says.
 unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
     let flags = arg::flags(config.flags, KNOWN_FLAGS)?;
-    refuse_unsupported(config, flags)?;
-    // SAFETY: by the caller's word.
-    let name = unsafe { arg::text("name", config.name) }?.unwrap_or_default();
-    // SAFETY: by the caller's word.
-    let fds = unsafe { arg::array("listeners", config.listeners, config.n_listeners) }?;
-    // SAFETY: by the caller's word.
-    let ports = unsafe { arg::array("ports", config.ports, config.n_ports) }?;
-    let mut listeners = Vec::with_capacity(fds.len());
-    for (index, fd) in fds.iter().enumerate() {
-        // SAFETY: the caller's descriptor, open during the call.
-        let listener = unsafe { arg::fd(*fd) }.and_then(Listener::from_fd);
-        listeners
-            .push(listener.map_err(|e| Error::new(e.errno(), format!("listeners[{index}], descriptor {fd}: {e}")))?);
-    }
+    let has = |flag| flags & flag != 0;
+    check_known(config)?;
+    let mode = match (has(TP_RULES_DIVERT_ONLY), has(TP_RULES_REDIRECT)) {
+        (false, false) => Mode::Tproxy,
+        (false, true) => Mode::Redirect,
+        (true, false) => Mode::DivertOnly,
+        (true, true) => return Err(Error::invalid("TP_RULES_DIVERT_ONLY with TP_RULES_REDIRECT: one or the other")),
+    };
+    let protocols = Protocols { tcp: config.protocols & TP_TCP != 0, udp: config.protocols & TP_UDP != 0 };
+    // SAFETY: each by the caller's word.
+    let (name, ports, dst, src, bypass, interfaces, listeners) = unsafe {
+        (
+            arg::text("name", config.name)?.unwrap_or_default(),
+            arg::array("ports", config.ports, config.n_ports)?,
+            prefixes("dst", config.dst, config.n_dst)?,
+            prefixes("src", config.src, config.n_src)?,
+            prefixes("bypass", config.bypass, config.n_bypass)?,
+            names("interfaces", config.interfaces, config.n_interfaces)?,
+            listeners(config, mode, protocols)?,
+        )
+    };
     Ok(Config {
         name: name.to_owned(),
         listeners,
-        divert_only: flags & TP_RULES_DIVERT_ONLY != 0,
-        allow_direct: flags & TP_RULES_ALLOW_DIRECT != 0,
+        mode,
+        local_output: has(TP_RULES_LOCAL_OUTPUT),
+        fail_open: has(TP_RULES_FAIL_OPEN),
+        allow_direct: has(TP_RULES_ALLOW_DIRECT),
+        notrack: has(TP_RULES_NOTRACK),
+        persist: has(TP_RULES_PERSIST),
+        protocols,
         families: Families { v4: config.families & TP_IPV4 != 0, v6: config.families & TP_IPV6 != 0 },
         mark: config.mark,
         mark_mask: config.mark_mask,
         table: config.table,
         priority: config.priority,
         ports: ports.iter().map(|range| PortRange { first: range.first, last: range.last }).collect(),
+        dst,
+        src,
+        bypass,
+        interfaces,
     })
 }
 
-fn refuse_unsupported(config: &tp_rules_config, flags: u32) -> Result<()> {
+/// The listeners, by descriptor or by address.
+///
+/// # Safety
+/// As for [`decode`].
+unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) -> Result<Vec<Listener>> {
+    // SAFETY: by the caller's word.
+    let fds = unsafe { arg::array("listeners", config.listeners, config.n_listeners) }?;
+    if config.listen_addr.is_null() && config.listen_addrlen == 0 {
+        let listener = |(index, fd): (usize, &c_int)| {
+            // SAFETY: the caller's descriptor, open during the call.
+            let listener = unsafe { arg::fd(*fd) }.and_then(|fd| Listener::from_fd(fd, mode));
+            listener.map_err(|e| Error::new(e.errno(), format!("listeners[{index}], descriptor {fd}: {e}")))
+        };
+        return fds.iter().enumerate().map(listener).collect();
+    }
+    if !fds.is_empty() {
+        return Err(Error::invalid("listeners and listen_addr: one or the other"));
+    }
+    // SAFETY: by the caller's word.
+    let addr = unsafe { arg::address("listen_addr", config.listen_addr, config.listen_addrlen) }?;
+    let tcp_alone = Protocols { tcp: true, udp: false };
+    let protocols = if protocols == Protocols::default() { tcp_alone } else { protocols };
+    let asked = [(protocols.tcp, Protocol::Tcp), (protocols.udp, Protocol::Udp)];
+    asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)).collect()
+}
+
+/// # Safety
+/// `items` is NULL or valid for reads of `len` prefixes.
+unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -> Result<Vec<Prefix>> {
+    // SAFETY: by the caller's word.
+    let items = unsafe { arg::array(what, items, len) }?;
+    let prefix = |(index, item): (usize, &tp_prefix)| {
+        let [a, b, c, d, ..] = item.addr;
+        let addr = match i32::from(item.family) {
+            libc::AF_INET => IpAddr::from([a, b, c, d]),
+            libc::AF_INET6 => IpAddr::from(item.addr),
+            other => {
+                return Err(Error::invalid(format!("{what}[{index}]: family {other} is neither AF_INET nor AF_INET6")));
+            }
+        };
+        if item.reserved != [0; 2] {
+            return Err(Error::invalid(format!("{what}[{index}]: reserved must be zero")));
+        }
+        Prefix::new(addr, item.len).map_err(|e| Error::new(e.errno(), format!("{what}[{index}]: {e}")))
+    };
+    items.iter().enumerate().map(prefix).collect()
+}
+
+/// # Safety
+/// `items` is NULL or valid for reads of `len` pointers, each to a NUL-terminated string.
+unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<Vec<String>> {
+    // SAFETY: by the caller's word.
+    let items = unsafe { arg::array(what, items, len) }?;
+    let name = |item: &*const c_char| {
+        // SAFETY: by the caller's word.
+        let name = unsafe { arg::text(what, *item) }?;
+        Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
+    };
+    items.iter().map(name).collect()
+}
+
+/// Refuses values that mean nothing, and what this version cannot do.
+fn check_known(config: &tp_rules_config) -> Result<()> {
     let known = |what: &str, value: u32, known: u32| match value & !known {
         0 => Ok(()),
         unknown => Err(Error::invalid(format!("{what}: {unknown:#x} is not known"))),
     };
     known("protocols", config.protocols, TP_TCP | TP_UDP)?;
     known("families", config.families, TP_IPV4 | TP_IPV6)?;
-    if config.backend > TP_BACKEND_IPTABLES {
-        return Err(Error::invalid(format!("backend: {} is not known", config.backend)));
-    }
-    let unsupported = [
-        ("flag TP_RULES_REDIRECT", flags & TP_RULES_REDIRECT != 0),
-        ("flag TP_RULES_LOCAL_OUTPUT", flags & TP_RULES_LOCAL_OUTPUT != 0),
-        ("flag TP_RULES_FAIL_OPEN", flags & TP_RULES_FAIL_OPEN != 0),
-        ("flag TP_RULES_NOTRACK", flags & TP_RULES_NOTRACK != 0),
-        ("flag TP_RULES_PERSIST", flags & TP_RULES_PERSIST != 0),
-        ("backend TP_BACKEND_IPTABLES", config.backend == TP_BACKEND_IPTABLES),
-        ("protocols TP_UDP", config.protocols & TP_UDP != 0),
-        ("field listen_addr", !config.listen_addr.is_null() || config.listen_addrlen != 0),
-        ("field dst", config.n_dst != 0),
-        ("field src", config.n_src != 0),
-        ("field bypass", config.n_bypass != 0),
-        ("field interfaces", config.n_interfaces != 0),
-    ];
-    match unsupported.iter().find(|(_, asked)| *asked) {
-        Some((what, _)) => Err(Error::new(
+    match config.backend {
+        TP_BACKEND_AUTO | TP_BACKEND_NFT => Ok(()),
+        TP_BACKEND_IPTABLES => Err(Error::new(
             libc::EOPNOTSUPP,
-            format!("{what} is not supported by version {} of this library", crate::VERSION),
+            format!("backend TP_BACKEND_IPTABLES is not supported by version {} of this library", crate::VERSION),
         )),
-        None => Ok(()),
+        other => Err(Error::invalid(format!("backend: {other} is not known"))),
     }
 }

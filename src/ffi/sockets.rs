@@ -139,7 +139,7 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// order, of one family; v4-mapped addresses are taken as IPv4, so what
 /// accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
 /// back to this host if it is on their way, and to the socket by the divert
-/// rule that tp_install_rules installs in every mode.
+/// rule that tp_install_rules installs (not with TP_RULES_REDIRECT).
 ///
 /// The port: without TP_KEEP_PORT any that is free for this destination; the
 /// port in src does not count. With TP_KEEP_PORT the one in src, unless it is
@@ -203,7 +203,7 @@ pub unsafe extern "C" fn tp_connect_from(
 /// Returns 0, or -1 with errno, addr and addrlen untouched: EFAULT: addr or
 /// addrlen is NULL. EINVAL: too little room. ENOENT: the socket is not
 /// transparent, and no REDIRECT or DNAT of the connection is known. ENOTCONN:
-/// not an accepted connection. EBADF, ENOTSOCK: not a descriptor, not a
+/// a socket that is bound to every address, or to none: not an accepted one. EBADF, ENOTSOCK: not a descriptor, not a
 /// socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6.
 ///
 /// System calls: getsockopt and getsockname; one more getsockopt if the

@@ -1,11 +1,12 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::wire::{self, Buffer};
+use super::wire::{self, Attrs, Buffer};
 use crate::sys;
 
 /// NLMSG_ERROR: an acknowledgement (error 0) or an error.
@@ -39,14 +40,30 @@ pub(crate) trait Transport: Send {
 
 impl Transport for Socket {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self.write(bytes)? {
-            sent if sent == bytes.len() => Ok(()),
-            _ => Err(io::Error::from_raw_os_error(libc::EMSGSIZE)),
-        }
+        let sent = match self.write(bytes) {
+            Err(e) if e.raw_os_error() == Some(libc::EMSGSIZE) => {
+                enlarge_send_buffer(self, bytes.len());
+                self.write(bytes)?
+            }
+            sent => sent?,
+        };
+        if sent == bytes.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) }
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.read(buffer)
+    }
+}
+
+/// A datagram has to fit into the send buffer (`netlink_sendmsg`). Beyond
+/// net.core.wmem_max that takes CAP_NET_ADMIN over the host, not just over the namespace.
+fn enlarge_send_buffer(socket: &Socket, len: usize) {
+    // The kernel doubles the number, and wants some bytes to spare.
+    let size = i32::try_from(len / 2 + 4096).unwrap_or(i32::MAX);
+    for option in [libc::SO_SNDBUFFORCE, libc::SO_SNDBUF] {
+        if sys::setsockopt_int(socket.as_fd(), libc::SOL_SOCKET, option, size).is_ok() {
+            return;
+        }
     }
 }
 
@@ -81,7 +98,7 @@ impl Channel {
         let socket = Socket::new_raw(Domain::from(libc::AF_NETLINK), kind, Some(Protocol::from(family)))?;
         for option in SOCKET_OPTIONS {
             // Each came with another kernel (4.2 to 4.20); without one, errors say less.
-            let _ = sys::setsockopt_int(std::os::fd::AsFd::as_fd(&socket), libc::SOL_NETLINK, option, 1);
+            let _ = sys::setsockopt_int(socket.as_fd(), libc::SOL_NETLINK, option, 1);
         }
         bind_to_fresh_port(&socket)?;
         Ok(Channel::over(Box::new(socket)))
@@ -130,10 +147,10 @@ impl Channel {
         found
     }
 
-    /// Asks for all objects of a kind; gives each one's payload behind the message header.
-    pub fn dump(&mut self, kind: u16, header: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
+    pub fn dump(&mut self, kind: u16, header: &[u8], filter: impl Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header)? {
+            if let Some(found) = self.dump_once(kind, header, &filter)? {
                 return Ok(found);
             }
         }
@@ -141,10 +158,15 @@ impl Channel {
     }
 
     /// `None`: the list changed while it was read.
-    fn dump_once(&mut self, kind: u16, header: &[u8]) -> io::Result<Option<Vec<Vec<u8>>>> {
+    fn dump_once(
+        &mut self,
+        kind: u16,
+        header: &[u8],
+        filter: impl Fn(&mut Attrs<'_>),
+    ) -> io::Result<Option<Vec<Vec<u8>>>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
-        request.message(kind, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, seq, header, |_| {});
+        request.message(kind, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, seq, header, filter);
         self.send(&request)?;
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
         self.drain(|message| {
@@ -186,15 +208,23 @@ impl Channel {
     }
 }
 
+/// Our ports are a process id and a counter. Process ids have at most 22 bits (PID_MAX_LIMIT).
+const COUNTER_BITS: u32 = 10;
+
+/// The process that opened the channel of a port.
+pub(crate) fn process_of_port(port: u32) -> u32 {
+    port >> COUNTER_BITS
+}
+
 /// Binds a netlink socket to a port that no other had a moment ago.
 ///
 /// Left to itself the kernel gives the process id whenever it is free, and it is
 /// free again before the release of what a closing socket owned has run: that
 /// release, which goes by the port, would take the tables of the next socket
 /// with it (`netlink_release`, `nft_rcv_nl_event`).
+///
+/// The port also says whose it is: [`process_of_port`].
 fn bind_to_fresh_port(socket: &Socket) -> io::Result<()> {
-    /// Process ids have at most 22 bits (PID_MAX_LIMIT).
-    const COUNTER_BITS: u32 = 10;
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let mut outcome = Ok(());
     for _ in 0..1 << COUNTER_BITS {
@@ -272,12 +302,12 @@ mod tests {
 
     #[test]
     fn a_dump_that_never_ends_is_an_error() {
-        assert_eq!(channel(vec![]).dump(1, &[]).unwrap_err().raw_os_error(), Some(libc::EPROTO));
+        assert_eq!(channel(vec![]).dump(1, &[], |_| {}).unwrap_err().raw_os_error(), Some(libc::EPROTO));
     }
 
     #[test]
     fn a_dump_that_the_kernel_refuses_gives_its_errno() {
-        let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[]).unwrap_err();
+        let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], |_| {}).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     }
 
@@ -286,7 +316,7 @@ mod tests {
         fn no_answer_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
             let _ = channel(datagrams.clone()).exchange(&Buffer::default());
             let _ = channel(datagrams.clone()).get(1, &[]);
-            let _ = channel(datagrams).dump(1, &[]);
+            let _ = channel(datagrams).dump(1, &[], |_| {});
         }
     }
 }

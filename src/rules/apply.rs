@@ -1,45 +1,69 @@
 //! Makes the kernel hold a plan, and no longer.
 //!
 //! nf_tables is atomic and dies with its owner; policy routing is neither. So
-//! the order is: claim the instance's name and its place among the routing
-//! rules by an empty table that belongs to this process; put the routing
-//! there; fill the table, in one transaction, which is the moment at which
-//! interception begins. Undoing is the same backwards. What a killed process
-//! leaves behind is routing that no packet is marked for; whoever gets its
-//! place next removes it.
+//! the order is: claim the instance's place by an empty table that belongs to
+//! this process (`place`); put the routing there; fill the table, in one
+//! transaction, which is the moment at which interception begins. Undoing is
+//! the same backwards. What a killed process leaves behind is routing that no
+//! packet is marked for; whoever comes next sweeps it.
 
-use crate::backend::nft::ruleset;
-use crate::backend::nft::table::{self, Table, Tag};
+use crate::backend::nft::object::Object;
+use crate::backend::nft::ruleset::{self, Which};
+use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
-use crate::backend::route::{self, FoundRule, RULES, Routing};
+use crate::backend::route::{self, Routing};
 use crate::error::{Error, Result};
-use crate::model::{Families, Family, Plan};
+use crate::model::{Families, Mode, Plan};
 use crate::netlink::Channel;
+use crate::prefix::Prefix;
 
 use super::config::Config;
+use super::place::{self, Claim};
+use super::plan;
 
-/// Places for instances that ask for none of their own: routing rules from
-/// this preference on, three each, and a routing table each.
-///
-/// The rules have to come before those of others that could send a marked
-/// packet elsewhere: the AWS VPC CNI's begin at 512, Tailscale's at 5210, and
-/// wg-quick's are near 32765.
-const FIRST_PRIORITY: u32 = 200;
-const FIRST_TABLE: u32 = 7470;
-const PLACES: u32 = 64;
-
-/// Others may change nf_tables at the same time; one of us always gets through.
-const CLAIM_TRIES: u32 = 1000;
-
-/// Rules that are installed. They end with [`Rules::remove`], with this value,
-/// or with the process, whichever comes first.
+/// Rules that are installed. They end with [`Rules::remove`], with this value
+/// (unless they persist), or with the process, whichever comes first.
 pub struct Rules {
     /// The channel whose socket owns the table.
     nft: Channel,
     route: Channel,
     table: String,
+    plan: Plan,
     routing: Routing,
     installed: bool,
+}
+
+/// Packets and bytes since the rules were installed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Given to a listener.
+    pub intercepted: Count,
+    /// Given to a transparent socket that had them already.
+    pub diverted: Count,
+    /// Dropped for want of a listener.
+    pub dropped: Count,
+    /// Dropped because they were sent straight to a listener.
+    pub guarded: Count,
+}
+
+/// Packets, and their bytes from the IP header on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// A set of prefixes that can be changed while the rules are installed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Set {
+    /// Destinations to intercept.
+    Dst,
+    /// Sources to intercept.
+    Src,
+    /// Destinations never to intercept.
+    Bypass,
 }
 
 impl Rules {
@@ -47,35 +71,120 @@ impl Rules {
     ///
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Rules> {
-        let plan = super::plan::make(config)?;
-        let nft = Channel::open(libc::NETLINK_NETFILTER).map_err(|e| {
-            let errno = match e.raw_os_error() {
-                Some(libc::EPROTONOSUPPORT) => libc::EOPNOTSUPP,
-                other => other.unwrap_or(libc::EIO),
-            };
-            Error::new(errno, format!("socket(NETLINK_NETFILTER): {e}; the kernel needs CONFIG_NF_TABLES"))
-        })?;
-        let route = Channel::open(libc::NETLINK_ROUTE)
-            .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_ROUTE): {e}")))?;
-        Rules::install_over(&plan, nft, route)
+        let mut plan = plan::make(config)?;
+        let (mut nft, mut route) = channels()?;
+        if plan.mode != Mode::Redirect {
+            route::require_loopback(&mut route)?;
+        }
+        if config.families.is_empty() && plan.families == Families::ALL && !route::has_ipv6(&mut route) {
+            plan = plan.without_ipv6();
+        }
+        let mut avoid = Vec::new();
+        loop {
+            let claim = place::claim(&plan, &mut nft, &mut route, &avoid)?;
+            let table = table::name_of(&plan.name);
+            let routing = routing(&plan, claim.place);
+            if claim.adopted {
+                let mut rules = Rules { nft, route, table, plan, routing, installed: true };
+                rules.take_over()?;
+                return Ok(rules);
+            }
+            match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
+                Ok(()) => return Ok(Rules { nft, route, table, plan, routing, installed: true }),
+                // Somebody's route is in a table that nobody asked for by number: take another.
+                Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
+                    avoid.push(routing.table);
+                }
+                Err(Refused { error, .. }) => return Err(error),
+            }
+        }
     }
 
-    fn install_over(plan: &Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
-        let table = table::name_of(&plan.name);
-        let (place, leftovers) = claim(plan, &table, &mut nft, &mut route)?;
-        let routing =
-            Routing { families: plan.families, mark: plan.mark, table: place.table, priority: place.priority };
-        if let Err(error) = route::add(&mut route, &routing, &leftovers) {
-            // The table is empty, and goes with its socket if this fails.
-            let _ = commit(&mut nft, &table, None, &[Change::DeleteTable]);
-            return Err(error);
+    /// Replaces what is asked for, in one transaction: every packet is treated by the old rules or by the new.
+    ///
+    /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
+    pub fn replace(&mut self, config: &Config) -> Result<()> {
+        let mut plan = plan::make(config)?;
+        if plan.name != self.plan.name || plan.persist != self.plan.persist {
+            return Err(Error::invalid(
+                "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
+            ));
         }
-        // From here on dropping the value undoes all.
-        let mut rules = Rules { nft, route, table, routing, installed: true };
-        let objects = ruleset::compile(plan);
-        let changes: Vec<Change<'_>> = objects.iter().map(Change::Add).collect();
-        commit(&mut rules.nft, &rules.table, None, &changes)?;
-        Ok(rules)
+        let changed = |wanted: Option<u32>, has| wanted.is_some_and(|wanted| wanted != has);
+        if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
+            return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
+        }
+        if config.families.is_empty() && plan.families == Families::ALL && !route::has_ipv6(&mut self.route) {
+            plan = plan.without_ipv6();
+        }
+        let old: Vec<Object> = ruleset::compile(&self.plan);
+        self.swap(plan, &names_of(&old))
+    }
+
+    /// Adds and removes prefixes of a set, in one transaction, while the rules work.
+    ///
+    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
+    /// [`Mode::DivertOnly`]).
+    pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
+        let missing = |name: &str| {
+            Error::invalid(format!(
+                "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
+            ))
+        };
+        let (which, prefixes) = match set {
+            Set::Dst => (Which::Dst, self.plan.dst.as_ref().ok_or_else(|| missing("dst"))?),
+            Set::Src => (Which::Src, self.plan.src.as_ref().ok_or_else(|| missing("src"))?),
+            Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
+            Set::Bypass => (Which::Bypass, &self.plan.bypass),
+        };
+        let families = self.plan.families;
+        if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
+            return Err(Error::invalid(format!("prefix {prefix}: these rules do not serve its family")));
+        }
+        let mut changed = prefixes.clone();
+        let deltas = changed.update(add, remove)?;
+        let mut pieces = Vec::new();
+        for (family, delta) in families_and(&deltas) {
+            let set = which.set(family);
+            pieces.extend(ruleset::chunks(family, &delta.gone).into_iter().map(|e| (false, set, e)));
+            pieces.extend(ruleset::chunks(family, &delta.new).into_iter().map(|e| (true, set, e)));
+        }
+        // What goes, goes first: a range that grows is deleted and added.
+        pieces.sort_by_key(|(adds, ..)| *adds);
+        let objects: Vec<(bool, Object)> =
+            pieces.into_iter().map(|(adds, set, elements)| (adds, Object::Elements { set, elements })).collect();
+        let changes: Vec<Change<'_>> = objects
+            .iter()
+            .map(|(adds, object)| match object {
+                Object::Elements { set, elements } if !adds => Change::DeleteElements { set, elements },
+                object => Change::Add(object),
+            })
+            .collect();
+        if !changes.is_empty() {
+            commit(&mut self.nft, &self.table, None, &changes)?;
+        }
+        match which {
+            Which::Dst => self.plan.dst = Some(changed),
+            Which::Src => self.plan.src = Some(changed),
+            Which::Bypass => self.plan.bypass = changed,
+        }
+        Ok(())
+    }
+
+    /// What the rules have done so far.
+    pub fn stats(&mut self) -> Result<Stats> {
+        let mut stats = Stats::default();
+        for (name, packets, bytes) in table::counters(&mut self.nft, &self.table)? {
+            let count = match name.as_str() {
+                ruleset::INTERCEPTED => &mut stats.intercepted,
+                ruleset::DIVERTED => &mut stats.diverted,
+                ruleset::DROPPED => &mut stats.dropped,
+                ruleset::GUARDED => &mut stats.guarded,
+                _ => continue,
+            };
+            *count = Count { packets, bytes };
+        }
+        Ok(stats)
     }
 
     /// Removes the rules, the routing, the table, and what they did.
@@ -91,17 +200,56 @@ impl Rules {
             return Ok(());
         }
         let routing = route::delete(&mut self.route, &self.routing);
-        let table = match commit(&mut self.nft, &self.table, None, &[Change::DeleteTable]) {
-            Err(error) if error.errno() == libc::ENOENT => Ok(()),
-            done => done,
-        };
+        let table = delete_table(&mut self.nft, &self.table);
         routing.and(table)
+    }
+
+    /// Makes an adopted table hold the plan, whatever it held.
+    fn take_over(&mut self) -> Result<()> {
+        let contents = table::contents(&mut self.nft, &self.table)?;
+        let rules = route::rules(&mut self.route, Families::ALL)?;
+        let stale = rules.iter().filter(|rule| rule.ours && rule.is_in(&self.routing) && !self.routing.has(rule));
+        let stale: Vec<_> = stale.copied().collect();
+        // What is missing is added before the new rules, what is too much goes after them.
+        route::add_missing(&mut self.route, &self.routing, &rules)?;
+        let plan = self.plan.clone();
+        let chains = contents.chains.iter().map(String::as_str).collect();
+        let sets = contents.sets.iter().map(String::as_str).collect();
+        self.swap(plan, &Names { chains, sets })?;
+        route::delete_found(&mut self.route, &stale, &[self.routing.table])
+    }
+
+    /// One transaction from what the table holds to a plan. Chains that both have stay: a packet in the middle of
+    /// one sees either all of the old rules or all of the new.
+    fn swap(&mut self, plan: Plan, old: &Names<'_>) -> Result<()> {
+        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let new = ruleset::compile(&plan);
+        let kept = |name: &str| new.iter().any(|object| matches!(object, Object::Chain { name: n, .. } if *n == name));
+        let mut changes = vec![Change::DeleteRules];
+        changes.extend(old.sets.iter().map(|name| Change::DeleteSet(name)));
+        changes.extend(old.chains.iter().filter(|name| !kept(name)).map(|name| Change::DeleteChain(name)));
+        changes.extend(new.iter().filter(|object| !old.has_already(object)).map(Change::Add));
+
+        let before = route::rules(&mut self.route, Families::ALL)?;
+        let added = route::add_missing(&mut self.route, &routing, &before)?;
+        if let Err(error) = commit(&mut self.nft, &self.table, None, &changes) {
+            let _ = route::delete_entries(&mut self.route, &added);
+            return Err(error);
+        }
+        let surplus: Vec<_> =
+            before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule)).copied().collect();
+        self.plan = plan;
+        self.routing = routing;
+        route::delete_found(&mut self.route, &surplus, &[routing.table])?;
+        route::delete_routes_without(&mut self.route, &routing)
     }
 }
 
 impl Drop for Rules {
     fn drop(&mut self) {
-        let _ = self.undo();
+        if !self.plan.persist {
+            let _ = self.undo();
+        }
     }
 }
 
@@ -111,109 +259,128 @@ impl std::fmt::Debug for Rules {
     }
 }
 
-/// Makes the instance's empty table, which holds its name and its place. Gives
-/// the place, and what a dead instance left there.
-fn claim(plan: &Plan, name: &str, nft: &mut Channel, route: &mut Channel) -> Result<(Tag, Vec<FoundRule>)> {
-    for _ in 0..CLAIM_TRIES {
-        let (generation, tables) = table::list(nft)?;
-        check_free(name, &tables)?;
-        // Both families, whichever this instance serves: a place is one for both.
-        let rules = all_rules(route, plan.families)?;
-        let place = choose_place(plan, &tables, &rules)?;
-        let claimed = commit(nft, name, Some(generation), &[Change::Claim(&place)]);
-        match claimed {
-            Ok(()) => {
-                let in_place = place.priority..place.priority + RULES;
-                let leftovers = rules.into_iter().filter(|r| r.ours && in_place.contains(&r.priority)).collect();
-                return Ok((place, leftovers));
+/// Removes what a dead or persistent instance left; without a name, what all
+/// of them left. A living process's rules are never touched: by name, they are EBUSY.
+pub fn purge(name: Option<&str>) -> Result<()> {
+    let (mut nft, mut route) = channels()?;
+    let wanted = name.map(|name| plan::name(name).map(|name| table::name_of(&name))).transpose()?;
+    let (_, tables) = table::list(&mut nft)?;
+    for table in &tables {
+        let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
+        match (table.place, table.owner) {
+            (_, Some(pid)) if named => {
+                let sentence = format!("process {pid} has these rules (table inet {}), and lives", table.name);
+                return Err(Error::new(libc::EBUSY, sentence));
             }
-            // Another transaction came between looking and claiming: look again.
-            Err(error) if error.errno() == libc::ERESTART => {}
-            Err(error) => return Err(error),
+            // The routing is nobody's when the table is gone, and is swept below.
+            (Some(_), None) if named || wanted.is_none() => delete_table(&mut nft, &table.name)?,
+            _ => {}
         }
     }
-    Err(Error::new(
-        libc::EAGAIN,
-        "nf_tables: other programs change the ruleset without pause, so that no table could be claimed; try again",
-    ))
+    place::sweep(&mut nft, &mut route)
 }
 
-/// The rules of both families, as far as the kernel has both; those of `needed` it must have.
-fn all_rules(route: &mut Channel, needed: Families) -> Result<Vec<FoundRule>> {
-    let mut found = Vec::new();
-    for family in Families::ALL.iter() {
-        let one = Families { v4: family == Family::V4, v6: family == Family::V6 };
-        match route::rules(route, one) {
-            Ok(rules) => found.extend(rules),
-            Err(error) if needed.contains(family) => return Err(error),
-            Err(_) => {}
-        }
+/// What did not work, and whether it was a route that was there already.
+struct Refused {
+    error: Error,
+    route_taken: bool,
+}
+
+fn install_at(
+    plan: &Plan,
+    table: &str,
+    routing: &Routing,
+    claim: &Claim,
+    nft: &mut Channel,
+    route: &mut Channel,
+) -> std::result::Result<(), Refused> {
+    if let Err(error) = route::add(route, routing, &claim.leftovers) {
+        // The table is empty, and goes with its socket if this fails.
+        let _ = delete_table(nft, table);
+        return Err(Refused { route_taken: error.errno() == libc::EEXIST, error });
     }
-    Ok(found)
+    let objects = ruleset::compile(plan);
+    if let Err(error) = fill(nft, table, &objects) {
+        let _ = route::delete(route, routing);
+        let _ = delete_table(nft, table);
+        return Err(Refused { error, route_taken: false });
+    }
+    Ok(())
 }
 
-fn check_free(name: &str, tables: &[Table]) -> Result<()> {
-    let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(()) };
-    Err(match table {
-        Table { tag: Some(tag), owned: true, .. } => Error::new(
-            libc::EBUSY,
-            format!("process {} has rules of this name (table inet {name}); give yours another `name`", tag.pid),
-        ),
-        _ => Error::new(
-            libc::EEXIST,
-            format!(
-                "there is a table inet {name} that no living program of this library owns; `nft delete table inet \
-                 {name}` removes it, or give yours another `name`"
-            ),
-        ),
-    })
+/// Fills a claimed table: in one transaction, or, where the socket does not take so much at once, the sets first
+/// (nothing asks them yet) and all the rest in the last.
+fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
+    /// Elements of one message are at most 64 KiB; so many messages fit any send buffer.
+    const MESSAGES: usize = 2;
+    let all: Vec<Change<'_>> = objects.iter().map(Change::Add).collect();
+    match commit(nft, table, None, &all) {
+        Err(error) if error.errno() == libc::EMSGSIZE => {}
+        done => return done,
+    }
+    let is_set = |change: &Change<'_>| matches!(change, Change::Add(Object::Set(_) | Object::Elements { .. }));
+    let (sets, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(is_set);
+    for piece in sets.chunks(MESSAGES) {
+        commit(nft, table, None, piece)?;
+    }
+    commit(nft, table, None, &rest)
 }
 
-/// The first place that neither a table of ours nor a rule of someone else occupies.
-fn choose_place(plan: &Plan, tables: &[Table], rules: &[FoundRule]) -> Result<Tag> {
-    let pid = std::process::id();
-    let taken = |place: &Tag| -> Option<Error> {
-        let overlaps = |tag: &Tag| tag.priority.abs_diff(place.priority) < RULES || tag.table == place.table;
-        let in_place = place.priority..place.priority + RULES;
-        if let Some(tag) = tables.iter().filter_map(|t| t.tag.as_ref()).find(|tag| overlaps(tag)) {
-            return Some(Error::new(
-                libc::EBUSY,
-                format!(
-                    "process {} uses routing rules {}-{} and table {} already: choose another `priority` and `table`",
-                    tag.pid,
-                    tag.priority,
-                    tag.priority + RULES - 1,
-                    tag.table
-                ),
-            ));
-        }
-        rules.iter().find(|rule| !rule.ours && in_place.contains(&rule.priority)).map(|rule| {
-            Error::new(
-                libc::EEXIST,
-                format!(
-                    "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{} are needed: choose another",
-                    rule.family,
-                    rule.priority,
-                    in_place.start,
-                    in_place.end - 1
-                ),
-            )
-        })
-    };
-    let mut refusal = None;
-    for number in 0..PLACES {
-        let place = Tag {
-            pid,
-            priority: plan.priority.unwrap_or(FIRST_PRIORITY + number * RULES),
-            table: plan.table.unwrap_or(FIRST_TABLE + number),
+fn channels() -> Result<(Channel, Channel)> {
+    let nft = Channel::open(libc::NETLINK_NETFILTER).map_err(|e| {
+        let errno = match e.raw_os_error() {
+            Some(libc::EPROTONOSUPPORT) => libc::EOPNOTSUPP,
+            other => other.unwrap_or(libc::EIO),
         };
-        match taken(&place) {
-            None => return Ok(place),
-            Some(error) => refusal = Some(error),
-        }
-        if plan.priority.is_some() && plan.table.is_some() {
-            break;
+        Error::new(errno, format!("socket(NETLINK_NETFILTER): {e}; the kernel needs CONFIG_NF_TABLES"))
+    })?;
+    let route = Channel::open(libc::NETLINK_ROUTE)
+        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_ROUTE): {e}")))?;
+    Ok((nft, route))
+}
+
+fn delete_table(nft: &mut Channel, table: &str) -> Result<()> {
+    match commit(nft, table, None, &[Change::DeleteTable]) {
+        Err(error) if error.errno() == libc::ENOENT => Ok(()),
+        done => done,
+    }
+}
+
+/// The routing of a plan at its place. NAT redirection needs none.
+fn routing(plan: &Plan, place: table::Place) -> Routing {
+    let families = if plan.mode == Mode::Redirect { Families::default() } else { plan.families };
+    Routing { families, mark: plan.mark, output_mark: plan.output_mark, table: place.table, priority: place.priority }
+}
+
+fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (crate::model::Family, &T)> {
+    Families::ALL.iter().zip(both)
+}
+
+/// What a table holds, by name.
+struct Names<'a> {
+    chains: Vec<&'a str>,
+    sets: Vec<&'a str>,
+}
+
+impl Names<'_> {
+    /// Chains that stay, and counters, which go on counting.
+    fn has_already(&self, object: &Object) -> bool {
+        match object {
+            Object::Chain { name, .. } => self.chains.contains(name),
+            Object::Counter { .. } => true,
+            _ => false,
         }
     }
-    Err(refusal.unwrap_or_else(|| Error::new(libc::EBUSY, "every place for an instance is taken")))
+}
+
+fn names_of(objects: &[Object]) -> Names<'_> {
+    let mut names = Names { chains: Vec::new(), sets: Vec::new() };
+    for object in objects {
+        match object {
+            Object::Chain { name, .. } => names.chains.push(name),
+            Object::Set(set) => names.sets.push(set.name),
+            _ => {}
+        }
+    }
+    names
 }

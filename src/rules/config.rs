@@ -1,38 +1,58 @@
 //! What a caller wishes for, in values that cannot be misread.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
 use socket2::{Domain, SockRef, Type};
 
 use crate::error::{Ends, Error, Result, Step};
-use crate::model::{Families, PortRange, Protocol};
+use crate::model::{Families, Mode, PortRange, Protocol, Protocols};
+use crate::prefix::Prefix;
 use crate::sys;
 
-/// The wish: which connections to intercept, and for whom. A default value asks for what most want.
+/// The wish: what to intercept, and for whom. A default value asks for what most want.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
     /// The instance; empty: "tproxy". Its table is called "libtproxy-" and this.
     pub name: String,
-    /// The listeners that get the connections.
+    /// The listeners that get what is intercepted.
     pub listeners: Vec<Listener>,
-    /// Only the socket match, mark and local route: for listeners on foreign
-    /// addresses and connections from them. Nothing is intercepted.
-    pub divert_only: bool,
+    /// How they get it.
+    pub mode: Mode,
+    /// Intercept the host's own traffic too. What comes from transparent sockets is exempt, so that a proxy whose
+    /// upstream sockets are transparent never intercepts itself.
+    pub local_output: bool,
+    /// Without a listener let traffic pass by, instead of dropping it.
+    pub fail_open: bool,
     /// Leave connections alone that are made straight to the listener, instead of dropping them.
     pub allow_direct: bool,
+    /// Keep what is intercepted out of connection tracking.
+    pub notrack: bool,
+    /// The rules outlive the process.
+    pub persist: bool,
+    /// Only these protocols; both `false`: those of the listeners.
+    pub protocols: Protocols,
     /// Only these families; both `false`: those of the listeners.
     pub families: Families,
     /// The bits of a packet's mark that say "ours"; 0: [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
     pub mark: u32,
-    /// The bits of the mark that are ours to set; 0: all, or with a default mark those of [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
+    /// The bits of the mark that are ours to set; 0: all, or with a default mark those of
+    /// [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
     pub mark_mask: u32,
     /// The routing table; 0: one that is free.
     pub table: u32,
-    /// The preference of the first of three routing policy rules; 0: one that is free.
+    /// The preference of the first of four routing policy rules; 0: one that is free.
     pub priority: u32,
     /// Destination ports to intercept; none: all.
     pub ports: Vec<PortRange>,
+    /// Destinations to intercept; none: all but those that are the host's own, or nobody's.
+    pub dst: Vec<Prefix>,
+    /// Sources to intercept; none: all.
+    pub src: Vec<Prefix>,
+    /// Destinations never to intercept.
+    pub bypass: Vec<Prefix>,
+    /// Names of the interfaces by which forwarded traffic comes in; none: all.
+    pub interfaces: Vec<String>,
 }
 
 /// A listening socket, as far as rules need to know it.
@@ -51,26 +71,31 @@ pub struct Listener {
 impl Listener {
     /// Reads all of it off a live socket.
     ///
-    /// The socket must be a transparent TCP socket of IPv4 or IPv6 that is
-    /// bound to a port and listens; else the error says which of these it is not.
-    pub fn from_fd(fd: BorrowedFd<'_>) -> Result<Listener> {
+    /// The socket must be a TCP or UDP socket of IPv4 or IPv6 that is bound to a port, listens if it is TCP, and is
+    /// transparent unless the mode is [`Mode::Redirect`]; else the error says which of these it is not.
+    pub fn from_fd(fd: BorrowedFd<'_>, mode: Mode) -> Result<Listener> {
         let failed = |e: std::io::Error| Error::socket(Step::Inspect, Ends::default(), &e);
         let socket = SockRef::from(&fd);
         let domain = socket.domain().map_err(failed)?;
         if domain != Domain::IPV4 && domain != Domain::IPV6 {
             return Err(Error::invalid("it is not a socket of IPv4 or IPv6"));
         }
-        match socket.r#type().map_err(failed)? {
-            Type::STREAM => {}
-            Type::DGRAM => {
-                return Err(Error::new(libc::EOPNOTSUPP, "it is a datagram socket; rules for UDP are not supported"));
-            }
+        let protocol = match socket.r#type().map_err(failed)? {
+            Type::STREAM => Protocol::Tcp,
+            Type::DGRAM => Protocol::Udp,
             _ => return Err(Error::invalid("it is neither a stream nor a datagram socket")),
-        }
-        if sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)? == 0 {
+        };
+        let transparent = sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)? != 0;
+        if !transparent && mode != Mode::Redirect {
             return Err(Error::invalid(
-                "it is not transparent, so the kernel would never give it an intercepted connection: make it with \
-                 tp_listen, or call tp_set_transparent before bind",
+                "it is not transparent, so the kernel would never give it an intercepted packet: make it with \
+                 tp_listen or tp_socket, or call tp_set_transparent before bind",
+            ));
+        }
+        if transparent && mode == Mode::Redirect {
+            return Err(Error::invalid(
+                "it is transparent, and tp_orig_dst would take its connections for TPROXY's: TP_RULES_REDIRECT needs \
+                 a listener made with socket, bind and listen",
             ));
         }
         let local = socket.local_addr().map_err(failed)?.as_socket();
@@ -78,23 +103,31 @@ impl Listener {
         if local.port() == 0 {
             return Err(Error::invalid("it is not bound to a port"));
         }
-        if sys::getsockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN).map_err(failed)? == 0 {
+        let listens = || sys::getsockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN).map_err(failed);
+        if protocol == Protocol::Tcp && listens()? == 0 {
             return Err(Error::invalid("it does not listen: call listen first"));
         }
         let dual_stack = domain == Domain::IPV6 && !socket.only_v6().map_err(failed)?;
-        Ok(Listener { port: local.port(), ..Listener::at(local.ip(), dual_stack) })
+        Ok(Listener::new(local, protocol, dual_stack))
     }
 
-    /// A TCP listener at an address, port 0.
-    fn at(ip: IpAddr, dual_stack: bool) -> Listener {
-        let (families, addr) = match ip.to_canonical() {
+    /// A listener in another process; `[::]` serves both families.
+    pub fn at(addr: SocketAddr, protocol: Protocol) -> Result<Listener> {
+        if addr.port() == 0 {
+            return Err(Error::invalid("listen_addr: it has no port"));
+        }
+        Ok(Listener::new(addr, protocol, true))
+    }
+
+    fn new(local: SocketAddr, protocol: Protocol, dual_stack: bool) -> Listener {
+        let (families, addr) = match local.ip().to_canonical() {
             IpAddr::V6(Ipv6Addr::UNSPECIFIED) => (Families { v4: dual_stack, v6: true }, None),
             // `::ffff:0.0.0.0` is every IPv4 address.
             IpAddr::V4(Ipv4Addr::UNSPECIFIED) => (Families { v4: true, v6: false }, None),
             ip @ IpAddr::V4(_) => (Families { v4: true, v6: false }, Some(ip)),
             ip @ IpAddr::V6(_) => (Families { v4: false, v6: true }, Some(ip)),
         };
-        Listener { protocol: Protocol::Tcp, families, addr, port: 0 }
+        Listener { protocol, families, addr, port: local.port() }
     }
 }
 
@@ -105,7 +138,7 @@ mod tests {
     #[test]
     fn a_listeners_address_says_whom_it_serves() {
         let at = |ip: &str, dual| {
-            let listener = Listener::at(ip.parse().unwrap(), dual);
+            let listener = Listener::new(SocketAddr::new(ip.parse().unwrap(), 1), Protocol::Tcp, dual);
             (listener.families.v4, listener.families.v6, listener.addr.map(|a| a.to_string()))
         };
         assert_eq!(at("0.0.0.0", false), (true, false, None));

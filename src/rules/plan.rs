@@ -5,24 +5,22 @@ use std::net::IpAddr;
 
 use super::config::{Config, Listener};
 use crate::error::{Error, Result};
-use crate::model::{Families, Family, Intercept, Mark, Plan, PortRange};
+use crate::model::{Families, Family, Intercept, Mark, Mode, Plan, PortRange, Protocol, Protocols};
+use crate::prefix::{Prefix, PrefixSet};
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
-/// Three rules in a row need three preferences; 32766 is the main table's.
-const PRIORITY_MAX: u32 = 32_766 - 3;
+/// Four rules in a row need four preferences; 32766 is the main table's.
+const PRIORITY_MAX: u32 = 32_766 - 4;
 /// RT_TABLE_DEFAULT, _MAIN and _LOCAL belong to the system.
 const SYSTEM_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 
 /// Checks a wish and fills in its defaults.
 pub(crate) fn make(config: &Config) -> Result<Plan> {
-    if config.divert_only && !config.ports.is_empty() {
-        return Err(Error::invalid(
-            "ports with TP_RULES_DIVERT_ONLY: nothing is intercepted, so no port can be chosen",
-        ));
-    }
-    let intercepts = if config.divert_only { Vec::new() } else { intercepts(config)? };
-    let served = if config.divert_only && config.listeners.is_empty() {
+    refuse_contradictions(config)?;
+    let protocols = protocols(config)?;
+    let intercepts = if config.mode == Mode::DivertOnly { Vec::new() } else { intercepts(config, protocols)? };
+    let served = if config.mode == Mode::DivertOnly && config.listeners.is_empty() {
         Families::ALL
     } else {
         config.listeners.iter().fold(Families::default(), |all, listener| Families {
@@ -30,26 +28,133 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
             v6: all.v6 || listener.families.v6,
         })
     };
+    let mark = mark(config.mark, config.mark_mask)?;
+    let output_mark = if config.local_output { Some(output_mark(mark)?) } else { None };
+    let set = |prefixes: &[Prefix]| (!prefixes.is_empty()).then(|| PrefixSet::new(prefixes));
     Ok(Plan {
         name: name(&config.name)?,
-        mark: mark(config.mark, config.mark_mask)?,
+        mode: config.mode,
+        mark,
+        output_mark,
         families: families(config.families, served)?,
+        protocols,
         intercepts,
         guard: !config.allow_direct,
+        fail_open: config.fail_open,
+        notrack: config.notrack,
+        persist: config.persist,
         ports: merge_ports(&config.ports)?,
+        dst: set(&config.dst),
+        src: set(&config.src),
+        bypass: PrefixSet::new(&config.bypass),
+        interfaces: interfaces(&config.interfaces)?,
         table: table(config.table)?,
         priority: priority(config.priority)?,
     })
 }
 
-fn name(name: &str) -> Result<String> {
+/// What cannot go together, or cannot be done.
+fn refuse_contradictions(config: &Config) -> Result<()> {
+    let selective = !config.ports.is_empty()
+        || !config.dst.is_empty()
+        || !config.src.is_empty()
+        || !config.bypass.is_empty()
+        || !config.interfaces.is_empty();
+    if config.mode == Mode::DivertOnly && (selective || config.local_output || config.fail_open) {
+        return Err(Error::invalid(
+            "TP_RULES_DIVERT_ONLY with ports, dst, src, bypass, interfaces, TP_RULES_LOCAL_OUTPUT or \
+             TP_RULES_FAIL_OPEN: nothing is intercepted, so there is nothing to choose",
+        ));
+    }
+    if config.local_output && config.fail_open {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_LOCAL_OUTPUT with TP_RULES_FAIL_OPEN: the host's own packets are on their way to the listener \
+             before it is known whether there is one",
+        ));
+    }
+    if config.mode != Mode::Redirect {
+        return Ok(());
+    }
+    if config.fail_open {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_REDIRECT with TP_RULES_FAIL_OPEN: a translated packet cannot go back to where it was going",
+        ));
+    }
+    if config.notrack {
+        return Err(Error::invalid(
+            "TP_RULES_REDIRECT with TP_RULES_NOTRACK: redirection is connection tracking's work",
+        ));
+    }
+    if config.protocols.udp || config.listeners.iter().any(|listener| listener.protocol == Protocol::Udp) {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_REDIRECT for UDP: the original destination of a datagram would be lost; use TPROXY",
+        ));
+    }
+    let loopback = |listener: &Listener| listener.addr.is_some_and(|addr| addr.is_loopback());
+    if !config.local_output && config.listeners.iter().any(loopback) {
+        return Err(Error::invalid(
+            "TP_RULES_REDIRECT to a listener on loopback: the kernel drops what comes from the network for 127.0.0.1 or \
+             ::1; listen on another address",
+        ));
+    }
+    Ok(())
+}
+
+fn protocols(config: &Config) -> Result<Protocols> {
+    let served = |protocol| config.listeners.iter().any(|listener| listener.protocol == protocol);
+    let of_listeners = Protocols { tcp: served(Protocol::Tcp), udp: served(Protocol::Udp) };
+    if config.protocols.is_empty() {
+        let tcp_alone = Protocols { tcp: true, udp: false };
+        return Ok(if of_listeners.is_empty() { tcp_alone } else { of_listeners });
+    }
+    let unserved = config.protocols.iter().find(|protocol| !of_listeners.contains(*protocol));
+    match unserved {
+        Some(protocol) if config.mode != Mode::DivertOnly => {
+            Err(Error::invalid(format!("protocols asks for {protocol}, but no listener serves it")))
+        }
+        _ => Ok(config.protocols),
+    }
+}
+
+fn output_mark(mark: Mark) -> Result<Mark> {
+    mark.second().ok_or_else(|| {
+        Error::invalid(format!(
+            "TP_RULES_LOCAL_OUTPUT needs a second mark for the host's own packets, and {mark} has no bit left in its \
+             mask: give mark_mask one more"
+        ))
+    })
+}
+
+fn interfaces(names: &[String]) -> Result<Vec<String>> {
+    // IFNAMSIZ less the NUL; `dev_valid_name` in net/core/dev.c.
+    let valid = |name: &&String| {
+        (1..libc::IFNAMSIZ).contains(&name.len())
+            && *name != "."
+            && *name != ".."
+            && !name.contains(|c: char| c == '/' || c == ':' || c == '"' || c.is_whitespace() || c.is_control())
+    };
+    if let Some(bad) = names.iter().find(|name| !valid(name)) {
+        return Err(Error::invalid(format!("interfaces: {bad:?} cannot be an interface's name")));
+    }
+    let mut names = names.to_vec();
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+pub(super) fn name(name: &str) -> Result<String> {
     let name = if name.is_empty() { "tproxy" } else { name };
-    let fits = name.len() <= NAME_MAX && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+    let fits = name.len() <= NAME_MAX
+        && !name.starts_with('-')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
     if fits {
         Ok(name.to_owned())
     } else {
         Err(Error::invalid(format!(
-            "name {name:?}: at most {NAME_MAX} letters, digits, '_', '-' and '.' (it becomes part of a table's name)"
+            "name {name:?}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)"
         )))
     }
 }
@@ -91,14 +196,14 @@ fn table(table: u32) -> Result<Option<u32>> {
 fn priority(priority: u32) -> Result<Option<u32>> {
     if priority > PRIORITY_MAX {
         return Err(Error::invalid(format!(
-            "priority {priority}: at most {PRIORITY_MAX}, so that all three rules come before the main table's"
+            "priority {priority}: at most {PRIORITY_MAX}, so that all four rules come before the main table's"
         )));
     }
     Ok((priority != 0).then_some(priority))
 }
 
 /// One listener for each family and protocol; the same one twice (SO_REUSEPORT) is one.
-fn intercepts(config: &Config) -> Result<Vec<Intercept>> {
+fn intercepts(config: &Config, protocols: Protocols) -> Result<Vec<Intercept>> {
     if config.listeners.is_empty() {
         return Err(Error::invalid(
             "no listeners: give the descriptors that the connections shall go to, or TP_RULES_DIVERT_ONLY",
@@ -107,7 +212,8 @@ fn intercepts(config: &Config) -> Result<Vec<Intercept>> {
     let mut found: Vec<(Family, &Listener)> = Vec::new();
     for listener in &config.listeners {
         for family in listener.families.iter() {
-            let wanted = config.families.is_empty() || config.families.contains(family);
+            let wanted = (config.families.is_empty() || config.families.contains(family))
+                && protocols.contains(listener.protocol);
             match found.iter().find(|(f, other)| *f == family && other.protocol == listener.protocol) {
                 Some((_, other)) if (other.addr, other.port) != (listener.addr, listener.port) => {
                     return Err(Error::invalid(format!(
@@ -130,10 +236,17 @@ fn intercepts(config: &Config) -> Result<Vec<Intercept>> {
 fn one_for_both(found: &[(Family, &Listener)]) -> Vec<Intercept> {
     let make =
         |family: Option<Family>, l: &Listener| Intercept { protocol: l.protocol, family, addr: l.addr, port: l.port };
-    match found {
-        [(_, a), (_, b)] if (a.protocol, a.addr, a.port) == (b.protocol, b.addr, b.port) => vec![make(None, a)],
-        _ => found.iter().map(|(family, listener)| make(Some(*family), listener)).collect(),
+    let alike = |a: &Listener, b: &Listener| (a.protocol, a.addr, a.port) == (b.protocol, b.addr, b.port);
+    let mut made = Vec::new();
+    for (family, listener) in found {
+        let twin = found.iter().any(|(other, l)| other != family && alike(l, listener));
+        match (twin, family) {
+            (true, Family::V4) => made.push(make(None, listener)),
+            (true, Family::V6) => {}
+            (false, _) => made.push(make(Some(*family), listener)),
+        }
     }
+    made
 }
 
 fn shown(listener: &Listener) -> String {
@@ -167,7 +280,6 @@ fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Protocol;
     use proptest::prelude::*;
 
     fn listener(v4: bool, v6: bool, addr: Option<&str>, port: u16) -> Listener {
@@ -213,7 +325,7 @@ mod tests {
         let mut config = config(&[listener(true, true, None, 3129)]);
         config.families = Families { v4: false, v6: true };
         let plan = make(&config).unwrap();
-        assert_eq!(plan.only_family(), Some(Family::V6));
+        assert_eq!(plan.families.only(), Some(Family::V6));
         assert_eq!(plan.intercepts[0].family, Some(Family::V6));
     }
 
@@ -235,21 +347,29 @@ mod tests {
             assert!(sentence.contains(words), "{sentence}");
         };
         check(&|c| c.listeners.clear(), "no listeners");
-        check(&|c| (c.divert_only, c.ports) = (true, vec![PortRange { first: 1, last: 1 }]), "nothing is intercepted");
+        check(
+            &|c| (c.mode, c.ports) = (Mode::DivertOnly, vec![PortRange { first: 1, last: 1 }]),
+            "nothing is intercepted",
+        );
         check(&|c| c.name = "a b".into(), "letters, digits");
         check(&|c| c.name = "x".repeat(21), "at most 20");
         check(&|c| c.mark_mask = 1, "mark_mask without mark");
         check(&|c| (c.mark, c.mark_mask) = (3, 1), "0x3/0x1");
         check(&|c| c.table = 254, "the system's own");
-        check(&|c| c.priority = 32_764, "at most 32763");
+        check(&|c| c.priority = 32_763, "at most 32762");
         check(&|c| c.families.v6 = true, "asks for IPv6");
         check(&|c| c.ports = vec![PortRange { first: 2, last: 1 }], "ports 2-1");
+        check(&|c| c.protocols.udp = true, "asks for udp");
+        check(&|c| (c.local_output, c.mark, c.mark_mask) = (true, 4, 4), "no bit left");
+        check(&|c| c.interfaces = vec![String::new()], "cannot be an interface's name");
+        check(&|c| c.interfaces = vec!["a-name-of-16-chr".into()], "cannot be an interface's name");
+        check(&|c| (c.mode, c.notrack) = (Mode::Redirect, true), "connection tracking's work");
         check(&|c| c.ports = vec![PortRange { first: 0, last: 1 }], "at least 1");
     }
 
     #[test]
     fn divert_only_needs_no_listener() {
-        let plan = make(&Config { divert_only: true, ..Config::default() }).unwrap();
+        let plan = make(&Config { mode: Mode::DivertOnly, ..Config::default() }).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert!(plan.intercepts.is_empty());
     }

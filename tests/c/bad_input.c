@@ -240,6 +240,7 @@ static void rules(int closed, int file, int unix_fd)
     EXPECT(EFAULT, tp_install_rules(&config, sizeof config, NULL));
     EXPECT(EINVAL, tp_install_rules(&config, 0, &out));
     EXPECT(EINVAL, tp_install_rules(&config, sizeof config - 1, &out));
+    EXPECT(E2BIG, tp_install_rules(&config, (size_t)-1, &out));
     struct {
         struct tp_rules_config config;
         char later[16];
@@ -275,20 +276,33 @@ static void rules(int closed, int file, int unix_fd)
     WITH(ENOTSOCK, config.listeners = &descriptors[2]);
     WITH(EINVAL, config.listeners = &descriptors[3]);
 
+    /* What contradicts itself. */
+    const struct tp_prefix prefixes[] = { { .family = AF_INET, .len = 33 }, { .family = AF_UNIX }, { .family = AF_INET6, .len = 129 },
+                                          { .family = AF_INET, .reserved = { 1, 0 } }, { .family = AF_INET, .len = 8 } };
+    for (int i = 0; i < 4; i++) {
+        WITH(EINVAL, config.dst = &prefixes[i], config.n_dst = 1);
+        WITH(EINVAL, config.src = &prefixes[i], config.n_src = 1);
+        WITH(EINVAL, config.bypass = &prefixes[i], config.n_bypass = 1);
+    }
+    WITH(EFAULT, config.n_dst = 1);
+    WITH(EFAULT, config.n_src = 1);
+    WITH(EFAULT, config.n_bypass = 1);
+    WITH(EFAULT, config.n_interfaces = 1);
+    const char *const names[] = { NULL, "", "a/b", "sixteen-letters-" };
+    WITH(EFAULT, config.interfaces = &names[0], config.n_interfaces = 1);
+    for (int i = 1; i < 4; i++)
+        WITH(EINVAL, config.interfaces = &names[i], config.n_interfaces = 1);
+    WITH(EINVAL, config.protocols = TP_UDP);
+    WITH(EINVAL, config.listen_addr = sa(&addr), config.listen_addrlen = sizeof addr);
+    WITH(EFAULT, config.n_listeners = 0, config.listen_addrlen = sizeof addr);
+    WITH(EINVAL, config.n_listeners = 0, config.listen_addr = sa(&addr), config.listen_addrlen = 3);
+    WITH(EINVAL, config.n_listeners = 0, config.listen_addr = sa(&addr), config.listen_addrlen = sizeof addr); /* port 0 */
+    WITH(EINVAL, config.flags = TP_RULES_REDIRECT); /* the listener is transparent */
+    WITH(EINVAL, config.flags = TP_RULES_REDIRECT | TP_RULES_DIVERT_ONLY);
+    WITH(EOPNOTSUPP, config.flags = TP_RULES_LOCAL_OUTPUT | TP_RULES_FAIL_OPEN);
+    WITH(EINVAL, config.flags = TP_RULES_LOCAL_OUTPUT, config.mark = 1, config.mark_mask = 1);
     /* What this version cannot do is refused, never ignored. */
-    const struct tp_prefix prefix = { .family = AF_INET };
-    const char *interface = "lo";
-    const uint32_t unsupported[] = { TP_RULES_REDIRECT, TP_RULES_LOCAL_OUTPUT, TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK,
-                                     TP_RULES_PERSIST };
-    for (size_t i = 0; i < sizeof unsupported / sizeof *unsupported; i++)
-        WITH(EOPNOTSUPP, config.flags = unsupported[i]);
     WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES);
-    WITH(EOPNOTSUPP, config.protocols = TP_TCP | TP_UDP);
-    WITH(EOPNOTSUPP, config.listen_addr = sa(&addr), config.listen_addrlen = sizeof addr);
-    WITH(EOPNOTSUPP, config.dst = &prefix, config.n_dst = 1);
-    WITH(EOPNOTSUPP, config.src = &prefix, config.n_src = 1);
-    WITH(EOPNOTSUPP, config.bypass = &prefix, config.n_bypass = 1);
-    WITH(EOPNOTSUPP, config.interfaces = &interface, config.n_interfaces = 1);
     CHECK(out == untouched);
 
     EXPECT(0, tp_remove_rules(NULL));
@@ -296,6 +310,48 @@ static void rules(int closed, int file, int unix_fd)
     newer.later[15] = 0;
     CHECK(tp_install_rules(&newer.config, sizeof newer, &out) == 0);
     CHECK(out != untouched);
+
+    EXPECT(EFAULT, tp_replace_rules(NULL, &start, sizeof start));
+    EXPECT(EFAULT, tp_replace_rules(out, NULL, sizeof start));
+    EXPECT(EINVAL, tp_replace_rules(out, &start, 1));
+    config = start, config.name = "other";
+    EXPECT(EINVAL, tp_replace_rules(out, &config, sizeof config));
+    config = start, config.table = 99;
+    EXPECT(EINVAL, tp_replace_rules(out, &config, sizeof config));
+    config = start, config.flags = TP_RULES_PERSIST;
+    EXPECT(EINVAL, tp_replace_rules(out, &config, sizeof config));
+    EXPECT(0, tp_replace_rules(out, &start, sizeof start));
+
+    const struct tp_prefix *eight = &prefixes[4], v6 = { .family = AF_INET6 };
+    EXPECT(EFAULT, tp_update_rules(NULL, TP_SET_BYPASS, eight, 1, NULL, 0));
+    EXPECT(EFAULT, tp_update_rules(out, TP_SET_BYPASS, NULL, 1, NULL, 0));
+    EXPECT(EFAULT, tp_update_rules(out, TP_SET_BYPASS, NULL, 0, NULL, 1));
+    EXPECT(EINVAL, tp_update_rules(out, 0, eight, 1, NULL, 0));
+    EXPECT(EINVAL, tp_update_rules(out, TP_SET_DST, eight, 1, NULL, 0));
+    EXPECT(EINVAL, tp_update_rules(out, TP_SET_SRC, eight, 1, NULL, 0));
+    EXPECT(EINVAL, tp_update_rules(out, TP_SET_BYPASS, &prefixes[0], 1, NULL, 0));
+    EXPECT(EINVAL, tp_update_rules(out, TP_SET_BYPASS, &v6, 1, NULL, 0));
+    EXPECT(ENOENT, tp_update_rules(out, TP_SET_BYPASS, NULL, 0, eight, 1));
+    EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, eight, 1, NULL, 0));
+    EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, eight, 1, eight, 1));
+    EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, NULL, 0, NULL, 0));
+
+    struct {
+        struct tp_rules_stats stats;
+        char later;
+    } stats;
+    memset(&stats, 0xA5, sizeof stats);
+    EXPECT(EFAULT, tp_rules_stats(NULL, &stats.stats, sizeof stats.stats));
+    EXPECT(EFAULT, tp_rules_stats(out, NULL, sizeof stats.stats));
+    EXPECT(EINVAL, tp_rules_stats(out, &stats.stats, sizeof stats.stats - 1));
+    EXPECT(E2BIG, tp_rules_stats(out, &stats.stats, sizeof stats));
+    CHECK(stats.stats.intercepted_packets == 0xA5A5A5A5A5A5A5A5);
+    EXPECT(0, tp_rules_stats(out, &stats.stats, sizeof stats.stats));
+    CHECK(stats.stats.intercepted_packets == 0 && stats.stats.guarded_bytes == 0);
+
+    EXPECT(EBUSY, tp_purge_rules(NULL) == 0 ? tp_purge_rules("tproxy") : 0);
+    EXPECT(EINVAL, tp_purge_rules("no spaces"));
+    EXPECT(0, tp_purge_rules("nobody"));
     CHECK(tp_remove_rules(out) == 0);
     close(listener);
 }

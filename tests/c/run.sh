@@ -107,5 +107,9 @@ done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
 expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
 
+# The examples, built by pkg-config alone.
+expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"
+expect "tcp_proxy: half-closed, few descriptors, bad arguments" python3 "$here/tcp_proxy.py" "$root/build/examples"
+
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -346,6 +346,26 @@ pub fn config() -> tp_rules_config {
     unsafe { std::mem::zeroed() }
 }
 
+/// Prefixes as C has them.
+pub fn prefixes(texts: &[&str]) -> Vec<tp_prefix> {
+    let prefix = |text: &&str| {
+        let (addr, len) = text.split_once('/').unwrap();
+        let mut prefix = tp_prefix { family: 0, len: len.parse().unwrap(), reserved: [0; 2], addr: [0; 16] };
+        match ip(addr) {
+            IpAddr::V4(v4) => {
+                prefix.family = libc::AF_INET as u8;
+                prefix.addr[..4].copy_from_slice(&v4.octets());
+            }
+            IpAddr::V6(v6) => {
+                prefix.family = libc::AF_INET6 as u8;
+                prefix.addr = v6.octets();
+            }
+        }
+        prefix
+    };
+    texts.iter().map(prefix).collect()
+}
+
 /// Installed rules, removed at the end of the scope.
 pub struct Rules(*mut tp_rules);
 

@@ -1,6 +1,8 @@
-//! nf_tables: a plan as objects (`ruleset`), their rules as statements
-//! (`statement`), and both as one transaction (`transaction`).
+//! nf_tables: a plan becomes objects (`ruleset`), each of which knows its bytes
+//! and its command (`object`, and `statement` for what rules are made of);
+//! changes are made all at once (`transaction`); `table` reads what is there.
 
+pub(crate) mod object;
 pub(crate) mod ruleset;
 pub(crate) mod statement;
 pub(crate) mod table;

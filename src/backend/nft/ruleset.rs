@@ -1,64 +1,64 @@
 //! The objects that a plan becomes, in the order in which they are made.
+//!
+//! A packet's way, from the base chains at the bottom of [`compile`]:
+//!
+//! ```text
+//! prerouting ─┬─ straight to a listener ──────────────── guarded, drop
+//!             ├─ has a transparent socket ── divert ──── mark, accept
+//!             └─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
+//! output ─────┬─ from a transparent socket ───────────── accept
+//!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
+//! ```
+//!
+//! `select` has the addresses. With NAT redirection `intercept` translates,
+//! and hangs from the nat hooks; without connection tracking the raw hooks
+//! have the same selection once more, and `untrack` at its end.
 
-use std::fmt;
+use std::borrow::Cow;
 
-use super::statement::{Expressions, Statement, Verdict};
-use crate::model::{Family, Intercept, Plan, PortRange};
-use crate::netlink::wire::Attrs;
+use super::object::{AddressType, Elements, Hook, Key, Object, Set};
+use super::statement::{Statement, Verdict};
+use crate::model::{Families, Family, Intercept, Mode, Plan, Protocol};
+use crate::prefix::{PrefixSet, Range};
 
-/// The chains that packets of transparent sockets and packets to be intercepted reach.
 const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
-const PREROUTING: &str = "prerouting";
-/// The sets of the ports to intercept, and of the address types that are this host's own or nobody's.
+const LOOP: &str = "loop";
+const UNTRACK: &str = "untrack";
+const SELECT: &str = "select";
+const SELECT_LOCAL: &str = "select-local";
+const SELECT_RAW: &str = "select-raw";
+
+pub(crate) const INTERCEPTED: &str = "intercepted";
+pub(crate) const DIVERTED: &str = "diverted";
+pub(crate) const DROPPED: &str = "dropped";
+pub(crate) const GUARDED: &str = "guarded";
+
 const PORTS: &str = "ports";
+const INTERFACES: &str = "interfaces";
+/// The address types that are this host's own or nobody's.
 const OWN: &str = "own";
 
-/// An object of nf_tables within a table.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Object {
-    Set(Set),
-    Elements { set: &'static str, elements: Elements },
-    Chain { name: &'static str, hook: Option<Hook> },
-    Rule { chain: &'static str, statements: Vec<Statement>, comment: &'static str },
-}
-
-/// A named set.
+/// Which set of prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Set {
-    name: &'static str,
-    key: Key,
-    id: u32,
+pub(crate) enum Which {
+    Dst,
+    Src,
+    Bypass,
 }
 
-/// The type of a set's keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Key {
-    Port,
-    AddressType,
-}
-
-/// What is put in a set.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Elements {
-    /// Sorted and apart from each other.
-    Ports(Vec<PortRange>),
-    AddressTypes(&'static [AddressType]),
-}
-
-/// A destination's type in the local routing table (`RTN_*`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AddressType {
-    number: u8,
-    name: &'static str,
-}
-
-/// Where a base chain hangs: after connection tracking, before routing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Hook {
-    /// NF_INET_PRE_ROUTING.
-    number: u32,
-    priority: i32,
+impl Which {
+    /// The name of the set of one family.
+    pub fn set(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Which::Dst, Family::V4) => "dst4",
+            (Which::Dst, Family::V6) => "dst6",
+            (Which::Src, Family::V4) => "src4",
+            (Which::Src, Family::V6) => "src6",
+            (Which::Bypass, Family::V4) => "bypass4",
+            (Which::Bypass, Family::V6) => "bypass6",
+        }
+    }
 }
 
 /// Addresses that are this host's, or that nobody can have a connection with.
@@ -69,30 +69,114 @@ const OWN_TYPES: [AddressType; 4] = [
     AddressType { number: libc::RTN_MULTICAST, name: "multicast" },
 ];
 
-/// `prerouting`, priority mangle (-150).
-const MANGLE_PREROUTING: Hook = Hook { number: 0, priority: -150 };
-
 /// The objects that hold a plan, within its table.
 pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
-    let intercepting = !plan.intercepts.is_empty();
-    let mut objects = divert_chain(plan);
-    if intercepting {
+    let mut objects: Vec<Object> =
+        [INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }).to_vec();
+    if plan.mode != Mode::DivertOnly {
         objects.extend(sets(plan));
-        objects.extend(intercept_chain(plan));
     }
-    objects.push(Object::Chain { name: PREROUTING, hook: Some(MANGLE_PREROUTING) });
+    match plan.mode {
+        Mode::DivertOnly => objects.extend(divert_chain(plan)),
+        Mode::Tproxy => {
+            objects.extend(divert_chain(plan));
+            objects.extend(intercept_chain(plan, tproxy));
+            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+        }
+        Mode::Redirect => {
+            objects.extend(intercept_chain(plan, redirect));
+            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+        }
+    }
+    if plan.notrack {
+        objects.extend(untracked(plan));
+    }
+    objects.push(chain(PREROUTING));
     objects.extend(plan.guarded().map(|listener| guard(&listener)));
-    for protocol in plan.protocols() {
-        let to_socket =
-            [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))];
-        objects.push(rule(PREROUTING, "there is a transparent socket", only_family(plan.only_family()), to_socket));
+    match plan.mode {
+        Mode::Redirect => objects.extend(redirecting(plan)),
+        Mode::DivertOnly => objects.extend(diverting(plan)),
+        Mode::Tproxy => objects.extend(proxying(plan)),
     }
-    for protocol in plan.protocols().filter(|_| intercepting) {
-        let to_ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(PORTS));
-        let statements = [Statement::Protocol(protocol)].into_iter().chain(to_ports);
-        let goto = Statement::Verdict(Verdict::Goto(INTERCEPT));
-        let statements = statements.chain([goto]);
-        objects.push(rule(PREROUTING, "to be intercepted", only_family(plan.only_family()), statements));
+    objects
+}
+
+/// The base chains, by the names of `nft`'s hooks and priorities.
+const PREROUTING: (&str, Option<Hook>) = ("prerouting", Some(Hook::MANGLE_PREROUTING));
+const OUTPUT: (&str, Option<Hook>) = ("output", Some(Hook::MANGLE_OUTPUT));
+const RAW_PREROUTING: (&str, Option<Hook>) = ("raw-prerouting", Some(Hook::RAW_PREROUTING));
+const RAW_OUTPUT: (&str, Option<Hook>) = ("raw-output", Some(Hook::RAW_OUTPUT));
+const NAT_PREROUTING: (&str, Option<Hook>) = ("nat-prerouting", Some(Hook::NAT_PREROUTING));
+const NAT_OUTPUT: (&str, Option<Hook>) = ("nat-output", Some(Hook::NAT_OUTPUT));
+
+fn chain((name, hook): (&'static str, Option<Hook>)) -> Object {
+    Object::Chain { name, hook }
+}
+
+/// What comes in for a transparent socket.
+fn diverting(plan: &Plan) -> Vec<Object> {
+    let to_socket = |protocol| {
+        rule(PREROUTING.0, "there is a transparent socket", socket_of(plan, protocol, Verdict::Jump(DIVERT)))
+    };
+    plan.protocols.iter().map(to_socket).collect()
+}
+
+/// What comes in, and what the host itself sends, for the listeners.
+fn proxying(plan: &Plan) -> Vec<Object> {
+    let mut objects = diverting(plan);
+    if let Some(mark) = plan.output_mark {
+        let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
+        objects.push(rule(PREROUTING.0, "the host's own, come round", round));
+    }
+    objects.extend(plan.protocols.iter().map(|protocol| {
+        rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
+    }));
+    let Some(mark) = plan.output_mark else { return objects };
+    // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
+    let round = [Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
+    objects.extend([chain((LOOP, None)), rule(LOOP, "round by lo", round)]);
+    objects.extend(select_chain(SELECT_LOCAL, plan, LOOP, Some(Statement::SourceIsLocal)));
+    objects.push(chain(OUTPUT));
+    objects.extend(own_output(plan, OUTPUT.0, SELECT_LOCAL));
+    objects
+}
+
+/// NAT, of what comes in and of what the host itself sends.
+fn redirecting(plan: &Plan) -> Vec<Object> {
+    let mut objects = vec![chain(NAT_PREROUTING)];
+    objects.extend(plan.protocols.iter().map(|protocol| {
+        rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
+    }));
+    if plan.output_mark.is_some() {
+        objects.push(chain(NAT_OUTPUT));
+        objects.extend(own_output(plan, NAT_OUTPUT.0, SELECT));
+    }
+    objects
+}
+
+/// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
+fn own_output(plan: &Plan, hook: &'static str, select: &'static str) -> Vec<Object> {
+    let exempt = |protocol| rule(hook, "from a transparent socket", socket_of(plan, protocol, Verdict::Accept));
+    let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, Verdict::Goto(select)));
+    plan.protocols.iter().map(exempt).chain(plan.protocols.iter().map(selected)).collect()
+}
+
+/// Neither half of a proxied connection is tracked, in either direction.
+fn untracked(plan: &Plan) -> Vec<Object> {
+    let mut objects = vec![chain((UNTRACK, None)), rule(UNTRACK, "not tracked", [Statement::Notrack])];
+    if plan.mode == Mode::Tproxy {
+        objects.extend(select_chain(SELECT_RAW, plan, UNTRACK, None));
+    }
+    for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
+        objects.push(chain(hook));
+        for protocol in plan.protocols.iter() {
+            let of_socket = socket_of(plan, protocol, Verdict::Goto(UNTRACK));
+            objects.push(rule(hook.0, "of a transparent socket", of_socket));
+            if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
+                let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
+                objects.push(rule(hook.0, "to be intercepted", selected));
+            }
+        }
     }
     objects
 }
@@ -100,240 +184,157 @@ pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
 /// Packets for which there is a transparent socket go to it, unless it is one
 /// on every address: that would take what was sent to anybody.
 ///
-/// `socket wildcard 0` would not do: it fails for connections that are being
-/// opened or were closed (`nft_socket_eval` wants a full socket).
+/// Half-open and closed connections (request and TIME_WAIT sockets) match
+/// neither kind of `socket wildcard`, and are for the socket too, but for one
+/// case: a new connection that meets an old one in TIME_WAIT is the
+/// interception's to decide (`nf_tproxy_handle_time_wait4`).
 fn divert_chain(plan: &Plan) -> Vec<Object> {
-    let mark_and_accept = [Statement::SetMark(plan.mark), Statement::Counter, Statement::Verdict(Verdict::Accept)];
-    let not_to_everybodys = [Statement::WildcardSocket, Statement::Verdict(Verdict::Return)];
-    vec![
-        Object::Chain { name: DIVERT, hook: None },
-        rule(DIVERT, "a listener on every address", None, not_to_everybodys),
-        rule(DIVERT, "to the socket", None, mark_and_accept),
-    ]
+    let mark_and_accept =
+        [Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
+    let leave = Statement::Verdict(Verdict::Return);
+    let everybodys = [Statement::WildcardSocket(true), leave.clone()];
+    let mut objects = vec![chain((DIVERT, None)), rule(DIVERT, "a listener on every address", everybodys)];
+    if plan.mode == Mode::Tproxy && plan.protocols.tcp {
+        let whole = [Statement::WildcardSocket(false)].into_iter().chain(mark_and_accept.clone());
+        objects.push(rule(DIVERT, "to the socket", whole));
+        objects.push(rule(DIVERT, "a new connection after an old one", [Statement::TcpSyn, leave]));
+    }
+    objects.push(rule(DIVERT, "to the socket", mark_and_accept));
+    objects
 }
 
-fn sets(plan: &Plan) -> Vec<Object> {
-    let set = |name, key, id, elements| [Object::Set(Set { name, key, id }), Object::Elements { set: name, elements }];
-    let ports = (!plan.ports.is_empty()).then(|| set(PORTS, Key::Port, 1, Elements::Ports(plan.ports.clone())));
-    let own = set(OWN, Key::AddressType, 2, Elements::AddressTypes(&OWN_TYPES));
-    ports.into_iter().chain([own]).flatten().collect()
+fn intercept_chain(plan: &Plan, deliver: fn(&Intercept, &Plan) -> Object) -> Vec<Object> {
+    let mut objects = vec![chain((INTERCEPT, None))];
+    objects.extend(plan.intercepts.iter().map(|listener| deliver(listener, plan)));
+    // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
+    if !plan.fail_open && plan.mode == Mode::Tproxy {
+        let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
+        objects.push(rule(INTERCEPT, "no listener, no traffic", drop));
+    }
+    objects
 }
 
-fn intercept_chain(plan: &Plan) -> Vec<Object> {
-    let own = [Statement::DestinationTypeIn(OWN), Statement::Verdict(Verdict::Return)];
-    let mut objects =
-        vec![Object::Chain { name: INTERCEPT, hook: None }, rule(INTERCEPT, "to this host, or to nobody", None, own)];
-    objects.extend(plan.intercepts.iter().map(|listener| intercept(listener, plan)));
-    let drop = [Statement::Counter, Statement::Verdict(Verdict::Drop)];
-    objects.push(rule(INTERCEPT, "no listener, no traffic", None, drop));
+fn tproxy(listener: &Intercept, plan: &Plan) -> Object {
+    let deliver = [
+        Statement::Protocol(listener.protocol),
+        Statement::Tproxy { family: listener.family, addr: listener.addr, port: listener.port },
+        Statement::SetMark(plan.mark),
+        Statement::Count(INTERCEPTED),
+        Statement::Verdict(Verdict::Accept),
+    ];
+    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
+}
+
+fn redirect(listener: &Intercept, _: &Plan) -> Object {
+    let translate = match listener.addr {
+        Some(addr) => Statement::Dnat { addr, port: listener.port },
+        None => Statement::Redirect { port: listener.port },
+    };
+    let deliver = [Statement::Protocol(listener.protocol), Statement::Count(INTERCEPTED), translate];
+    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
+}
+
+/// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
+fn select_chain(name: &'static str, plan: &Plan, then: &'static str, first: Option<Statement>) -> Vec<Object> {
+    let mut objects = vec![chain((name, None))];
+    let goto = Statement::Verdict(Verdict::Goto(then));
+    let leave = Statement::Verdict(Verdict::Return);
+    for family in plan.families.iter().filter(|_| plan.src.is_some()) {
+        let elsewhere = Statement::Source { family, set: Which::Src.set(family), inside: false };
+        objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
+    }
+    for family in plan.families.iter() {
+        let bypass = Statement::DestinationIn { family, set: Which::Bypass.set(family) };
+        objects.push(rule(name, "to be left alone", [bypass, leave.clone()]));
+    }
+    match plan.dst {
+        Some(_) => objects.extend(plan.families.iter().map(|family| {
+            let named = Statement::DestinationIn { family, set: Which::Dst.set(family) };
+            rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
+        })),
+        None => {
+            objects.push(rule(name, "to this host, or to nobody", [Statement::DestinationTypeIn(OWN), leave]));
+            objects.push(rule(name, "to be intercepted", first.into_iter().chain([goto])));
+        }
+    }
     objects
 }
 
 /// Connections made straight to the listener would be proxied to itself, again and again.
 fn guard(listener: &Intercept) -> Object {
-    rule(
-        PREROUTING,
-        "straight to the listener",
-        only_family(listener.family),
-        [
-            Statement::Protocol(listener.protocol),
-            Statement::DestinationPort(listener.port),
-            Statement::DestinationIsLocal,
-        ]
-        .into_iter()
-        .chain(listener.addr.map(Statement::Destination))
-        .chain([Statement::Counter, Statement::Verdict(Verdict::Drop)]),
-    )
+    let straight = [
+        Statement::Protocol(listener.protocol),
+        Statement::DestinationPort(listener.port),
+        Statement::DestinationIsLocal,
+    ];
+    let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
+    let statements = only(listener.family).chain(straight).chain(listener.addr.map(Statement::Destination)).chain(drop);
+    rule(PREROUTING.0, "straight to the listener", statements)
 }
 
-fn intercept(listener: &Intercept, plan: &Plan) -> Object {
-    rule(
-        INTERCEPT,
-        "to the listener",
-        only_family(listener.family),
-        [
-            Statement::Protocol(listener.protocol),
-            Statement::Tproxy { family: listener.family, addr: listener.addr, port: listener.port },
-            Statement::SetMark(plan.mark),
-            Statement::Counter,
-            Statement::Verdict(Verdict::Accept),
-        ],
-    )
+/// Packets of a protocol for which there is a transparent socket.
+fn socket_of(plan: &Plan, protocol: Protocol, verdict: Verdict) -> impl Iterator<Item = Statement> {
+    let of_socket = [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
+    only(plan.families.only()).chain(of_socket)
 }
 
-fn only_family(family: Option<Family>) -> Option<Statement> {
-    family.map(Statement::Family)
+/// Packets of a protocol to the ports, by the interfaces if they are incoming.
+fn candidates(plan: &Plan, protocol: Protocol, incoming: bool, verdict: Verdict) -> impl Iterator<Item = Statement> {
+    let ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(PORTS));
+    let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(INTERFACES));
+    let protocol = [Statement::Protocol(protocol)];
+    only(plan.families.only()).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
 }
 
-fn rule(
-    chain: &'static str,
-    comment: &'static str,
-    first: Option<Statement>,
-    then: impl IntoIterator<Item = Statement>,
-) -> Object {
-    Object::Rule { chain, statements: first.into_iter().chain(then).collect(), comment }
+fn only(family: Option<Family>) -> impl Iterator<Item = Statement> {
+    family.map(Statement::Family).into_iter()
 }
 
-impl Object {
-    /// The message type and its creation flags.
-    pub fn message(&self) -> (u16, u16) {
-        const CREATE: u16 = libc::NLM_F_CREATE as u16;
-        const APPEND: u16 = libc::NLM_F_APPEND as u16;
-        match self {
-            Object::Chain { .. } => (3, CREATE),
-            Object::Rule { .. } => (6, CREATE | APPEND),
-            Object::Set(_) => (9, CREATE),
-            Object::Elements { .. } => (12, CREATE),
+fn rule(chain: &'static str, comment: &'static str, statements: impl IntoIterator<Item = Statement>) -> Object {
+    Object::Rule { chain, statements: statements.into_iter().collect(), comment }
+}
+
+/// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
+fn sets(plan: &Plan) -> Vec<Object> {
+    let mut made = Sets(Vec::new());
+    if !plan.ports.is_empty() {
+        made.add(PORTS, Key::Port, [Elements::Ports(plan.ports.clone())]);
+    }
+    if !plan.interfaces.is_empty() {
+        made.add(INTERFACES, Key::Interface, [Elements::Interfaces(plan.interfaces.clone())]);
+    }
+    if plan.dst.is_none() {
+        made.add(OWN, Key::AddressType, [Elements::AddressTypes(Cow::Borrowed(&OWN_TYPES))]);
+    }
+    let sets = [(Which::Src, plan.src.as_ref()), (Which::Bypass, Some(&plan.bypass)), (Which::Dst, plan.dst.as_ref())];
+    for (which, prefixes) in sets {
+        if let Some(prefixes) = prefixes {
+            made.add_prefixes(which, prefixes, plan.families);
         }
     }
-
-    /// The attributes of the message that makes this object in a table.
-    pub fn encode(&self, table: &str, attrs: &mut Attrs<'_>) {
-        attrs.string(1, table);
-        match self {
-            Object::Set(set) => set.encode(attrs),
-            Object::Elements { set, elements } => {
-                attrs.string(2, set);
-                attrs.nest(3, |a| elements.encode(a));
-            }
-            Object::Chain { name, hook } => {
-                attrs.string(3, name);
-                if let Some(hook) = hook {
-                    attrs.nest(4, |a| {
-                        a.be32(1, hook.number);
-                        a.be32(2, hook.priority as u32);
-                    });
-                    // NF_ACCEPT: what no rule decides goes its way.
-                    attrs.be32(5, 1);
-                    attrs.string(7, "filter");
-                }
-            }
-            Object::Rule { chain, statements, comment } => {
-                attrs.string(2, chain);
-                attrs.nest(4, |a| {
-                    let mut rule = Expressions(a);
-                    statements.iter().for_each(|statement| statement.encode(&mut rule));
-                });
-                attrs.bytes(7, &comment_data(comment));
-            }
-        }
-    }
-
-    /// The command that would do the same in this table.
-    pub fn command<'a>(&'a self, table: &'a str) -> Command<'a> {
-        Command { object: self, table }
-    }
+    made.0
 }
 
-/// An object as the `nft` command that makes it.
-pub(crate) struct Command<'a> {
-    object: &'a Object,
-    table: &'a str,
-}
+struct Sets(Vec<Object>);
 
-impl fmt::Display for Command<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let table = self.table;
-        match self.object {
-            Object::Set(set) => write!(f, "add set inet {table} {} {{ {set} }}", set.name),
-            Object::Elements { set, elements } => write!(f, "add element inet {table} {set} {{ {elements} }}"),
-            Object::Chain { name, hook: None } => write!(f, "add chain inet {table} {name}"),
-            Object::Chain { name, hook: Some(Hook { priority, .. }) } => write!(
-                f,
-                "add chain inet {table} {name} {{ type filter hook prerouting priority {priority}; policy accept; }}"
-            ),
-            Object::Rule { chain, statements, comment } => {
-                write!(f, "add rule inet {table} {chain}")?;
-                for statement in statements {
-                    write!(f, " {statement}")?;
-                }
-                write!(f, " comment \"{comment}\"")
-            }
+impl Sets {
+    fn add(&mut self, name: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
+        // Any number will do that is unique in the transaction.
+        let id = self.0.len() as u32 + 1;
+        self.0.push(Object::Set(Set { name, key, id }));
+        self.0.extend(elements.into_iter().map(|elements| Object::Elements { set: name, elements }));
+    }
+
+    fn add_prefixes(&mut self, which: Which, prefixes: &PrefixSet, families: Families) {
+        for family in families.iter() {
+            self.add(which.set(family), Key::Address(family), chunks(family, &prefixes.ranges(family)));
         }
     }
 }
 
-/// What `nft` shows as a comment: type 0, length, text, NUL (libnftnl's `udata.h`).
-pub(crate) fn comment_data(text: &str) -> Vec<u8> {
-    let len = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
-    let mut data = vec![0, len];
-    data.extend(text.bytes().take(usize::from(len) - 1));
-    data.push(0);
-    data
-}
-
-impl Set {
-    /// NFT_SET_CONSTANT and NFT_SET_INTERVAL.
-    const CONSTANT: u32 = 2;
-    const INTERVAL: u32 = 4;
-
-    fn encode(&self, attrs: &mut Attrs<'_>) {
-        // `nft` knows the key types by these numbers; to the kernel they mean nothing.
-        let (flags, key_type, key_len) = match self.key {
-            Key::Port => (Self::INTERVAL, 13, 2),
-            Key::AddressType => (Self::CONSTANT, 38, 4),
-        };
-        attrs.string(2, self.name);
-        attrs.be32(3, flags);
-        attrs.be32(4, key_type);
-        attrs.be32(5, key_len);
-        attrs.be32(10, self.id);
-    }
-}
-
-impl fmt::Display for Set {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.key {
-            Key::Port => "type inet_service; flags interval;",
-            Key::AddressType => "type fib_addrtype; flags constant;",
-        })
-    }
-}
-
-impl Elements {
-    fn encode(&self, list: &mut Attrs<'_>) {
-        /// NFT_SET_ELEM_INTERVAL_END.
-        const END: u32 = 1;
-        let mut element = |key: &[u8], flags: u32| {
-            list.nest(1, |a| {
-                if flags != 0 {
-                    a.be32(3, flags);
-                }
-                a.nest(1, |a| a.bytes(1, key));
-            });
-        };
-        match self {
-            Elements::Ports(ranges) => {
-                for range in ranges {
-                    element(&range.first.to_be_bytes(), 0);
-                    // The end is the first port behind the range; at the top there is none.
-                    if let Some(end) = range.last.checked_add(1) {
-                        element(&end.to_be_bytes(), END);
-                    }
-                }
-            }
-            Elements::AddressTypes(types) => {
-                types.iter().for_each(|t| element(&u32::from(t.number).to_ne_bytes(), 0));
-            }
-        }
-    }
-}
-
-impl fmt::Display for Elements {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Elements::Ports(ranges) => comma_separated(f, ranges),
-            Elements::AddressTypes(types) => comma_separated(f, types.iter().map(|t| t.name)),
-        }
-    }
-}
-
-fn comma_separated(f: &mut fmt::Formatter<'_>, items: impl IntoIterator<Item = impl fmt::Display>) -> fmt::Result {
-    for (index, item) in items.into_iter().enumerate() {
-        if index > 0 {
-            f.write_str(", ")?;
-        }
-        write!(f, "{item}")?;
-    }
-    Ok(())
+/// Ranges in pieces that fit into an attribute.
+pub(crate) fn chunks(family: Family, ranges: &[Range]) -> Vec<Elements> {
+    /// Two elements of 28 + 36 bytes at most for each range, and 64 KiB for the list.
+    const IN_A_MESSAGE: usize = 900;
+    ranges.chunks(IN_A_MESSAGE).map(|piece| Elements::Addresses(family, piece.to_vec())).collect()
 }

@@ -28,22 +28,40 @@ pub(crate) enum Statement {
     DestinationPort(u16),
     /// Only packets to a port of this set.
     DestinationPortIn(&'static str),
-    /// Only packets whose destination is, in the local routing table, of this type.
+    /// Only packets from an address of this set, or only those not from one.
+    Source { family: Family, set: &'static str, inside: bool },
+    /// Only packets to an address of this set.
+    DestinationIn { family: Family, set: &'static str },
+    /// Only packets that came in by an interface of this set.
+    InterfaceIn(&'static str),
+    /// Only packets whose mark has this value in our bits.
+    MarkIs(Mark),
+    /// Only packets from an address of this host.
+    SourceIsLocal,
+    /// Only packets to an address of this host.
     DestinationIsLocal,
     /// Only packets whose destination is of a type of this set.
     DestinationTypeIn(&'static str),
     /// Only packets for which there is a transparent socket.
     TransparentSocket,
     /// Only packets for which there is a socket that is bound to every
-    /// address. (The kernel does not say for a connection that is being
-    /// opened, or was closed: to match those, ask for the opposite.)
-    WildcardSocket,
+    /// address, or to one. Neither matches a connection that is being opened,
+    /// or was closed: the kernel does not say (`nft_socket_eval`).
+    WildcardSocket(bool),
+    /// Only the first packet of a TCP connection.
+    TcpSyn,
     /// Sets our bits of the packet's mark, and leaves the rest.
     SetMark(Mark),
     /// Gives the packet to the listener at this address and port; the rule ends here without one.
     Tproxy { family: Option<Family>, addr: Option<IpAddr>, port: u16 },
-    /// Counts packets and bytes.
-    Counter,
+    /// Translates the destination to this host, at this port.
+    Redirect { port: u16 },
+    /// Translates the destination to this address and port.
+    Dnat { addr: IpAddr, port: u16 },
+    /// Keeps the packet out of connection tracking.
+    Notrack,
+    /// Counts packets and bytes, in a counter of the table.
+    Count(&'static str),
     /// What becomes of the packet.
     Verdict(Verdict),
 }
@@ -67,10 +85,19 @@ impl fmt::Display for Statement {
             Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
             Statement::DestinationPort(port) => write!(f, "th dport {port}"),
             Statement::DestinationPortIn(set) => write!(f, "th dport @{set}"),
+            Statement::Source { family, set, inside } => {
+                write!(f, "{} saddr {}@{set}", header(*family), if *inside { "" } else { "!= " })
+            }
+            Statement::DestinationIn { family, set } => write!(f, "{} daddr @{set}", header(*family)),
+            Statement::InterfaceIn(set) => write!(f, "iifname @{set}"),
+            Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
+            Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
+            Statement::SourceIsLocal => f.write_str("fib saddr type local"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
             Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
-            Statement::WildcardSocket => f.write_str("socket wildcard 1"),
+            Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
+            Statement::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
             Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
             Statement::SetMark(mark) => {
                 write!(f, "meta mark set meta mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
@@ -90,7 +117,11 @@ impl fmt::Display for Statement {
                 }
                 write!(f, ":{port}")
             }
-            Statement::Counter => f.write_str("counter"),
+            Statement::Redirect { port } => write!(f, "redirect to :{port}"),
+            Statement::Dnat { addr: IpAddr::V4(addr), port } => write!(f, "dnat ip to {addr}:{port}"),
+            Statement::Dnat { addr: IpAddr::V6(addr), port } => write!(f, "dnat ip6 to [{addr}]:{port}"),
+            Statement::Notrack => f.write_str("notrack"),
+            Statement::Count(name) => write!(f, "counter name \"{name}\""),
             Statement::Verdict(verdict) => match verdict {
                 Verdict::Accept => f.write_str("accept"),
                 Verdict::Drop => f.write_str("drop"),
@@ -109,14 +140,19 @@ fn nfproto(family: Family) -> &'static str {
     }
 }
 
+/// How `nft` calls the header of a family.
+fn header(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
 impl Statement {
     /// Appends this statement's expressions to a rule.
     pub fn encode(&self, rule: &mut Expressions<'_, '_>) {
         match self {
-            Statement::Family(family) => {
-                rule.meta_load(META_NFPROTO, REG_1);
-                rule.compare(REG_1, &[family.nfproto()]);
-            }
+            Statement::Family(family) => rule.only(*family),
             Statement::Protocol(protocol) => {
                 rule.meta_load(META_L4PROTO, REG_1);
                 rule.compare(REG_1, &[protocol.number()]);
@@ -130,39 +166,68 @@ impl Statement {
                 rule.load_destination_port(REG_1);
                 rule.lookup(set, REG_1);
             }
+            Statement::Source { family, set, inside } => {
+                rule.only(*family);
+                rule.load_source(*family, REG_1);
+                rule.lookup_if(set, REG_1, *inside);
+            }
+            Statement::DestinationIn { family, set } => {
+                rule.only(*family);
+                rule.load_destination(*family, REG_1);
+                rule.lookup(set, REG_1);
+            }
+            Statement::InterfaceIn(set) => {
+                rule.meta_load(META_IIFNAME, REG_1);
+                rule.lookup(set, REG_1);
+            }
+            Statement::MarkIs(mark) => {
+                rule.meta_load(META_MARK, REG_1);
+                if mark.mask != u32::MAX {
+                    rule.and_xor(REG_1, &mark.mask.to_ne_bytes(), &0u32.to_ne_bytes());
+                }
+                rule.compare(REG_1, &mark.value.to_ne_bytes());
+            }
+            Statement::SourceIsLocal => {
+                rule.load_address_type(FIB_SOURCE, REG_1);
+                rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
+            }
             Statement::DestinationIsLocal => {
-                rule.load_destination_type(REG_1);
+                rule.load_address_type(FIB_DESTINATION, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
             }
             Statement::DestinationTypeIn(set) => {
-                rule.load_destination_type(REG_1);
+                rule.load_address_type(FIB_DESTINATION, REG_1);
                 rule.lookup(set, REG_1);
             }
             Statement::TransparentSocket => {
                 rule.socket_load(SOCKET_TRANSPARENT, REG_1);
                 rule.compare(REG_1, &[1]);
             }
-            Statement::WildcardSocket => {
+            Statement::WildcardSocket(wildcard) => {
                 rule.socket_load(SOCKET_WILDCARD, REG_1);
-                rule.compare(REG_1, &[1]);
+                rule.compare(REG_1, &[u8::from(*wildcard)]);
+            }
+            Statement::TcpSyn => {
+                // RFC 9293, 3.1: the flags are the 14th byte; FIN 1, SYN 2, RST 4, ACK 16.
+                rule.meta_load(META_L4PROTO, REG_1);
+                rule.compare(REG_1, &[Protocol::Tcp.number()]);
+                rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
+                rule.and_xor(REG_1, &[0x17], &[0]);
+                rule.compare(REG_1, &[0x02]);
             }
             Statement::SetMark(mark) => {
                 if mark.mask == u32::MAX {
                     rule.immediate(REG_1, &mark.value.to_ne_bytes());
                 } else {
                     rule.meta_load(META_MARK, REG_1);
-                    rule.and_xor(REG_1, !mark.mask, mark.value);
+                    rule.and_xor(REG_1, &(!mark.mask).to_ne_bytes(), &mark.value.to_ne_bytes());
                 }
                 rule.meta_set(META_MARK, REG_1);
             }
             Statement::Tproxy { family, addr, port } => {
                 let port_register = match addr {
-                    Some(IpAddr::V4(addr)) => {
-                        rule.immediate(REG_1, &addr.octets());
-                        REG_2
-                    }
-                    Some(IpAddr::V6(addr)) => {
-                        rule.immediate(REG_1, &addr.octets());
+                    Some(addr) => {
+                        rule.immediate_address(REG_1, *addr);
                         REG_2
                     }
                     None => REG_1,
@@ -170,9 +235,19 @@ impl Statement {
                 rule.immediate(port_register, &port.to_be_bytes());
                 rule.tproxy(family.map_or(0, Family::nfproto), addr.map(|_| REG_1), port_register);
             }
-            Statement::Counter => rule.expression("counter", |a| {
-                a.bytes(1, &0u64.to_be_bytes());
-                a.bytes(2, &0u64.to_be_bytes());
+            Statement::Redirect { port } => {
+                rule.immediate(REG_1, &port.to_be_bytes());
+                rule.redirect(REG_1);
+            }
+            Statement::Dnat { addr, port } => {
+                rule.immediate_address(REG_1, *addr);
+                rule.immediate(REG_2, &port.to_be_bytes());
+                rule.dnat(*addr, REG_1, REG_2);
+            }
+            Statement::Notrack => rule.expression("notrack", |_| {}),
+            Statement::Count(name) => rule.expression("objref", |a| {
+                a.be32(1, OBJECT_COUNTER);
+                a.string(2, name);
             }),
             Statement::Verdict(verdict) => rule.verdict(*verdict),
         }
@@ -180,10 +255,18 @@ impl Statement {
 }
 
 const META_MARK: u32 = 3;
+const META_IIFNAME: u32 = 6;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
+/// NFTA_FIB_F_SADDR and NFTA_FIB_F_DADDR.
+const FIB_SOURCE: u32 = 1;
+const FIB_DESTINATION: u32 = 2;
+/// NF_NAT_RANGE_PROTO_SPECIFIED.
+const NAT_PORT_SPECIFIED: u32 = 2;
+/// NFT_OBJECT_COUNTER.
+pub(super) const OBJECT_COUNTER: u32 = 1;
 const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_WILDCARD: u32 = 2;
 
@@ -221,14 +304,14 @@ impl Expressions<'_, '_> {
         });
     }
 
-    /// register = (register & mask) ^ xor, in host order as a mark is.
-    fn and_xor(&mut self, register: u32, mask: u32, xor: u32) {
+    /// register = (register & mask) ^ xor.
+    fn and_xor(&mut self, register: u32, mask: &[u8], xor: &[u8]) {
         self.expression("bitwise", |a| {
             a.be32(1, register);
             a.be32(2, register);
-            a.be32(3, 4);
-            a.nest(4, |a| a.bytes(1, &mask.to_ne_bytes()));
-            a.nest(5, |a| a.bytes(1, &xor.to_ne_bytes()));
+            a.be32(3, mask.len() as u32);
+            a.nest(4, |a| a.bytes(1, mask));
+            a.nest(5, |a| a.bytes(1, xor));
         });
     }
 
@@ -254,35 +337,89 @@ impl Expressions<'_, '_> {
         self.payload_load(TRANSPORT_HEADER, 2, 2, register);
     }
 
-    /// RFC 791: the destination is 4 bytes at 16; RFC 8200: 16 bytes at 24.
+    /// RFC 791: source and destination are 4 bytes each, from 12; RFC 8200: 16 bytes each, from 8.
+    fn load_source(&mut self, family: Family, register: u32) {
+        match family {
+            Family::V4 => self.payload_load(NETWORK_HEADER, 12, 4, register),
+            Family::V6 => self.payload_load(NETWORK_HEADER, 8, 16, register),
+        }
+    }
+
+    fn load_destination(&mut self, family: Family, register: u32) {
+        match family {
+            Family::V4 => self.payload_load(NETWORK_HEADER, 16, 4, register),
+            Family::V6 => self.payload_load(NETWORK_HEADER, 24, 16, register),
+        }
+    }
+
     fn compare_destination(&mut self, addr: IpAddr) {
         match addr {
             IpAddr::V4(addr) => {
-                self.payload_load(NETWORK_HEADER, 16, 4, REG_1);
+                self.load_destination(Family::V4, REG_1);
                 self.compare(REG_1, &addr.octets());
             }
             IpAddr::V6(addr) => {
-                self.payload_load(NETWORK_HEADER, 24, 16, REG_1);
+                self.load_destination(Family::V6, REG_1);
                 self.compare(REG_1, &addr.octets());
             }
         }
     }
 
-    fn load_destination_type(&mut self, register: u32) {
-        /// NFT_FIB_RESULT_ADDRTYPE and NFTA_FIB_F_DADDR.
+    fn only(&mut self, family: Family) {
+        self.meta_load(META_NFPROTO, REG_1);
+        self.compare(REG_1, &[family.nfproto()]);
+    }
+
+    fn immediate_address(&mut self, register: u32, addr: IpAddr) {
+        match addr {
+            IpAddr::V4(addr) => self.immediate(register, &addr.octets()),
+            IpAddr::V6(addr) => self.immediate(register, &addr.octets()),
+        }
+    }
+
+    fn redirect(&mut self, port_register: u32) {
+        self.expression("redir", |a| {
+            a.be32(1, port_register);
+            a.be32(3, NAT_PORT_SPECIFIED);
+        });
+    }
+
+    fn dnat(&mut self, addr: IpAddr, addr_register: u32, port_register: u32) {
+        /// NFT_NAT_DNAT.
+        const DNAT: u32 = 1;
+        let family = if addr.is_ipv4() { Family::V4 } else { Family::V6 };
+        self.expression("nat", |a| {
+            a.be32(1, DNAT);
+            a.be32(2, family.nfproto().into());
+            a.be32(3, addr_register);
+            a.be32(5, port_register);
+            a.be32(7, NAT_PORT_SPECIFIED);
+        });
+    }
+
+    fn load_address_type(&mut self, of: u32, register: u32) {
+        /// NFT_FIB_RESULT_ADDRTYPE.
         const ADDRESS_TYPE: u32 = 3;
-        const DESTINATION: u32 = 2;
         self.expression("fib", |a| {
-            a.be32(3, DESTINATION);
+            a.be32(3, of);
             a.be32(2, ADDRESS_TYPE);
             a.be32(1, register);
         });
     }
 
     fn lookup(&mut self, set: &str, register: u32) {
+        self.lookup_if(set, register, true);
+    }
+
+    fn lookup_if(&mut self, set: &str, register: u32, inside: bool) {
+        /// NFT_LOOKUP_F_INV.
+        const INVERTED: u32 = 1;
         self.expression("lookup", |a| {
             a.be32(2, register);
             a.string(1, set);
+            if !inside {
+                a.be32(5, INVERTED);
+            }
         });
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
-use crate::netlink::{Channel, wire};
+use crate::netlink::{Channel, channel, wire};
 
 /// Every table of ours is called this and the name of its instance. Some
 /// names alone ("tproxy", "ip") are words of the nft language, which could
@@ -16,28 +16,27 @@ pub(crate) fn name_of(instance: &str) -> String {
     format!("{PREFIX}{instance}")
 }
 
-/// What a table says of its instance, as the comment that `nft` shows.
+/// An instance's place among the routing rules, and its routing table. The
+/// table says it, as the comment that `nft` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Tag {
-    pub pid: u32,
-    /// The first of its three routing policy rules.
+pub(crate) struct Place {
+    /// The first of its routing policy rules.
     pub priority: u32,
-    /// Its routing table.
     pub table: u32,
 }
 
-impl fmt::Display for Tag {
+impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "libtproxy: pid {} priority {} table {}", self.pid, self.priority, self.table)
+        write!(f, "libtproxy: priority {} table {}", self.priority, self.table)
     }
 }
 
-impl Tag {
-    fn parse(comment: &str) -> Option<Tag> {
+impl Place {
+    fn parse(comment: &str) -> Option<Place> {
         let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').collect();
         match words[..] {
-            ["pid", pid, "priority", priority, "table", table] => {
-                Some(Tag { pid: pid.parse().ok()?, priority: priority.parse().ok()?, table: table.parse().ok()? })
+            ["priority", priority, "table", table] => {
+                Some(Place { priority: priority.parse().ok()?, table: table.parse().ok()? })
             }
             _ => None,
         }
@@ -48,9 +47,12 @@ impl Tag {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Table {
     pub name: String,
-    pub tag: Option<Tag>,
-    /// A living socket owns it.
-    pub owned: bool,
+    /// `None`: it is not one of ours.
+    pub place: Option<Place>,
+    /// The process whose living socket owns it.
+    pub owner: Option<u32>,
+    /// It outlives its owner.
+    pub persistent: bool,
 }
 
 /// The generation of the whole ruleset, and the tables that it has at least had then.
@@ -80,20 +82,73 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
-    let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header).map_err(failed)?;
+    let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header, |_| {}).map_err(failed)?;
     Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect()))
 }
 
 fn parse(attrs: &[u8]) -> Option<Table> {
     const NAME: u16 = 1;
+    const FLAGS: u16 = 2;
     const USERDATA: u16 = 6;
     const OWNER: u16 = 7;
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
+    let flags = wire::attribute(attrs, FLAGS).and_then(wire::be32).unwrap_or(0);
     Some(Table {
         name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
-        tag: comment.and_then(Tag::parse),
-        owned: wire::attribute(attrs, OWNER).is_some(),
+        place: comment.and_then(Place::parse),
+        owner: wire::attribute(attrs, OWNER).and_then(wire::be32).map(channel::process_of_port),
+        persistent: flags & super::transaction::PERSIST != 0,
     })
+}
+
+/// The names of what a table contains, as far as a takeover has to know.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Contents {
+    pub chains: Vec<String>,
+    pub sets: Vec<String>,
+}
+
+pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
+    const GET_CHAIN: u16 = 4;
+    const GET_SET: u16 = 10;
+    const CHAIN_NAME: u16 = 3;
+    const SET_NAME: u16 = 2;
+    let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
+        let dumped = dump_of(channel, table, get)?;
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string(wire::attribute(attrs, name)?)?.to_owned())).collect())
+    };
+    Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
+}
+
+/// A counter's name, packets and bytes.
+pub(crate) type Count = (String, u64, u64);
+
+/// The counters of a table.
+pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>> {
+    const GET_OBJECT: u16 = 19;
+    const NAME: u16 = 2;
+    const DATA: u16 = 4;
+    const BYTES: u16 = 1;
+    const PACKETS: u16 = 2;
+    let parse = |attrs: &Vec<u8>| {
+        let name = wire::attribute(attrs, NAME).and_then(wire::string)?;
+        let data = wire::attribute(attrs, DATA)?;
+        let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
+        Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
+    };
+    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).collect())
+}
+
+/// The attributes of each object of a kind in a table. The kernel filters some kinds by table and some not.
+fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>> {
+    /// In every kind of object the first attribute is the table's name.
+    const TABLE: u16 = 1;
+    let header = header(super::INET, 0);
+    let dumped = channel
+        .dump(SUBSYSTEM | get, &header, |a| a.string(TABLE, table))
+        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nft list table inet {table}: {e}")))?;
+    let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
+    Ok(attrs.filter(|attrs| wire::attribute(attrs, TABLE).and_then(wire::string) == Some(table)).collect())
 }
 
 #[cfg(test)]
@@ -103,15 +158,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_tag_is_read_back_as_it_was_written(pid: u32, priority: u32, table: u32) {
-            let tag = Tag { pid, priority, table };
-            prop_assert_eq!(Tag::parse(&tag.to_string()), Some(tag));
+        fn a_place_is_read_back_as_it_was_written(priority: u32, table: u32) {
+            let place = Place { priority, table };
+            prop_assert_eq!(Place::parse(&place.to_string()), Some(place));
         }
 
         #[test]
         fn no_comment_panics(comment: String) {
-            Tag::parse(&comment);
-            Tag::parse(&format!("libtproxy: {comment}"));
+            Place::parse(&comment);
+            Place::parse(&format!("libtproxy: {comment}"));
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::ruleset::Object;
-use super::table::Tag;
+use super::object::{Elements, Object, comment_data};
+use super::table::Place;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::wire::{self, Buffer};
@@ -16,8 +16,10 @@ const END: u16 = 0x11;
 const GENERATION: u16 = 1;
 const RESOURCE: u16 = 10;
 
-/// NFT_TABLE_F_OWNER: the table dies with the socket that made it.
+/// NFT_TABLE_F_OWNER: the table belongs to the socket that made it, and dies with it,
 const OWNER: u32 = 2;
+/// unless NFT_TABLE_F_PERSIST: then it becomes an orphan, which another may adopt.
+pub(super) const PERSIST: u32 = 4;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -25,8 +27,21 @@ const ACK: u16 = libc::NLM_F_ACK as u16;
 /// One change in a table.
 pub(crate) enum Change<'a> {
     /// Makes the table, which must not be there.
-    Claim(&'a Tag),
+    Claim {
+        place: &'a Place,
+        persist: bool,
+    },
+    /// Takes an orphan.
+    Adopt,
     DeleteTable,
+    /// Deletes every rule of the table.
+    DeleteRules,
+    DeleteSet(&'a str),
+    DeleteChain(&'a str),
+    DeleteElements {
+        set: &'static str,
+        elements: &'a Elements,
+    },
     Add(&'a Object),
 }
 
@@ -59,7 +74,12 @@ pub(crate) fn commit(
 
     let answers = channel.exchange(&batch).map_err(|e| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
-        Error::new(errno, format!("nf_tables, table inet {table}: sending the transaction: {e}"))
+        let cure = if errno == libc::EMSGSIZE {
+            "; raise sysctl net.core.wmem_max, or have CAP_NET_ADMIN over the whole host"
+        } else {
+            ""
+        };
+        Error::new(errno, format!("nf_tables, table inet {table}: sending {} bytes at once: {e}{cure}", batch.len()))
     })?;
     if let Some(failure) = answers.failures.first() {
         let culprit = sent.iter().find(|(seq, ..)| *seq == failure.seq);
@@ -87,7 +107,7 @@ fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
     if let Some(expression) = expression {
         sentence.push_str(&format!(", at `{expression}`"));
     }
-    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables");
+    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
     if let Some(cure) = cure {
         sentence.push_str(&format!("; {cure}"));
     }
@@ -95,7 +115,7 @@ fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
 }
 
 /// The errno for the program and the cure for the operator.
-fn cure(errno: i32, expression: Option<&str>, whole: bool) -> (i32, Option<&'static str>) {
+fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, Option<&'static str>) {
     match (errno, expression) {
         (libc::EPERM, _) => {
             (libc::EPERM, Some("rules need CAP_NET_ADMIN in the user namespace that owns this network namespace"))
@@ -114,7 +134,9 @@ fn cure(errno: i32, expression: Option<&str>, whole: bool) -> (i32, Option<&'sta
         (libc::EOPNOTSUPP, None) if whole => {
             (errno, Some("the kernel needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET (`modprobe nf_tables`)"))
         }
-        (libc::EOPNOTSUPP, None) => (errno, Some("tables that die with their owner need Linux 5.12")),
+        (libc::EOPNOTSUPP | libc::EINVAL, None) if table => {
+            (libc::EOPNOTSUPP, Some("tables that die with their owner need Linux 5.12, TP_RULES_PERSIST needs 6.9"))
+        }
         _ => (errno, None),
     }
 }
@@ -134,21 +156,48 @@ fn expression_at(message: &[u8], offset: Option<usize>) -> Option<&str> {
 
 impl Change<'_> {
     fn encode(&self, batch: &mut Buffer, seq: u32, ack: u16, table: &str) {
+        // NFT_MSG_*.
         const NEW_TABLE: u16 = 0;
         const DELETE_TABLE: u16 = 2;
+        const DELETE_CHAIN: u16 = 5;
+        const DELETE_RULE: u16 = 8;
+        const DELETE_SET: u16 = 11;
+        const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
-            Change::Claim(_) => (NEW_TABLE, exclusively),
+            Change::Claim { .. } => (NEW_TABLE, exclusively),
+            Change::Adopt => (NEW_TABLE, 0),
             Change::DeleteTable => (DELETE_TABLE, 0),
+            Change::DeleteRules => (DELETE_RULE, 0),
+            Change::DeleteSet(_) => (DELETE_SET, 0),
+            Change::DeleteChain(_) => (DELETE_CHAIN, 0),
+            Change::DeleteElements { .. } => (DELETE_ELEMENTS, 0),
             Change::Add(object) => object.message(),
         };
         batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
-            Change::Claim(tag) => {
+            Change::Claim { place, persist } => {
                 a.string(1, table);
-                a.be32(2, OWNER);
-                a.bytes(6, &super::ruleset::comment_data(&tag.to_string()));
+                a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
+                a.bytes(6, &comment_data(&place.to_string()));
             }
-            Change::DeleteTable => a.string(1, table),
+            Change::Adopt => {
+                a.string(1, table);
+                a.be32(2, OWNER | PERSIST);
+            }
+            Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::DeleteSet(name) => {
+                a.string(1, table);
+                a.string(2, name);
+            }
+            Change::DeleteChain(name) => {
+                a.string(1, table);
+                a.string(3, name);
+            }
+            Change::DeleteElements { set, elements } => {
+                a.string(1, table);
+                a.string(2, set);
+                a.nest(3, |a| elements.encode(a));
+            }
             Change::Add(object) => object.encode(table, a),
         });
     }
@@ -164,8 +213,18 @@ impl fmt::Display for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("nft ")?;
         match self.change {
-            Change::Claim(tag) => write!(f, "add table inet {} {{ comment \"{tag}\"; flags owner; }}", self.table),
+            Change::Claim { place, persist } => {
+                let flags = if *persist { "owner, persist" } else { "owner" };
+                write!(f, "create table inet {} {{ comment \"{place}\"; flags {flags}; }}", self.table)
+            }
+            Change::Adopt => write!(f, "add table inet {} {{ flags owner, persist; }}", self.table),
             Change::DeleteTable => write!(f, "delete table inet {}", self.table),
+            Change::DeleteRules => write!(f, "flush table inet {}", self.table),
+            Change::DeleteSet(name) => write!(f, "delete set inet {} {name}", self.table),
+            Change::DeleteChain(name) => write!(f, "delete chain inet {} {name}", self.table),
+            Change::DeleteElements { set, elements } => {
+                write!(f, "delete element inet {} {set} {{ {elements} }}", self.table)
+            }
             Change::Add(object) => object.command(self.table).fmt(f),
         }
     }
@@ -175,18 +234,29 @@ impl fmt::Display for Command<'_> {
 mod tests {
     use super::*;
     use crate::backend::nft::ruleset;
-    use crate::model::{Families, Mark, Plan};
+    use crate::model::{Families, Mark, Mode, Plan, Protocols};
+    use crate::prefix::PrefixSet;
 
     /// The kernel points at the name attribute of an expression that it does not have.
     #[test]
     fn a_missing_expression_is_named_with_its_module() {
         let plan = Plan {
             name: "t".to_owned(),
+            mode: Mode::DivertOnly,
             mark: Mark::DEFAULT,
+            output_mark: None,
             families: Families::ALL,
+            protocols: Protocols { tcp: true, udp: false },
             intercepts: Vec::new(),
             guard: true,
+            fail_open: false,
+            notrack: false,
+            persist: false,
             ports: Vec::new(),
+            dst: None,
+            src: None,
+            bypass: PrefixSet::default(),
+            interfaces: Vec::new(),
             table: None,
             priority: None,
         };

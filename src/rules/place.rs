@@ -1,0 +1,191 @@
+//! Who has which place: an instance's name, its routing rules' preferences and
+//! its routing table, claimed by a table of nf_tables that is still empty.
+//!
+//! A claim is a compare-and-swap: the kernel makes the table only if the
+//! ruleset is still the one that was read. So nobody gets a name or a place
+//! that a living instance has, and what no table speaks for is a dead one's.
+
+use crate::backend::nft::table::{self, Place, Table};
+use crate::backend::nft::transaction::{Change, commit};
+use crate::backend::route::{self, FoundRule, RULES};
+use crate::error::{Error, Result};
+use crate::model::{Families, Plan};
+use crate::netlink::Channel;
+
+/// Places for instances that ask for none of their own: routing rules from
+/// this preference on, four each, and a routing table each.
+///
+/// The rules have to come before those of others that could send a marked
+/// packet elsewhere: the AWS VPC CNI's begin at 512, Tailscale's at 5210, and
+/// wg-quick's are near 32765.
+const FIRST_PRIORITY: u32 = 200;
+const FIRST_TABLE: u32 = 7470;
+const PLACES: u32 = 64;
+
+/// Others may change nf_tables at the same time; one of us always gets through.
+const TRIES: u32 = 1000;
+
+/// The table of whoever removes what dead instances left. No instance can have this name.
+const SWEEPER: &str = "libtproxy--sweep";
+
+/// What was claimed.
+pub(super) struct Claim {
+    pub place: Place,
+    /// What a dead instance left there.
+    pub leftovers: Vec<FoundRule>,
+    /// The instance was there, without an owner: its rules are in force.
+    pub adopted: bool,
+}
+
+/// Claims the instance's name and a place. `avoid` are routing tables that have turned out not to be free.
+pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: &[u32]) -> Result<Claim> {
+    let name = table::name_of(&plan.name);
+    sweep(nft, route)?;
+    retried(|| {
+        let (generation, tables) = table::list(nft)?;
+        if let Some(place) = orphan_or_free(&name, plan, &tables)? {
+            commit(nft, &name, Some(generation), &[Change::Adopt])?;
+            return Ok(Claim { place, leftovers: Vec::new(), adopted: true });
+        }
+        let rules = route::rules(route, plan.families)?;
+        let place = choose(plan, &tables, &rules, avoid)?;
+        commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
+        let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).collect();
+        Ok(Claim { place, leftovers, adopted: false })
+    })
+}
+
+/// Removes the routing that dead instances left behind, whatever place it was.
+///
+/// Each place is claimed while it is cleaned, so that nobody comes to live there meanwhile.
+pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
+    loop {
+        let claimed = retried(|| {
+            let (generation, tables) = table::list(nft)?;
+            let mut rules = route::rules(route, Families::ALL)?;
+            rules.retain(|rule| rule.ours && !places(&tables).any(|place| covers(&place, rule.priority)));
+            let Some(priority) = rules.iter().map(|rule| rule.priority).min() else { return Ok(None) };
+            // Another is at it already.
+            if tables.iter().any(|table| table.name == SWEEPER) {
+                return Ok(None);
+            }
+            let place = Place { priority, table: 0 };
+            rules.retain(|rule| covers(&place, rule.priority));
+            commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
+            // A table that a living instance has is not a dead one's, whoever speaks of it.
+            let in_use: Vec<u32> = places(&tables).map(|place| place.table).collect();
+            Ok(Some((rules, in_use)))
+        })?;
+        let Some((rules, in_use)) = claimed else { return Ok(()) };
+        let removed = route::delete_found(route, &rules, &in_use);
+        commit(nft, SWEEPER, None, &[Change::DeleteTable])?;
+        removed?;
+    }
+}
+
+/// Does something that ends in a claim, until nobody else's change comes between.
+fn retried<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..TRIES {
+        match attempt() {
+            Err(error) if error.errno() == libc::ERESTART => {}
+            done => return done,
+        }
+    }
+    Err(Error::new(
+        libc::EAGAIN,
+        "nf_tables: other programs change the ruleset without pause, so that no table could be claimed; try again",
+    ))
+}
+
+/// The places that tables speak for.
+pub(super) fn places(tables: &[Table]) -> impl Iterator<Item = Place> {
+    tables.iter().filter_map(|table| table.place)
+}
+
+fn covers(place: &Place, priority: u32) -> bool {
+    (place.priority..place.priority + RULES).contains(&priority)
+}
+
+/// The place of the instance's orphaned table; `None`: the name is free.
+fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Place>> {
+    let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(None) };
+    if let Some(pid) = table.owner {
+        return Err(Error::new(
+            libc::EBUSY,
+            format!("process {pid} has rules of this name (table inet {name}); give yours another `name`"),
+        ));
+    }
+    match table.place {
+        Some(place) if table.persistent && plan.persist => {
+            let other = |wanted: Option<u32>, found| wanted.is_some_and(|wanted| wanted != found);
+            if other(plan.priority, place.priority) || other(plan.table, place.table) {
+                return Err(Error::invalid(format!(
+                    "the rules of this name that persist have priority {} and table {}, which cannot be changed: leave \
+                     `priority` and `table` zero, or call tp_purge_rules first",
+                    place.priority, place.table
+                )));
+            }
+            Ok(Some(place))
+        }
+        Some(_) if table.persistent => Err(Error::new(
+            libc::EEXIST,
+            "rules of this name persist without an owner: take them over with TP_RULES_PERSIST, or remove them with \
+             tp_purge_rules",
+        )),
+        _ => Err(Error::new(
+            libc::EEXIST,
+            format!(
+                "there is a table inet {name} that no living program of this library owns; `nft delete table inet \
+                 {name}` removes it, or give yours another `name`"
+            ),
+        )),
+    }
+}
+
+/// The first place that neither a table of ours nor a rule of someone else occupies.
+fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], avoid: &[u32]) -> Result<Place> {
+    let mut refusal = None;
+    for number in 0..PLACES {
+        let place = Place {
+            priority: plan.priority.unwrap_or(FIRST_PRIORITY + number * RULES),
+            table: plan.table.unwrap_or(FIRST_TABLE + number),
+        };
+        match occupied(&place, tables, rules) {
+            None if !avoid.contains(&place.table) => return Ok(place),
+            None => {}
+            Some(error) => refusal = Some(error),
+        }
+        if plan.priority.is_some() && plan.table.is_some() {
+            break;
+        }
+    }
+    Err(refusal.unwrap_or_else(|| Error::new(libc::EBUSY, "every routing table for an instance is taken")))
+}
+
+fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Error> {
+    let last = place.priority + RULES - 1;
+    let overlaps = |other: &Place| other.priority.abs_diff(place.priority) < RULES || other.table == place.table;
+    if let Some(table) = tables.iter().find(|table| table.place.as_ref().is_some_and(overlaps)) {
+        let owner = table.owner.map_or("what persists".to_owned(), |pid| format!("process {pid}"));
+        let other = table.place.unwrap_or(*place);
+        return Some(Error::new(
+            libc::EBUSY,
+            format!(
+                "{owner} (table inet {}) has routing rules {}-{} and routing table {}: choose another `priority` and \
+                 `table`",
+                table.name,
+                other.priority,
+                other.priority + RULES - 1,
+                other.table
+            ),
+        ));
+    }
+    let foreign = rules.iter().find(|rule| !rule.ours && covers(place, rule.priority))?;
+    Some(Error::new(
+        libc::EEXIST,
+        format!(
+            "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{last} are needed: choose another",
+            foreign.family, foreign.priority, place.priority
+        ),
+    ))
+}
