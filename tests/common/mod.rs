@@ -167,12 +167,23 @@ impl Lab {
     pub fn new() -> Lab {
         let lab = Lab { client: Net::new(), proxy: Net::new(), server: Net::new() };
         Net::link(
-            (&lab.client, "eth0", &["198.51.100.2/24", "2001:db8:1::2/64"]),
+            (&lab.client, "eth0", &["198.51.100.2/24", "198.51.100.9/24", "2001:db8:1::2/64", "2001:db8:1::9/64"]),
             (&lab.proxy, "eth0", &["198.51.100.1/24", "2001:db8:1::1/64"]),
         );
         Net::link(
             (&lab.proxy, "eth1", &["203.0.113.1/24", "2001:db8:2::1/64"]),
-            (&lab.server, "eth0", &["203.0.113.2/24", "203.0.113.3/24", "203.0.113.4/24", "2001:db8:2::2/64"]),
+            (
+                &lab.server,
+                "eth0",
+                &[
+                    "203.0.113.2/24",
+                    "203.0.113.3/24",
+                    "203.0.113.4/24",
+                    "2001:db8:2::2/64",
+                    "2001:db8:2::3/64",
+                    "2001:db8:2::4/64",
+                ],
+            ),
         );
         for (net, v4, v6) in
             [(&lab.client, "198.51.100.1", "2001:db8:1::1"), (&lab.server, "203.0.113.1", "2001:db8:2::1")]
@@ -411,6 +422,55 @@ pub fn intercept_ports(listener: &impl AsRawFd, ports: &[tp_port_range]) -> Resu
 
 pub fn divert_only() -> Result<Rules, Failed> {
     Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() })
+}
+
+/// One datagram: its words, where it came from and where it was going; `None` if none comes in time.
+pub fn receive_datagram(fd: &OwnedFd, patience: Duration) -> Option<(String, SocketAddr, SocketAddr)> {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd.
+    if unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) } != 1 {
+        return None;
+    }
+    let (mut words, mut control, mut from) = ([0u8; 100], [0u64; 32], SockAddrStorage::zeroed());
+    let mut iov = libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: words.len() };
+    // SAFETY: all zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = (&raw mut from).cast();
+    message.msg_namelen = from.size_of();
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: everything that the message points to is alive and as long as it says.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) };
+    assert!(len >= 0, "{}", std::io::Error::last_os_error());
+    let mut to = None;
+    // SAFETY: the kernel filled the message; the macros stay within its control data.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let kind = ((*header).cmsg_level, (*header).cmsg_type);
+            if kind == (libc::SOL_IP, libc::IP_ORIGDSTADDR) || kind == (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR) {
+                let mut addr = SockAddrStorage::zeroed();
+                let size = (*header).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                std::ptr::copy_nonoverlapping(libc::CMSG_DATA(header), (&raw mut addr).cast(), size);
+                to = SockAddr::new(addr, size as libc::socklen_t).as_socket();
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    // SAFETY: the kernel wrote an address of that length.
+    let from = unsafe { SockAddr::new(from, message.msg_namelen) }.as_socket().unwrap();
+    let words = String::from_utf8_lossy(&words[..len as usize]).into_owned();
+    Some((words, canonical(from), canonical(to.expect("no original destination"))))
+}
+
+/// A transparent datagram socket that is bound.
+pub fn receiver(addr: SocketAddr) -> OwnedFd {
+    let domain = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let fd = socket(domain, libc::SOCK_DGRAM).unwrap();
+    bind_nonlocal(&fd, addr).unwrap();
+    fd
 }
 
 pub fn option(fd: &OwnedFd, level: c_int, name: c_int) -> c_int {

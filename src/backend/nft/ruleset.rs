@@ -92,7 +92,7 @@ pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
         objects.extend(untracked(plan));
     }
     objects.push(chain(PREROUTING));
-    objects.extend(plan.guarded().map(|listener| guard(&listener)));
+    objects.extend(plan.guarded().map(|listener| guard(&listener, plan)));
     match plan.mode {
         Mode::Redirect => objects.extend(redirecting(plan)),
         Mode::DivertOnly => objects.extend(diverting(plan)),
@@ -261,14 +261,21 @@ fn select_chain(name: &'static str, plan: &Plan, then: &'static str, first: Opti
 }
 
 /// Connections made straight to the listener would be proxied to itself, again and again.
-fn guard(listener: &Intercept) -> Object {
+fn guard(listener: &Intercept, plan: &Plan) -> Object {
+    // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
+    let not_redirected =
+        (plan.mode == Mode::Redirect && plan.output_mark.is_some()).then_some(Statement::NotTranslated);
     let straight = [
         Statement::Protocol(listener.protocol),
         Statement::DestinationPort(listener.port),
         Statement::DestinationIsLocal,
     ];
     let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
-    let statements = only(listener.family).chain(straight).chain(listener.addr.map(Statement::Destination)).chain(drop);
+    let statements = only(listener.family)
+        .chain(straight)
+        .chain(listener.addr.map(Statement::Destination))
+        .chain(not_redirected)
+        .chain(drop);
     rule(PREROUTING.0, "straight to the listener", statements)
 }
 

@@ -36,6 +36,8 @@ pub(crate) enum Statement {
     InterfaceIn(&'static str),
     /// Only packets whose mark has this value in our bits.
     MarkIs(Mark),
+    /// Only packets whose destination was not translated.
+    NotTranslated,
     /// Only packets from an address of this host.
     SourceIsLocal,
     /// Only packets to an address of this host.
@@ -92,6 +94,7 @@ impl fmt::Display for Statement {
             Statement::InterfaceIn(set) => write!(f, "iifname @{set}"),
             Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
+            Statement::NotTranslated => f.write_str("ct status ! dnat"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
             Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
@@ -187,6 +190,11 @@ impl Statement {
                 }
                 rule.compare(REG_1, &mark.value.to_ne_bytes());
             }
+            Statement::NotTranslated => {
+                rule.connection_load(CT_STATUS, REG_1);
+                rule.and_xor(REG_1, &DESTINATION_TRANSLATED.to_ne_bytes(), &0u32.to_ne_bytes());
+                rule.compare(REG_1, &0u32.to_ne_bytes());
+            }
             Statement::SourceIsLocal => {
                 rule.load_address_type(FIB_SOURCE, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
@@ -258,6 +266,9 @@ const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+/// NFT_CT_STATUS, and IPS_DST_NAT.
+const CT_STATUS: u32 = 2;
+const DESTINATION_TRANSLATED: u32 = 0x20;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
 /// NFTA_FIB_F_SADDR and NFTA_FIB_F_DADDR.
@@ -284,6 +295,13 @@ impl Expressions<'_, '_> {
 
     fn meta_load(&mut self, key: u32, register: u32) {
         self.expression("meta", |a| {
+            a.be32(2, key);
+            a.be32(1, register);
+        });
+    }
+
+    fn connection_load(&mut self, key: u32, register: u32) {
+        self.expression("ct", |a| {
             a.be32(2, key);
             a.be32(1, register);
         });
