@@ -615,8 +615,7 @@ int tp_remove_rules(struct tp_rules *rules);
  * they are, and so do table and priority (leave them zero, or say the same).
  * On failure the old rules are as they were.
  *
- * Returns 0, or -1 with errno as tp_install_rules; EMSGSIZE: larger than one
- * transaction may be here (net.core.wmem_max).
+ * Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is NULL.
  */
 int tp_replace_rules(struct tp_rules *rules, const struct tp_rules_config *config, size_t size);
 

@@ -293,8 +293,7 @@ pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
 /// they are, and so do table and priority (leave them zero, or say the same).
 /// On failure the old rules are as they were.
 ///
-/// Returns 0, or -1 with errno as tp_install_rules; EMSGSIZE: larger than one
-/// transaction may be here (net.core.wmem_max).
+/// Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const tp_rules_config, size: usize) -> c_int {
     guard(|| {

@@ -7,9 +7,9 @@
 //! the same backwards. What a killed process leaves behind is routing that no
 //! packet is marked for; whoever comes next sweeps it.
 
-use crate::backend::nft::object::Object;
+use crate::backend::nft::object::{Object, Variant};
 use crate::backend::nft::ruleset::{self, Which};
-use crate::backend::nft::table;
+use crate::backend::nft::table::{self, Contents};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, Routing};
 use crate::error::{Error, Result};
@@ -29,6 +29,8 @@ pub struct Rules {
     route: Channel,
     table: String,
     plan: Plan,
+    /// How the sets in force are named.
+    variant: Variant,
     routing: Routing,
     installed: bool,
 }
@@ -85,12 +87,16 @@ impl Rules {
             let table = table::name_of(&plan.name);
             let routing = routing(&plan, claim.place);
             if claim.adopted {
-                let mut rules = Rules { nft, route, table, plan, routing, installed: true };
+                let variant = Variant::default();
+                let mut rules = Rules { nft, route, table, plan, variant, routing, installed: true };
                 rules.take_over()?;
                 return Ok(rules);
             }
             match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
-                Ok(()) => return Ok(Rules { nft, route, table, plan, routing, installed: true }),
+                Ok(()) => {
+                    let variant = Variant::default();
+                    return Ok(Rules { nft, route, table, plan, variant, routing, installed: true });
+                }
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
                     avoid.push(routing.table);
@@ -100,7 +106,7 @@ impl Rules {
         }
     }
 
-    /// Replaces what is asked for, in one transaction: every packet is treated by the old rules or by the new.
+    /// Replaces what is asked for: every packet is treated by the old rules or by the new.
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
     pub fn replace(&mut self, config: &Config) -> Result<()> {
@@ -117,8 +123,8 @@ impl Rules {
         if config.families.is_empty() && plan.families == Families::ALL && !route::has_ipv6(&mut self.route) {
             plan = plan.without_ipv6();
         }
-        let old: Vec<Object> = ruleset::compile(&self.plan);
-        self.swap(plan, &names_of(&old))
+        let old = names_of(&ruleset::compile(&self.plan, self.variant));
+        self.swap(plan, &old)
     }
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
@@ -145,7 +151,7 @@ impl Rules {
         let deltas = changed.update(add, remove)?;
         let mut pieces = Vec::new();
         for (family, delta) in families_and(&deltas) {
-            let set = which.set(family);
+            let set = which.set(family, self.variant);
             pieces.extend(ruleset::chunks(family, &delta.gone).into_iter().map(|e| (false, set, e)));
             pieces.extend(ruleset::chunks(family, &delta.new).into_iter().map(|e| (true, set, e)));
         }
@@ -156,7 +162,7 @@ impl Rules {
         let changes: Vec<Change<'_>> = objects
             .iter()
             .map(|(adds, object)| match object {
-                Object::Elements { set, elements } if !adds => Change::DeleteElements { set, elements },
+                Object::Elements { set, elements } if !adds => Change::DeleteElements { set: *set, elements },
                 object => Change::Add(object),
             })
             .collect();
@@ -212,34 +218,68 @@ impl Rules {
         let stale: Vec<_> = stale.copied().collect();
         // What is missing is added before the new rules, what is too much goes after them.
         route::add_missing(&mut self.route, &self.routing, &rules)?;
-        let plan = self.plan.clone();
-        let chains = contents.chains.iter().map(String::as_str).collect();
-        let sets = contents.sets.iter().map(String::as_str).collect();
-        self.swap(plan, &Names { chains, sets })?;
+        let old = self.without_idle_sets(contents)?;
+        self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
+        self.swap(self.plan.clone(), &old)?;
         route::delete_found(&mut self.route, &stale, &[self.routing.table])
     }
 
-    /// One transaction from what the table holds to a plan. Chains that both have stay: a packet in the middle of
-    /// one sees either all of the old rules or all of the new.
-    fn swap(&mut self, plan: Plan, old: &Names<'_>) -> Result<()> {
+    /// The process before may have died between filling new sets and turning to them: only one variant is in use.
+    fn without_idle_sets(&mut self, mut contents: Contents) -> Result<Contents> {
+        for variant in [Variant::Second, Variant::First] {
+            let (these, others): (Vec<String>, Vec<String>) =
+                contents.sets.iter().cloned().partition(|name| Variant::of(name) == variant);
+            if these.is_empty() || others.is_empty() {
+                break;
+            }
+            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
+            match commit(&mut self.nft, &self.table, None, &changes) {
+                Ok(()) => contents.sets = others,
+                // The rules ask these: the others are idle.
+                Err(error) if error.errno() == libc::EBUSY => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(contents)
+    }
+
+    /// From what the table holds to a plan. First the new sets, beside the old; then, in one transaction, the rules:
+    /// a packet sees either all of the old ones or all of the new.
+    ///
+    /// The sets need a transaction of their own, since the kernel publishes what is in a new set of ranges only after
+    /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
+    /// Chains that both have stay, so that no base chain is away for a moment.
+    fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
         let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
-        let new = ruleset::compile(&plan);
-        let kept = |name: &str| new.iter().any(|object| matches!(object, Object::Chain { name: n, .. } if *n == name));
-        let mut changes = vec![Change::DeleteRules];
-        changes.extend(old.sets.iter().map(|name| Change::DeleteSet(name)));
-        changes.extend(old.chains.iter().filter(|name| !kept(name)).map(|name| Change::DeleteChain(name)));
-        changes.extend(new.iter().filter(|object| !old.has_already(object)).map(Change::Add));
+        let variant = self.variant.other();
+        let new = ruleset::compile(&plan, variant);
+        let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
+        let new_sets = names_of(&new).sets;
 
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
-        if let Err(error) = commit(&mut self.nft, &self.table, None, &changes) {
+        let filled = add_sets(&mut self.nft, &self.table, &sets);
+        let done = filled.and_then(|()| {
+            let kept = |name: &str| {
+                others.iter().any(|object| matches!(object, Object::Chain { name: new, .. } if *new == name))
+            };
+            let mut changes = vec![Change::DeleteRules];
+            let gone = old.chains.iter().filter(|name| !kept(name));
+            changes.extend(gone.map(|name| Change::DeleteChain(name)));
+            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
+            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
+            commit(&mut self.nft, &self.table, None, &changes)
+        });
+        if let Err(error) = done {
+            for name in new_sets {
+                let _ = commit(&mut self.nft, &self.table, None, &[Change::DeleteSet(name)]);
+            }
             let _ = route::delete_entries(&mut self.route, &added);
             return Err(error);
         }
         let surplus: Vec<_> =
             before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule)).copied().collect();
-        self.plan = plan;
-        self.routing = routing;
+        (self.plan, self.variant, self.routing) = (plan, variant, routing);
         route::delete_found(&mut self.route, &surplus, &[routing.table])?;
         route::delete_routes_without(&mut self.route, &routing)
     }
@@ -299,7 +339,7 @@ fn install_at(
         let _ = delete_table(nft, table);
         return Err(Refused { route_taken: error.errno() == libc::EEXIST, error });
     }
-    let objects = ruleset::compile(plan);
+    let objects = ruleset::compile(plan, Variant::default());
     if let Err(error) = fill(nft, table, &objects) {
         let _ = route::delete(route, routing);
         let _ = delete_table(nft, table);
@@ -311,19 +351,34 @@ fn install_at(
 /// Fills a claimed table: in one transaction, or, where the socket does not take so much at once, the sets first
 /// (nothing asks them yet) and all the rest in the last.
 fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
-    /// Elements of one message are at most 64 KiB; so many messages fit any send buffer.
-    const MESSAGES: usize = 2;
     let all: Vec<Change<'_>> = objects.iter().map(Change::Add).collect();
     match commit(nft, table, None, &all) {
         Err(error) if error.errno() == libc::EMSGSIZE => {}
         done => return done,
     }
-    let is_set = |change: &Change<'_>| matches!(change, Change::Add(Object::Set(_) | Object::Elements { .. }));
-    let (sets, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(is_set);
-    for piece in sets.chunks(MESSAGES) {
-        commit(nft, table, None, piece)?;
+    let (sets, others): (Vec<&Object>, Vec<&Object>) = objects.iter().partition(|object| is_set(object));
+    add_sets(nft, table, &sets)?;
+    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).collect();
+    commit(nft, table, None, &others)
+}
+
+/// Adds sets and elements: in one transaction, or in several where the socket does not take so much at once.
+fn add_sets(nft: &mut Channel, table: &str, sets: &[&Object]) -> Result<()> {
+    /// Elements of one message are at most 64 KiB; so many messages fit any send buffer.
+    const MESSAGES: usize = 2;
+    let all: Vec<Change<'_>> = sets.iter().map(|object| Change::Add(object)).collect();
+    if all.is_empty() {
+        return Ok(());
     }
-    commit(nft, table, None, &rest)
+    match commit(nft, table, None, &all) {
+        Err(error) if error.errno() == libc::EMSGSIZE => {}
+        done => return done,
+    }
+    all.chunks(MESSAGES).try_for_each(|piece| commit(nft, table, None, piece))
+}
+
+fn is_set(object: &Object) -> bool {
+    matches!(object, Object::Set(_) | Object::Elements { .. })
 }
 
 fn channels() -> Result<(Channel, Channel)> {
@@ -356,29 +411,21 @@ fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (crate::model::Family,
     Families::ALL.iter().zip(both)
 }
 
-/// What a table holds, by name.
-struct Names<'a> {
-    chains: Vec<&'a str>,
-    sets: Vec<&'a str>,
-}
-
-impl Names<'_> {
-    /// Chains that stay, and counters, which go on counting.
-    fn has_already(&self, object: &Object) -> bool {
-        match object {
-            Object::Chain { name, .. } => self.chains.contains(name),
-            Object::Counter { .. } => true,
-            _ => false,
-        }
+/// Chains that stay, and counters, which go on counting.
+fn has_already(old: &Contents, object: &Object) -> bool {
+    match object {
+        Object::Chain { name, .. } => old.chains.iter().any(|chain| chain == name),
+        Object::Counter { .. } => true,
+        _ => false,
     }
 }
 
-fn names_of(objects: &[Object]) -> Names<'_> {
-    let mut names = Names { chains: Vec::new(), sets: Vec::new() };
+fn names_of(objects: &[Object]) -> Contents {
+    let mut names = Contents::default();
     for object in objects {
         match object {
-            Object::Chain { name, .. } => names.chains.push(name),
-            Object::Set(set) => names.sets.push(set.name),
+            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
+            Object::Set(set) => names.sets.push(set.name.to_string()),
             _ => {}
         }
     }

@@ -167,7 +167,7 @@ impl Lab {
     pub fn new() -> Lab {
         let lab = Lab { client: Net::new(), proxy: Net::new(), server: Net::new() };
         Net::link(
-            (&lab.client, "eth0", &["198.51.100.2/24", "198.51.100.9/24", "2001:db8:1::2/64", "2001:db8:1::9/64"]),
+            (&lab.client, "eth0", &["198.51.100.2/24", "198.51.100.9/24", "2001:db8:1::9/64", "2001:db8:1::2/64"]),
             (&lab.proxy, "eth0", &["198.51.100.1/24", "2001:db8:1::1/64"]),
         );
         Net::link(
@@ -380,8 +380,10 @@ pub fn prefixes(texts: &[&str]) -> Vec<tp_prefix> {
 /// Installed rules, removed at the end of the scope.
 pub struct Rules(*mut tp_rules);
 
-// SAFETY: the header says that any thread may use the handle.
+// SAFETY: the header says that any thread may use the handle, and several at a time.
 unsafe impl Send for Rules {}
+// SAFETY: as above.
+unsafe impl Sync for Rules {}
 
 impl Rules {
     pub fn install(config: &tp_rules_config) -> Result<Rules, Failed> {
@@ -389,6 +391,31 @@ impl Rules {
         // SAFETY: the config's pointers are the caller's, alive.
         checked(unsafe { tp_install_rules(config, size_of::<tp_rules_config>(), &raw mut rules) })?;
         Ok(Rules(rules))
+    }
+
+    pub fn replace(&self, config: &tp_rules_config) -> Result<(), Failed> {
+        // SAFETY: a handle that was not removed; the config's pointers are the caller's, alive.
+        checked(unsafe { tp_replace_rules(self.0, config, size_of::<tp_rules_config>()) }).map(drop)
+    }
+
+    pub fn update(&self, set: u32, add: &[tp_prefix], remove: &[tp_prefix]) -> Result<(), Failed> {
+        // SAFETY: a handle that was not removed, and arrays of these lengths.
+        let rc = unsafe { tp_update_rules(self.0, set, add.as_ptr(), add.len(), remove.as_ptr(), remove.len()) };
+        checked(rc).map(drop)
+    }
+
+    pub fn stats(&self) -> tp_rules_stats {
+        // SAFETY: integers, for which all zero is valid.
+        let mut stats: tp_rules_stats = unsafe { std::mem::zeroed() };
+        // SAFETY: a handle that was not removed, and room for the struct.
+        checked(unsafe { tp_rules_stats(self.0, &raw mut stats, size_of::<tp_rules_stats>()) }).unwrap();
+        stats
+    }
+
+    /// Lets go of rules that persist, as a process does that ends.
+    pub fn abandon(mut self) {
+        // SAFETY: a handle that was not removed, and is not used again.
+        drop(unsafe { Box::from_raw(std::mem::replace(&mut self.0, std::ptr::null_mut())) });
     }
 
     pub fn remove(mut self) -> Result<(), Failed> {
@@ -418,6 +445,12 @@ pub fn intercept_ports(listener: &impl AsRawFd, ports: &[tp_port_range]) -> Resu
         n_ports: ports.len(),
         ..config()
     })
+}
+
+pub fn purge(name: Option<&str>) -> Result<(), Failed> {
+    let name = name.map(|name| std::ffi::CString::new(name).unwrap());
+    // SAFETY: NULL or NUL-terminated.
+    checked(unsafe { tp_purge_rules(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr())) }).map(drop)
 }
 
 pub fn divert_only() -> Result<Rules, Failed> {

@@ -14,15 +14,53 @@ use crate::prefix::{self, Range};
 pub(crate) enum Object {
     Counter { name: &'static str },
     Set(Set),
-    Elements { set: &'static str, elements: Elements },
+    Elements { set: SetName, elements: Elements },
     Chain { name: &'static str, hook: Option<Hook> },
     Rule { chain: &'static str, statements: Vec<Statement>, comment: &'static str },
+}
+
+/// A set's name, in one of two variants: so that a new set can be there, and
+/// be full, before the rules turn from the old one to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SetName {
+    pub base: &'static str,
+    pub variant: Variant,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Variant {
+    #[default]
+    First,
+    Second,
+}
+
+impl Variant {
+    pub fn other(self) -> Variant {
+        match self {
+            Variant::First => Variant::Second,
+            Variant::Second => Variant::First,
+        }
+    }
+
+    /// The variant that a name is of.
+    pub fn of(name: &str) -> Variant {
+        if name.ends_with(SECOND) { Variant::Second } else { Variant::First }
+    }
+}
+
+const SECOND: &str = "-2";
+
+impl fmt::Display for SetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.base)?;
+        f.write_str(if self.variant == Variant::Second { SECOND } else { "" })
+    }
 }
 
 /// A named set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Set {
-    pub name: &'static str,
+    pub name: SetName,
     pub key: Key,
     pub id: u32,
 }
@@ -112,7 +150,7 @@ impl Object {
             }
             Object::Set(set) => set.encode(attrs),
             Object::Elements { set, elements } => {
-                attrs.string(2, set);
+                attrs.string(2, &set.to_string());
                 attrs.nest(3, |a| elements.encode(a));
             }
             Object::Chain { name, hook } => {
@@ -197,7 +235,7 @@ impl Set {
             Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
         };
-        attrs.string(2, self.name);
+        attrs.string(2, &self.name.to_string());
         attrs.be32(3, flags);
         attrs.be32(4, key_type);
         attrs.be32(5, key_len);

@@ -16,7 +16,7 @@
 
 use std::borrow::Cow;
 
-use super::object::{AddressType, Elements, Hook, Key, Object, Set};
+use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
 use crate::model::{Families, Family, Intercept, Mode, Plan, Protocol};
 use crate::prefix::{PrefixSet, Range};
@@ -49,15 +49,16 @@ pub(crate) enum Which {
 
 impl Which {
     /// The name of the set of one family.
-    pub fn set(self, family: Family) -> &'static str {
-        match (self, family) {
+    pub fn set(self, family: Family, variant: Variant) -> SetName {
+        let base = match (self, family) {
             (Which::Dst, Family::V4) => "dst4",
             (Which::Dst, Family::V6) => "dst6",
             (Which::Src, Family::V4) => "src4",
             (Which::Src, Family::V6) => "src6",
             (Which::Bypass, Family::V4) => "bypass4",
             (Which::Bypass, Family::V6) => "bypass6",
-        }
+        };
+        SetName { base, variant }
     }
 }
 
@@ -69,8 +70,9 @@ const OWN_TYPES: [AddressType; 4] = [
     AddressType { number: libc::RTN_MULTICAST, name: "multicast" },
 ];
 
-/// The objects that hold a plan, within its table.
-pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
+/// The objects that hold a plan, within its table; the sets are named in one variant.
+pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
+    let plan = &Compiled { plan, variant };
     let mut objects: Vec<Object> =
         [INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }).to_vec();
     if plan.mode != Mode::DivertOnly {
@@ -101,6 +103,26 @@ pub(crate) fn compile(plan: &Plan) -> Vec<Object> {
     objects
 }
 
+/// A plan on its way to objects.
+struct Compiled<'a> {
+    plan: &'a Plan,
+    variant: Variant,
+}
+
+impl Compiled<'_> {
+    fn set(&self, base: &'static str) -> SetName {
+        SetName { base, variant: self.variant }
+    }
+}
+
+impl std::ops::Deref for Compiled<'_> {
+    type Target = Plan;
+
+    fn deref(&self) -> &Plan {
+        self.plan
+    }
+}
+
 /// The base chains, by the names of `nft`'s hooks and priorities.
 const PREROUTING: (&str, Option<Hook>) = ("prerouting", Some(Hook::MANGLE_PREROUTING));
 const OUTPUT: (&str, Option<Hook>) = ("output", Some(Hook::MANGLE_OUTPUT));
@@ -114,7 +136,7 @@ fn chain((name, hook): (&'static str, Option<Hook>)) -> Object {
 }
 
 /// What comes in for a transparent socket.
-fn diverting(plan: &Plan) -> Vec<Object> {
+fn diverting(plan: &Compiled<'_>) -> Vec<Object> {
     let to_socket = |protocol| {
         rule(PREROUTING.0, "there is a transparent socket", socket_of(plan, protocol, Verdict::Jump(DIVERT)))
     };
@@ -122,7 +144,7 @@ fn diverting(plan: &Plan) -> Vec<Object> {
 }
 
 /// What comes in, and what the host itself sends, for the listeners.
-fn proxying(plan: &Plan) -> Vec<Object> {
+fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = diverting(plan);
     if let Some(mark) = plan.output_mark {
         let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
@@ -142,7 +164,7 @@ fn proxying(plan: &Plan) -> Vec<Object> {
 }
 
 /// NAT, of what comes in and of what the host itself sends.
-fn redirecting(plan: &Plan) -> Vec<Object> {
+fn redirecting(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = vec![chain(NAT_PREROUTING)];
     objects.extend(plan.protocols.iter().map(|protocol| {
         rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
@@ -155,14 +177,14 @@ fn redirecting(plan: &Plan) -> Vec<Object> {
 }
 
 /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
-fn own_output(plan: &Plan, hook: &'static str, select: &'static str) -> Vec<Object> {
+fn own_output(plan: &Compiled<'_>, hook: &'static str, select: &'static str) -> Vec<Object> {
     let exempt = |protocol| rule(hook, "from a transparent socket", socket_of(plan, protocol, Verdict::Accept));
     let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, Verdict::Goto(select)));
     plan.protocols.iter().map(exempt).chain(plan.protocols.iter().map(selected)).collect()
 }
 
 /// Neither half of a proxied connection is tracked, in either direction.
-fn untracked(plan: &Plan) -> Vec<Object> {
+fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = vec![chain((UNTRACK, None)), rule(UNTRACK, "not tracked", [Statement::Notrack])];
     if plan.mode == Mode::Tproxy {
         objects.extend(select_chain(SELECT_RAW, plan, UNTRACK, None));
@@ -188,7 +210,7 @@ fn untracked(plan: &Plan) -> Vec<Object> {
 /// neither kind of `socket wildcard`, and are for the socket too, but for one
 /// case: a new connection that meets an old one in TIME_WAIT is the
 /// interception's to decide (`nf_tproxy_handle_time_wait4`).
-fn divert_chain(plan: &Plan) -> Vec<Object> {
+fn divert_chain(plan: &Compiled<'_>) -> Vec<Object> {
     let mark_and_accept =
         [Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
     let leave = Statement::Verdict(Verdict::Return);
@@ -203,7 +225,7 @@ fn divert_chain(plan: &Plan) -> Vec<Object> {
     objects
 }
 
-fn intercept_chain(plan: &Plan, deliver: fn(&Intercept, &Plan) -> Object) -> Vec<Object> {
+fn intercept_chain(plan: &Compiled<'_>, deliver: fn(&Intercept, &Compiled<'_>) -> Object) -> Vec<Object> {
     let mut objects = vec![chain((INTERCEPT, None))];
     objects.extend(plan.intercepts.iter().map(|listener| deliver(listener, plan)));
     // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
@@ -214,7 +236,7 @@ fn intercept_chain(plan: &Plan, deliver: fn(&Intercept, &Plan) -> Object) -> Vec
     objects
 }
 
-fn tproxy(listener: &Intercept, plan: &Plan) -> Object {
+fn tproxy(listener: &Intercept, plan: &Compiled<'_>) -> Object {
     let deliver = [
         Statement::Protocol(listener.protocol),
         Statement::Tproxy { family: listener.family, addr: listener.addr, port: listener.port },
@@ -225,7 +247,7 @@ fn tproxy(listener: &Intercept, plan: &Plan) -> Object {
     rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
 }
 
-fn redirect(listener: &Intercept, _: &Plan) -> Object {
+fn redirect(listener: &Intercept, _: &Compiled<'_>) -> Object {
     let translate = match listener.addr {
         Some(addr) => Statement::Dnat { addr, port: listener.port },
         None => Statement::Redirect { port: listener.port },
@@ -235,25 +257,29 @@ fn redirect(listener: &Intercept, _: &Plan) -> Object {
 }
 
 /// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
-fn select_chain(name: &'static str, plan: &Plan, then: &'static str, first: Option<Statement>) -> Vec<Object> {
+fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, first: Option<Statement>) -> Vec<Object> {
     let mut objects = vec![chain((name, None))];
     let goto = Statement::Verdict(Verdict::Goto(then));
     let leave = Statement::Verdict(Verdict::Return);
     for family in plan.families.iter().filter(|_| plan.src.is_some()) {
-        let elsewhere = Statement::Source { family, set: Which::Src.set(family), inside: false };
+        let elsewhere = Statement::Source { family, set: Which::Src.set(family, plan.variant), inside: false };
         objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
     }
     for family in plan.families.iter() {
-        let bypass = Statement::DestinationIn { family, set: Which::Bypass.set(family) };
+        let bypass = Statement::DestinationIn { family, set: Which::Bypass.set(family, plan.variant) };
         objects.push(rule(name, "to be left alone", [bypass, leave.clone()]));
     }
     match plan.dst {
         Some(_) => objects.extend(plan.families.iter().map(|family| {
-            let named = Statement::DestinationIn { family, set: Which::Dst.set(family) };
+            let named = Statement::DestinationIn { family, set: Which::Dst.set(family, plan.variant) };
             rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
         })),
         None => {
-            objects.push(rule(name, "to this host, or to nobody", [Statement::DestinationTypeIn(OWN), leave]));
+            objects.push(rule(
+                name,
+                "to this host, or to nobody",
+                [Statement::DestinationTypeIn(plan.set(OWN)), leave],
+            ));
             objects.push(rule(name, "to be intercepted", first.into_iter().chain([goto])));
         }
     }
@@ -261,7 +287,7 @@ fn select_chain(name: &'static str, plan: &Plan, then: &'static str, first: Opti
 }
 
 /// Connections made straight to the listener would be proxied to itself, again and again.
-fn guard(listener: &Intercept, plan: &Plan) -> Object {
+fn guard(listener: &Intercept, plan: &Compiled<'_>) -> Object {
     // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
     let not_redirected =
         (plan.mode == Mode::Redirect && plan.output_mark.is_some()).then_some(Statement::NotTranslated);
@@ -280,15 +306,20 @@ fn guard(listener: &Intercept, plan: &Plan) -> Object {
 }
 
 /// Packets of a protocol for which there is a transparent socket.
-fn socket_of(plan: &Plan, protocol: Protocol, verdict: Verdict) -> impl Iterator<Item = Statement> {
+fn socket_of(plan: &Compiled<'_>, protocol: Protocol, verdict: Verdict) -> impl Iterator<Item = Statement> {
     let of_socket = [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
     only(plan.families.only()).chain(of_socket)
 }
 
 /// Packets of a protocol to the ports, by the interfaces if they are incoming.
-fn candidates(plan: &Plan, protocol: Protocol, incoming: bool, verdict: Verdict) -> impl Iterator<Item = Statement> {
-    let ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(PORTS));
-    let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(INTERFACES));
+fn candidates(
+    plan: &Compiled<'_>,
+    protocol: Protocol,
+    incoming: bool,
+    verdict: Verdict,
+) -> impl Iterator<Item = Statement> {
+    let ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(plan.set(PORTS)));
+    let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(plan.set(INTERFACES)));
     let protocol = [Statement::Protocol(protocol)];
     only(plan.families.only()).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
 }
@@ -302,10 +333,11 @@ fn rule(chain: &'static str, comment: &'static str, statements: impl IntoIterato
 }
 
 /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
-fn sets(plan: &Plan) -> Vec<Object> {
-    let mut made = Sets(Vec::new());
+fn sets(plan: &Compiled<'_>) -> Vec<Object> {
+    let mut made = Sets { variant: plan.variant, objects: Vec::new() };
     if !plan.ports.is_empty() {
-        made.add(PORTS, Key::Port, [Elements::Ports(plan.ports.clone())]);
+        let pieces = plan.ports.chunks(IN_A_MESSAGE).map(|piece| Elements::Ports(piece.to_vec()));
+        made.add(PORTS, Key::Port, pieces);
     }
     if !plan.interfaces.is_empty() {
         made.add(INTERFACES, Key::Interface, [Elements::Interfaces(plan.interfaces.clone())]);
@@ -319,29 +351,38 @@ fn sets(plan: &Plan) -> Vec<Object> {
             made.add_prefixes(which, prefixes, plan.families);
         }
     }
-    made.0
+    made.objects
 }
 
-struct Sets(Vec<Object>);
+struct Sets {
+    variant: Variant,
+    objects: Vec<Object>,
+}
 
 impl Sets {
-    fn add(&mut self, name: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
+    fn add(&mut self, base: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
         // Any number will do that is unique in the transaction.
-        let id = self.0.len() as u32 + 1;
-        self.0.push(Object::Set(Set { name, key, id }));
-        self.0.extend(elements.into_iter().map(|elements| Object::Elements { set: name, elements }));
+        let id = self.objects.len() as u32 + 1;
+        let name = SetName { base, variant: self.variant };
+        self.objects.push(Object::Set(Set { name, key, id }));
+        self.objects.extend(elements.into_iter().map(|elements| Object::Elements { set: name, elements }));
     }
 
     fn add_prefixes(&mut self, which: Which, prefixes: &PrefixSet, families: Families) {
         for family in families.iter() {
-            self.add(which.set(family), Key::Address(family), chunks(family, &prefixes.ranges(family)));
+            self.add(
+                which.set(family, self.variant).base,
+                Key::Address(family),
+                chunks(family, &prefixes.ranges(family)),
+            );
         }
     }
 }
 
+/// Ranges in one message: two elements of 28 + 36 bytes at most for each, and 64 KiB for the list.
+const IN_A_MESSAGE: usize = 900;
+
 /// Ranges in pieces that fit into an attribute.
 pub(crate) fn chunks(family: Family, ranges: &[Range]) -> Vec<Elements> {
-    /// Two elements of 28 + 36 bytes at most for each range, and 64 KiB for the list.
-    const IN_A_MESSAGE: usize = 900;
     ranges.chunks(IN_A_MESSAGE).map(|piece| Elements::Addresses(family, piece.to_vec())).collect()
 }

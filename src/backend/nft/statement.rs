@@ -4,6 +4,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use super::object::SetName;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;
 
@@ -27,13 +28,13 @@ pub(crate) enum Statement {
     /// Only packets to this port.
     DestinationPort(u16),
     /// Only packets to a port of this set.
-    DestinationPortIn(&'static str),
+    DestinationPortIn(SetName),
     /// Only packets from an address of this set, or only those not from one.
-    Source { family: Family, set: &'static str, inside: bool },
+    Source { family: Family, set: SetName, inside: bool },
     /// Only packets to an address of this set.
-    DestinationIn { family: Family, set: &'static str },
+    DestinationIn { family: Family, set: SetName },
     /// Only packets that came in by an interface of this set.
-    InterfaceIn(&'static str),
+    InterfaceIn(SetName),
     /// Only packets whose mark has this value in our bits.
     MarkIs(Mark),
     /// Only packets whose destination was not translated.
@@ -43,7 +44,7 @@ pub(crate) enum Statement {
     /// Only packets to an address of this host.
     DestinationIsLocal,
     /// Only packets whose destination is of a type of this set.
-    DestinationTypeIn(&'static str),
+    DestinationTypeIn(SetName),
     /// Only packets for which there is a transparent socket.
     TransparentSocket,
     /// Only packets for which there is a socket that is bound to every
@@ -167,21 +168,21 @@ impl Statement {
             }
             Statement::DestinationPortIn(set) => {
                 rule.load_destination_port(REG_1);
-                rule.lookup(set, REG_1);
+                rule.lookup(*set, REG_1);
             }
             Statement::Source { family, set, inside } => {
                 rule.only(*family);
                 rule.load_source(*family, REG_1);
-                rule.lookup_if(set, REG_1, *inside);
+                rule.lookup_if(*set, REG_1, *inside);
             }
             Statement::DestinationIn { family, set } => {
                 rule.only(*family);
                 rule.load_destination(*family, REG_1);
-                rule.lookup(set, REG_1);
+                rule.lookup(*set, REG_1);
             }
             Statement::InterfaceIn(set) => {
                 rule.meta_load(META_IIFNAME, REG_1);
-                rule.lookup(set, REG_1);
+                rule.lookup(*set, REG_1);
             }
             Statement::MarkIs(mark) => {
                 rule.meta_load(META_MARK, REG_1);
@@ -205,7 +206,7 @@ impl Statement {
             }
             Statement::DestinationTypeIn(set) => {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
-                rule.lookup(set, REG_1);
+                rule.lookup(*set, REG_1);
             }
             Statement::TransparentSocket => {
                 rule.socket_load(SOCKET_TRANSPARENT, REG_1);
@@ -425,16 +426,16 @@ impl Expressions<'_, '_> {
         });
     }
 
-    fn lookup(&mut self, set: &str, register: u32) {
+    fn lookup(&mut self, set: SetName, register: u32) {
         self.lookup_if(set, register, true);
     }
 
-    fn lookup_if(&mut self, set: &str, register: u32, inside: bool) {
+    fn lookup_if(&mut self, set: SetName, register: u32, inside: bool) {
         /// NFT_LOOKUP_F_INV.
         const INVERTED: u32 = 1;
         self.expression("lookup", |a| {
             a.be32(2, register);
-            a.string(1, set);
+            a.string(1, &set.to_string());
             if !inside {
                 a.be32(5, INVERTED);
             }

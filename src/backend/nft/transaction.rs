@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::object::{Elements, Object, comment_data};
+use super::object::{Elements, Object, SetName, comment_data};
 use super::table::Place;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
@@ -36,10 +36,10 @@ pub(crate) enum Change<'a> {
     DeleteTable,
     /// Deletes every rule of the table.
     DeleteRules,
-    DeleteSet(&'a str),
+    DeleteSet(String),
     DeleteChain(&'a str),
     DeleteElements {
-        set: &'static str,
+        set: SetName,
         elements: &'a Elements,
     },
     Add(&'a Object),
@@ -195,7 +195,7 @@ impl Change<'_> {
             }
             Change::DeleteElements { set, elements } => {
                 a.string(1, table);
-                a.string(2, set);
+                a.string(2, &set.to_string());
                 a.nest(3, |a| elements.encode(a));
             }
             Change::Add(object) => object.encode(table, a),
@@ -233,6 +233,7 @@ impl fmt::Display for Command<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::nft::object::Variant;
     use crate::backend::nft::ruleset;
     use crate::model::{Families, Mark, Mode, Plan, Protocols};
     use crate::prefix::PrefixSet;
@@ -260,7 +261,7 @@ mod tests {
             table: None,
             priority: None,
         };
-        let objects = ruleset::compile(&plan);
+        let objects = ruleset::compile(&plan, Variant::default());
         let rule = objects.last().unwrap();
         let mut batch = Buffer::default();
         Change::Add(rule).encode(&mut batch, 1, 0, "t");
