@@ -92,8 +92,13 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
+    /// A channel to the kernel.
     pub fn open(family: i32) -> io::Result<Channel> {
+        Ok(Channel::over(Box::new(Channel::socket(family)?)))
+    }
+
+    /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
+    pub fn socket(family: i32) -> io::Result<Socket> {
         let kind = Type::RAW.cloexec().nonblocking();
         let socket = Socket::new_raw(Domain::from(libc::AF_NETLINK), kind, Some(Protocol::from(family)))?;
         for option in SOCKET_OPTIONS {
@@ -101,7 +106,7 @@ impl Channel {
             let _ = sys::setsockopt_int(socket.as_fd(), libc::SOL_NETLINK, option, 1);
         }
         bind_to_fresh_port(&socket)?;
-        Ok(Channel::over(Box::new(socket)))
+        Ok(socket)
     }
 
     /// A channel over any transport.

@@ -73,8 +73,12 @@ impl Rules {
     ///
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Rules> {
-        let mut plan = plan::make(config)?;
-        let (mut nft, mut route) = channels()?;
+        let plan = plan::make(config)?;
+        let (nft, route) = channels()?;
+        Rules::install_over(config, plan, nft, route)
+    }
+
+    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
         if plan.mode != Mode::Redirect {
             route::require_loopback(&mut route)?;
         }
@@ -431,3 +435,6 @@ fn names_of(objects: &[Object]) -> Contents {
     }
     names
 }
+
+#[cfg(test)]
+mod fault_tests;

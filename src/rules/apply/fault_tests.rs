@@ -1,0 +1,170 @@
+//! Whatever message the kernel refuses, nothing is left, or everything is as it was.
+
+use std::io;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use socket2::Socket;
+
+use super::*;
+use crate::netlink::Transport;
+use crate::rules::{Listener, PortRange, Protocol};
+
+/// A transport to the kernel that spoils one message: the kernel gets one of a type that it does not know.
+struct Spoiling {
+    socket: Socket,
+    /// How many messages until then; shared by the channels of one test, and far off once it has come.
+    left: Arc<AtomicUsize>,
+}
+
+const NEVER: usize = usize::MAX / 2;
+
+impl Transport for Spoiling {
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut bytes = bytes.to_vec();
+        let mut at = 0;
+        while at < bytes.len() {
+            let len = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+            let kind = u16::from_ne_bytes(bytes[at + 4..at + 6].try_into().unwrap());
+            // The brackets of a transaction are not messages of their own.
+            let bracket = kind == 0x10 && bytes.len() > len || kind == 0x11 && at > 0;
+            if !bracket && self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+                self.left.store(NEVER, Ordering::Relaxed);
+                // An operation that nf_tables and rtnetlink do not have.
+                bytes[at + 4] = if kind >> 8 == 0 { 0xfc } else { 0x7f };
+            }
+            at += len.next_multiple_of(4);
+        }
+        Transport::send(&mut self.socket, &bytes)
+    }
+
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Transport::receive(&mut self.socket, buffer)
+    }
+}
+
+fn spoiling(left: &Arc<AtomicUsize>) -> (Channel, Channel) {
+    let open = |family| {
+        let socket = Channel::socket(family).unwrap();
+        Channel::over(Box::new(Spoiling { socket, left: left.clone() }))
+    };
+    (open(libc::NETLINK_NETFILTER), open(libc::NETLINK_ROUTE))
+}
+
+/// A network namespace for this thread.
+#[allow(unsafe_code)]
+fn enter_own_network() {
+    // SAFETY: a plain system call, which changes this thread alone.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", io::Error::last_os_error());
+    run("ip link set lo up");
+}
+
+fn run(command: &str) -> String {
+    let mut words = command.split(' ');
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// All that could have changed; counters and set names aside.
+fn state() -> String {
+    let commands =
+        ["nft -s list ruleset", "ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all"];
+    commands.map(run).join("--\n")
+}
+
+fn config() -> Config {
+    let families = Families::ALL;
+    let listener = Listener { protocol: Protocol::Tcp, families, addr: None, port: 3129 };
+    Config { listeners: vec![listener], ports: vec![PortRange { first: 80, last: 80 }], ..Config::default() }
+}
+
+fn full() -> Config {
+    let prefix = |text: &str, len| Prefix::new(text.parse().unwrap(), len).unwrap();
+    Config {
+        dst: vec![prefix("192.0.2.0", 24), prefix("2001:db8::", 32)],
+        src: vec![prefix("10.0.0.0", 8)],
+        interfaces: vec!["eth0".to_owned()],
+        local_output: true,
+        notrack: true,
+        ..config()
+    }
+}
+
+/// Spoils the first message, then the second, and so on, until there is none left to spoil. Gives how many there were.
+fn each_message(mut attempt: impl FnMut(&Arc<AtomicUsize>) -> Result<()>) -> usize {
+    for number in 1..500 {
+        let left = Arc::new(AtomicUsize::new(number));
+        let outcome = attempt(&left);
+        let spoiled = left.load(Ordering::Relaxed) > NEVER / 2;
+        match (outcome, spoiled) {
+            (Err(error), true) => assert!(!error.to_string().is_empty() && error.errno() != 0),
+            // What only looks, or tidies up, may do without an answer.
+            (Ok(()), true) => {}
+            (Ok(()), false) => return number - 1,
+            (Err(error), false) => panic!("failed without a fault: {error}"),
+        }
+    }
+    panic!("it never ends");
+}
+
+#[test]
+fn an_install_that_fails_at_any_message_leaves_nothing() {
+    enter_own_network();
+    let before = state();
+    let redirect = Config { mode: Mode::Redirect, ..config() };
+    let divert = Config { mode: Mode::DivertOnly, ..Config::default() };
+    for config in [config(), full(), redirect, divert] {
+        let messages = each_message(|left| {
+            let (nft, route) = spoiling(left);
+            let outcome = Rules::install_over(&config, plan::make(&config).unwrap(), nft, route);
+            // The removal, if there is anything to remove, goes undisturbed.
+            let rest = left.swap(NEVER, Ordering::Relaxed);
+            let outcome = outcome.map(drop);
+            left.store(rest, Ordering::Relaxed);
+            assert_eq!(state(), before);
+            outcome
+        });
+        assert!(messages > 10, "{messages}");
+    }
+}
+
+#[test]
+fn a_replacement_that_fails_at_any_message_changes_nothing() {
+    enter_own_network();
+    for (from, to) in [(config(), full()), (full(), config())] {
+        each_message(|left| {
+            let faults = Arc::new(AtomicUsize::new(NEVER));
+            let (nft, route) = spoiling(&faults);
+            let mut rules = Rules::install_over(&from, plan::make(&from).unwrap(), nft, route).unwrap();
+            let before = state();
+            faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
+            let outcome = rules.replace(&to);
+            left.store(faults.swap(NEVER, Ordering::Relaxed), Ordering::Relaxed);
+            // Once the rules have turned, what of the old routing cannot be deleted is an error, but no way back.
+            if outcome.is_err() && rules.plan == plan::make(&from).unwrap() {
+                assert_eq!(state(), before);
+            }
+            outcome
+        });
+    }
+}
+
+#[test]
+fn an_update_that_fails_at_any_message_changes_nothing() {
+    enter_own_network();
+    let prefix = |text: &str, len| Prefix::new(text.parse().unwrap(), len).unwrap();
+    each_message(|left| {
+        let faults = Arc::new(AtomicUsize::new(NEVER));
+        let (nft, route) = spoiling(&faults);
+        let mut rules = Rules::install_over(&full(), plan::make(&full()).unwrap(), nft, route).unwrap();
+        let before = state();
+        faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
+        let outcome = rules.update(Set::Dst, &[prefix("192.0.0.0", 16)], &[prefix("2001:db8::", 32)]);
+        left.store(faults.swap(NEVER, Ordering::Relaxed), Ordering::Relaxed);
+        assert_eq!(outcome.is_err(), state() == before);
+        assert_eq!(outcome.is_err(), rules.plan == plan::make(&full()).unwrap());
+        outcome
+    });
+}
