@@ -178,6 +178,17 @@ typedef struct tp_rules tp_rules;
 #define TP_SET_BYPASS 3
 
 /**
+ * A script of `ip` and `nft` commands. tp_render_rules.
+ */
+#define TP_FORMAT_NFT 1
+
+/**
+ * A script of `ip` and `iptables-restore` commands. Not supported by this
+ * version: EOPNOTSUPP.
+ */
+#define TP_FORMAT_IPTABLES 2
+
+/**
  * IPv4.
  */
 #define TP_IPV4 1
@@ -661,6 +672,27 @@ int tp_update_rules(struct tp_rules *rules,
  * less than the first version's. E2BIG: larger than this library knows.
  */
 int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
+
+/**
+ * Writes the script that would do what tp_install_rules does on a host where
+ * nothing is taken, and does nothing else. It needs no privilege.
+ *
+ * It is a POSIX shell script, NUL-terminated UTF-8. Rules made by it belong to
+ * no process: they stay until somebody deletes them.
+ *
+ * config, size: as tp_install_rules. format: TP_FORMAT_NFT (`ip` and `nft`
+ * commands). buf, len: a place and its size, which becomes the size of the
+ * script with its NUL; buf may be NULL to learn that size alone.
+ *
+ * Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
+ * NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
+ * format. EOPNOTSUPP: a format that this version does not have.
+ */
+int tp_render_rules(const struct tp_rules_config *config,
+                    size_t size,
+                    uint32_t format,
+                    char *buf,
+                    size_t *len);
 
 /**
  * The sentence of this thread's last failing call: the step, why it failed,

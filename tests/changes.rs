@@ -357,3 +357,20 @@ fn without_tracking_a_kept_port_works_beside_connection_tracking() {
     let tracked = lab.proxy.run(|| std::fs::read_to_string("/proc/thread-self/net/nf_conntrack"));
     assert!(!tracked.unwrap_or_default().contains("dport=80 "));
 }
+
+/// The script, run by hand, intercepts as the library does.
+#[test]
+fn a_rendered_script_intercepts() {
+    let lab = Lab::new();
+    let listener = listener(&lab);
+    let server = lab.serve(80);
+    let script = render(&Wish::new(&listener, &[80], &[], 0).config());
+    lab.proxy.command("sh", &["-c", &script]);
+    for hosts in [v4(), v6()] {
+        assert!(intercepted(&lab, hosts, &listener, &server));
+    }
+    // What was made by hand is respected, and can be purged.
+    assert_eq!(lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).err().unwrap().errno, EEXIST);
+    lab.proxy.run(|| purge(Some("tproxy"))).unwrap();
+    assert!(!intercepted(&lab, v4(), &listener, &server));
+}

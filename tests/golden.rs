@@ -4,6 +4,7 @@
 mod common;
 
 use std::os::fd::AsRawFd;
+use std::process::Command;
 
 use common::*;
 use tproxy::ffi::*;
@@ -53,40 +54,55 @@ fn a_dual_stack_listener_with_all_defaults() {
     compare(&net, include_str!("golden/dual.nft"), include_str!("golden/default.ip"));
 }
 
+/// A configuration in which everything is said that can be.
+fn with_everything<T>(body: impl FnOnce(&tp_rules_config) -> T) -> T {
+    let v4 = listen("192.0.2.1:3129".parse().unwrap(), 0).unwrap();
+    let v6 = listen("[::1]:3130".parse().unwrap(), 0).unwrap();
+    let udp = receiver("[::]:3131".parse().unwrap());
+    let fds = [v4.as_raw_fd(), v6.as_raw_fd(), udp.as_raw_fd()];
+    let src = prefixes(&["10.0.0.0/8"]);
+    let dst = prefixes(&["255.255.255.255/32", "198.51.101.0/24", "::/0", "198.51.100.0/24", "198.51.100.128/25"]);
+    let bypass = prefixes(&["198.51.100.7/32"]);
+    let interfaces = [c"wg-1".as_ptr(), c"eth0".as_ptr()];
+    body(&tp_rules_config {
+        name: c"two".as_ptr(),
+        listeners: fds.as_ptr(),
+        n_listeners: fds.len(),
+        flags: TP_RULES_LOCAL_OUTPUT | TP_RULES_NOTRACK,
+        mark: 6,
+        table: 100,
+        priority: 1000,
+        src: src.as_ptr(),
+        n_src: src.len(),
+        dst: dst.as_ptr(),
+        n_dst: dst.len(),
+        bypass: bypass.as_ptr(),
+        n_bypass: bypass.len(),
+        interfaces: interfaces.as_ptr(),
+        n_interfaces: interfaces.len(),
+        ..config()
+    })
+}
+
 #[test]
 fn everything_at_once() {
     let net = host();
-    let _rules = net.run(|| {
-        let v4 = listen("192.0.2.1:3129".parse().unwrap(), 0).unwrap();
-        let v6 = listen("[::1]:3130".parse().unwrap(), 0).unwrap();
-        let udp = socket(libc::AF_INET6, libc::SOCK_DGRAM).unwrap();
-        bind_nonlocal(&udp, "[::]:3131".parse().unwrap()).unwrap();
-        let fds = [v4.as_raw_fd(), v6.as_raw_fd(), udp.as_raw_fd()];
-        let src = prefixes(&["10.0.0.0/8"]);
-        let dst = prefixes(&["255.255.255.255/32", "198.51.101.0/24", "::/0", "198.51.100.0/24", "198.51.100.128/25"]);
-        let bypass = prefixes(&["198.51.100.7/32"]);
-        let interfaces = [c"wg-1".as_ptr(), c"eth0".as_ptr()];
-        Rules::install(&tp_rules_config {
-            name: c"two".as_ptr(),
-            listeners: fds.as_ptr(),
-            n_listeners: fds.len(),
-            flags: TP_RULES_LOCAL_OUTPUT | TP_RULES_NOTRACK,
-            mark: 6,
-            table: 100,
-            priority: 1000,
-            src: src.as_ptr(),
-            n_src: src.len(),
-            dst: dst.as_ptr(),
-            n_dst: dst.len(),
-            bypass: bypass.as_ptr(),
-            n_bypass: bypass.len(),
-            interfaces: interfaces.as_ptr(),
-            n_interfaces: interfaces.len(),
-            ..config()
-        })
-        .unwrap()
-    });
+    let _rules = net.run(|| with_everything(Rules::install)).unwrap();
     compare(&net, include_str!("golden/addresses.nft"), include_str!("golden/chosen.ip"));
+}
+
+#[test]
+fn the_rendered_script_does_the_same() {
+    let net = host();
+    let _rules = net.run(|| with_everything(Rules::install)).unwrap();
+    let script = Net::new().run(|| {
+        Command::new("ip").args(["addr", "add", "192.0.2.1/32", "dev", "lo"]).status().unwrap();
+        with_everything(render)
+    });
+    let theirs = host();
+    theirs.command("sh", &["-c", &script]);
+    assert_eq!(nf_tables(&net), nf_tables(&theirs));
+    assert_eq!(routing(&net), routing(&theirs));
 }
 
 #[test]

@@ -218,6 +218,11 @@ pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result
     }
 }
 
+/// What follows `ip` in the commands that would add all of it.
+pub(crate) fn commands(routing: &Routing) -> impl Iterator<Item = String> {
+    entries(routing).into_iter().map(|entry| entry.command(Operation::Add).to_string())
+}
+
 /// In the order in which they are added: a look-up without its route, or a jump without its target, would lead
 /// marked packets past.
 fn entries(routing: &Routing) -> Vec<Entry> {

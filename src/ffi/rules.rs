@@ -60,6 +60,12 @@ pub const TP_SET_SRC: u32 = 2;
 /// The destinations never to intercept. tp_update_rules.
 pub const TP_SET_BYPASS: u32 = 3;
 
+/// A script of `ip` and `nft` commands. tp_render_rules.
+pub const TP_FORMAT_NFT: u32 = 1;
+/// A script of `ip` and `iptables-restore` commands. Not supported by this
+/// version: EOPNOTSUPP.
+pub const TP_FORMAT_IPTABLES: u32 = 2;
+
 /// IPv4.
 pub const TP_IPV4: u32 = 0x1;
 /// IPv6.
@@ -396,6 +402,62 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
         };
         // SAFETY: size bytes of the caller's, and no more than ours has.
         unsafe { stats.cast::<u8>().copy_from_nonoverlapping((&raw const found).cast(), size) };
+        Ok(0)
+    })
+}
+
+/// Writes the script that would do what tp_install_rules does on a host where
+/// nothing is taken, and does nothing else. It needs no privilege.
+///
+/// It is a POSIX shell script, NUL-terminated UTF-8. Rules made by it belong to
+/// no process: they stay until somebody deletes them.
+///
+/// config, size: as tp_install_rules. format: TP_FORMAT_NFT (`ip` and `nft`
+/// commands). buf, len: a place and its size, which becomes the size of the
+/// script with its NUL; buf may be NULL to learn that size alone.
+///
+/// Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
+/// NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
+/// format. EOPNOTSUPP: a format that this version does not have.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_render_rules(
+    config: *const tp_rules_config,
+    size: usize,
+    format: u32,
+    buf: *mut c_char,
+    len: *mut usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: by the caller's word; the struct is integers and pointers.
+        let config = unsafe { arg::sized("config", config, size, FIRST_VERSION) }?;
+        if len.is_null() {
+            return Err(arg::null("len"));
+        }
+        match format {
+            TP_FORMAT_NFT => {}
+            TP_FORMAT_IPTABLES => {
+                return Err(Error::new(libc::EOPNOTSUPP, "format TP_FORMAT_IPTABLES is not supported by this version"));
+            }
+            other => return Err(Error::invalid(format!("format: {other} is not known"))),
+        }
+        // SAFETY: by the caller's word.
+        let script = rules::render_nft(&unsafe { decode(&config) }?)?;
+        let needed = script.len() + 1;
+        // SAFETY: not NULL, and the caller's.
+        let room = unsafe { len.read_unaligned() };
+        if !buf.is_null() {
+            if room < needed {
+                let sentence = format!("the script needs {needed} bytes, but there is room for {room}");
+                return Err(Error::new(libc::ERANGE, sentence));
+            }
+            // SAFETY: room for the script and its NUL, by the caller's word.
+            unsafe {
+                buf.cast::<u8>().copy_from_nonoverlapping(script.as_ptr(), script.len());
+                buf.add(script.len()).write(0);
+            }
+        }
+        // SAFETY: not NULL, and the caller's.
+        unsafe { len.write_unaligned(needed) };
         Ok(0)
     })
 }

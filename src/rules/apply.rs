@@ -406,7 +406,7 @@ fn delete_table(nft: &mut Channel, table: &str) -> Result<()> {
 }
 
 /// The routing of a plan at its place. NAT redirection needs none.
-fn routing(plan: &Plan, place: table::Place) -> Routing {
+pub(super) fn routing(plan: &Plan, place: table::Place) -> Routing {
     let families = if plan.mode == Mode::Redirect { Families::default() } else { plan.families };
     Routing { families, mark: plan.mark, output_mark: plan.output_mark, table: place.table, priority: place.priority }
 }

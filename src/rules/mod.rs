@@ -1,12 +1,15 @@
 //! Rules: a wish (`config`) becomes a plan (`plan`), which the kernel is then
-//! made to hold (`apply`), in a place of its own (`place`).
+//! made to hold (`apply`), in a place of its own (`place`), or which is shown as a
+//! script (`render`).
 
 mod apply;
 mod config;
 mod place;
 mod plan;
+mod render;
 
 pub use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;
 pub use apply::{Count, Rules, Set, Stats, purge};
 pub use config::{Config, Listener};
+pub use render::render_nft;

@@ -142,14 +142,24 @@ fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Pl
     }
 }
 
+/// The place of an instance on a host where nothing is taken.
+pub(super) fn first(plan: &Plan) -> Place {
+    numbered(plan, 0)
+}
+
+/// The place that is asked for, or one of those that nobody asked for.
+fn numbered(plan: &Plan, number: u32) -> Place {
+    Place {
+        priority: plan.priority.unwrap_or(FIRST_PRIORITY + number * RULES),
+        table: plan.table.unwrap_or(FIRST_TABLE + number),
+    }
+}
+
 /// The first place that neither a table of ours nor a rule of someone else occupies.
 fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], avoid: &[u32]) -> Result<Place> {
     let mut refusal = None;
     for number in 0..PLACES {
-        let place = Place {
-            priority: plan.priority.unwrap_or(FIRST_PRIORITY + number * RULES),
-            table: plan.table.unwrap_or(FIRST_TABLE + number),
-        };
+        let place = numbered(plan, number);
         match occupied(&place, tables, rules) {
             None if !avoid.contains(&place.table) => return Ok(place),
             None => {}

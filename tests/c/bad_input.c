@@ -336,6 +336,23 @@ static void rules(int closed, int file, int unix_fd)
     EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, eight, 1, eight, 1));
     EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, NULL, 0, NULL, 0));
 
+    char script[8192];
+    memset(script, 0x5A, sizeof script);
+    size_t room = 10, needed = 0;
+    EXPECT(EFAULT, tp_render_rules(NULL, sizeof start, TP_FORMAT_NFT, script, &room));
+    EXPECT(EFAULT, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, NULL));
+    EXPECT(EINVAL, tp_render_rules(&start, 1, TP_FORMAT_NFT, script, &room));
+    EXPECT(EINVAL, tp_render_rules(&start, sizeof start, 0, script, &room));
+    EXPECT(EOPNOTSUPP, tp_render_rules(&start, sizeof start, TP_FORMAT_IPTABLES, script, &room));
+    EXPECT(ERANGE, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, &room));
+    CHECK(room == 10 && script[0] == 0x5A);
+    EXPECT(0, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, NULL, &needed));
+    room = needed - 1;
+    EXPECT(ERANGE, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, &room));
+    room = needed;
+    EXPECT(0, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, &room));
+    CHECK(room == needed && strlen(script) == needed - 1 && script[needed] == 0x5A);
+
     struct {
         struct tp_rules_stats stats;
         char later;

@@ -453,6 +453,20 @@ pub fn purge(name: Option<&str>) -> Result<(), Failed> {
     checked(unsafe { tp_purge_rules(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr())) }).map(drop)
 }
 
+pub fn render(config: &tp_rules_config) -> String {
+    let mut len = 0;
+    let size = size_of::<tp_rules_config>();
+    let mut call = |buffer: *mut std::ffi::c_char| {
+        // SAFETY: NULL, or room for len bytes; the config's pointers are the caller's, alive.
+        checked(unsafe { tp_render_rules(config, size, TP_FORMAT_NFT, buffer, &raw mut len) }).unwrap();
+        len
+    };
+    let mut script = vec![0u8; call(std::ptr::null_mut())];
+    call(script.as_mut_ptr().cast());
+    assert_eq!(script.pop(), Some(0));
+    String::from_utf8(script).unwrap()
+}
+
 pub fn divert_only() -> Result<Rules, Failed> {
     Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() })
 }
