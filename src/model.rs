@@ -124,6 +124,18 @@ impl Protocols {
     }
 }
 
+/// What the kernel is told the rules by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// nf_tables if the kernel has what is needed, else iptables.
+    #[default]
+    Auto,
+    /// nf_tables, over netlink.
+    Nft,
+    /// `iptables-restore`.
+    Iptables,
+}
+
 /// How packets reach the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {

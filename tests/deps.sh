@@ -6,6 +6,7 @@ set -eu
 # A command that must be there, and the package that brings it.
 needed='
 nft:nftables
+iptables:iptables
 ip:iproute2
 unshare:util-linux
 setpriv:util-linux
@@ -22,7 +23,7 @@ missing=
 for pair in $needed; do
     command -v "${pair%%:*}" > /dev/null || missing="$missing ${pair##*:}"
 done
-command -v cargo > /dev/null || { echo 'cargo is missing: install Rust 1.85 or newer' >&2; exit 1; }
+command -v cargo > /dev/null || { echo 'cargo is missing: install Rust 1.88 or newer' >&2; exit 1; }
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ]; then
     echo "missing packages:$missing; install them (apt-get install$missing), or run this as root" >&2

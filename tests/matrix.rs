@@ -131,9 +131,22 @@ fn who_gets(net: &Net, protocol: Protocol, from: IpAddr, to: SocketAddr, proxy: 
 
 const PORT: u16 = 7000;
 
-fn check(v6: bool, protocol: Protocol, redirect: bool, listen_at: IpAddr, local_output: bool) {
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Backend {
+    Nft,
+    IptablesNft,
+    IptablesLegacy,
+}
+
+fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_at: IpAddr, local_output: bool) {
     let a = addresses(v6);
     let lab = Lab::new();
+    if backend == Backend::IptablesLegacy {
+        // The library goes where rules are already.
+        for program in ["iptables-legacy", "ip6tables-legacy"] {
+            lab.proxy.command(program, &["--wait", "-A", "INPUT", "-j", "ACCEPT"]);
+        }
+    }
     let here = at(listen_at, 3129);
     let listener = lab.proxy.run(|| match (protocol, redirect) {
         (Protocol::Tcp, false) => Listener::Tcp(listen(here, 0).unwrap()),
@@ -155,12 +168,13 @@ fn check(v6: bool, protocol: Protocol, redirect: bool, listen_at: IpAddr, local_
     let src = set(&[a.client, a.server, a.specific]);
     let ports = [tp_port_range { first: PORT, last: PORT }];
     let flags = if redirect { TP_RULES_REDIRECT } else { 0 } | if local_output { TP_RULES_LOCAL_OUTPUT } else { 0 };
-    let _rules = lab.proxy.run(|| {
+    let rules = lab.proxy.run(|| {
         let interfaces = [c"eth0".as_ptr()];
         Rules::install(&tp_rules_config {
             listeners: &raw const fd,
             n_listeners: 1,
             flags,
+            backend: if backend == Backend::Nft { TP_BACKEND_NFT } else { TP_BACKEND_IPTABLES },
             ports: ports.as_ptr(),
             n_ports: ports.len(),
             dst: dst.as_ptr(),
@@ -178,7 +192,7 @@ fn check(v6: bool, protocol: Protocol, redirect: bool, listen_at: IpAddr, local_
     let server = lab.server.run(|| Listener::ordinary(protocol, PORT));
     let server_other_port = lab.server.run(|| Listener::ordinary(protocol, PORT + 1));
     let client = lab.client.run(|| Listener::ordinary(protocol, PORT));
-    let case = format!("{protocol:?} redirect {redirect} to {here}, local output {local_output}");
+    let case = format!("{backend:?}, {protocol:?} redirect {redirect} to {here}, local output {local_output}");
 
     let to = at(a.server, PORT);
     let proxied = Got::Proxy { original_destination: Some(to) };
@@ -201,14 +215,27 @@ fn check(v6: bool, protocol: Protocol, redirect: bool, listen_at: IpAddr, local_
     assert_eq!(local(at(a.bypassed, PORT), &server), Got::Server, "{case}: the host's own, bypass");
     assert_eq!(local(at(a.other_server, PORT), &server), Got::Server, "{case}: the host's own, other destination");
     assert_eq!(local(other_port, &server_other_port), Got::Server, "{case}: the host's own, other port");
+
+    let family = if v6 { "ip6tables" } else { "iptables" };
+    let where_they_are = |variant: &str| {
+        lab.proxy.command(&format!("{family}-{variant}-save"), &["-t", "mangle"]).contains("tp-tproxy-p")
+    };
+    assert_eq!(where_they_are("legacy"), backend == Backend::IptablesLegacy, "{case}");
+    assert_eq!(where_they_are("nft"), backend == Backend::IptablesNft, "{case}");
+    lab.proxy.run(|| rules.remove()).unwrap();
+    assert!(!where_they_are("legacy") && !where_they_are("nft"), "{case}");
+    let state = lab.proxy.state();
+    assert!(!state.contains("libtproxy") && !state.contains("proto 116"), "{case}: {state}");
 }
 
 fn check_all(v6: bool, protocol: Protocol, redirect: bool) {
     let a = addresses(v6);
-    for local_output in [false, true] {
-        for listen_at in [ip("::"), a.loopback, a.specific] {
-            if !redirect || local_output || !listen_at.is_loopback() {
-                check(v6, protocol, redirect, listen_at, local_output);
+    for backend in [Backend::Nft, Backend::IptablesNft, Backend::IptablesLegacy] {
+        for local_output in [false, true] {
+            for listen_at in [ip("::"), a.loopback, a.specific] {
+                if !redirect || local_output || !listen_at.is_loopback() {
+                    check(backend, v6, protocol, redirect, listen_at, local_output);
+                }
             }
         }
     }

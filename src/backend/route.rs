@@ -63,6 +63,14 @@ impl FoundRule {
         (routing.priority..routing.priority + RULES).contains(&self.priority)
     }
 
+    /// The routing table that it leads to.
+    pub fn table(&self) -> Option<u32> {
+        match self.kind {
+            RuleKind::Lookup(table) => Some(table),
+            _ => None,
+        }
+    }
+
     fn entry(&self) -> Entry {
         Entry::Rule { family: self.family, priority: self.priority, kind: self.kind, mark: self.mark }
     }
@@ -188,10 +196,7 @@ pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
 
 /// Deletes rules that were found, and the local routes of the tables that they lead to, but for tables in use.
 pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &[u32]) -> Result<()> {
-    let tables = rules.iter().filter_map(|rule| match rule.kind {
-        RuleKind::Lookup(table) if !in_use.contains(&table) => Some(table),
-        _ => None,
-    });
+    let tables = rules.iter().filter_map(FoundRule::table).filter(|table| !in_use.contains(table));
     let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
     delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).collect::<Vec<_>>())
 }

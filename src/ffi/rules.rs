@@ -9,7 +9,7 @@ use libc::{sockaddr, socklen_t};
 use super::arg;
 use super::guard::guard;
 use crate::error::{Error, Result};
-use crate::rules::{self, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols, Rules};
+use crate::rules::{self, Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols, Rules};
 
 /// Only bring packets to transparent sockets that they belong to: listeners
 /// on addresses that this host does not own, and connections from such
@@ -41,11 +41,18 @@ pub const TP_RULES_NOTRACK: u32 = 0x20;
 /// gap, or tp_purge_rules removes them. Needs Linux 6.9.
 pub const TP_RULES_PERSIST: u32 = 0x40;
 
-/// The backend that the kernel has; today nf_tables.
+/// nf_tables if the kernel has what is needed, else iptables.
 pub const TP_BACKEND_AUTO: u32 = 0;
 /// nf_tables, over netlink.
 pub const TP_BACKEND_NFT: u32 = 1;
-/// iptables. Not supported by this version: EOPNOTSUPP.
+/// `iptables-restore`, one transaction for each family, in chains of our own;
+/// the nft or the legacy variant, whichever has rules already. Refused with
+/// EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
+/// 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
+/// what they intercept, until the next tp_install_rules of that name or
+/// tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
+/// sockets but those whose SO_MARK is the mark of the rules. What is dropped for
+/// want of a listener is counted as intercepted.
 pub const TP_BACKEND_IPTABLES: u32 = 2;
 
 /// TCP.
@@ -62,8 +69,7 @@ pub const TP_SET_BYPASS: u32 = 3;
 
 /// A script of `ip` and `nft` commands. tp_render_rules.
 pub const TP_FORMAT_NFT: u32 = 1;
-/// A script of `ip` and `iptables-restore` commands. Not supported by this
-/// version: EOPNOTSUPP.
+/// A script of `ip` and `iptables-restore` commands. tp_render_rules.
 pub const TP_FORMAT_IPTABLES: u32 = 2;
 
 /// IPv4.
@@ -210,7 +216,8 @@ pub struct tp_rules {
 }
 
 /// Makes the kernel bring connections to the listeners: an nf_tables table of
-/// this process, and policy routing. No other program is run.
+/// this process, and policy routing. No other program is run (but for
+/// `iptables-restore` and `iptables-save`, with that backend).
 ///
 /// What is intercepted is what comes in from the network for someone else, and
 /// with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
@@ -331,7 +338,7 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
 }
 
 /// Adds prefixes to a set and removes others from it, in one transaction,
-/// while the rules work. It costs in proportion to the change, not to the set.
+/// while the rules work. What is sent to the kernel is the change alone.
 ///
 /// set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
 /// they were given (none given means every address), bypass always. A set may
@@ -342,6 +349,8 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
 /// Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
 /// an array with a count. EINVAL: no such set, no valid prefix, or of a family
 /// that the rules do not serve. ENOENT: a prefix to be removed is not there.
+/// EMSGSIZE: a larger change than one transaction may be here (some 10,000
+/// prefixes with the default net.core.wmem_max, any number as root of the host).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_update_rules(
     rules: *mut tp_rules,
@@ -409,16 +418,17 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
 /// Writes the script that would do what tp_install_rules does on a host where
 /// nothing is taken, and does nothing else. It needs no privilege.
 ///
-/// It is a POSIX shell script, NUL-terminated UTF-8. Rules made by it belong to
+/// It is a POSIX shell script, NUL-terminated UTF-8, and it ends at the first
+/// command that fails. Rules made by it belong to
 /// no process: they stay until somebody deletes them.
 ///
-/// config, size: as tp_install_rules. format: TP_FORMAT_NFT (`ip` and `nft`
-/// commands). buf, len: a place and its size, which becomes the size of the
+/// config, size: as tp_install_rules. format: TP_FORMAT_NFT or
+/// TP_FORMAT_IPTABLES. buf, len: a place and its size, which becomes the size of the
 /// script with its NUL; buf may be NULL to learn that size alone.
 ///
 /// Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
 /// NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
-/// format. EOPNOTSUPP: a format that this version does not have.
+/// format. EOPNOTSUPP: what iptables cannot do.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_render_rules(
     config: *const tp_rules_config,
@@ -433,15 +443,13 @@ pub unsafe extern "C" fn tp_render_rules(
         if len.is_null() {
             return Err(arg::null("len"));
         }
-        match format {
-            TP_FORMAT_NFT => {}
-            TP_FORMAT_IPTABLES => {
-                return Err(Error::new(libc::EOPNOTSUPP, "format TP_FORMAT_IPTABLES is not supported by this version"));
-            }
+        let render = match format {
+            TP_FORMAT_NFT => rules::render_nft,
+            TP_FORMAT_IPTABLES => rules::render_iptables,
             other => return Err(Error::invalid(format!("format: {other} is not known"))),
-        }
+        };
         // SAFETY: by the caller's word.
-        let script = rules::render_nft(&unsafe { decode(&config) }?)?;
+        let script = render(&unsafe { decode(&config) }?)?;
         let needed = script.len() + 1;
         // SAFETY: not NULL, and the caller's.
         let room = unsafe { len.read_unaligned() };
@@ -503,6 +511,12 @@ unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         name: name.to_owned(),
         listeners,
         mode,
+        backend: match config.backend {
+            TP_BACKEND_AUTO => Backend::Auto,
+            TP_BACKEND_NFT => Backend::Nft,
+            TP_BACKEND_IPTABLES => Backend::Iptables,
+            other => return Err(Error::invalid(format!("backend: {other} is not known"))),
+        },
         local_output: has(TP_RULES_LOCAL_OUTPUT),
         fail_open: has(TP_RULES_FAIL_OPEN),
         allow_direct: has(TP_RULES_ALLOW_DIRECT),
@@ -591,12 +605,5 @@ fn check_known(config: &tp_rules_config) -> Result<()> {
     };
     known("protocols", config.protocols, TP_TCP | TP_UDP)?;
     known("families", config.families, TP_IPV4 | TP_IPV6)?;
-    match config.backend {
-        TP_BACKEND_AUTO | TP_BACKEND_NFT => Ok(()),
-        TP_BACKEND_IPTABLES => Err(Error::new(
-            libc::EOPNOTSUPP,
-            format!("backend TP_BACKEND_IPTABLES is not supported by version {} of this library", crate::VERSION),
-        )),
-        other => Err(Error::invalid(format!("backend: {other} is not known"))),
-    }
+    Ok(())
 }

@@ -7,15 +7,16 @@
 //! the same backwards. What a killed process leaves behind is routing that no
 //! packet is marked for; whoever comes next sweeps it.
 
+use crate::backend::iptables::{self, Tool};
 use crate::backend::nft::object::{Object, Variant};
 use crate::backend::nft::ruleset::{self, Which};
 use crate::backend::nft::table::{self, Contents};
 use crate::backend::nft::transaction::{Change, commit};
-use crate::backend::route::{self, Routing};
+use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
-use crate::model::{Families, Mode, Plan};
+use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
-use crate::prefix::Prefix;
+use crate::prefix::{Prefix, PrefixSet};
 
 use super::config::Config;
 use super::place::{self, Claim};
@@ -32,6 +33,8 @@ pub struct Rules {
     /// How the sets in force are named.
     variant: Variant,
     routing: Routing,
+    /// The rules are in iptables, and the table holds but the name and the place.
+    by_iptables: bool,
     installed: bool,
 }
 
@@ -74,17 +77,43 @@ impl Rules {
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Rules> {
         let plan = plan::make(config)?;
-        let (nft, route) = channels()?;
-        Rules::install_over(config, plan, nft, route)
+        let by_nft = |plan| channels().and_then(|(nft, route)| Rules::install_over(config, plan, nft, route));
+        match config.backend {
+            Backend::Nft => by_nft(plan),
+            Backend::Iptables => Rules::install_by_iptables(config, plan),
+            Backend::Auto => by_nft(plan.clone()).or_else(|error| {
+                if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
+                    return Err(error);
+                }
+                Rules::install_by_iptables(config, plan)
+                    .map_err(|other| Error::new(other.errno(), format!("{error}; and by iptables instead: {other}")))
+            }),
+        }
     }
 
-    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
-        if plan.mode != Mode::Redirect {
-            route::require_loopback(&mut route)?;
+    /// The routing and the claim as ever, the rules by `iptables-restore`.
+    fn install_by_iptables(config: &Config, plan: Plan) -> Result<Rules> {
+        iptables::check(&plan)?;
+        let (mut nft, mut route) = channels()?;
+        let plan = served(config, plan, &mut route)?;
+        let claim = match place::claim(&plan, &mut nft, &mut route, &[]) {
+            Err(error) if error.errno() == libc::EOPNOTSUPP => place::unclaimed(&plan, &mut route)?,
+            claimed => claimed?,
+        };
+        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.place));
+        if let Err(error) = route::add(&mut route, &routing, &claim.leftovers) {
+            let _ = delete_table(&mut nft, &table);
+            return Err(error);
         }
-        if config.families.is_empty() && plan.families == Families::ALL && !route::has_ipv6(&mut route) {
-            plan = plan.without_ipv6();
-        }
+        let variant = Variant::default();
+        // From here on dropping the value undoes all.
+        let rules = Rules { nft, route, table, plan, variant, routing, by_iptables: true, installed: true };
+        enforce(&rules.plan)?;
+        Ok(rules)
+    }
+
+    fn install_over(config: &Config, plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
+        let plan = served(config, plan, &mut route)?;
         let mut avoid = Vec::new();
         loop {
             let claim = place::claim(&plan, &mut nft, &mut route, &avoid)?;
@@ -92,14 +121,24 @@ impl Rules {
             let routing = routing(&plan, claim.place);
             if claim.adopted {
                 let variant = Variant::default();
-                let mut rules = Rules { nft, route, table, plan, variant, routing, installed: true };
+                let mut rules =
+                    Rules { nft, route, table, plan, variant, routing, by_iptables: false, installed: true };
                 rules.take_over()?;
                 return Ok(rules);
             }
             match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
                 Ok(()) => {
                     let variant = Variant::default();
-                    return Ok(Rules { nft, route, table, plan, variant, routing, installed: true });
+                    return Ok(Rules {
+                        nft,
+                        route,
+                        table,
+                        plan,
+                        variant,
+                        routing,
+                        by_iptables: false,
+                        installed: true,
+                    });
                 }
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
@@ -114,7 +153,7 @@ impl Rules {
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
     pub fn replace(&mut self, config: &Config) -> Result<()> {
-        let mut plan = plan::make(config)?;
+        let plan = plan::make(config)?;
         if plan.name != self.plan.name || plan.persist != self.plan.persist {
             return Err(Error::invalid(
                 "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
@@ -124,8 +163,9 @@ impl Rules {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
-        if config.families.is_empty() && plan.families == Families::ALL && !route::has_ipv6(&mut self.route) {
-            plan = plan.without_ipv6();
+        let plan = served(config, plan, &mut self.route)?;
+        if self.by_iptables {
+            return self.replace_in_iptables(plan);
         }
         let old = names_of(&ruleset::compile(&self.plan, self.variant));
         self.swap(plan, &old)
@@ -153,6 +193,11 @@ impl Rules {
         }
         let mut changed = prefixes.clone();
         let deltas = changed.update(add, remove)?;
+        if self.by_iptables {
+            let mut plan = self.plan.clone();
+            put(&mut plan, which, changed);
+            return self.replace_in_iptables(plan);
+        }
         let mut pieces = Vec::new();
         for (family, delta) in families_and(&deltas) {
             let set = which.set(family, self.variant);
@@ -173,17 +218,40 @@ impl Rules {
         if !changes.is_empty() {
             commit(&mut self.nft, &self.table, None, &changes)?;
         }
-        match which {
-            Which::Dst => self.plan.dst = Some(changed),
-            Which::Src => self.plan.src = Some(changed),
-            Which::Bypass => self.plan.bypass = changed,
-        }
+        put(&mut self.plan, which, changed);
         Ok(())
+    }
+
+    /// One transaction for each family; if one fails, the old rules come back.
+    fn replace_in_iptables(&mut self, plan: Plan) -> Result<()> {
+        iptables::check(&plan)?;
+        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let before = route::rules(&mut self.route, Families::ALL)?;
+        let added = route::add_missing(&mut self.route, &routing, &before)?;
+        if let Err(error) = enforce(&plan) {
+            let _ = enforce(&self.plan);
+            let _ = route::delete_entries(&mut self.route, &added);
+            return Err(error);
+        }
+        (self.plan, self.routing) = (plan, routing);
+        self.delete_surplus(&before)
+    }
+
+    /// Deletes what of the routing there was before is not wanted now.
+    fn delete_surplus(&mut self, before: &[FoundRule]) -> Result<()> {
+        let routing = self.routing;
+        let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
+        let surplus: Vec<FoundRule> = surplus.copied().collect();
+        route::delete_found(&mut self.route, &surplus, &[routing.table])?;
+        route::delete_routes_without(&mut self.route, &routing)
     }
 
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
         let mut stats = Stats::default();
+        if self.by_iptables {
+            return counted_by_iptables(&self.plan);
+        }
         for (name, packets, bytes) in table::counters(&mut self.nft, &self.table)? {
             let count = match name.as_str() {
                 ruleset::INTERCEPTED => &mut stats.intercepted,
@@ -209,9 +277,14 @@ impl Rules {
         if !std::mem::take(&mut self.installed) {
             return Ok(());
         }
+        let rules = if self.by_iptables { forget(&self.plan.name) } else { Ok(()) };
         let routing = route::delete(&mut self.route, &self.routing);
-        let table = delete_table(&mut self.nft, &self.table);
-        routing.and(table)
+        let table = match delete_table(&mut self.nft, &self.table) {
+            // A host without nf_tables has no claims.
+            Err(error) if self.by_iptables && error.errno() == libc::EOPNOTSUPP => Ok(()),
+            done => done,
+        };
+        rules.and(routing).and(table)
     }
 
     /// Makes an adopted table hold the plan, whatever it held.
@@ -281,11 +354,8 @@ impl Rules {
             let _ = route::delete_entries(&mut self.route, &added);
             return Err(error);
         }
-        let surplus: Vec<_> =
-            before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule)).copied().collect();
         (self.plan, self.variant, self.routing) = (plan, variant, routing);
-        route::delete_found(&mut self.route, &surplus, &[routing.table])?;
-        route::delete_routes_without(&mut self.route, &routing)
+        self.delete_surplus(&before)
     }
 }
 
@@ -321,7 +391,72 @@ pub fn purge(name: Option<&str>) -> Result<()> {
             _ => {}
         }
     }
+    // Chains have no owner either: those of no living instance are a dead one's.
+    let living = |instance: &str| {
+        let name = table::name_of(instance);
+        tables.iter().any(|table| table.name == name && table.owner.is_some())
+    };
+    for family in Families::ALL.iter() {
+        let tool = Tool::choose(family);
+        for instance in tool.instances().unwrap_or_default() {
+            if name.is_none_or(|name| name == instance) && !living(&instance) {
+                tool.remove(&instance)?;
+            }
+        }
+    }
     place::sweep(&mut nft, &mut route)
+}
+
+/// The plan for this host: loopback must be up, and without IPv6 addresses it is for IPv4 alone, if nothing else was
+/// asked for.
+fn served(config: &Config, plan: Plan, route: &mut Channel) -> Result<Plan> {
+    if plan.mode != Mode::Redirect {
+        route::require_loopback(route)?;
+    }
+    let either = config.families.is_empty() && plan.families == Families::ALL;
+    Ok(if either && !route::has_ipv6(route) { plan.without_ipv6() } else { plan })
+}
+
+fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {
+    match which {
+        Which::Dst => plan.dst = Some(prefixes),
+        Which::Src => plan.src = Some(prefixes),
+        Which::Bypass => plan.bypass = prefixes,
+    }
+}
+
+/// Makes iptables hold the plan, in the families that it serves, and nothing of it in the other.
+fn enforce(plan: &Plan) -> Result<()> {
+    for family in Families::ALL.iter() {
+        let tool = Tool::choose(family);
+        match plan.families.contains(family) {
+            true => tool.apply(plan)?,
+            false => _ = tool.remove(&plan.name),
+        }
+    }
+    Ok(())
+}
+
+fn forget(instance: &str) -> Result<()> {
+    Families::ALL.iter().map(|family| Tool::choose(family).remove(instance)).fold(Ok(()), Result::and)
+}
+
+/// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
+fn counted_by_iptables(plan: &Plan) -> Result<Stats> {
+    let mut stats = Stats::default();
+    for family in plan.families.iter() {
+        for (part, rule, packets, bytes) in Tool::choose(family).counters(&plan.name)? {
+            let count = match part.as_str() {
+                "i" => &mut stats.intercepted,
+                "d" if rule.contains("-j MARK") => &mut stats.diverted,
+                "p" if rule.ends_with("-j DROP") => &mut stats.guarded,
+                _ => continue,
+            };
+            count.packets += packets;
+            count.bytes += bytes;
+        }
+    }
+    Ok(stats)
 }
 
 /// What did not work, and whether it was a route that was there already.
@@ -366,19 +501,21 @@ fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
     commit(nft, table, None, &others)
 }
 
-/// Adds sets and elements: in one transaction, or in several where the socket does not take so much at once.
+/// Adds sets and elements: in one transaction, or in as few as the socket lets, since each walks the whole set in the
+/// kernel (`nft_rbtree_commit`).
 fn add_sets(nft: &mut Channel, table: &str, sets: &[&Object]) -> Result<()> {
-    /// Elements of one message are at most 64 KiB; so many messages fit any send buffer.
-    const MESSAGES: usize = 2;
-    let all: Vec<Change<'_>> = sets.iter().map(|object| Change::Add(object)).collect();
-    if all.is_empty() {
+    if sets.is_empty() {
         return Ok(());
     }
-    match commit(nft, table, None, &all) {
-        Err(error) if error.errno() == libc::EMSGSIZE => {}
-        done => return done,
+    let changes: Vec<Change<'_>> = sets.iter().map(|object| Change::Add(object)).collect();
+    match commit(nft, table, None, &changes) {
+        Err(error) if error.errno() == libc::EMSGSIZE && sets.len() > 1 => {
+            let (first, second) = sets.split_at(sets.len() / 2);
+            add_sets(nft, table, first)?;
+            add_sets(nft, table, second)
+        }
+        done => done,
     }
-    all.chunks(MESSAGES).try_for_each(|piece| commit(nft, table, None, piece))
 }
 
 fn is_set(object: &Object) -> bool {

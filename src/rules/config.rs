@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use socket2::{Domain, SockRef, Type};
 
 use crate::error::{Ends, Error, Result, Step};
-use crate::model::{Families, Mode, PortRange, Protocol, Protocols};
+use crate::model::{Backend, Families, Mode, PortRange, Protocol, Protocols};
 use crate::prefix::Prefix;
 use crate::sys;
 
@@ -19,6 +19,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// How they get it.
     pub mode: Mode,
+    /// What the kernel is told it by.
+    pub backend: Backend,
     /// Intercept the host's own traffic too. What comes from transparent sockets is exempt, so that a proxy whose
     /// upstream sockets are transparent never intercepts itself.
     pub local_output: bool,

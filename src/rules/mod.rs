@@ -8,8 +8,8 @@ mod place;
 mod plan;
 mod render;
 
-pub use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
+pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;
 pub use apply::{Count, Rules, Set, Stats, purge};
 pub use config::{Config, Listener};
-pub use render::render_nft;
+pub use render::{render_iptables, render_nft};

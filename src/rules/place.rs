@@ -55,6 +55,14 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
     })
 }
 
+/// A place on a host without nf_tables, where nothing can be claimed: the first that nobody is seen to have.
+pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
+    let rules = route::rules(route, plan.families)?;
+    let place = choose(plan, &[], &rules, &[])?;
+    let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).collect();
+    Ok(Claim { place, leftovers, adopted: false })
+}
+
 /// Removes the routing that dead instances left behind, whatever place it was.
 ///
 /// Each place is claimed while it is cleaned, so that nobody comes to live there meanwhile.
@@ -69,8 +77,11 @@ pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
             if tables.iter().any(|table| table.name == SWEEPER) {
                 return Ok(None);
             }
-            let place = Place { priority, table: 0 };
-            rules.retain(|rule| covers(&place, rule.priority));
+            // Nobody shall come to live in the routing table that is cleaned, either: one table at a time.
+            rules.retain(|rule| (priority..priority + RULES).contains(&rule.priority));
+            let table = rules.iter().find_map(FoundRule::table).unwrap_or(0);
+            rules.retain(|rule| rule.table().is_none_or(|other| other == table));
+            let place = Place { priority, table };
             commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
             let in_use: Vec<u32> = places(&tables).map(|place| place.table).collect();

@@ -301,8 +301,10 @@ static void rules(int closed, int file, int unix_fd)
     WITH(EINVAL, config.flags = TP_RULES_REDIRECT | TP_RULES_DIVERT_ONLY);
     WITH(EOPNOTSUPP, config.flags = TP_RULES_LOCAL_OUTPUT | TP_RULES_FAIL_OPEN);
     WITH(EINVAL, config.flags = TP_RULES_LOCAL_OUTPUT, config.mark = 1, config.mark_mask = 1);
-    /* What this version cannot do is refused, never ignored. */
-    WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES);
+    /* What a backend cannot do is refused, never ignored. */
+    WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_FAIL_OPEN);
+    WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_NOTRACK);
+    WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_PERSIST);
     CHECK(out == untouched);
 
     EXPECT(0, tp_remove_rules(NULL));
@@ -343,7 +345,7 @@ static void rules(int closed, int file, int unix_fd)
     EXPECT(EFAULT, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, NULL));
     EXPECT(EINVAL, tp_render_rules(&start, 1, TP_FORMAT_NFT, script, &room));
     EXPECT(EINVAL, tp_render_rules(&start, sizeof start, 0, script, &room));
-    EXPECT(EOPNOTSUPP, tp_render_rules(&start, sizeof start, TP_FORMAT_IPTABLES, script, &room));
+    EXPECT(EINVAL, tp_render_rules(&start, sizeof start, 3, script, &room));
     EXPECT(ERANGE, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, script, &room));
     CHECK(room == 10 && script[0] == 0x5A);
     EXPECT(0, tp_render_rules(&start, sizeof start, TP_FORMAT_NFT, NULL, &needed));

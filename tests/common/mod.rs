@@ -32,6 +32,7 @@ impl Net {
             File::open("/proc/thread-self/ns/net").unwrap()
         });
         let net = Net(file.join().unwrap());
+        let_iptables_lock();
         // An address is to be had at once, not after a second of asking who else has it.
         net.sysctl("ipv6/conf/default/accept_dad", "0");
         net.ip("link set lo up");
@@ -130,6 +131,16 @@ impl Net {
         ]
         .join("--\n")
     }
+}
+
+/// The legacy iptables locks a file that only root may open; a file of our own serves as well in networks of our own.
+fn let_iptables_lock() {
+    static SET: std::sync::Once = std::sync::Once::new();
+    SET.call_once(|| {
+        let file = std::env::temp_dir().join(format!("xtables-{}.lock", std::process::id()));
+        // SAFETY: the first network of a test is made before any thread reads the environment.
+        unsafe { std::env::set_var("XTABLES_LOCKFILE", file) };
+    });
 }
 
 /// client --- proxy --- server; the proxy's host is a router, so that what it does not intercept goes through.

@@ -1,0 +1,404 @@
+//! iptables: a plan as the text that `iptables-restore --noflush` takes, one
+//! transaction for each family, in chains of our own.
+//!
+//! It is the recipe of the kernel's documentation (Documentation/networking/
+//! tproxy.rst): `-m socket`, MARK and ACCEPT for what has a socket, TPROXY for
+//! what is to be intercepted. TPROXY without a listener drops, always.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use crate::error::{Error, Result};
+use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
+use crate::prefix::PrefixSet;
+
+/// Rules are looked at one by one: more prefixes than this would cost every packet too much.
+const PREFIXES_MAX: usize = 1000;
+
+/// Refuses what iptables cannot do.
+pub(crate) fn check(plan: &Plan) -> Result<()> {
+    let unsupported = |what: &str| Err(Error::new(libc::EOPNOTSUPP, format!("the iptables backend {what}")));
+    let prefixes = |set: &PrefixSet| set.of(Family::V4).len() + set.of(Family::V6).len();
+    let sets = plan.dst.iter().chain(&plan.src).chain([&plan.bypass]);
+    if plan.fail_open {
+        unsupported("always drops what finds no listener (xt_TPROXY): TP_RULES_FAIL_OPEN needs nf_tables")
+    } else if plan.notrack {
+        unsupported("does not do TP_RULES_NOTRACK: it needs nf_tables")
+    } else if plan.persist {
+        unsupported("has rules that no process owns, and none to take over: TP_RULES_PERSIST needs nf_tables")
+    } else if sets.map(prefixes).sum::<usize>() > PREFIXES_MAX {
+        unsupported("looks at prefixes one by one, at most 1000 of them: more need nf_tables")
+    } else {
+        Ok(())
+    }
+}
+
+/// A chain of ours and its rules.
+struct Chain {
+    name: String,
+    rules: Vec<String>,
+}
+
+/// A table, our chains in it, and the kernel's chains that lead to them.
+struct Table {
+    name: &'static str,
+    chains: Vec<Chain>,
+    jumps: Vec<(&'static str, String)>,
+}
+
+/// The name of a chain: at most 28 letters (XT_FUNCTION_MAXNAMELEN), of which an instance's name has 20.
+fn chain_name(instance: &str, part: &str) -> String {
+    format!("tp-{instance}-{part}")
+}
+
+/// What begins the comment of a jump to one of our chains.
+fn comment(instance: &str) -> String {
+    format!("libtproxy {instance}")
+}
+
+/// The parts: `p`rerouting, `d`ivert, `s`ources, `t`o destinations, `i`ntercept; `o`utput, and the same for it.
+struct Builder<'a> {
+    plan: &'a Plan,
+    family: Family,
+}
+
+impl Builder<'_> {
+    fn chain(&self, part: &str, rules: Vec<String>) -> Chain {
+        Chain { name: self.name(part), rules }
+    }
+
+    fn name(&self, part: &str) -> String {
+        chain_name(&self.plan.name, part)
+    }
+
+    fn jump(&self, part: &str) -> String {
+        format!("-j {}", self.name(part))
+    }
+
+    fn listeners(&self) -> impl Iterator<Item = &Intercept> {
+        self.plan.intercepts.iter().filter(|listener| listener.family.is_none_or(|family| family == self.family))
+    }
+
+    /// `-p tcp --dport ...`, once for each range of ports.
+    fn ports(&self, protocol: Protocol) -> Vec<String> {
+        let port = |range: &PortRange| format!("-p {protocol} --dport {}:{}", range.first, range.last);
+        match self.plan.ports.as_slice() {
+            [] => vec![format!("-p {protocol}")],
+            ports => ports.iter().map(port).collect(),
+        }
+    }
+
+    /// `sources` and `destinations`, ending in a jump.
+    fn select(&self, [sources, destinations]: [&str; 2], then: &str) -> Vec<Chain> {
+        let prefixes = |set: &PrefixSet, option: &str, then: &str| -> Vec<String> {
+            set.of(self.family).iter().map(|prefix| format!("{option} {prefix} {then}")).collect()
+        };
+        let from = match &self.plan.src {
+            Some(src) => prefixes(src, "-s", &self.jump(destinations)),
+            None => vec![self.jump(destinations)],
+        };
+        let mut to = prefixes(&self.plan.bypass, "-d", "-j RETURN");
+        match &self.plan.dst {
+            Some(dst) => to.extend(prefixes(dst, "-d", &self.jump(then))),
+            None => {
+                // xt_addrtype knows no broadcast for IPv6, which has none.
+                let types = ["LOCAL", "BROADCAST", "ANYCAST", "MULTICAST"];
+                let known = types.iter().filter(|t| self.family == Family::V4 || **t != "BROADCAST");
+                to.extend(known.map(|t| format!("-m addrtype --dst-type {t} -j RETURN")));
+                to.push(self.jump(then));
+            }
+        }
+        vec![self.chain(destinations, to), self.chain(sources, from)]
+    }
+
+    fn guards(&self) -> Vec<String> {
+        let guard = |listener: &Intercept| {
+            let to = listener.addr.map_or(String::new(), |addr| format!(" -d {addr}"));
+            // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
+            let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
+            let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
+            format!("-p {} --dport {}{to} -m addrtype --dst-type LOCAL{not} -j DROP", listener.protocol, listener.port)
+        };
+        let guarded: Vec<Intercept> = self.plan.guarded().collect();
+        self.listeners().filter(|listener| guarded.contains(listener)).map(guard).collect()
+    }
+
+    fn candidates(&self, protocol: Protocol, then: &str) -> Vec<String> {
+        let interfaces: Vec<String> = match self.plan.interfaces.as_slice() {
+            [] => vec![String::new()],
+            names => names.iter().map(|name| format!("-i {name} ")).collect(),
+        };
+        let ports = self.ports(protocol);
+        let both = interfaces.iter().flat_map(|i| ports.iter().map(move |p| format!("{i}{p}")));
+        both.map(|matches| format!("{matches} {}", self.jump(then))).collect()
+    }
+
+    fn set_mark(mark: Mark) -> String {
+        format!("-j MARK --set-xmark {mark}")
+    }
+
+    fn own_output(&self, then: &str) -> Vec<String> {
+        // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
+        let mut rules = vec![format!("-m mark --mark {} -j RETURN", self.plan.mark)];
+        for protocol in self.plan.protocols.iter() {
+            let ports = self.ports(protocol);
+            rules.extend(ports.iter().map(|p| format!("{p} -m addrtype --src-type LOCAL {}", self.jump(then))));
+        }
+        rules
+    }
+
+    fn mangle(&self) -> Table {
+        let mut pre = self.guards();
+        let mut chains = Vec::new();
+        let mut jumps = vec![("PREROUTING", self.name("p"))];
+        if self.plan.mode != Mode::Redirect {
+            chains.push(self.chain("d", vec![Self::set_mark(self.plan.mark), "-j ACCEPT".to_owned()]));
+            for protocol in self.plan.protocols.iter() {
+                // A new connection that meets an old one in TIME_WAIT is for TPROXY to decide.
+                let whole = protocol == Protocol::Tcp && self.plan.mode == Mode::Tproxy;
+                let not_new = if whole { " ! --syn" } else { "" };
+                pre.push(format!("-p {protocol}{not_new} -m socket --transparent {}", self.jump("d")));
+            }
+        }
+        if self.plan.mode == Mode::Tproxy {
+            let tproxy = |listener: &Intercept| {
+                let on = listener.addr.map_or(String::new(), |addr| format!(" --on-ip {addr}"));
+                let Intercept { protocol, port, .. } = listener;
+                format!("-p {protocol} -j TPROXY --on-port {port}{on} --tproxy-mark {}", self.plan.mark)
+            };
+            chains.push(self.chain("i", self.listeners().map(tproxy).collect()));
+            chains.extend(self.select(["s", "t"], "i"));
+            if let Some(mark) = self.plan.output_mark {
+                pre.push(format!("-m mark --mark {mark} {}", self.jump("i")));
+                chains.push(self.chain("l", vec![Self::set_mark(mark), "-j ACCEPT".to_owned()]));
+                chains.extend(self.select(["ls", "lt"], "l"));
+                chains.push(self.chain("o", self.own_output("ls")));
+                jumps.push(("OUTPUT", self.name("o")));
+            }
+            for protocol in self.plan.protocols.iter() {
+                pre.extend(self.candidates(protocol, "s"));
+            }
+        }
+        chains.push(self.chain("p", pre));
+        Table { name: "mangle", chains, jumps }
+    }
+
+    fn nat(&self) -> Table {
+        let redirect = |listener: &Intercept| {
+            let Intercept { protocol, port, .. } = listener;
+            match listener.addr {
+                Some(addr) if addr.is_ipv6() => format!("-p {protocol} -j DNAT --to-destination [{addr}]:{port}"),
+                Some(addr) => format!("-p {protocol} -j DNAT --to-destination {addr}:{port}"),
+                None => format!("-p {protocol} -j REDIRECT --to-ports {port}"),
+            }
+        };
+        let mut chains = vec![self.chain("i", self.listeners().map(redirect).collect())];
+        chains.extend(self.select(["s", "t"], "i"));
+        let pre = self.plan.protocols.iter().flat_map(|protocol| self.candidates(protocol, "s")).collect();
+        chains.push(self.chain("p", pre));
+        let mut jumps = vec![("PREROUTING", self.name("p"))];
+        if self.plan.output_mark.is_some() {
+            chains.push(self.chain("o", self.own_output("s")));
+            jumps.push(("OUTPUT", self.name("o")));
+        }
+        Table { name: "nat", chains, jumps }
+    }
+
+    fn tables(&self) -> Vec<Table> {
+        let mut tables = vec![self.mangle()];
+        if self.plan.mode == Mode::Redirect {
+            tables.push(self.nat());
+        }
+        tables
+    }
+}
+
+/// What of an instance a family's tables hold: the chains, and the jumps as they are listed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Table and chain.
+    chains: BTreeSet<(String, String)>,
+    /// Table, and the rule behind `-A`.
+    jumps: BTreeSet<(String, String)>,
+}
+
+impl Found {
+    /// Reads the output of `iptables-save`.
+    fn read(save: &str, instance: &str) -> Found {
+        let mut found = Found::default();
+        let mut table = String::new();
+        let (prefix, marker) = (chain_name(instance, ""), format!("--comment \"{}\"", comment(instance)));
+        for line in save.lines() {
+            if let Some(name) = line.strip_prefix('*') {
+                table = name.to_owned();
+            } else if let Some(chain) = line.strip_prefix(':').and_then(|rest| rest.split(' ').next()) {
+                // No other instance's: the parts have no '-' in them.
+                if chain.strip_prefix(&prefix).is_some_and(|part| !part.contains('-')) {
+                    found.chains.insert((table.clone(), chain.to_owned()));
+                }
+            } else if let Some(rule) = line.strip_prefix("-A ")
+                && rule.contains(&marker)
+            {
+                found.jumps.insert((table.clone(), rule.to_owned()));
+            }
+        }
+        found
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.chains.is_empty() && self.jumps.is_empty()
+    }
+}
+
+/// The input for `iptables-restore --noflush` that makes a family's tables hold the plan (or, without one, nothing of
+/// the instance), whatever they held of it.
+fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
+    let mut text = String::new();
+    let mut names: BTreeSet<&str> = wanted.iter().map(|table| table.name).collect();
+    names.extend(found.chains.iter().chain(&found.jumps).map(|(table, _)| table.as_str()));
+    for table_name in names {
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "*{table_name}");
+        let stale = found.chains.iter().filter(|(table, _)| table == table_name).map(|(_, chain)| chain);
+        let table = wanted.iter().find(|table| table.name == table_name);
+        let chains = table.map_or(&[][..], |table| &table.chains);
+        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).collect();
+        // To declare a chain makes it, or empties it.
+        for chain in chains.iter().map(|chain| &chain.name).chain(gone.iter().copied()) {
+            let _ = writeln!(text, ":{chain} - [0:0]");
+        }
+        for (_, jump) in found.jumps.iter().filter(|(table, _)| table == table_name) {
+            let _ = writeln!(text, "-D {jump}");
+        }
+        for chain in chains {
+            for rule in &chain.rules {
+                let _ = writeln!(text, "-A {} {rule}", chain.name);
+            }
+        }
+        for (from, to) in table.map_or(&[][..], |table| &table.jumps) {
+            let _ = writeln!(text, "-A {from} -m comment --comment \"{}\" -j {to}", comment(instance));
+        }
+        for chain in gone {
+            let _ = writeln!(text, "-X {chain}");
+        }
+        text.push_str("COMMIT\n");
+    }
+    text
+}
+
+/// The text for a host where nothing is there yet.
+pub(crate) fn render(plan: &Plan, family: Family) -> String {
+    restore(&plan.name, &Builder { plan, family }.tables(), &Found::default())
+}
+
+/// The commands of a family, of the variant (nft, legacy) that the host uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tool {
+    family: Family,
+    save: String,
+    restore: String,
+}
+
+impl Tool {
+    /// The variant in which there are rules already; else what the host calls `iptables`.
+    pub fn choose(family: Family) -> Tool {
+        let base = match family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
+        let tool = |variant: &str| Tool {
+            family,
+            save: format!("{base}{variant}-save"),
+            restore: format!("{base}{variant}-restore"),
+        };
+        let has_rules = |tool: &Tool| tool.saved().is_ok_and(|text| text.lines().any(|line| line.starts_with("-A ")));
+        let variants = [tool("-legacy"), tool("-nft")];
+        variants.into_iter().find(has_rules).unwrap_or_else(|| tool(""))
+    }
+
+    fn saved(&self) -> Result<String> {
+        self.run(&self.save, &[], "")
+    }
+
+    /// Makes the family's tables hold the plan.
+    pub fn apply(&self, plan: &Plan) -> Result<()> {
+        let found = Found::read(&self.saved()?, &plan.name);
+        let tables = Builder { plan, family: self.family }.tables();
+        self.restored(&restore(&plan.name, &tables, &found))
+    }
+
+    /// Removes what the family's tables hold of an instance.
+    pub fn remove(&self, instance: &str) -> Result<()> {
+        let found = Found::read(&self.saved()?, instance);
+        if found.is_empty() { Ok(()) } else { self.restored(&restore(instance, &[], &found)) }
+    }
+
+    /// The instances that have chains here.
+    pub fn instances(&self) -> Result<BTreeSet<String>> {
+        let save = self.saved()?;
+        let name = |line: &str| {
+            let chain = line.strip_prefix(":tp-")?.split(' ').next()?;
+            chain.rsplit_once('-').map(|(instance, _)| instance.to_owned())
+        };
+        Ok(save.lines().filter_map(name).collect())
+    }
+
+    /// The packets and bytes of the instance's rules: chain, rule, and the two numbers.
+    pub fn counters(&self, instance: &str) -> Result<Vec<(String, String, u64, u64)>> {
+        let prefix = chain_name(instance, "");
+        let save = self.run(&self.save, &["--counters"], "")?;
+        let parse = |line: &str| {
+            let (counters, rule) = line.strip_prefix('[')?.split_once("] -A ")?;
+            let (packets, bytes) = counters.split_once(':')?;
+            let (chain, rule) = rule.split_once(' ')?;
+            let part = chain.strip_prefix(&prefix)?;
+            Some((part.to_owned(), rule.to_owned(), packets.parse().ok()?, bytes.parse().ok()?))
+        };
+        Ok(save.lines().filter_map(parse).collect())
+    }
+
+    fn restored(&self, text: &str) -> Result<()> {
+        self.run(&self.restore, &["--noflush", "--wait"], text).map(drop)
+    }
+
+    fn run(&self, program: &str, args: &[&str], input: &str) -> Result<String> {
+        let failed = |e: std::io::Error| {
+            let missing = e.kind() == std::io::ErrorKind::NotFound;
+            let errno = if missing { libc::EOPNOTSUPP } else { e.raw_os_error().unwrap_or(libc::EIO) };
+            let cure = if missing { "; install the package iptables" } else { "" };
+            Error::new(errno, format!("{program}: {e}{cure}"))
+        };
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A program that ends early says why itself.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        let output = child.wait_with_output().map_err(failed)?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        let words = String::from_utf8_lossy(&output.stderr);
+        let words = words.trim();
+        let errno = match words {
+            words if words.contains("Permission denied") || words.contains("must be root") => libc::EPERM,
+            words if words.contains("No chain/target/match") || words.contains("not supported") => libc::EOPNOTSUPP,
+            _ => libc::EIO,
+        };
+        Err(Error::new(
+            errno,
+            format!(
+                "{program} {}: {words}; the kernel needs CONFIG_NETFILTER_XT_MATCH_SOCKET and _XT_TARGET_TPROXY (`modprobe \
+                 xt_socket xt_TPROXY`), and the program CAP_NET_ADMIN",
+                args.join(" ")
+            ),
+        ))
+    }
+}
