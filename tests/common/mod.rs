@@ -12,6 +12,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{SockAddr, SockAddrStorage, SockRef};
@@ -120,6 +121,17 @@ impl Net {
         }
     }
 
+    /// Waits until it answers to its addresses on these interfaces.
+    pub fn ready(&self, interfaces: &[&str]) {
+        interfaces.iter().for_each(|interface| self.wait_for_ipv6(interface));
+    }
+
+    /// Makes this host a router.
+    pub fn forward(&self) {
+        self.sysctl("ipv4/ip_forward", "1");
+        self.sysctl("ipv6/conf/all/forwarding", "1");
+    }
+
     /// Everything that rules could have changed here, as text.
     pub fn state(&self) -> String {
         [
@@ -221,6 +233,17 @@ impl Lab {
     }
 }
 
+/// Numbers that look random, the same each time.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        // Knuth's MMIX; the upper bits are the better ones.
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
 /// What the client heard, and from where it asked.
 #[derive(Debug)]
 pub struct Heard {
@@ -273,6 +296,16 @@ pub fn answer_one(listener: &TcpListener) -> SocketAddr {
 pub struct Seen {
     pub peer: SocketAddr,
     pub orig_dst: SocketAddr,
+}
+
+/// Answers every connection with some words, until that is enough.
+pub fn answer_all(listener: &TcpListener, words: &str, enough: &AtomicBool) {
+    while !enough.load(Ordering::Relaxed) {
+        if let Some((mut stream, _)) = accept_within(listener, Duration::from_millis(50)) {
+            // A client that has gone is its own affair.
+            let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(words.as_bytes()));
+        }
+    }
 }
 
 /// Proxies one connection from accept to both ends of stream, with the C functions.
