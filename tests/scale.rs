@@ -1,0 +1,282 @@
+//! Sets of very many prefixes: the kernel holds what was asked for, no more and no less.
+
+mod common;
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::*;
+use tproxy::ffi::*;
+
+/// A prefix as a number: family by its size in bits, address, length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Wanted {
+    bits: u32,
+    addr: u128,
+    len: u32,
+}
+
+impl Wanted {
+    fn v4(addr: u32, len: u32) -> Wanted {
+        Wanted { bits: 32, addr: (addr & !u32::MAX.checked_shr(len).unwrap_or(0)).into(), len }
+    }
+
+    fn v6(addr: u128, len: u32) -> Wanted {
+        Wanted { bits: 128, addr: addr & !u128::MAX.checked_shr(len).unwrap_or(0), len }
+    }
+
+    fn last(&self) -> u128 {
+        self.addr | ((1 << (self.bits - self.len)) - 1)
+    }
+
+    fn prefix(&self) -> tp_prefix {
+        let mut prefix = tp_prefix { family: 0, len: self.len as u8, reserved: [0; 2], addr: [0; 16] };
+        if self.bits == 32 {
+            prefix.family = libc::AF_INET as u8;
+            prefix.addr[..4].copy_from_slice(&(self.addr as u32).to_be_bytes());
+        } else {
+            prefix.family = libc::AF_INET6 as u8;
+            prefix.addr = self.addr.to_be_bytes();
+        }
+        prefix
+    }
+}
+
+fn as_c(wanted: &[Wanted]) -> Vec<tp_prefix> {
+    wanted.iter().map(Wanted::prefix).collect()
+}
+
+/// First and last addresses of what the prefixes of a family cover, with gaps between: depth is counted along the
+/// address space, up where a prefix begins and down behind its end.
+fn union(wanted: &[Wanted], bits: u32) -> Vec<(u128, u128)> {
+    let mut steps: BTreeMap<u128, i32> = BTreeMap::new();
+    for prefix in wanted.iter().filter(|prefix| prefix.bits == bits) {
+        *steps.entry(prefix.addr).or_default() += 1;
+        *steps.entry(prefix.last() + 1).or_default() -= 1;
+    }
+    let (mut depth, mut first, mut ranges) = (0, 0, Vec::new());
+    for (at, step) in steps {
+        if depth == 0 && step > 0 {
+            first = at;
+        }
+        let outside = depth > 0 && depth + step == 0;
+        depth += step;
+        if outside {
+            ranges.push((first, at - 1));
+        }
+    }
+    ranges
+}
+
+/// The elements of a set, read from the kernel.
+fn held(net: &Net, set: &str) -> Vec<(u128, u128)> {
+    let json = net.nft_with(&["-j", "list", "set", "inet", "libtproxy-tproxy", set]);
+    let (_, elements) = json.split_once("\"elem\": [").unwrap();
+    // {"prefix": {"addr": A, "len": N}}, {"range": [A, B]} or A: what is quoted, and numbers behind "len".
+    let mut quoted = elements.split('"').skip(1).step_by(2);
+    let mut behind = elements.split('"').skip(2).step_by(2);
+    let mut ranges = Vec::new();
+    let mut next = || Some((quoted.next()?, behind.next()?));
+    while let Some((word, _)) = next() {
+        let range = match word {
+            "prefix" => {
+                next();
+                let addr = number(next().unwrap().0);
+                let (_, len) = next().unwrap();
+                let len: u32 = len.trim_matches([':', ' ', '}', ']', ',', '{', '\n']).parse().unwrap();
+                let bits = if set.ends_with('4') { 32 } else { 128 };
+                (addr, Wanted { bits, addr, len }.last())
+            }
+            "range" => (number(next().unwrap().0), number(next().unwrap().0)),
+            addr => (number(addr), number(addr)),
+        };
+        ranges.push(range);
+    }
+    ranges.sort_unstable();
+    ranges
+}
+
+fn number(text: &str) -> u128 {
+    match ip(text) {
+        IpAddr::V4(addr) => addr.to_bits().into(),
+        IpAddr::V6(addr) => addr.to_bits(),
+    }
+}
+
+fn assert_held(net: &Net, wanted: &[Wanted]) {
+    for (bits, set) in [(32, "dst4"), (128, "dst6")] {
+        let (held, wanted) = (held(net, set), union(wanted, bits));
+        let differ = held.iter().zip(&wanted).find(|(held, wanted)| held != wanted);
+        assert!(held == wanted, "{set}: {} for {}, first {differ:?}", held.len(), wanted.len());
+    }
+}
+
+/// The lab, with a server at every address that nobody else has.
+struct World {
+    lab: Lab,
+    server: TcpListener,
+    listener: TcpListener,
+}
+
+impl World {
+    fn new() -> World {
+        let lab = Lab::new();
+        lab.proxy.ip("route add default via 203.0.113.2");
+        lab.proxy.ip("route add default via 2001:db8:2::2");
+        for family in ["-4", "-6"] {
+            lab.server.ip(&format!("{family} rule add pref 100 iif eth0 lookup 100"));
+            lab.server.ip(&format!("{family} route add local default dev lo table 100"));
+        }
+        let server = lab.server.run(|| listen("[::]:80".parse().unwrap(), 0)).unwrap();
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        World { lab, server, listener }
+    }
+
+    fn install(&self, dst: &[tp_prefix]) -> Rules {
+        let listener = self.listener.as_raw_fd();
+        self.lab.proxy.run(|| {
+            Rules::install(&tp_rules_config {
+                listeners: &raw const listener,
+                n_listeners: 1,
+                dst: dst.as_ptr(),
+                n_dst: dst.len(),
+                ..config()
+            })
+            .unwrap()
+        })
+    }
+
+    /// Who answers at each address.
+    fn answers(&self, to: &[IpAddr]) -> Vec<String> {
+        let enough = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for (listener, words) in [(&self.server, "server"), (&self.listener, "proxy")] {
+                let enough = &enough;
+                scope.spawn(move || answer_all(listener, words, enough));
+            }
+            let answer = |to: &IpAddr| match self.lab.client.run(|| ask(at(*to, 80))) {
+                Ok(heard) => heard.answer,
+                Err(error) => error.to_string(),
+            };
+            let answers = to.iter().map(answer).collect();
+            enough.store(true, Ordering::Relaxed);
+            answers
+        })
+    }
+
+    /// Both ends of ranges here and there, and the addresses next to them.
+    fn assert_intercepted(&self, wanted: &[Wanted]) {
+        const SAMPLE: usize = 8;
+        for bits in [32, 128] {
+            let ranges = union(wanted, bits);
+            let some = ranges.iter().step_by((ranges.len() / SAMPLE).max(1));
+            let ends = some.flat_map(|(first, last)| {
+                [(first.saturating_sub(1), "server"), (*first, "proxy"), (*last, "proxy"), (last + 1, "server")]
+            });
+            let (to, expected): (Vec<_>, Vec<_>) =
+                ends.map(|(addr, who)| (address(bits, addr), who)).filter(|(addr, _)| is_elsewhere(*addr)).unzip();
+            assert!(to.len() >= SAMPLE);
+            for (to, (heard, expected)) in to.iter().zip(self.answers(&to).into_iter().zip(expected)) {
+                assert_eq!(heard, expected, "{to}");
+            }
+        }
+    }
+}
+
+fn address(bits: u32, number: u128) -> IpAddr {
+    match bits {
+        32 => Ipv4Addr::from_bits(number as u32).into(),
+        _ => Ipv6Addr::from_bits(number).into(),
+    }
+}
+
+/// The address of some host far away.
+fn is_elsewhere(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(v4) => match v4.octets() {
+            [198, 51, 100, _] | [203, 0, 113, _] => false,
+            [first, ..] => (1..224).contains(&first) && first != 127,
+        },
+        IpAddr::V6(v6) => !v6.is_unspecified() && !matches!(v6.segments(), [0x2001, 0xdb8, ..]),
+    }
+}
+
+/// Scattered prefixes, a tenth of them crowded in 10.64.0.0/10; among them some that cover others, lie within others,
+/// touch others, and are there twice.
+fn scattered(random: &mut Random, count: usize) -> Vec<Wanted> {
+    let mut wanted = Vec::new();
+    for number in 0..count {
+        let v4 = match number % 10 {
+            0 => 0x0A40_0000 | (random.below(1 << 14) as u32) << 8,
+            _ => (random.below(1 << 24) as u32) << 8,
+        };
+        wanted.push(Wanted::v4(v4, 24));
+        let next = v4.wrapping_add(0x100);
+        wanted.extend(match number % 50 {
+            5 => Some(Wanted::v4(v4, 19)),
+            15 => Some(Wanted::v4(v4 | 77, 32)),
+            20 | 25 => Some(Wanted::v4(next, 24)),
+            30 | 35 => Some(Wanted::v4(next, 32)),
+            45 => Some(Wanted::v4(v4, 24)),
+            _ => None,
+        });
+        if number % 10 == 0 {
+            let v6 = 0x2000 << 112 | u128::from(random.below(1 << 29)) << 96 | u128::from(random.below(1 << 16)) << 80;
+            wanted.push(Wanted::v6(v6, 48));
+            let next = v6 + (1 << 80);
+            wanted.extend(match number % 50 {
+                0 => Some(Wanted::v6(v6, 35)),
+                10 => Some(Wanted::v6(v6 | 77, 128)),
+                20 => Some(Wanted::v6(next, 48)),
+                30 => Some(Wanted::v6(next, 128)),
+                _ => Some(Wanted::v6(v6, 48)),
+            });
+        }
+    }
+    // The ends of the address space.
+    wanted.extend([Wanted::v4(0, 32), Wanted::v4(u32::MAX, 32)]);
+    wanted
+}
+
+#[test]
+fn a_hundred_thousand_prefixes_and_changes_of_them() {
+    let world = World::new();
+    let mut random = Random(3);
+    let mut wanted = scattered(&mut random, 100_000);
+    let rules = world.install(&as_c(&wanted));
+    assert_held(&world.lab.proxy, &wanted);
+    world.assert_intercepted(&wanted);
+    for round in 0..3 {
+        // What goes is the cover of something, or beside something, often enough; what comes falls anywhere.
+        let gone: HashSet<Wanted> = (0..500).map(|_| wanted[random.below(wanted.len() as u64) as usize]).collect();
+        let more = scattered(&mut random, 300);
+        let remove: Vec<Wanted> = gone.iter().copied().collect();
+        rules.update(TP_SET_DST, &as_c(&more), &as_c(&remove)).unwrap();
+        wanted.extend(more);
+        wanted.retain(|prefix| !gone.contains(prefix));
+        assert_held(&world.lab.proxy, &wanted);
+        if round == 2 {
+            world.assert_intercepted(&wanted);
+        }
+    }
+    world.lab.proxy.run(|| rules.remove()).unwrap();
+}
+
+/// Without privilege over the whole host these are more than one transaction takes, so the sets come first, in pieces.
+#[test]
+fn a_million_prefixes() {
+    let world = World::new();
+    let before = world.lab.proxy.state();
+    // One /24 of every sixteen, so that none touches another; in no order.
+    let wanted: Vec<Wanted> =
+        (0..1_000_000u32).map(|number| Wanted::v4((number.wrapping_mul(0x9E37_79B1) & 0xF_FFFF) << 12, 24)).collect();
+    let rules = world.install(&as_c(&wanted));
+    let last = wanted.iter().map(Wanted::last).find(|last| is_elsewhere(address(32, *last))).unwrap();
+    let (inside, outside) = (address(32, last), address(32, last + 1));
+    assert_eq!(world.answers(&[inside, outside]), ["proxy", "server"]);
+    world.lab.proxy.run(|| rules.remove()).unwrap();
+    assert_eq!(world.answers(&[inside]), ["server"]);
+    assert_eq!(world.lab.proxy.state(), before);
+}
