@@ -361,16 +361,90 @@ fn without_tracking_a_kept_port_works_beside_connection_tracking() {
 /// The script, run by hand, intercepts as the library does.
 #[test]
 fn a_rendered_script_intercepts() {
+    for format in [TP_FORMAT_NFT, TP_FORMAT_IPTABLES] {
+        let lab = Lab::new();
+        let listener = listener(&lab);
+        let server = lab.serve(80);
+        let script = render(&Wish::new(&listener, &[80], &["203.0.113.2/32", "2001:db8:2::/64"], 0).config(), format);
+        lab.proxy.command("sh", &["-c", &script]);
+        for hosts in [v4(), v6()] {
+            assert!(intercepted(&lab, hosts, &listener, &server), "{script}");
+        }
+    }
+}
+
+#[test]
+fn what_a_script_made_is_respected_and_can_be_purged() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let server = lab.serve(80);
-    let script = render(&Wish::new(&listener, &[80], &[], 0).config());
+    let script = render(&Wish::new(&listener, &[80], &[], 0).config(), TP_FORMAT_NFT);
     lab.proxy.command("sh", &["-c", &script]);
-    for hosts in [v4(), v6()] {
-        assert!(intercepted(&lab, hosts, &listener, &server));
-    }
-    // What was made by hand is respected, and can be purged.
     assert_eq!(lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).err().unwrap().errno, EEXIST);
     lab.proxy.run(|| purge(Some("tproxy"))).unwrap();
+    assert!(!intercepted(&lab, v4(), &listener, &server));
+}
+
+fn by_iptables(wish: &Wish) -> tp_rules_config {
+    tp_rules_config { backend: TP_BACKEND_IPTABLES, ..wish.config() }
+}
+
+#[test]
+fn iptables_rules_are_replaced_updated_counted_and_removed() {
+    let lab = Lab::new();
+    let listener = listener(&lab);
+    let (http, other) = (lab.serve(80), lab.serve(81));
+    let all = ["203.0.113.0/24", "2001:db8:2::/64"];
+    let wish = Wish::new(&listener, &[80], &all, 0);
+    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).unwrap();
+    let busy = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).err().unwrap();
+    assert_eq!(busy.errno, EBUSY, "{busy}");
+    for hosts in [v4(), v6()] {
+        assert!(intercepted(&lab, hosts, &listener, &http));
+        assert!(!intercepted(&lab, hosts, &listener, &other));
+    }
+    lab.proxy.run(|| {
+        let stats = rules.stats();
+        assert_eq!(stats.intercepted_packets, 2);
+        assert!(stats.diverted_packets >= 2);
+        rules.update(TP_SET_DST, &[], &prefixes(&["203.0.113.0/24"])).unwrap();
+    });
+    assert!(!intercepted(&lab, v4(), &listener, &http));
+    assert!(intercepted(&lab, v6(), &listener, &http));
+    lab.proxy.run(|| rules.replace(&by_iptables(&Wish::new(&listener, &[81], &[], 0)))).unwrap();
+    for hosts in [v4(), v6()] {
+        assert!(!intercepted(&lab, hosts, &listener, &http));
+        assert!(intercepted(&lab, hosts, &listener, &other));
+    }
+    lab.client.run(|| TcpStream::connect_timeout(&at(v4().proxy, 3129), NEVER)).unwrap_err();
+    assert_eq!(lab.proxy.run(|| rules.stats()).guarded_packets, 1);
+    lab.proxy.run(|| rules.remove()).unwrap();
+    assert!(!lab.proxy.command("iptables-save", &[]).contains("tproxy"));
+    assert!(!lab.proxy.command("ip6tables-save", &[]).contains("tproxy"));
+}
+
+/// Chains have no owner: what a killed process left drops what it intercepted, until somebody comes or cleans up.
+#[test]
+fn iptables_rules_of_a_dead_process_are_taken_over_or_purged() {
+    let lab = Lab::new();
+    let listener = listener(&lab);
+    let server = lab.serve(80);
+    let wish = Wish::new(&listener, &[80], &[], 0);
+    // As if killed: the descriptors close, and nothing is removed.
+    let leave = || {
+        let script = render(&wish.config(), TP_FORMAT_IPTABLES);
+        lab.proxy.command("sh", &["-c", &script]);
+    };
+    leave();
+    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).unwrap();
+    assert_eq!(lab.proxy.command("iptables-save", &[]).matches("-A PREROUTING").count(), 1, "one jump, not two");
+    assert!(intercepted(&lab, v4(), &listener, &server));
+    lab.proxy.run(|| rules.remove()).unwrap();
+    leave();
+    lab.proxy.run(|| purge(Some("other"))).unwrap();
+    assert!(lab.proxy.command("iptables-save", &[]).contains("tp-tproxy-p"));
+    lab.proxy.run(|| purge(None)).unwrap();
+    assert!(!lab.proxy.command("iptables-save", &[]).contains("tp-tproxy-p"));
+    assert!(!lab.proxy.state().contains("proto 116"));
     assert!(!intercepted(&lab, v4(), &listener, &server));
 }

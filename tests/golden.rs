@@ -97,7 +97,7 @@ fn the_rendered_script_does_the_same() {
     let _rules = net.run(|| with_everything(Rules::install)).unwrap();
     let script = Net::new().run(|| {
         Command::new("ip").args(["addr", "add", "192.0.2.1/32", "dev", "lo"]).status().unwrap();
-        with_everything(render)
+        with_everything(|config| render(config, TP_FORMAT_NFT))
     });
     let theirs = host();
     theirs.command("sh", &["-c", &script]);

@@ -497,12 +497,12 @@ pub fn purge(name: Option<&str>) -> Result<(), Failed> {
     checked(unsafe { tp_purge_rules(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr())) }).map(drop)
 }
 
-pub fn render(config: &tp_rules_config) -> String {
+pub fn render(config: &tp_rules_config, format: u32) -> String {
     let mut len = 0;
     let size = size_of::<tp_rules_config>();
     let mut call = |buffer: *mut std::ffi::c_char| {
         // SAFETY: NULL, or room for len bytes; the config's pointers are the caller's, alive.
-        checked(unsafe { tp_render_rules(config, size, TP_FORMAT_NFT, buffer, &raw mut len) }).unwrap();
+        checked(unsafe { tp_render_rules(config, size, format, buffer, &raw mut len) }).unwrap();
         len
     };
     let mut script = vec![0u8; call(std::ptr::null_mut())];
