@@ -138,7 +138,7 @@ typedef struct tp_rules tp_rules;
 #define TP_RULES_PERSIST 64
 
 /**
- * The backend that the kernel has; today nf_tables.
+ * nf_tables if the kernel has what is needed, else iptables.
  */
 #define TP_BACKEND_AUTO 0
 
@@ -148,7 +148,14 @@ typedef struct tp_rules tp_rules;
 #define TP_BACKEND_NFT 1
 
 /**
- * iptables. Not supported by this version: EOPNOTSUPP.
+ * `iptables-restore`, one transaction for each family, in chains of our own;
+ * the nft or the legacy variant, whichever has rules already. Refused with
+ * EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
+ * 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
+ * what they intercept, until the next tp_install_rules of that name or
+ * tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
+ * sockets but those whose SO_MARK is the mark of the rules. What is dropped for
+ * want of a listener is counted as intercepted.
  */
 #define TP_BACKEND_IPTABLES 2
 
@@ -183,8 +190,7 @@ typedef struct tp_rules tp_rules;
 #define TP_FORMAT_NFT 1
 
 /**
- * A script of `ip` and `iptables-restore` commands. Not supported by this
- * version: EOPNOTSUPP.
+ * A script of `ip` and `iptables-restore` commands. tp_render_rules.
  */
 #define TP_FORMAT_IPTABLES 2
 
@@ -562,7 +568,8 @@ int tp_orig_dst(int fd,
 
 /**
  * Makes the kernel bring connections to the listeners: an nf_tables table of
- * this process, and policy routing. No other program is run.
+ * this process, and policy routing. No other program is run (but for
+ * `iptables-restore` and `iptables-save`, with that backend).
  *
  * What is intercepted is what comes in from the network for someone else, and
  * with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
@@ -644,7 +651,7 @@ int tp_purge_rules(const char *name);
 
 /**
  * Adds prefixes to a set and removes others from it, in one transaction,
- * while the rules work. It costs in proportion to the change, not to the set.
+ * while the rules work. What is sent to the kernel is the change alone.
  *
  * set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
  * they were given (none given means every address), bypass always. A set may
@@ -655,6 +662,8 @@ int tp_purge_rules(const char *name);
  * Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
  * an array with a count. EINVAL: no such set, no valid prefix, or of a family
  * that the rules do not serve. ENOENT: a prefix to be removed is not there.
+ * EMSGSIZE: a larger change than one transaction may be here (some 10,000
+ * prefixes with the default net.core.wmem_max, any number as root of the host).
  */
 int tp_update_rules(struct tp_rules *rules,
                     uint32_t set,
@@ -677,16 +686,17 @@ int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, s
  * Writes the script that would do what tp_install_rules does on a host where
  * nothing is taken, and does nothing else. It needs no privilege.
  *
- * It is a POSIX shell script, NUL-terminated UTF-8. Rules made by it belong to
+ * It is a POSIX shell script, NUL-terminated UTF-8, and it ends at the first
+ * command that fails. Rules made by it belong to
  * no process: they stay until somebody deletes them.
  *
- * config, size: as tp_install_rules. format: TP_FORMAT_NFT (`ip` and `nft`
- * commands). buf, len: a place and its size, which becomes the size of the
+ * config, size: as tp_install_rules. format: TP_FORMAT_NFT or
+ * TP_FORMAT_IPTABLES. buf, len: a place and its size, which becomes the size of the
  * script with its NUL; buf may be NULL to learn that size alone.
  *
  * Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
  * NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
- * format. EOPNOTSUPP: a format that this version does not have.
+ * format. EOPNOTSUPP: what iptables cannot do.
  */
 int tp_render_rules(const struct tp_rules_config *config,
                     size_t size,
