@@ -258,6 +258,17 @@ impl Plan {
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
     }
 
+    /// The family over which a protocol is served, if there is but one.
+    pub fn family_of(&self, protocol: Protocol) -> Option<Family> {
+        let serves = |family: Family| {
+            let listeners = self.intercepts.iter().filter(|listener| listener.protocol == protocol);
+            listeners.map(|listener| listener.family).any(|served| served.is_none_or(|served| served == family))
+        };
+        let v4 = self.families.v4 && serves(Family::V4);
+        let v6 = self.families.v6 && serves(Family::V6);
+        Families { v4, v6 }.only()
+    }
+
     /// The same for IPv4 alone, on a host that has no IPv6.
     pub fn without_ipv6(mut self) -> Plan {
         self.families.v6 = false;

@@ -154,6 +154,44 @@ fn replacing_leaves_no_gap() {
     assert_eq!(lab.proxy.state(), before);
 }
 
+/// IPv4 alone, then both: somebody's route in the table must not be taken for ours.
+#[test]
+fn a_route_of_someone_else_stops_a_replacement() {
+    let lab = Lab::new();
+    let plain = lab.proxy.run(|| listen("0.0.0.0:3129".parse().unwrap(), TP_REUSEPORT)).unwrap();
+    let dual = lab.proxy.run(|| listen("[::]:3130".parse().unwrap(), 0)).unwrap();
+    lab.proxy.ip("-6 route add default dev eth1 table 7470");
+    let rules = lab.proxy.run(|| Wish::new(&plain, &[80], &[], 0).install()).unwrap();
+    let before = lab.proxy.state();
+    let failed = rules.replace(&Wish::new(&dual, &[80], &[], 0).config()).unwrap_err();
+    assert_eq!(failed.errno, EEXIST, "{failed}");
+    assert_eq!(lab.proxy.state(), before);
+    assert!(intercepted(&lab, v4(), &plain, &lab.serve(80)));
+}
+
+/// TCP over both families, UDP over IPv4 alone: nobody asked for UDP over IPv6.
+#[test]
+fn what_no_listener_serves_is_left_alone() {
+    for backend in [TP_BACKEND_NFT, TP_BACKEND_IPTABLES] {
+        let lab = Lab::new();
+        let tcp = listener(&lab);
+        let udp = lab.proxy.run(|| receiver("0.0.0.0:3129".parse().unwrap()));
+        let fds = [tcp.as_raw_fd(), udp.as_raw_fd()];
+        let _rules = lab
+            .proxy
+            .run(|| Rules::install(&tp_rules_config { listeners: fds.as_ptr(), n_listeners: 2, backend, ..config() }))
+            .unwrap();
+        let server = lab.server.run(|| std::net::UdpSocket::bind("[::]:53")).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        lab.client.run(|| std::net::UdpSocket::bind("[::]:0").unwrap().send_to(b"hello", at(v6().server, 53))).unwrap();
+        assert_eq!(server.recv(&mut [0; 10]).unwrap(), 5);
+        lab.client
+            .run(|| std::net::UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"hello", at(v4().server, 53)))
+            .unwrap();
+        assert_eq!(receive_datagram(&udp, PATIENCE).unwrap().2, at(v4().server, 53));
+    }
+}
+
 #[test]
 fn what_was_replaced_is_what_counts() {
     let lab = Lab::new();
@@ -328,6 +366,27 @@ fn rules_that_persist_hold_the_place_of_a_dead_process_until_taken_over_or_purge
     // By no name, what is still somebody's is passed over: ask until nothing is.
     lab.proxy.run(|| not_busy(|| purge(Some("tproxy")).and_then(|()| purge(None))));
     assert_eq!(lab.proxy.state(), before);
+}
+
+/// A process that is killed after it claimed its name, and before it filled the table, is no obstacle to the next.
+#[test]
+fn an_empty_table_that_persists_is_taken_over() {
+    let lab = Lab::new();
+    let listener = listener(&lab);
+    let wish = Wish::new(&listener, &[80], &[], TP_RULES_PERSIST);
+    lab.proxy.run(|| wish.install()).unwrap().abandon();
+    // As the killed process would have left it.
+    lab.proxy.nft("flush table inet libtproxy-tproxy");
+    for object in [
+        "chain inet libtproxy-tproxy prerouting",
+        "chain inet libtproxy-tproxy select",
+        "counter inet libtproxy-tproxy dropped",
+    ] {
+        lab.proxy.nft(&format!("flush table inet libtproxy-tproxy; delete {object}"));
+    }
+    let rules = lab.proxy.run(|| wish.take_over());
+    assert!(intercepted(&lab, v4(), &listener, &lab.serve(80)));
+    lab.proxy.run(|| rules.remove()).unwrap();
 }
 
 /// Both halves of a proxied connection have the same five-tuple when the client's port is kept; connection tracking

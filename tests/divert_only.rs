@@ -71,3 +71,23 @@ fn nothing_is_intercepted() {
     }
     assert!(accept_within(&listener, NEVER).is_none(), "a wildcard listener is no reason to divert");
 }
+
+/// Only the first fragment has the ports by which a socket is known.
+#[test]
+fn fragmented_datagrams_arrive_whole() {
+    for foreign in FOREIGN {
+        let lab = Lab::new();
+        let foreign = foreign.parse().unwrap();
+        let socket = lab.proxy.run(|| receiver(foreign));
+        let _rules = lab
+            .proxy
+            .run(|| Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_UDP, ..config() }))
+            .unwrap();
+        lab.client.run(|| {
+            let any = if foreign.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            std::net::UdpSocket::bind(any).unwrap().send_to(&[b'x'; 4000], foreign).unwrap();
+        });
+        let (_, _, to) = receive_datagram(&socket, PATIENCE).expect("nothing came");
+        assert_eq!(to, foreign);
+    }
+}

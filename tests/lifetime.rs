@@ -193,6 +193,35 @@ fn a_dead_instances_routes_go_with_its_rules() {
     assert_eq!(net.state(), before);
 }
 
+/// A rule with our protocol number that we did not make cannot be deleted as ours; it must not be tried for ever.
+#[test]
+fn a_rule_that_only_looks_like_ours_does_not_stop_anybody() {
+    let net = Net::new();
+    net.ip("rule add pref 500 goto 32766 protocol 116");
+    let listener = listener(&net);
+    let rules = net.run(|| install(&listener, |_| {})).unwrap();
+    net.run(|| rules.remove()).unwrap();
+}
+
+#[test]
+fn thousands_of_ports_and_interfaces() {
+    let net = Net::new();
+    let listener = listener(&net);
+    let ports: Vec<_> = (1..=4000).map(|n| tp_port_range { first: n * 2, last: n * 2 }).collect();
+    let names: Vec<_> = (0..4000).map(|n| std::ffi::CString::new(format!("eth{n}")).unwrap()).collect();
+    let _rules = net
+        .run(|| {
+            let names: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();
+            install(&listener, |c| {
+                (c.ports, c.n_ports) = (ports.as_ptr(), ports.len());
+                (c.interfaces, c.n_interfaces) = (names.as_ptr(), names.len());
+            })
+        })
+        .unwrap();
+    let sets = net.nft("list sets");
+    assert!(sets.contains("eth3999") && sets.contains(" 8000"));
+}
+
 #[test]
 fn a_routing_table_that_someone_else_uses_is_avoided() {
     let net = Net::new();

@@ -81,6 +81,12 @@ impl Builder<'_> {
         self.plan.intercepts.iter().filter(|listener| listener.family.is_none_or(|family| family == self.family))
     }
 
+    /// The protocols that are served over this family.
+    fn protocols(&self) -> impl Iterator<Item = Protocol> {
+        let served = |protocol: &Protocol| self.listeners().any(|listener| listener.protocol == *protocol);
+        self.plan.protocols.iter().filter(served)
+    }
+
     /// `-p tcp --dport ...`, once for each range of ports.
     fn ports(&self, protocol: Protocol) -> Vec<String> {
         let port = |range: &PortRange| format!("-p {protocol} --dport {}:{}", range.first, range.last);
@@ -142,7 +148,7 @@ impl Builder<'_> {
     fn own_output(&self, then: &str) -> Vec<String> {
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         let mut rules = vec![format!("-m mark --mark {} -j RETURN", self.plan.mark)];
-        for protocol in self.plan.protocols.iter() {
+        for protocol in self.protocols() {
             let ports = self.ports(protocol);
             rules.extend(ports.iter().map(|p| format!("{p} -m addrtype --src-type LOCAL {}", self.jump(then))));
         }
@@ -177,7 +183,7 @@ impl Builder<'_> {
                 chains.push(self.chain("o", self.own_output("ls")));
                 jumps.push(("OUTPUT", self.name("o")));
             }
-            for protocol in self.plan.protocols.iter() {
+            for protocol in self.protocols() {
                 pre.extend(self.candidates(protocol, "s"));
             }
         }
@@ -196,7 +202,7 @@ impl Builder<'_> {
         };
         let mut chains = vec![self.chain("i", self.listeners().map(redirect).collect())];
         chains.extend(self.select(["s", "t"], "i"));
-        let pre = self.plan.protocols.iter().flat_map(|protocol| self.candidates(protocol, "s")).collect();
+        let pre = self.protocols().flat_map(|protocol| self.candidates(protocol, "s")).collect();
         chains.push(self.chain("p", pre));
         let mut jumps = vec![("PREROUTING", self.name("p"))];
         if self.plan.output_mark.is_some() {

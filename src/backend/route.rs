@@ -122,7 +122,9 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
 pub(crate) fn has_ipv6(channel: &mut Channel) -> bool {
     /// `struct ifaddrmsg` of any address of the family.
     const ANY: [u8; 8] = [libc::AF_INET6 as u8, 0, 0, 0, 0, 0, 0, 0];
-    channel.dump(libc::RTM_GETADDR, &ANY, |_| {}).is_ok_and(|addresses| !addresses.is_empty())
+    // Without IPv6 in the kernel the dump is of every other family (`rtnl_dump_all`).
+    let is_v6 = |address: &Vec<u8>| address.first() == Some(&ANY[0]);
+    channel.dump(libc::RTM_GETADDR, &ANY, |_| {}).is_ok_and(|addresses| addresses.iter().any(is_v6))
 }
 
 /// The local route needs `lo`: what is routed to it is dropped while it is down.
@@ -152,26 +154,36 @@ pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRu
     add_entries(channel, &entries).map(|_| ())
 }
 
-/// Adds what of a routing is not among the rules found, and its routes. Gives what was added.
+/// Adds what of a routing is not there yet, neither among the rules found nor as a route of ours. Gives what was added.
 pub(crate) fn add_missing(channel: &mut Channel, routing: &Routing, found: &[FoundRule]) -> Result<Vec<Entry>> {
-    let there = |entry: &Entry| found.iter().any(|rule| entry.is(rule));
-    let entries: Vec<Entry> = entries(routing).into_iter().filter(|entry| !there(entry)).collect();
-    add_entries_but(channel, &entries, |entry, failure| {
-        matches!(entry, Entry::Route { .. }) && failure.errno == libc::EEXIST
-    })
+    let mut missing = Vec::new();
+    for entry in entries(routing) {
+        let there = match entry {
+            Entry::Rule { .. } => found.iter().any(|rule| entry.is(rule)),
+            Entry::Route { family, table } => has_route(channel, family, table),
+        };
+        if !there {
+            missing.push(entry);
+        }
+    }
+    add_entries(channel, &missing)
 }
 
+/// Whether a table has the local default route, and it is ours.
+fn has_route(channel: &mut Channel, family: Family, table: u32) -> bool {
+    let mut any = [0; 12];
+    any[0] = family.nfproto();
+    let ours = |route: &Vec<u8>| {
+        let number = |kind| wire::attribute(route.get(any.len()..)?, kind).and_then(|v| wire::u32_at(v, 0));
+        // `struct rtmsg`: the destination's length, the protocol, the type.
+        matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, libc::RTN_LOCAL, ..]) && number(ROUTE_TABLE) == Some(table)
+    };
+    channel.dump(libc::RTM_GETROUTE, &any, |a| a.u32(ROUTE_TABLE, table)).is_ok_and(|routes| routes.iter().any(ours))
+}
+
+/// Adds all or nothing.
 fn add_entries(channel: &mut Channel, entries: &[Entry]) -> Result<Vec<Entry>> {
-    add_entries_but(channel, entries, |_, _| false)
-}
-
-/// Adds all or nothing, but for failures that are fine.
-fn add_entries_but(
-    channel: &mut Channel,
-    entries: &[Entry],
-    fine: impl Fn(&Entry, &Failure) -> bool,
-) -> Result<Vec<Entry>> {
-    let outcome = match send(channel, entries, Operation::Add, fine) {
+    let outcome = match send(channel, entries, Operation::Add, |_, _| false) {
         Ok(outcome) => outcome,
         Err(error) => {
             // Nobody knows how far it came.

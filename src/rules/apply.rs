@@ -234,16 +234,18 @@ impl Rules {
             return Err(error);
         }
         (self.plan, self.routing) = (plan, routing);
-        self.delete_surplus(&before)
+        self.delete_surplus(&before);
+        Ok(())
     }
 
-    /// Deletes what of the routing there was before is not wanted now.
-    fn delete_surplus(&mut self, before: &[FoundRule]) -> Result<()> {
+    /// Deletes what of the routing there was before is not wanted now. The new rules are in force: what resists is
+    /// inert, and goes with the next change or sweep.
+    fn delete_surplus(&mut self, before: &[FoundRule]) {
         let routing = self.routing;
         let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
         let surplus: Vec<FoundRule> = surplus.copied().collect();
-        route::delete_found(&mut self.route, &surplus, &[routing.table])?;
-        route::delete_routes_without(&mut self.route, &routing)
+        let _ = route::delete_found(&mut self.route, &surplus, &[routing.table]);
+        let _ = route::delete_routes_without(&mut self.route, &routing);
     }
 
     /// What the rules have done so far.
@@ -290,15 +292,9 @@ impl Rules {
     /// Makes an adopted table hold the plan, whatever it held.
     fn take_over(&mut self) -> Result<()> {
         let contents = table::contents(&mut self.nft, &self.table)?;
-        let rules = route::rules(&mut self.route, Families::ALL)?;
-        let stale = rules.iter().filter(|rule| rule.ours && rule.is_in(&self.routing) && !self.routing.has(rule));
-        let stale: Vec<_> = stale.copied().collect();
-        // What is missing is added before the new rules, what is too much goes after them.
-        route::add_missing(&mut self.route, &self.routing, &rules)?;
         let old = self.without_idle_sets(contents)?;
         self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
-        self.swap(self.plan.clone(), &old)?;
-        route::delete_found(&mut self.route, &stale, &[self.routing.table])
+        self.swap(self.plan.clone(), &old)
     }
 
     /// The process before may have died between filling new sets and turning to them: only one variant is in use.
@@ -355,7 +351,8 @@ impl Rules {
             return Err(error);
         }
         (self.plan, self.variant, self.routing) = (plan, variant, routing);
-        self.delete_surplus(&before)
+        self.delete_surplus(&before);
+        Ok(())
     }
 }
 
@@ -552,11 +549,10 @@ fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (crate::model::Family,
     Families::ALL.iter().zip(both)
 }
 
-/// Chains that stay, and counters, which go on counting.
+/// Chains that stay. (A counter that is added again goes on counting: `nf_tables_newobj`.)
 fn has_already(old: &Contents, object: &Object) -> bool {
     match object {
         Object::Chain { name, .. } => old.chains.iter().any(|chain| chain == name),
-        Object::Counter { .. } => true,
         _ => false,
     }
 }

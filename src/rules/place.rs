@@ -67,11 +67,14 @@ pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
 ///
 /// Each place is claimed while it is cleaned, so that nobody comes to live there meanwhile.
 pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
+    // A rule that only looks like ours may withstand; nothing is tried twice.
+    let mut tried: Vec<FoundRule> = Vec::new();
     loop {
         let claimed = retried(|| {
             let (generation, tables) = table::list(nft)?;
             let mut rules = route::rules(route, Families::ALL)?;
-            rules.retain(|rule| rule.ours && !places(&tables).any(|place| covers(&place, rule.priority)));
+            let lives = |rule: &FoundRule| places(&tables).any(|place| covers(&place, rule.priority));
+            rules.retain(|rule| rule.ours && !tried.contains(rule) && !lives(rule));
             let Some(priority) = rules.iter().map(|rule| rule.priority).min() else { return Ok(None) };
             // Another is at it already.
             if tables.iter().any(|table| table.name == SWEEPER) {
@@ -91,6 +94,7 @@ pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
         let removed = route::delete_found(route, &rules, &in_use);
         commit(nft, SWEEPER, None, &[Change::DeleteTable])?;
         removed?;
+        tried.extend(rules);
     }
 }
 
@@ -98,7 +102,8 @@ pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
 fn retried<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..TRIES {
         match attempt() {
-            Err(error) if error.errno() == libc::ERESTART => {}
+            // Whoever was first needs the processor too.
+            Err(error) if error.errno() == libc::ERESTART => std::thread::sleep(std::time::Duration::from_micros(100)),
             done => return done,
         }
     }
@@ -187,6 +192,10 @@ fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Erro
     let last = place.priority + RULES - 1;
     let overlaps = |other: &Place| other.priority.abs_diff(place.priority) < RULES || other.table == place.table;
     if let Some(table) = tables.iter().find(|table| table.place.as_ref().is_some_and(overlaps)) {
+        if table.name == SWEEPER {
+            // It will be gone in a moment: look again.
+            return Some(Error::new(libc::ERESTART, "what a dead instance left there is being removed"));
+        }
         let owner = table.owner.map_or("what persists".to_owned(), |pid| format!("process {pid}"));
         let other = table.place.unwrap_or(*place);
         return Some(Error::new(

@@ -25,6 +25,7 @@ const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
 const LOOP: &str = "loop";
 const UNTRACK: &str = "untrack";
+const DEFRAGMENT: &str = "defragment";
 const SELECT: &str = "select";
 const SELECT_LOCAL: &str = "select-local";
 const SELECT_RAW: &str = "select-raw";
@@ -79,7 +80,12 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
         objects.extend(sets(plan));
     }
     match plan.mode {
-        Mode::DivertOnly => objects.extend(divert_chain(plan)),
+        Mode::DivertOnly => {
+            objects.extend(divert_chain(plan));
+            if plan.protocols.udp {
+                objects.extend(defragment_chain(plan));
+            }
+        }
         Mode::Tproxy => {
             objects.extend(divert_chain(plan));
             objects.extend(intercept_chain(plan, tproxy));
@@ -225,6 +231,20 @@ fn divert_chain(plan: &Compiled<'_>) -> Vec<Object> {
     objects
 }
 
+/// A chain that nothing leads to: a `tproxy` anywhere makes the kernel put fragments together before it looks at them
+/// (`nft_tproxy_init`), where `socket` alone would know the first fragment's socket and not the others'.
+fn defragment_chain(plan: &Compiled<'_>) -> Vec<Object> {
+    let tproxy = |family| {
+        let statements = [
+            Statement::Family(family),
+            Statement::Protocol(Protocol::Udp),
+            Statement::Tproxy { family: Some(family), addr: None, port: 1 },
+        ];
+        rule(DEFRAGMENT, "never run", statements)
+    };
+    [chain((DEFRAGMENT, None))].into_iter().chain(plan.families.iter().map(tproxy)).collect()
+}
+
 fn intercept_chain(plan: &Compiled<'_>, deliver: fn(&Intercept, &Compiled<'_>) -> Object) -> Vec<Object> {
     let mut objects = vec![chain((INTERCEPT, None))];
     objects.extend(plan.intercepts.iter().map(|listener| deliver(listener, plan)));
@@ -320,8 +340,10 @@ fn candidates(
 ) -> impl Iterator<Item = Statement> {
     let ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(plan.set(PORTS)));
     let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(plan.set(INTERFACES)));
+    // A protocol that is served over one family alone is left alone over the other.
+    let family = plan.family_of(protocol);
     let protocol = [Statement::Protocol(protocol)];
-    only(plan.families.only()).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
+    only(family).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
 }
 
 fn only(family: Option<Family>) -> impl Iterator<Item = Statement> {
@@ -340,7 +362,8 @@ fn sets(plan: &Compiled<'_>) -> Vec<Object> {
         made.add(PORTS, Key::Port, pieces);
     }
     if !plan.interfaces.is_empty() {
-        made.add(INTERFACES, Key::Interface, [Elements::Interfaces(plan.interfaces.clone())]);
+        let pieces = plan.interfaces.chunks(IN_A_MESSAGE).map(|piece| Elements::Interfaces(piece.to_vec()));
+        made.add(INTERFACES, Key::Interface, pieces);
     }
     if plan.dst.is_none() {
         made.add(OWN, Key::AddressType, [Elements::AddressTypes(Cow::Borrowed(&OWN_TYPES))]);
