@@ -155,7 +155,9 @@ typedef struct tp_rules tp_rules;
  * what they intercept, until the next tp_install_rules of that name or
  * tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
  * sockets but those whose SO_MARK is the mark of the rules. What is dropped for
- * want of a listener is counted as intercepted.
+ * want of a listener is counted as intercepted. The programs are run as
+ * children: the process must not ignore SIGCHLD, nor wait for children that it
+ * did not start.
  */
 #define TP_BACKEND_IPTABLES 2
 

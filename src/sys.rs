@@ -1,8 +1,9 @@
 //! The few system calls that `std` and `socket2` do not wrap.
 
 use std::fmt;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
 use socket2::SockAddr;
 
@@ -56,6 +57,20 @@ pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
         })
     }?;
     Ok(addr)
+}
+
+/// A file in memory that holds a text, to be read from its beginning.
+pub(crate) fn file_of(text: &str) -> io::Result<File> {
+    // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
+    let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is ours alone.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(text.as_bytes())?;
+    file.rewind()?;
+    Ok(file)
 }
 
 /// An errno value that displays as the C library describes it, without allocating.

@@ -7,8 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use crate::error::{Error, Result};
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
@@ -376,18 +375,16 @@ impl Tool {
             let cure = if missing { "; install the package iptables" } else { "" };
             Error::new(errno, format!("{program}: {e}{cure}"))
         };
-        let mut child = Command::new(program)
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
+        // By a file, not by a pipe: a program that ends early must not end this one with SIGPIPE.
+        let output = ["", "/usr/sbin/", "/sbin/"]
+            .iter()
+            .map(|directory| {
+                let input = crate::sys::file_of(input)?;
+                Command::new(format!("{directory}{program}")).args(args).stdin(input).output()
+            })
+            .find(|outcome| !matches!(outcome, Err(e) if e.kind() == std::io::ErrorKind::NotFound))
+            .unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
             .map_err(failed)?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A program that ends early says why itself.
-            let _ = stdin.write_all(input.as_bytes());
-        }
-        let output = child.wait_with_output().map_err(failed)?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
