@@ -148,10 +148,16 @@ pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
 pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRule]) -> Result<()> {
     delete_found(channel, leftovers, &[])?;
     let entries = entries(routing);
-    let stale_routes: Vec<Entry> =
-        entries.iter().copied().filter(|entry| matches!(entry, Entry::Route { .. })).collect();
-    delete_entries(channel, &stale_routes)?;
-    add_entries(channel, &entries).map(|_| ())
+    match add_entries(channel, &entries) {
+        // A route of ours may be there without its rules: somebody deleted those.
+        Err(error) if error.errno() == libc::EEXIST => {
+            let is_route = |entry: &&Entry| matches!(entry, Entry::Route { .. });
+            let routes: Vec<Entry> = entries.iter().filter(is_route).copied().collect();
+            delete_entries(channel, &routes)?;
+            add_entries(channel, &entries).map(drop)
+        }
+        done => done.map(drop),
+    }
 }
 
 /// Adds what of a routing is not there yet, neither among the rules found nor as a route of ours. Gives what was added.

@@ -89,6 +89,8 @@ pub(crate) struct Answers {
 pub(crate) struct Channel {
     transport: Box<dyn Transport>,
     seq: u32,
+    /// What was received last; made once.
+    received: Vec<u8>,
 }
 
 impl Channel {
@@ -111,7 +113,7 @@ impl Channel {
 
     /// A channel over any transport.
     pub fn over(transport: Box<dyn Transport>) -> Channel {
-        Channel { transport, seq: 0 }
+        Channel { transport, seq: 0, received: Vec::new() }
     }
 
     pub fn next_seq(&mut self) -> u32 {
@@ -201,10 +203,12 @@ impl Channel {
 
     /// Receives until nothing is left; the answers are there when `send` returns.
     fn drain(&mut self, mut each: impl FnMut(&wire::Message<'_>)) -> io::Result<()> {
-        let mut buffer = vec![0; RECEIVE_BUFFER];
+        if self.received.is_empty() {
+            self.received = vec![0; RECEIVE_BUFFER];
+        }
         loop {
-            match self.transport.receive(&mut buffer) {
-                Ok(len) => wire::messages(buffer.get(..len).unwrap_or_default()).for_each(|m| each(&m)),
+            match self.transport.receive(&mut self.received) {
+                Ok(len) => wire::messages(self.received.get(..len).unwrap_or_default()).for_each(|m| each(&m)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),

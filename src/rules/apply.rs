@@ -404,14 +404,16 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     place::sweep(&mut nft, &mut route)
 }
 
-/// The plan for this host: loopback must be up, and without IPv6 addresses it is for IPv4 alone, if nothing else was
-/// asked for.
+/// The plan for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
+///
+/// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
 fn served(config: &Config, plan: Plan, route: &mut Channel) -> Result<Plan> {
-    if plan.mode != Mode::Redirect {
+    let either = config.families.is_empty() && plan.families == Families::ALL;
+    let plan = if either && !route::has_ipv6(route) { plan.without_ipv6() } else { plan };
+    if plan.mode != Mode::Redirect && !plan.families.v6 {
         route::require_loopback(route)?;
     }
-    let either = config.families.is_empty() && plan.families == Families::ALL;
-    Ok(if either && !route::has_ipv6(route) { plan.without_ipv6() } else { plan })
+    Ok(plan)
 }
 
 fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {

@@ -40,14 +40,21 @@ pub(super) struct Claim {
 /// Claims the instance's name and a place. `avoid` are routing tables that have turned out not to be free.
 pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: &[u32]) -> Result<Claim> {
     let name = table::name_of(&plan.name);
-    sweep(nft, route)?;
+    let mut swept = false;
     retried(|| {
-        let (generation, tables) = table::list(nft)?;
+        let (mut generation, mut tables) = table::list(nft)?;
+        let mut rules = route::rules(route, plan.families)?;
+        // What dead instances left goes first. Mostly there is nothing, and looking once is enough.
+        if !swept && rules.iter().any(|rule| rule.ours && !is_lived_in(&tables, rule)) {
+            sweep(nft, route)?;
+            swept = true;
+            (generation, tables) = table::list(nft)?;
+            rules = route::rules(route, plan.families)?;
+        }
         if let Some(place) = orphan_or_free(&name, plan, &tables)? {
             commit(nft, &name, Some(generation), &[Change::Adopt])?;
             return Ok(Claim { place, leftovers: Vec::new(), adopted: true });
         }
-        let rules = route::rules(route, plan.families)?;
         let place = choose(plan, &tables, &rules, avoid)?;
         commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
         let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).collect();
@@ -73,8 +80,7 @@ pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
         let claimed = retried(|| {
             let (generation, tables) = table::list(nft)?;
             let mut rules = route::rules(route, Families::ALL)?;
-            let lives = |rule: &FoundRule| places(&tables).any(|place| covers(&place, rule.priority));
-            rules.retain(|rule| rule.ours && !tried.contains(rule) && !lives(rule));
+            rules.retain(|rule| rule.ours && !tried.contains(rule) && !is_lived_in(&tables, rule));
             let Some(priority) = rules.iter().map(|rule| rule.priority).min() else { return Ok(None) };
             // Another is at it already.
             if tables.iter().any(|table| table.name == SWEEPER) {
@@ -116,6 +122,11 @@ fn retried<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
 /// The places that tables speak for.
 pub(super) fn places(tables: &[Table]) -> impl Iterator<Item = Place> {
     tables.iter().filter_map(|table| table.place)
+}
+
+/// A table speaks for the place that a rule is in.
+fn is_lived_in(tables: &[Table], rule: &FoundRule) -> bool {
+    places(tables).any(|place| covers(&place, rule.priority))
 }
 
 fn covers(place: &Place, priority: u32) -> bool {
