@@ -9,11 +9,13 @@
 #![allow(clippy::missing_safety_doc)]
 
 mod arg;
+mod config;
 mod diagnosis;
 mod guard;
 mod rules;
 mod sockets;
 
+pub use config::*;
 pub use diagnosis::*;
 pub use rules::*;
 pub use sockets::*;

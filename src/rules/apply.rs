@@ -10,13 +10,12 @@
 use crate::backend::iptables::{self, Tool};
 use crate::backend::nft::object::{Object, Variant};
 use crate::backend::nft::ruleset::{self, Which};
-use crate::backend::nft::table::{self, Contents};
+use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
 use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
-use crate::prefix::{Prefix, PrefixSet};
 
 use super::config::Config;
 use super::place::{self, Claim};
@@ -91,27 +90,6 @@ impl Rules {
         }
     }
 
-    /// The routing and the claim as ever, the rules by `iptables-restore`.
-    fn install_by_iptables(config: &Config, plan: Plan) -> Result<Rules> {
-        iptables::check(&plan)?;
-        let (mut nft, mut route) = channels()?;
-        let plan = served(config, plan, &mut route)?;
-        let claim = match place::claim(&plan, &mut nft, &mut route, &[]) {
-            Err(error) if error.errno() == libc::EOPNOTSUPP => place::unclaimed(&plan, &mut route)?,
-            claimed => claimed?,
-        };
-        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.place));
-        if let Err(error) = route::add(&mut route, &routing, &claim.leftovers) {
-            let _ = delete_table(&mut nft, &table);
-            return Err(error);
-        }
-        let variant = Variant::default();
-        // From here on dropping the value undoes all.
-        let rules = Rules { nft, route, table, plan, variant, routing, by_iptables: true, installed: true };
-        enforce(&rules.plan)?;
-        Ok(rules)
-    }
-
     fn install_over(config: &Config, plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
         let plan = served(config, plan, &mut route)?;
         let mut avoid = Vec::new();
@@ -149,110 +127,11 @@ impl Rules {
         }
     }
 
-    /// Replaces what is asked for: every packet is treated by the old rules or by the new.
-    ///
-    /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
-    pub fn replace(&mut self, config: &Config) -> Result<()> {
-        let plan = plan::make(config)?;
-        if plan.name != self.plan.name || plan.persist != self.plan.persist {
-            return Err(Error::invalid(
-                "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
-            ));
-        }
-        let changed = |wanted: Option<u32>, has| wanted.is_some_and(|wanted| wanted != has);
-        if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
-            return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
-        }
-        let plan = served(config, plan, &mut self.route)?;
-        if self.by_iptables {
-            return self.replace_in_iptables(plan);
-        }
-        let old = names_of(&ruleset::compile(&self.plan, self.variant));
-        self.swap(plan, &old)
-    }
-
-    /// Adds and removes prefixes of a set, in one transaction, while the rules work.
-    ///
-    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
-    /// [`Mode::DivertOnly`]).
-    pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
-        let missing = |name: &str| {
-            Error::invalid(format!(
-                "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
-            ))
-        };
-        let (which, prefixes) = match set {
-            Set::Dst => (Which::Dst, self.plan.dst.as_ref().ok_or_else(|| missing("dst"))?),
-            Set::Src => (Which::Src, self.plan.src.as_ref().ok_or_else(|| missing("src"))?),
-            Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
-            Set::Bypass => (Which::Bypass, &self.plan.bypass),
-        };
-        let families = self.plan.families;
-        if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
-            return Err(Error::invalid(format!("prefix {prefix}: these rules do not serve its family")));
-        }
-        let mut changed = prefixes.clone();
-        let deltas = changed.update(add, remove)?;
-        if self.by_iptables {
-            let mut plan = self.plan.clone();
-            put(&mut plan, which, changed);
-            return self.replace_in_iptables(plan);
-        }
-        let mut pieces = Vec::new();
-        for (family, delta) in families_and(&deltas) {
-            let set = which.set(family, self.variant);
-            pieces.extend(ruleset::chunks(family, &delta.gone).into_iter().map(|e| (false, set, e)));
-            pieces.extend(ruleset::chunks(family, &delta.new).into_iter().map(|e| (true, set, e)));
-        }
-        // What goes, goes first: a range that grows is deleted and added.
-        pieces.sort_by_key(|(adds, ..)| *adds);
-        let objects: Vec<(bool, Object)> =
-            pieces.into_iter().map(|(adds, set, elements)| (adds, Object::Elements { set, elements })).collect();
-        let changes: Vec<Change<'_>> = objects
-            .iter()
-            .map(|(adds, object)| match object {
-                Object::Elements { set, elements } if !adds => Change::DeleteElements { set: *set, elements },
-                object => Change::Add(object),
-            })
-            .collect();
-        if !changes.is_empty() {
-            commit(&mut self.nft, &self.table, None, &changes)?;
-        }
-        put(&mut self.plan, which, changed);
-        Ok(())
-    }
-
-    /// One transaction for each family; if one fails, the old rules come back.
-    fn replace_in_iptables(&mut self, plan: Plan) -> Result<()> {
-        iptables::check(&plan)?;
-        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
-        let before = route::rules(&mut self.route, Families::ALL)?;
-        let added = route::add_missing(&mut self.route, &routing, &before)?;
-        if let Err(error) = enforce(&plan) {
-            let _ = enforce(&self.plan);
-            let _ = route::delete_entries(&mut self.route, &added);
-            return Err(error);
-        }
-        (self.plan, self.routing) = (plan, routing);
-        self.delete_surplus(&before);
-        Ok(())
-    }
-
-    /// Deletes what of the routing there was before is not wanted now. The new rules are in force: what resists is
-    /// inert, and goes with the next change or sweep.
-    fn delete_surplus(&mut self, before: &[FoundRule]) {
-        let routing = self.routing;
-        let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
-        let surplus: Vec<FoundRule> = surplus.copied().collect();
-        let _ = route::delete_found(&mut self.route, &surplus, &[routing.table]);
-        let _ = route::delete_routes_without(&mut self.route, &routing);
-    }
-
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
         let mut stats = Stats::default();
         if self.by_iptables {
-            return counted_by_iptables(&self.plan);
+            return by_iptables::counted_by_iptables(&self.plan);
         }
         for (name, packets, bytes) in table::counters(&mut self.nft, &self.table)? {
             let count = match name.as_str() {
@@ -279,7 +158,7 @@ impl Rules {
         if !std::mem::take(&mut self.installed) {
             return Ok(());
         }
-        let rules = if self.by_iptables { forget(&self.plan.name) } else { Ok(()) };
+        let rules = if self.by_iptables { by_iptables::forget(&self.plan.name) } else { Ok(()) };
         let routing = route::delete(&mut self.route, &self.routing);
         let table = match delete_table(&mut self.nft, &self.table) {
             // A host without nf_tables has no claims.
@@ -287,72 +166,6 @@ impl Rules {
             done => done,
         };
         rules.and(routing).and(table)
-    }
-
-    /// Makes an adopted table hold the plan, whatever it held.
-    fn take_over(&mut self) -> Result<()> {
-        let contents = table::contents(&mut self.nft, &self.table)?;
-        let old = self.without_idle_sets(contents)?;
-        self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
-        self.swap(self.plan.clone(), &old)
-    }
-
-    /// The process before may have died between filling new sets and turning to them: only one variant is in use.
-    fn without_idle_sets(&mut self, mut contents: Contents) -> Result<Contents> {
-        for variant in [Variant::Second, Variant::First] {
-            let (these, others): (Vec<String>, Vec<String>) =
-                contents.sets.iter().cloned().partition(|name| Variant::of(name) == variant);
-            if these.is_empty() || others.is_empty() {
-                break;
-            }
-            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
-            match commit(&mut self.nft, &self.table, None, &changes) {
-                Ok(()) => contents.sets = others,
-                // The rules ask these: the others are idle.
-                Err(error) if error.errno() == libc::EBUSY => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(contents)
-    }
-
-    /// From what the table holds to a plan. First the new sets, beside the old; then, in one transaction, the rules:
-    /// a packet sees either all of the old ones or all of the new.
-    ///
-    /// The sets need a transaction of their own, since the kernel publishes what is in a new set of ranges only after
-    /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
-    /// Chains that both have stay, so that no base chain is away for a moment.
-    fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
-        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
-        let variant = self.variant.other();
-        let new = ruleset::compile(&plan, variant);
-        let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
-        let new_sets = names_of(&new).sets;
-
-        let before = route::rules(&mut self.route, Families::ALL)?;
-        let added = route::add_missing(&mut self.route, &routing, &before)?;
-        let filled = add_sets(&mut self.nft, &self.table, &sets);
-        let done = filled.and_then(|()| {
-            let kept = |name: &str| {
-                others.iter().any(|object| matches!(object, Object::Chain { name: new, .. } if *new == name))
-            };
-            let mut changes = vec![Change::DeleteRules];
-            let gone = old.chains.iter().filter(|name| !kept(name));
-            changes.extend(gone.map(|name| Change::DeleteChain(name)));
-            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
-            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
-            commit(&mut self.nft, &self.table, None, &changes)
-        });
-        if let Err(error) = done {
-            for name in new_sets {
-                let _ = commit(&mut self.nft, &self.table, None, &[Change::DeleteSet(name)]);
-            }
-            let _ = route::delete_entries(&mut self.route, &added);
-            return Err(error);
-        }
-        (self.plan, self.variant, self.routing) = (plan, variant, routing);
-        self.delete_surplus(&before);
-        Ok(())
     }
 }
 
@@ -414,48 +227,6 @@ fn served(config: &Config, plan: Plan, route: &mut Channel) -> Result<Plan> {
         route::require_loopback(route)?;
     }
     Ok(plan)
-}
-
-fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {
-    match which {
-        Which::Dst => plan.dst = Some(prefixes),
-        Which::Src => plan.src = Some(prefixes),
-        Which::Bypass => plan.bypass = prefixes,
-    }
-}
-
-/// Makes iptables hold the plan, in the families that it serves, and nothing of it in the other.
-fn enforce(plan: &Plan) -> Result<()> {
-    for family in Families::ALL.iter() {
-        let tool = Tool::choose(family);
-        match plan.families.contains(family) {
-            true => tool.apply(plan)?,
-            false => _ = tool.remove(&plan.name),
-        }
-    }
-    Ok(())
-}
-
-fn forget(instance: &str) -> Result<()> {
-    Families::ALL.iter().map(|family| Tool::choose(family).remove(instance)).fold(Ok(()), Result::and)
-}
-
-/// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
-fn counted_by_iptables(plan: &Plan) -> Result<Stats> {
-    let mut stats = Stats::default();
-    for family in plan.families.iter() {
-        for (part, rule, packets, bytes) in Tool::choose(family).counters(&plan.name)? {
-            let count = match part.as_str() {
-                "i" => &mut stats.intercepted,
-                "d" if rule.contains("-j MARK") => &mut stats.diverted,
-                "p" if rule.ends_with("-j DROP") => &mut stats.guarded,
-                _ => continue,
-            };
-            count.packets += packets;
-            count.bytes += bytes;
-        }
-    }
-    Ok(stats)
 }
 
 /// What did not work, and whether it was a route that was there already.
@@ -547,29 +318,7 @@ pub(super) fn routing(plan: &Plan, place: table::Place) -> Routing {
     Routing { families, mark: plan.mark, output_mark: plan.output_mark, table: place.table, priority: place.priority }
 }
 
-fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (crate::model::Family, &T)> {
-    Families::ALL.iter().zip(both)
-}
-
-/// Chains that stay. (A counter that is added again goes on counting: `nf_tables_newobj`.)
-fn has_already(old: &Contents, object: &Object) -> bool {
-    match object {
-        Object::Chain { name, .. } => old.chains.iter().any(|chain| chain == name),
-        _ => false,
-    }
-}
-
-fn names_of(objects: &[Object]) -> Contents {
-    let mut names = Contents::default();
-    for object in objects {
-        match object {
-            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
-            Object::Set(set) => names.sets.push(set.name.to_string()),
-            _ => {}
-        }
-    }
-    names
-}
-
+mod by_iptables;
+mod change;
 #[cfg(test)]
 mod fault_tests;

@@ -1,0 +1,190 @@
+//! Changes to rules that are installed: other rules in their place, prefixes
+//! that come and go, and an orphan's rules taken over.
+
+use super::*;
+use crate::backend::nft::table::Contents;
+use crate::model::Family;
+use crate::prefix::{Prefix, PrefixSet};
+
+impl Rules {
+    /// Replaces what is asked for: every packet is treated by the old rules or by the new.
+    ///
+    /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
+    pub fn replace(&mut self, config: &Config) -> Result<()> {
+        let plan = plan::make(config)?;
+        if plan.name != self.plan.name || plan.persist != self.plan.persist {
+            return Err(Error::invalid(
+                "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
+            ));
+        }
+        let changed = |wanted: Option<u32>, has| wanted.is_some_and(|wanted| wanted != has);
+        if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
+            return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
+        }
+        let plan = served(config, plan, &mut self.route)?;
+        if self.by_iptables {
+            return self.replace_in_iptables(plan);
+        }
+        let old = names_of(&ruleset::compile(&self.plan, self.variant));
+        self.swap(plan, &old)
+    }
+
+    /// Adds and removes prefixes of a set, in one transaction, while the rules work.
+    ///
+    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
+    /// [`Mode::DivertOnly`]).
+    pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
+        let missing = |name: &str| {
+            Error::invalid(format!(
+                "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
+            ))
+        };
+        let (which, prefixes) = match set {
+            Set::Dst => (Which::Dst, self.plan.dst.as_ref().ok_or_else(|| missing("dst"))?),
+            Set::Src => (Which::Src, self.plan.src.as_ref().ok_or_else(|| missing("src"))?),
+            Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
+            Set::Bypass => (Which::Bypass, &self.plan.bypass),
+        };
+        let families = self.plan.families;
+        if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
+            return Err(Error::invalid(format!("prefix {prefix}: these rules do not serve its family")));
+        }
+        let mut changed = prefixes.clone();
+        let deltas = changed.update(add, remove)?;
+        if self.by_iptables {
+            let mut plan = self.plan.clone();
+            put(&mut plan, which, changed);
+            return self.replace_in_iptables(plan);
+        }
+        let mut pieces = Vec::new();
+        for (family, delta) in families_and(&deltas) {
+            let set = which.set(family, self.variant);
+            pieces.extend(ruleset::chunks(family, &delta.gone).into_iter().map(|e| (false, set, e)));
+            pieces.extend(ruleset::chunks(family, &delta.new).into_iter().map(|e| (true, set, e)));
+        }
+        // What goes, goes first: a range that grows is deleted and added.
+        pieces.sort_by_key(|(adds, ..)| *adds);
+        let objects: Vec<(bool, Object)> =
+            pieces.into_iter().map(|(adds, set, elements)| (adds, Object::Elements { set, elements })).collect();
+        let changes: Vec<Change<'_>> = objects
+            .iter()
+            .map(|(adds, object)| match object {
+                Object::Elements { set, elements } if !adds => Change::DeleteElements { set: *set, elements },
+                object => Change::Add(object),
+            })
+            .collect();
+        if !changes.is_empty() {
+            commit(&mut self.nft, &self.table, None, &changes)?;
+        }
+        put(&mut self.plan, which, changed);
+        Ok(())
+    }
+
+    /// Deletes what of the routing there was before is not wanted now. The new rules are in force: what resists is
+    /// inert, and goes with the next change or sweep.
+    pub(super) fn delete_surplus(&mut self, before: &[FoundRule]) {
+        let routing = self.routing;
+        let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
+        let surplus: Vec<FoundRule> = surplus.copied().collect();
+        let _ = route::delete_found(&mut self.route, &surplus, &[routing.table]);
+        let _ = route::delete_routes_without(&mut self.route, &routing);
+    }
+
+    /// Makes an adopted table hold the plan, whatever it held.
+    pub(super) fn take_over(&mut self) -> Result<()> {
+        let contents = table::contents(&mut self.nft, &self.table)?;
+        let old = self.without_idle_sets(contents)?;
+        self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
+        self.swap(self.plan.clone(), &old)
+    }
+
+    /// The process before may have died between filling new sets and turning to them: only one variant is in use.
+    fn without_idle_sets(&mut self, mut contents: Contents) -> Result<Contents> {
+        for variant in [Variant::Second, Variant::First] {
+            let (these, others): (Vec<String>, Vec<String>) =
+                contents.sets.iter().cloned().partition(|name| Variant::of(name) == variant);
+            if these.is_empty() || others.is_empty() {
+                break;
+            }
+            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
+            match commit(&mut self.nft, &self.table, None, &changes) {
+                Ok(()) => contents.sets = others,
+                // The rules ask these: the others are idle.
+                Err(error) if error.errno() == libc::EBUSY => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(contents)
+    }
+
+    /// From what the table holds to a plan. First the new sets, beside the old; then, in one transaction, the rules:
+    /// a packet sees either all of the old ones or all of the new.
+    ///
+    /// The sets need a transaction of their own, since the kernel publishes what is in a new set of ranges only after
+    /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
+    /// Chains that both have stay, so that no base chain is away for a moment.
+    fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
+        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let variant = self.variant.other();
+        let new = ruleset::compile(&plan, variant);
+        let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
+        let new_sets = names_of(&new).sets;
+
+        let before = route::rules(&mut self.route, Families::ALL)?;
+        let added = route::add_missing(&mut self.route, &routing, &before)?;
+        let filled = add_sets(&mut self.nft, &self.table, &sets);
+        let done = filled.and_then(|()| {
+            let kept = |name: &str| {
+                others.iter().any(|object| matches!(object, Object::Chain { name: new, .. } if *new == name))
+            };
+            let mut changes = vec![Change::DeleteRules];
+            let gone = old.chains.iter().filter(|name| !kept(name));
+            changes.extend(gone.map(|name| Change::DeleteChain(name)));
+            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
+            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
+            commit(&mut self.nft, &self.table, None, &changes)
+        });
+        if let Err(error) = done {
+            for name in new_sets {
+                let _ = commit(&mut self.nft, &self.table, None, &[Change::DeleteSet(name)]);
+            }
+            let _ = route::delete_entries(&mut self.route, &added);
+            return Err(error);
+        }
+        (self.plan, self.variant, self.routing) = (plan, variant, routing);
+        self.delete_surplus(&before);
+        Ok(())
+    }
+}
+
+fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {
+    match which {
+        Which::Dst => plan.dst = Some(prefixes),
+        Which::Src => plan.src = Some(prefixes),
+        Which::Bypass => plan.bypass = prefixes,
+    }
+}
+
+fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (Family, &T)> {
+    Families::ALL.iter().zip(both)
+}
+
+/// Chains that stay. (A counter that is added again goes on counting: `nf_tables_newobj`.)
+fn has_already(old: &Contents, object: &Object) -> bool {
+    match object {
+        Object::Chain { name, .. } => old.chains.iter().any(|chain| chain == name),
+        _ => false,
+    }
+}
+
+fn names_of(objects: &[Object]) -> Contents {
+    let mut names = Contents::default();
+    for object in objects {
+        match object {
+            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
+            Object::Set(set) => names.sets.push(set.name.to_string()),
+            _ => {}
+        }
+    }
+    names
+}
