@@ -232,7 +232,8 @@ pub(crate) struct Plan {
     pub dst: Option<PrefixSet>,
     /// `None`: every source.
     pub src: Option<PrefixSet>,
-    pub bypass: PrefixSet,
+    /// `None`: nobody has asked for any.
+    pub bypass: Option<PrefixSet>,
     /// Where forwarded traffic comes in; none: everywhere.
     pub interfaces: Vec<String>,
     /// `None`: whatever is free.

@@ -231,7 +231,7 @@ fn prefixes_come_and_go() {
     assert!(intercepted(&lab, v4(), &listener, &server));
     update(TP_SET_DST, &["192.0.3.0/24", "255.255.255.255/32", "0.0.0.0/32"], &["203.0.112.0/23"]).unwrap();
     assert!(!intercepted(&lab, v4(), &listener, &server));
-    let held = lab.proxy.nft("list set inet libtproxy-tproxy dst4");
+    let held = lab.proxy.nft("list sets");
     for range in ["0.0.0.0,", "192.0.2.0/23", "255.255.255.255"] {
         assert!(held.contains(range), "{held}");
     }

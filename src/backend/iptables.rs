@@ -20,7 +20,7 @@ const PREFIXES_MAX: usize = 1000;
 pub(crate) fn check(plan: &Plan) -> Result<()> {
     let unsupported = |what: &str| Err(Error::new(libc::EOPNOTSUPP, format!("the iptables backend {what}")));
     let prefixes = |set: &PrefixSet| set.of(Family::V4).len() + set.of(Family::V6).len();
-    let sets = plan.dst.iter().chain(&plan.src).chain([&plan.bypass]);
+    let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
     if plan.fail_open {
         unsupported("always drops what finds no listener (xt_TPROXY): TP_RULES_FAIL_OPEN needs nf_tables")
     } else if plan.notrack {
@@ -104,7 +104,7 @@ impl Builder<'_> {
             Some(src) => prefixes(src, "-s", &self.jump(destinations)),
             None => vec![self.jump(destinations)],
         };
-        let mut to = prefixes(&self.plan.bypass, "-d", "-j RETURN");
+        let mut to = self.plan.bypass.as_ref().map_or(Vec::new(), |bypass| prefixes(bypass, "-d", "-j RETURN"));
         match &self.plan.dst {
             Some(dst) => to.extend(prefixes(dst, "-d", &self.jump(then))),
             None => {

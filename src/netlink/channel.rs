@@ -26,7 +26,7 @@ const OFFSET: u16 = 2;
 /// say more), NETLINK_GET_STRICT_CHK (a dump with a filter is filtered).
 const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
 /// The kernel fills at most 32 KiB with one part of a dump (`netlink_dump`).
-const RECEIVE_BUFFER: usize = 64 << 10;
+const RECEIVE_BUFFER: usize = 32 << 10;
 /// A dump that is interrupted this often is given up.
 const DUMP_TRIES: usize = 16;
 

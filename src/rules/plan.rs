@@ -46,7 +46,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         ports: merge_ports(&config.ports)?,
         dst: set(&config.dst),
         src: set(&config.src),
-        bypass: PrefixSet::new(&config.bypass),
+        bypass: set(&config.bypass),
         interfaces: interfaces(&config.interfaces)?,
         table: table(config.table)?,
         priority: priority(config.priority)?,

@@ -285,7 +285,7 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
         let elsewhere = Statement::Source { family, set: Which::Src.set(family, plan.variant), inside: false };
         objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
     }
-    for family in plan.families.iter() {
+    for family in plan.families.iter().filter(|_| plan.bypass.is_some()) {
         let bypass = Statement::DestinationIn { family, set: Which::Bypass.set(family, plan.variant) };
         objects.push(rule(name, "to be left alone", [bypass, leave.clone()]));
     }
@@ -368,7 +368,8 @@ fn sets(plan: &Compiled<'_>) -> Vec<Object> {
     if plan.dst.is_none() {
         made.add(OWN, Key::AddressType, [Elements::AddressTypes(Cow::Borrowed(&OWN_TYPES))]);
     }
-    let sets = [(Which::Src, plan.src.as_ref()), (Which::Bypass, Some(&plan.bypass)), (Which::Dst, plan.dst.as_ref())];
+    let sets =
+        [(Which::Src, plan.src.as_ref()), (Which::Bypass, plan.bypass.as_ref()), (Which::Dst, plan.dst.as_ref())];
     for (which, prefixes) in sets {
         if let Some(prefixes) = prefixes {
             made.add_prefixes(which, prefixes, plan.families);

@@ -236,7 +236,6 @@ mod tests {
     use crate::backend::nft::object::Variant;
     use crate::backend::nft::ruleset;
     use crate::model::{Families, Mark, Mode, Plan, Protocols};
-    use crate::prefix::PrefixSet;
 
     /// The kernel points at the name attribute of an expression that it does not have.
     #[test]
@@ -256,7 +255,7 @@ mod tests {
             ports: Vec::new(),
             dst: None,
             src: None,
-            bypass: PrefixSet::default(),
+            bypass: None,
             interfaces: Vec::new(),
             table: None,
             priority: None,

@@ -39,11 +39,12 @@ impl Rules {
                 "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
             ))
         };
+        let none = PrefixSet::default();
         let (which, prefixes) = match set {
             Set::Dst => (Which::Dst, self.plan.dst.as_ref().ok_or_else(|| missing("dst"))?),
             Set::Src => (Which::Src, self.plan.src.as_ref().ok_or_else(|| missing("src"))?),
             Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
-            Set::Bypass => (Which::Bypass, &self.plan.bypass),
+            Set::Bypass => (Which::Bypass, self.plan.bypass.as_ref().unwrap_or(&none)),
         };
         let families = self.plan.families;
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
@@ -55,6 +56,13 @@ impl Rules {
             let mut plan = self.plan.clone();
             put(&mut plan, which, changed);
             return self.replace_in_iptables(plan);
+        }
+        if which == Which::Bypass && self.plan.bypass.is_none() {
+            // The first of them: the rules do not ask such a set yet.
+            let mut plan = self.plan.clone();
+            put(&mut plan, which, changed);
+            let old = names_of(&ruleset::compile(&self.plan, self.variant));
+            return self.swap(plan, &old);
         }
         let mut pieces = Vec::new();
         for (family, delta) in families_and(&deltas) {
@@ -161,7 +169,7 @@ fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {
     match which {
         Which::Dst => plan.dst = Some(prefixes),
         Which::Src => plan.src = Some(prefixes),
-        Which::Bypass => plan.bypass = prefixes,
+        Which::Bypass => plan.bypass = Some(prefixes),
     }
 }
 
