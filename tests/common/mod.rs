@@ -112,7 +112,8 @@ impl Net {
                 u32::from_str_radix(field, 16).unwrap()
             });
             // The link-local address comes with the carrier.
-            text.contains("fe80") && flags.all(|flags| flags & TENTATIVE == 0)
+            text.lines().any(|line| line.starts_with("fe80") && line.ends_with(&format!(" {interface}")))
+                && flags.all(|flags| flags & TENTATIVE == 0)
         };
         let deadline = Instant::now() + PATIENCE;
         while !self.run(ready) {
@@ -132,16 +133,15 @@ impl Net {
         self.sysctl("ipv6/conf/all/forwarding", "1");
     }
 
-    /// Everything that rules could have changed here, as text.
+    /// Everything that rules could have changed here, as text: but for routes that the kernel makes by itself, when it
+    /// gets round to it.
     pub fn state(&self) -> String {
-        [
-            self.nft("list tables"),
-            self.ip("-4 rule"),
-            self.ip("-6 rule"),
-            self.ip("-4 route show table all"),
-            self.ip("-6 route show table all"),
-        ]
-        .join("--\n")
+        let routes = ["-4 route show table all", "-6 route show table all"].map(|args| {
+            let others = |line: &&str| !line.contains("proto kernel");
+            self.ip(args).lines().filter(others).collect::<Vec<_>>().join("\n")
+        });
+        let rules = ["-4 rule", "-6 rule"].map(|args| self.ip(args));
+        [&[self.nft("list tables")], &rules[..], &routes[..]].concat().join("--\n")
     }
 }
 
