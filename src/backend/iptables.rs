@@ -340,14 +340,11 @@ impl Tool {
         if found.is_empty() { Ok(()) } else { self.restored(&restore(instance, &[], &found)) }
     }
 
-    /// The instances that have chains here.
+    /// The instances that have rules here: those whose jumps say so. A chain's name alone may be anybody's.
     pub fn instances(&self) -> Result<BTreeSet<String>> {
-        let save = self.saved()?;
-        let name = |line: &str| {
-            let chain = line.strip_prefix(":tp-")?.split(' ').next()?;
-            chain.rsplit_once('-').map(|(instance, _)| instance.to_owned())
-        };
-        Ok(save.lines().filter_map(name).collect())
+        let marker = format!("--comment \"{}", comment(""));
+        let name = |line: &str| Some(line.split_once(&marker)?.1.split_once('"')?.0.to_owned());
+        Ok(self.saved()?.lines().filter_map(name).collect())
     }
 
     /// The packets and bytes of the instance's rules: chain, rule, and the two numbers.

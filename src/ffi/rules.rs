@@ -51,8 +51,8 @@ pub struct tp_rules {
 /// namespace. EBUSY: a living process has rules of this name, or has this
 /// table or priority. EEXIST: someone else has what was asked for. EBADF,
 /// ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
-/// down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change nf_tables without pause. EMFILE, ENFILE,
-/// ENOBUFS, ENOMEM: as tp_socket.
+/// down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change
+/// nf_tables without pause. EMFILE, ENFILE, ENOBUFS, ENOMEM: as tp_socket.
 ///
 /// Needs Linux 5.12. Thread-safe.
 #[unsafe(no_mangle)]
