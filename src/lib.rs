@@ -14,6 +14,7 @@
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
 
+mod address;
 mod backend;
 pub mod error;
 #[allow(unsafe_code)]

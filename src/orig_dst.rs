@@ -1,12 +1,12 @@
 //! Where an intercepted connection was going.
 
-use std::net::{SocketAddr, SocketAddrV6};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
-use socket2::{SockAddr, SockRef};
+use socket2::SockRef;
 
+use crate::address::{as_family_of, canonical};
 use crate::error::{Ends, Error, Result, Step};
-use crate::socket::canonical;
 use crate::sys;
 
 /// The original destination of an accepted stream socket.
@@ -43,10 +43,11 @@ pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
         SocketAddr::V6(_) => socket.original_dst_v6(),
     };
     match before_nat {
-        Ok(found) => match as_family_of(local, &found)? {
+        Ok(found) => match found.as_socket().map(|found| as_family_of(local, found)) {
             // Tracked, but not translated: the client wanted this very socket.
-            same if same == local => Err(not_intercepted()),
-            found => Ok(found),
+            Some(same) if same == local => Err(not_intercepted()),
+            Some(found) => Ok(found),
+            None => Err(Error::new(libc::EIO, "connection tracking answered with an address of no known family")),
         },
         Err(e) => Err(match e.raw_os_error() {
             Some(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
@@ -61,17 +62,4 @@ fn not_intercepted() -> Error {
         "the connection was not intercepted: the socket is not transparent (TPROXY), and connection tracking knows no \
          REDIRECT or DNAT of it",
     )
-}
-
-/// An IPv4 answer for an IPv6 socket is v4-mapped, like every other address of that socket.
-fn as_family_of(local: SocketAddr, found: &SockAddr) -> Result<SocketAddr> {
-    let found = found
-        .as_socket()
-        .ok_or_else(|| Error::new(libc::EIO, "connection tracking answered with an address of no known family"))?;
-    Ok(match (local, found) {
-        (SocketAddr::V6(_), SocketAddr::V4(v4)) => {
-            SocketAddr::V6(SocketAddrV6::new(v4.ip().to_ipv6_mapped(), v4.port(), 0, 0))
-        }
-        _ => found,
-    })
 }

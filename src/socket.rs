@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
+use crate::address::canonical;
 use crate::error::{Ends, Error, Result, Step};
 use crate::sys;
 
@@ -163,17 +164,6 @@ fn attempt(any_port: SocketAddr, dst: SocketAddr, nonblocking: bool, wanted: Opt
     }
 }
 
-/// The IPv4 address that a v4-mapped one stands for; any other address as it is.
-pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
-    match addr {
-        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
-            Some(v4) => SocketAddr::from((v4, v6.port())),
-            None => addr,
-        },
-        SocketAddr::V4(_) => addr,
-    }
-}
-
 fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
     addr.set_port(port);
     addr
@@ -235,17 +225,4 @@ fn bind_without_port(socket: &Socket, addr: SocketAddr) -> Result<()> {
         }
     }
     bind(socket, addr)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn canonical_unmaps_ipv4_and_keeps_the_scope_of_ipv6() {
-        let mapped: SocketAddr = "[::ffff:192.0.2.1]:80".parse().unwrap();
-        assert_eq!(canonical(mapped), "192.0.2.1:80".parse().unwrap());
-        let scoped: SocketAddr = "[fe80::1%3]:80".parse().unwrap();
-        assert_eq!(canonical(scoped), scoped);
-    }
 }

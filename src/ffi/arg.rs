@@ -1,11 +1,12 @@
 //! What C gives, decoded: NULL, lengths and families are checked here, once.
 
 use std::ffi::{CStr, c_char, c_int};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
-use libc::{sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t};
+use libc::{sockaddr, sockaddr_storage, socklen_t};
 
+use crate::address;
 use crate::error::{Error, Result};
 
 /// A pointer that must not be NULL was.
@@ -50,28 +51,15 @@ pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) 
     if len > size_of::<sockaddr_storage>() {
         return Err(Error::invalid(format!("{what}: a length of {len} is more than any socket address has")));
     }
-    // SAFETY: valid for len bytes, of which this reads the first two; C need not have aligned it.
-    let family = unsafe { addr.cast::<libc::sa_family_t>().read_unaligned() };
-    match i32::from(family) {
-        libc::AF_INET if len < size_of::<sockaddr_in>() => Err(too_short()),
-        libc::AF_INET6 if len < size_of::<sockaddr_in6>() => Err(too_short()),
-        libc::AF_INET => {
-            // SAFETY: valid for len bytes, which are enough.
-            let v4 = unsafe { addr.cast::<sockaddr_in>().read_unaligned() };
-            let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
-            Ok(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into())
-        }
-        libc::AF_INET6 => {
-            // SAFETY: valid for len bytes, which are enough.
-            let v6 = unsafe { addr.cast::<sockaddr_in6>().read_unaligned() };
-            let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-            Ok(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into())
-        }
-        other => Err(Error::new(
+    // SAFETY: not NULL, valid for len bytes, and these are bytes.
+    let bytes = unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) };
+    address::decode(bytes).ok_or_else(|| match address::family(bytes) {
+        Some(libc::AF_INET | libc::AF_INET6) => too_short(),
+        other => Error::new(
             libc::EAFNOSUPPORT,
-            format!("{what}: address family {other}, where AF_INET or AF_INET6 is needed"),
-        )),
-    }
+            format!("{what}: address family {}, where AF_INET or AF_INET6 is needed", other.unwrap_or_default()),
+        ),
+    })
 }
 
 /// Where an address goes: the place and its size, which becomes the address's.
