@@ -68,6 +68,7 @@
 #include <sys/types.h>
 /* A handle is known by its pointer alone. */
 typedef struct tp_rules tp_rules;
+typedef struct tp_replier tp_replier;
 
 
 /**
@@ -86,6 +87,42 @@ typedef struct tp_rules tp_rules;
  * other. tp_connect_from.
  */
 #define TP_KEEP_PORT 4
+
+/**
+ * A datagram socket instead of a stream socket. tp_connect_from.
+ */
+#define TP_DGRAM 8
+
+/**
+ * In tp_datagram.flags: the datagram was longer than its place; len is what
+ * there was room for, and the rest is lost.
+ */
+#define TP_DGRAM_TRUNC 1
+
+/**
+ * In tp_datagram.flags: the socket reports more than there was room for, so
+ * that the original destination or the segment length may be missing.
+ */
+#define TP_DGRAM_CTRUNC 2
+
+/**
+ * In tp_datagram.flags: the kernel gave no original destination, because the
+ * socket was not told to report it (tp_socket, tp_set_transparent).
+ */
+#define TP_DGRAM_NO_ORIG_DST 4
+
+/**
+ * The most datagrams that one tp_recv_datagrams receives, and that tp_reply
+ * hands to the kernel at once.
+ */
+#define TP_BATCH_MAX 64
+
+/**
+ * In tp_replier_config.flags: take no ports, reply by raw sockets alone. A
+ * service that is started later then finds its port free; datagrams are not
+ * sent in segments (UDP_SEGMENT), and each costs a checksum.
+ */
+#define TP_REPLIER_RAW 256
 
 /**
  * Only bring packets to transparent sockets that they belong to: listeners
@@ -207,9 +244,122 @@ typedef struct tp_rules tp_rules;
 #define TP_IPV6 2
 
 /**
+ * A replier.
+ */
+struct tp_replier;
+
+/**
  * Installed rules. Calls on one handle may come from any thread.
  */
 struct tp_rules;
+
+/**
+ * One datagram, or several of one flow and equal length: a place for what is
+ * received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
+ * sends it back.
+ *
+ * 296 bytes on 64-bit machines. Addresses are in network byte order, all else
+ * in host order.
+ */
+struct tp_datagram {
+    /**
+     * The caller's memory. NULL is fine where there are no bytes.
+     */
+    void *data;
+    /**
+     * How many bytes have room at data. tp_recv_datagrams reads it; tp_reply
+     * does not.
+     */
+    size_t capacity;
+    /**
+     * How many bytes were received, or are to be sent. 0 is a datagram too.
+     */
+    size_t len;
+    /**
+     * If len is more than this: the length of each of the datagrams that data
+     * has one after the other, but for the last, which may be shorter
+     * (UDP_GRO, UDP_SEGMENT). 0: one datagram.
+     */
+    uint32_t segment_len;
+    /**
+     * TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC, TP_DGRAM_NO_ORIG_DST. tp_reply does
+     * not look at them.
+     */
+    uint32_t flags;
+    /**
+     * The errno value of this datagram, 0 if it was received or sent.
+     */
+    int32_t error;
+    /**
+     * Who sent it, and whom tp_reply sends to.
+     */
+    struct sockaddr_storage client;
+    /**
+     * Where it was going, and where tp_reply's datagram comes from. ss_family
+     * is AF_UNSPEC (0) if the kernel did not tell.
+     */
+    struct sockaddr_storage orig_dst;
+};
+
+/**
+ * How a replier works. Every field zero means its default.
+ */
+struct tp_replier_config {
+    /**
+     * TP_NONBLOCK: a datagram for which there is no room at once is not sent,
+     * and its error is EAGAIN. TP_REPLIER_RAW.
+     */
+    uint32_t flags;
+    /**
+     * How many sockets of source ports there are at most; default 256. Two
+     * raw sockets may come on top.
+     */
+    uint32_t max_sockets;
+    /**
+     * After how many milliseconds without use a socket is closed, by a later
+     * tp_reply; default 60,000.
+     */
+    uint32_t idle_ms;
+    /**
+     * Zero.
+     */
+    uint32_t reserved;
+};
+
+/**
+ * What a replier has done since it was opened.
+ */
+struct tp_replier_stats {
+    /**
+     * Sockets that are open now, raw ones among them.
+     */
+    uint64_t sockets;
+    /**
+     * How often a socket was there already for the datagrams of one source
+     * port in a batch, or the port was known to be another's.
+     */
+    uint64_t hits;
+    /**
+     * How often one had to be made.
+     */
+    uint64_t misses;
+    /**
+     * Datagrams sent by a raw socket, since their source port is another's.
+     */
+    uint64_t raw;
+    /**
+     * Sockets closed because there were too many.
+     */
+    uint64_t evictions;
+    /**
+     * Datagrams that were not sent.
+     */
+    uint64_t errors;
+    /**
+     * Datagrams that were sent: elements of tp_reply's arrays.
+     */
+    uint64_t sent;
+};
 
 /**
  * A range of ports in host byte order, both ends included.
@@ -512,12 +662,17 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
  * 1024 without CAP_NET_BIND_SERVICE): then any, as without.
  *
- * flags: TP_KEEP_PORT, TP_NONBLOCK, or 0. With TP_NONBLOCK the connection
+ * flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, or 0. With TP_NONBLOCK the connection
  * may still be under way when the descriptor is returned: wait until it is
  * writable, then SO_ERROR tells. Without, the call waits, at most as long as
  * the kernel tries (net.ipv4.tcp_syn_retries).
  *
- * Returns a connected stream socket, which the caller closes, or -1 with
+ * With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
+ * and recv(2) receives what dst answers to it, and nothing else. What the
+ * client sends goes to the listener as before. Several such sockets, to
+ * different destinations, can have one port of src (SO_REUSEADDR).
+ *
+ * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
  * family, or an unknown flag. EAFNOSUPPORT: a family other than AF_INET and
  * AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
@@ -528,7 +683,8 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  *
  * System calls: socket, setsockopt(IP_TRANSPARENT),
  * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
- * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT. Thread-safe.
+ * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
+ * or SO_REUSEADDR. Thread-safe.
  */
 int tp_connect_from(const struct sockaddr *src,
                     socklen_t srclen,
@@ -567,6 +723,188 @@ int tp_connect_from(const struct sockaddr *src,
 int tp_orig_dst(int fd,
                 struct sockaddr *addr,
                 socklen_t *addrlen);
+
+/**
+ * Receives a datagram like recvfrom(2), and where it was going.
+ *
+ * One system call does both. The socket is one of tp_socket or
+ * tp_set_transparent (else the kernel does not report it); with UDP_GRO on it
+ * use tp_recv_datagrams.
+ *
+ * buf, len: where its bytes go; what has no room is lost. flags:
+ * MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC, MSG_WAITALL, or 0, as for recvfrom(2).
+ * src, srclen: who sent it. dst, dstlen: its original destination. Each
+ * address as for recvfrom(2): NULL if it is not wanted; the length is that of
+ * the place before, and that of the address after, and an address that has
+ * no room is cut. A struct sockaddr_storage has enough. Addresses are of the
+ * socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. If the kernel
+ * does not tell the original destination, *dstlen is 0 and dst's family
+ * AF_UNSPEC.
+ *
+ * Returns how many bytes were received, 0 for an empty datagram too, or -1
+ * with errno: EAGAIN: none is there, and the socket or the flags say not to
+ * wait. EFAULT: buf is NULL and len is not 0, or the length of an address is
+ * NULL. EINVAL: an unknown flag, or less room than a struct sockaddr_in has.
+ * EBADF, ENOTSOCK: not a descriptor, not a socket. EINTR: a signal came.
+ * ECONNREFUSED and the rest of recvmsg(2). Nothing is lost when it fails.
+ *
+ * System calls: recvmsg. Thread-safe.
+ */
+ssize_t tp_recvfrom(int fd,
+                    void *buf,
+                    size_t len,
+                    int flags,
+                    struct sockaddr *src,
+                    socklen_t *srclen,
+                    struct sockaddr *dst,
+                    socklen_t *dstlen);
+
+/**
+ * Finds the original destination in a message that the program received by
+ * itself: with recvmsg(2), recvmmsg(2) or io_uring.
+ *
+ * msg: as the kernel filled it, with room for control data (CMSG_SPACE(28)
+ * and more if the socket reports more). Only the control data, msg_flags and
+ * the family of msg_name are read, none of them is trusted, and msg is not
+ * changed. addr and addrlen: as for tp_orig_dst; too little room is EINVAL.
+ * The address is of the family of msg_name: IPv4 is v4-mapped where the
+ * sender's address is of AF_INET6. Without msg_name it is as the kernel has
+ * it.
+ *
+ * Returns 0, or -1 with errno, addr and addrlen untouched: ENOENT: the
+ * message has none. EFAULT: msg, addr or addrlen is NULL, or msg_control is
+ * where msg_controllen is not 0. EINVAL: too little room.
+ *
+ * System calls: none. Thread-safe.
+ */
+int tp_msg_orig_dst(const struct msghdr *msg, struct sockaddr *addr, socklen_t *addrlen);
+
+/**
+ * Receives as many datagrams as there are, with their senders and original
+ * destinations: one system call.
+ *
+ * It waits for the first datagram, unless the socket is non-blocking, and
+ * never for more. dgrams, count: an array whose data and capacity say where
+ * the bytes go; no more than TP_BATCH_MAX are received in a call. flags:
+ * MSG_DONTWAIT, or 0.
+ *
+ * In each that was received len, segment_len, flags, client and orig_dst are
+ * set, and error is 0; the others are as they were. Addresses are of the
+ * socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. A datagram
+ * of no bytes is one too. One whose original destination the kernel does not
+ * tell has TP_DGRAM_NO_ORIG_DST, and orig_dst.ss_family is AF_UNSPEC.
+ *
+ * Where the socket has UDP_GRO (setsockopt(fd, IPPROTO_UDP, UDP_GRO, ...),
+ * udp(7), Linux 5.0), datagrams of one flow and equal length come as one, up
+ * to 64 KiB: segment_len then says how long each is. Give them room: what is
+ * longer than capacity is cut.
+ *
+ * Returns how many were received, at least 1 (0 if count is 0), or -1 with
+ * errno: EAGAIN: none is there. EFAULT: dgrams is NULL, or data is where
+ * capacity is not 0. EINVAL: an unknown flag. EBADF, ENOTSOCK: not a
+ * descriptor, not a socket. EINTR: a signal came. ECONNREFUSED and the rest
+ * of recvmmsg(2).
+ *
+ * System calls: recvmmsg. Thread-safe.
+ */
+int tp_recv_datagrams(int fd, struct tp_datagram *dgrams, unsigned int count, int flags);
+
+/**
+ * Opens a replier: it sends datagrams from any address and port.
+ *
+ * There is one socket for each source port and family, however many source
+ * addresses and clients there are. Such a socket takes nothing that is meant
+ * for others: it is bound to an address that nobody uses (192.0.0.8, RFC 7600;
+ * 100:0:0:1::1, RFC 9780), so that no packet finds it, and drops what
+ * is sent there nevertheless. Servers on other sockets of that port, and on
+ * specific addresses, are not disturbed, nor are the listeners of the
+ * program itself; to start later, a server on the wildcard address needs
+ * SO_REUSEADDR (or TP_REPLIER_RAW here).
+ *
+ * Where another socket holds the port on the wildcard address without
+ * SO_REUSEADDR (a DNS server on 0.0.0.0:53), or the port is below 1024 and
+ * CAP_NET_BIND_SERVICE is missing, a raw socket sends the datagrams; that
+ * needs CAP_NET_RAW. Whether the port is free is tried again once a second.
+ *
+ * config, size: NULL and 0 for the defaults, or the struct and
+ * sizeof(struct tp_replier_config). replier: where the handle goes, on
+ * success alone; tp_replier_close ends it.
+ *
+ * A replier is for one thread at a time; have one for each thread. Its
+ * sockets are made by tp_reply as they are needed, in the network namespace
+ * of the thread that calls it.
+ *
+ * Returns 0, or -1 with errno: EFAULT: replier is NULL, or config is and size
+ * is not 0. EINVAL: an unknown flag, reserved is not zero, max_sockets above
+ * 65,536, or a size less than the first version's. E2BIG: config is larger
+ * than this library knows, and the rest is not zero. EPERM: neither
+ * CAP_NET_RAW nor CAP_NET_ADMIN. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
+ * tp_socket.
+ *
+ * Thread-safe.
+ */
+int tp_replier_open(const struct tp_replier_config *config,
+                    size_t size,
+                    struct tp_replier **replier);
+
+/**
+ * Sends datagrams, each from its orig_dst to its client: what
+ * tp_recv_datagrams filled can be passed on as it is, with other data in
+ * it.
+ *
+ * Of each, data, len, segment_len, client and orig_dst are read, and error is
+ * set: 0 if it was sent. One that cannot be sent does not keep the others
+ * from it. Datagrams of one flow keep their order. orig_dst is an address and port, of
+ * this host or not; client is of the same family, and either may be
+ * v4-mapped. The interface is the route's; for a link-local client
+ * sin6_scope_id says which.
+ *
+ * If len is more than segment_len, and that is not 0, then it is sent as
+ * several datagrams of segment_len bytes; and consecutive datagrams of one
+ * flow and equal length (the last may be shorter) leave as one message:
+ * UDP_SEGMENT does either, in one pass through the kernel. Where it cannot,
+ * they are sent one by one.
+ *
+ * What is longer than the way out allows is sent in fragments, and without
+ * IPv4's DF flag: the news of a smaller MTU further on would not come here,
+ * but to whom the source address belongs.
+ *
+ * dgrams, count: an array of any length. Returns how many of it were sent;
+ * 0 is no failure of the call. Or -1 with errno: EFAULT: replier or dgrams is
+ * NULL.
+ *
+ * In error: EFAULT: data is NULL, and len is not 0. EAFNOSUPPORT: an
+ * address that is neither of AF_INET nor of AF_INET6, or two of different
+ * families. EINVAL: port 0. EADDRNOTAVAIL: from the unspecified address, or
+ * a multicast one. EINVAL, ENETUNREACH: the kernel sends nothing from this
+ * source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
+ * room. EINTR: a signal came while waiting for room; the rest was not tried.
+ * EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
+ * EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).
+ *
+ * System calls: one sendmmsg for each TP_BATCH_MAX datagrams and source port
+ * among them, and one for all whose source port is another's; one more for each
+ * that fails. A new source port costs seven more. Nothing is allocated.
+ */
+int tp_reply(struct tp_replier *replier,
+             struct tp_datagram *dgrams,
+             unsigned int count);
+
+/**
+ * Reads what a replier has done.
+ *
+ * stats, size: where it goes, and sizeof(struct tp_replier_stats). By the
+ * thread that uses the replier.
+ *
+ * Returns 0, or -1 with errno: EFAULT: replier or stats is NULL. EINVAL: a
+ * size less than the first version's. E2BIG: larger than this library knows.
+ */
+int tp_replier_stats(const struct tp_replier *replier, struct tp_replier_stats *stats, size_t size);
+
+/**
+ * Closes a replier and its sockets. NULL is fine.
+ */
+void tp_replier_close(struct tp_replier *replier);
 
 /**
  * Makes the kernel bring connections to the listeners: an nf_tables table of

@@ -43,6 +43,8 @@ pub(crate) enum Step {
     Listen,
     Connect,
     Inspect,
+    Receive,
+    Prepare,
 }
 
 /// The addresses that a step was about, as far as it had any.
@@ -118,6 +120,8 @@ impl Step {
             Step::Listen => "listen()",
             Step::Connect => "connect()",
             Step::Inspect => "reading the socket",
+            Step::Receive => "receiving datagrams",
+            Step::Prepare => "preparing the reply socket",
         }
     }
 

@@ -5,6 +5,8 @@
 //! * [`orig_dst()`]: where an intercepted connection was going.
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
+//! * [`udp`]: datagrams with their original destinations, and replies from
+//!   any source.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
 //! Arrows run one way: `ffi` decodes what C gave into the types of the modules
@@ -27,6 +29,7 @@ pub mod rules;
 pub mod socket;
 #[allow(unsafe_code)]
 mod sys;
+pub mod udp;
 
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;

@@ -31,6 +31,8 @@ pub struct ConnectOptions {
     pub nonblocking: bool,
     /// Try the source's own port first; only then any other.
     pub keep_port: bool,
+    /// A datagram socket, connected to the destination: it receives from there alone.
+    pub datagram: bool,
 }
 
 /// `socket(2)`, transparent and close-on-exec.
@@ -126,36 +128,47 @@ pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -
     }
     let any_port = with_port(src, 0);
     if !options.keep_port || src.port() == 0 {
-        return attempt(any_port, dst, options.nonblocking, None);
+        return attempt(any_port, dst, options, None);
     }
-    match attempt(any_port, dst, options.nonblocking, Some(src)) {
+    match attempt(any_port, dst, options, Some(src)) {
         // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
-        Err(e) if e.errno() == libc::EADDRNOTAVAIL => attempt(any_port, dst, options.nonblocking, None),
+        Err(e) if e.errno() == libc::EADDRNOTAVAIL => attempt(any_port, dst, options, None),
         done => done,
     }
 }
 
 /// One socket's try at [`connect_from`]: from `wanted` if it can be had, else from `any_port`.
-fn attempt(any_port: SocketAddr, dst: SocketAddr, nonblocking: bool, wanted: Option<SocketAddr>) -> Result<Socket> {
+fn attempt(
+    any_port: SocketAddr,
+    dst: SocketAddr,
+    options: ConnectOptions,
+    wanted: Option<SocketAddr>,
+) -> Result<Socket> {
     let domain = Domain::for_address(dst);
-    let socket = open(domain, stream_type(nonblocking), None)?;
+    let kind = if options.datagram { Type::DGRAM } else { Type::STREAM };
+    let socket = open(domain, if options.nonblocking { kind.nonblocking() } else { kind }, None)?;
     make_transparent(&socket, domain)?;
+    // A datagram socket's port is no freer for knowing the destination.
+    let bind_any = |socket: &Socket| match options.datagram {
+        true => bind(socket, any_port),
+        false => bind_without_port(socket, any_port),
+    };
     match wanted {
-        None => bind_without_port(&socket, any_port)?,
+        None => bind_any(&socket)?,
         Some(src) => {
             // Connections of one client port to several servers share the address and port.
             let ends = Ends { local: Some(src), remote: None };
             socket.set_reuse_address(true).map_err(|e| Error::socket(Step::ReuseAddress, ends, &e))?;
             match bind(&socket, src) {
                 Err(e) if [libc::EADDRINUSE, libc::EACCES].contains(&e.errno()) => {
-                    bind_without_port(&socket, any_port)?;
+                    bind_any(&socket)?;
                 }
                 bound => bound?,
             }
         }
     }
     match socket.connect(&SockAddr::from(dst)) {
-        Err(e) if nonblocking && e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
+        Err(e) if options.nonblocking && e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
         Err(e) => {
             let ends = Ends { local: Some(wanted.unwrap_or(any_port)), remote: Some(dst) };
             Err(Error::socket(Step::Connect, ends, &e))
@@ -178,7 +191,7 @@ fn stream_type(nonblocking: bool) -> Type {
     if nonblocking { Type::STREAM.nonblocking() } else { Type::STREAM }
 }
 
-fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+pub(crate) fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     Socket::new_raw(domain, kind.cloexec(), protocol).map_err(|e| Error::socket(Step::Create, Ends::default(), &e))
 }
 
@@ -195,7 +208,7 @@ fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
     }
 }
 
-fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
+pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
     let done =
         if domain == Domain::IPV6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) };
     done.map_err(|e| Error::socket(Step::Transparent, Ends::default(), &e))
@@ -210,7 +223,7 @@ fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
     sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1).map_err(failed)
 }
 
-fn bind(socket: &Socket, addr: SocketAddr) -> Result<()> {
+pub(crate) fn bind(socket: &Socket, addr: SocketAddr) -> Result<()> {
     let ends = Ends { local: Some(addr), remote: None };
     socket.bind(&SockAddr::from(addr)).map_err(|e| Error::socket(Step::Bind, ends, &e))
 }

@@ -102,6 +102,53 @@ impl AddressOut {
     }
 }
 
+/// Where the address of a datagram goes that has been received: it must not be
+/// lost for want of room, so it is cut, as `recvfrom(2)` does.
+pub(super) struct DatagramAddressOut(Option<AddressOut>);
+
+impl DatagramAddressOut {
+    /// # Safety
+    /// The pointers are NULL, or the length is valid for reads and writes, and
+    /// the place for writes of that length.
+    pub(super) unsafe fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<DatagramAddressOut> {
+        if addr.is_null() {
+            return Ok(DatagramAddressOut(None));
+        }
+        let out = AddressOut::new(what, addr, len)?;
+        // SAFETY: by the caller's word.
+        let room = unsafe { out.len.read_unaligned() } as usize;
+        if room < size_of::<libc::sockaddr_in>() {
+            return Err(Error::invalid(format!(
+                "{what}: {room} bytes are no room for an address: use a struct sockaddr_storage"
+            )));
+        }
+        Ok(DatagramAddressOut(Some(out)))
+    }
+
+    /// Writes the address and its whole length; for none, AF_UNSPEC and 0.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    pub(super) unsafe fn write(&self, value: Option<SocketAddr>) {
+        let Some(out) = &self.0 else { return };
+        let Some(value) = value else {
+            // SAFETY: by the caller's word; there is room for more than the family.
+            unsafe {
+                out.addr.cast::<libc::sa_family_t>().write_unaligned(libc::AF_UNSPEC as libc::sa_family_t);
+                out.len.write_unaligned(0);
+            }
+            return;
+        };
+        let value = socket2::SockAddr::from(value);
+        // SAFETY: by the caller's word; no more is written than there is room for.
+        unsafe {
+            let room = out.len.read_unaligned().min(value.len()) as usize;
+            out.addr.cast::<u8>().copy_from_nonoverlapping(value.as_ptr().cast(), room);
+            out.len.write_unaligned(value.len());
+        }
+    }
+}
+
 /// A string, or `None` for NULL.
 ///
 /// # Safety
@@ -118,11 +165,30 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<Option<
 /// An array, or an empty one if `len` is 0.
 ///
 /// # Safety
-/// `items` is NULL or valid for reads of `len` items, and aligned.
+/// `items` is NULL or valid for reads of `len` items.
 pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Result<&'a [T]> {
     if len == 0 {
         return Ok(&[]);
     }
+    check_array(what, items, len)?;
+    // SAFETY: not NULL, valid for len items by the caller's word, aligned, and not too large.
+    Ok(unsafe { std::slice::from_raw_parts(items, len) })
+}
+
+/// The same, to be written.
+///
+/// # Safety
+/// As for [`array`], and for writes; nobody else looks at it meanwhile.
+pub(super) unsafe fn array_mut<'a, T>(what: &str, items: *mut T, len: usize) -> Result<&'a mut [T]> {
+    if len == 0 {
+        return Ok(&mut []);
+    }
+    check_array(what, items, len)?;
+    // SAFETY: as for array().
+    Ok(unsafe { std::slice::from_raw_parts_mut(items, len) })
+}
+
+fn check_array<T>(what: &str, items: *const T, len: usize) -> Result<()> {
     if items.is_null() {
         return Err(null(what));
     }
@@ -132,8 +198,40 @@ pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Re
     if len > isize::MAX as usize / size_of::<T>().max(1) {
         return Err(Error::invalid(format!("{what}: {len} items are more than memory holds")));
     }
-    // SAFETY: not NULL, valid for len items by the caller's word, and not too large.
-    Ok(unsafe { std::slice::from_raw_parts(items, len) })
+    Ok(())
+}
+
+/// Where a struct goes that may grow: an older caller's has room for less.
+pub(super) struct SizedOut<T> {
+    place: *mut T,
+    size: usize,
+}
+
+impl<T: Copy> SizedOut<T> {
+    pub(super) fn new(what: &str, place: *mut T, size: usize, smallest: usize) -> Result<SizedOut<T>> {
+        if place.is_null() {
+            return Err(null(what));
+        }
+        if size < smallest {
+            return Err(Error::invalid(format!(
+                "{what}: a size of {size} is less than the first version's {smallest}"
+            )));
+        }
+        if size > size_of::<T>() {
+            return Err(Error::new(
+                libc::E2BIG,
+                format!("{what}: it has fields that this version of the library cannot fill"),
+            ));
+        }
+        Ok(SizedOut { place, size })
+    }
+
+    /// # Safety
+    /// The place is valid for writes of its size.
+    pub(super) unsafe fn write(&self, value: T) {
+        // SAFETY: size bytes of the caller's, and no more than T has.
+        unsafe { self.place.cast::<u8>().copy_from_nonoverlapping((&raw const value).cast(), self.size) };
+    }
 }
 
 /// A struct that may grow: what an older caller does not have is zero, what a

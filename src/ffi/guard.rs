@@ -1,7 +1,7 @@
 //! The way out of every call: return value, errno, last error, and no panic.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::{c_char, c_int};
+use std::ffi::c_char;
 use std::fmt::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 
@@ -60,7 +60,7 @@ fn remember(error: &dyn fmt::Display) {
 
 /// Runs the body of a call: its value and the caller's errno on success, else
 /// -1, errno (last of all) and the sentence.
-pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
+pub(super) fn guard<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
     let errno = sys::errno();
     let error = match quietly(body) {
         Ok(Ok(value)) => {
@@ -72,7 +72,7 @@ pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
     };
     remember(&error);
     sys::set_errno(error.errno());
-    -1
+    T::from(-1)
 }
 
 /// What reported panics before us. Nothing here allocates: a program's first
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn success_leaves_errno_and_the_sentence_alone() {
-        assert_eq!(guard(|| Err(Error::invalid("first"))), -1);
+        assert_eq!(guard::<i32>(|| Err(Error::invalid("first"))), -1);
         sys::set_errno(libc::ENOTTY);
         let value = guard(|| {
             sys::set_errno(libc::EINPROGRESS);
@@ -125,14 +125,14 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_enotrecoverable() {
-        assert_eq!(guard(|| panic!("not to be seen")), -1);
+        assert_eq!(guard::<isize>(|| panic!("not to be seen")), -1);
         assert_eq!(sys::errno(), libc::ENOTRECOVERABLE);
         assert!(sentence().contains("panic"));
     }
 
     #[test]
     fn a_long_sentence_is_cut_between_characters() {
-        guard(|| Err(Error::invalid("é\0".repeat(CAPACITY))));
+        guard::<i32>(|| Err(Error::invalid("é\0".repeat(CAPACITY))));
         let sentence = sentence();
         assert!(sentence.len() < CAPACITY && sentence.len() > CAPACITY - 5);
         assert!(sentence.starts_with("é?é?"));

@@ -10,12 +10,14 @@
 
 mod arg;
 mod config;
+mod datagrams;
 mod diagnosis;
 mod guard;
 mod rules;
 mod sockets;
 
 pub use config::*;
+pub use datagrams::*;
 pub use diagnosis::*;
 pub use rules::*;
 pub use sockets::*;

@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_int};
 use std::sync::{Mutex, MutexGuard};
 
-use super::arg;
+use super::arg::{self, SizedOut};
 use super::config::*;
 use super::guard::guard;
 use crate::error::{Error, Result};
@@ -186,17 +186,7 @@ pub unsafe extern "C" fn tp_update_rules(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_rules_stats, size: usize) -> c_int {
     guard(|| {
-        if stats.is_null() {
-            return Err(arg::null("stats"));
-        }
-        if size < FIRST_STATS {
-            return Err(Error::invalid(format!(
-                "stats: a size of {size} is less than the first version's {FIRST_STATS}"
-            )));
-        }
-        if size > size_of::<tp_rules_stats>() {
-            return Err(Error::new(libc::E2BIG, "stats: it has fields that this version of the library cannot fill"));
-        }
+        let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
         // SAFETY: by the caller's word.
         let found = unsafe { locked(rules) }?.stats()?;
         let found = tp_rules_stats {
@@ -209,8 +199,8 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
             guarded_packets: found.guarded.packets,
             guarded_bytes: found.guarded.bytes,
         };
-        // SAFETY: size bytes of the caller's, and no more than ours has.
-        unsafe { stats.cast::<u8>().copy_from_nonoverlapping((&raw const found).cast(), size) };
+        // SAFETY: by the caller's word.
+        unsafe { out.write(found) };
         Ok(0)
     })
 }

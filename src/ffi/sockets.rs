@@ -18,6 +18,8 @@ pub const TP_REUSEPORT: u32 = 0x2;
 /// Connect from the source's own port if it can be had, else from any
 /// other. tp_connect_from.
 pub const TP_KEEP_PORT: u32 = 0x4;
+/// A datagram socket instead of a stream socket. tp_connect_from.
+pub const TP_DGRAM: u32 = 0x8;
 
 /// Makes a socket like socket(2) that is transparent: it can be bound to,
 /// listen on and send from addresses that this host does not own
@@ -146,12 +148,17 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
 /// 1024 without CAP_NET_BIND_SERVICE): then any, as without.
 ///
-/// flags: TP_KEEP_PORT, TP_NONBLOCK, or 0. With TP_NONBLOCK the connection
+/// flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, or 0. With TP_NONBLOCK the connection
 /// may still be under way when the descriptor is returned: wait until it is
 /// writable, then SO_ERROR tells. Without, the call waits, at most as long as
 /// the kernel tries (net.ipv4.tcp_syn_retries).
 ///
-/// Returns a connected stream socket, which the caller closes, or -1 with
+/// With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
+/// and recv(2) receives what dst answers to it, and nothing else. What the
+/// client sends goes to the listener as before. Several such sockets, to
+/// different destinations, can have one port of src (SO_REUSEADDR).
+///
+/// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
 /// family, or an unknown flag. EAFNOSUPPORT: a family other than AF_INET and
 /// AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
@@ -162,7 +169,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///
 /// System calls: socket, setsockopt(IP_TRANSPARENT),
 /// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
-/// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT. Thread-safe.
+/// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
+/// or SO_REUSEADDR. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
@@ -172,12 +180,16 @@ pub unsafe extern "C" fn tp_connect_from(
     flags: u32,
 ) -> c_int {
     guard(|| {
-        let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT)?;
+        let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM)?;
         // SAFETY: by the caller's word.
         let src = unsafe { arg::address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
         let dst = unsafe { arg::address("dst", dst, dstlen) }?;
-        let options = ConnectOptions { nonblocking: flags & TP_NONBLOCK != 0, keep_port: flags & TP_KEEP_PORT != 0 };
+        let options = ConnectOptions {
+            nonblocking: flags & TP_NONBLOCK != 0,
+            keep_port: flags & TP_KEEP_PORT != 0,
+            datagram: flags & TP_DGRAM != 0,
+        };
         Ok(socket::connect_from(src, dst, options)?.into_raw_fd())
     })
 }

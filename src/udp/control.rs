@@ -1,0 +1,231 @@
+//! Control data (`cmsg(3)`): read without trusting them, and written.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::address;
+
+/// `UDP_GRO` and `UDP_SEGMENT`, include/uapi/linux/udp.h.
+pub(super) const UDP_GRO: i32 = 104;
+pub(super) const UDP_SEGMENT: i32 = 103;
+
+/// The size of a header, and what every message is aligned to (`CMSG_ALIGN`).
+const HEADER: usize = align(size_of::<libc::cmsghdr>());
+
+const fn align(len: usize) -> usize {
+    len.next_multiple_of(size_of::<usize>())
+}
+
+/// What control data say of a datagram.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Control {
+    /// Where the datagram was going: `IP_ORIGDSTADDR`, `IPV6_ORIGDSTADDR`.
+    pub orig_dst: Option<SocketAddr>,
+    /// The length of each of the datagrams that were received as one, but for
+    /// the last, which may be shorter: `UDP_GRO`. 0: one datagram.
+    pub segment_len: u32,
+}
+
+impl Control {
+    /// Reads control data as `recvmsg(2)` gives them. Any bytes are fine: what
+    /// is cut short or makes no sense is passed over.
+    pub fn parse(mut data: &[u8]) -> Control {
+        let mut control = Control::default();
+        while let Some(header) = data.first_chunk::<HEADER>() {
+            let (len, level, kind) = decode_header(header);
+            let Some(body) = data.get(HEADER..len) else { break };
+            match (level, kind) {
+                (libc::SOL_IP, libc::IP_ORIGDSTADDR) | (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR) => {
+                    control.orig_dst = control.orig_dst.or_else(|| address::decode(body));
+                }
+                (libc::SOL_UDP, UDP_GRO) => {
+                    let len = body.first_chunk().map_or(0, |len| i32::from_ne_bytes(*len));
+                    control.segment_len = u32::try_from(len).unwrap_or(0);
+                }
+                _ => {}
+            }
+            data = data.get(align(len)..).unwrap_or_default();
+        }
+        control
+    }
+}
+
+fn decode_header(header: &[u8; HEADER]) -> (usize, i32, i32) {
+    const LEN: usize = size_of::<usize>();
+    let (len, rest) = header.split_first_chunk::<LEN>().unwrap_or((&[0; LEN], &[]));
+    let int = |at: usize| rest.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    (usize::from_ne_bytes(*len), int(0), int(4))
+}
+
+/// Room for what [`Outgoing`] writes: `struct in6_pktinfo` and a segment length.
+pub(super) const OUTGOING: usize = 2 * HEADER + align(size_of::<libc::in6_pktinfo>()) + align(size_of::<u16>());
+
+/// Control data to send with: from which address, and in segments of which length.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+pub(super) struct Outgoing {
+    bytes: [u8; OUTGOING],
+    len: usize,
+}
+
+impl Outgoing {
+    /// `IP_PKTINFO` with `ipi_spec_dst`, or `IPV6_PKTINFO`: the source address, and its scope.
+    pub(super) fn new(source: IpAddr, scope: u32, segment_len: Option<u16>) -> Outgoing {
+        let mut outgoing = Outgoing { bytes: [0; OUTGOING], len: 0 };
+        match source {
+            // struct in_pktinfo: the interface, the source, a destination that is not looked at.
+            IpAddr::V4(ip) => {
+                let mut info = [0; size_of::<libc::in_pktinfo>()];
+                info[4..8].copy_from_slice(&ip.octets());
+                outgoing.push(libc::SOL_IP, libc::IP_PKTINFO, &info);
+            }
+            IpAddr::V6(ip) => {
+                let mut info = [0; size_of::<libc::in6_pktinfo>()];
+                info[..16].copy_from_slice(&ip.octets());
+                info[16..20].copy_from_slice(&scope.to_ne_bytes());
+                outgoing.push(libc::SOL_IPV6, libc::IPV6_PKTINFO, &info);
+            }
+        }
+        if let Some(len) = segment_len {
+            outgoing.push(libc::SOL_UDP, UDP_SEGMENT, &len.to_ne_bytes());
+        }
+        outgoing
+    }
+
+    fn push(&mut self, level: i32, kind: i32, body: &[u8]) {
+        let len = (HEADER + body.len()).to_ne_bytes();
+        let parts: [&[u8]; 3] = [&len, &level.to_ne_bytes(), &kind.to_ne_bytes()];
+        let mut at = self.len;
+        for part in parts {
+            self.bytes[at..at + part.len()].copy_from_slice(part);
+            at += part.len();
+        }
+        let at = self.len + HEADER;
+        self.bytes[at..at + body.len()].copy_from_slice(body);
+        self.len = at + align(body.len());
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6};
+
+    use proptest::prelude::*;
+
+    fn message(level: i32, kind: i32, body: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend((HEADER + body.len()).to_ne_bytes());
+        bytes.extend(level.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.resize(HEADER, 0);
+        bytes.extend(body);
+        bytes.resize(align(bytes.len()), 0);
+        bytes
+    }
+
+    fn address(addr: SocketAddr) -> Vec<u8> {
+        let mut body = match addr {
+            SocketAddr::V4(_) => (libc::AF_INET as u16).to_ne_bytes().to_vec(),
+            SocketAddr::V6(_) => (libc::AF_INET6 as u16).to_ne_bytes().to_vec(),
+        };
+        body.extend(addr.port().to_be_bytes());
+        match addr {
+            SocketAddr::V4(v4) => {
+                body.extend(v4.ip().octets());
+                body.extend([0; 8]);
+                message(libc::SOL_IP, libc::IP_ORIGDSTADDR, &body)
+            }
+            SocketAddr::V6(v6) => {
+                body.extend(v6.flowinfo().to_ne_bytes());
+                body.extend(v6.ip().octets());
+                body.extend(v6.scope_id().to_ne_bytes());
+                message(libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR, &body)
+            }
+        }
+    }
+
+    #[test]
+    fn the_header_is_as_the_macros_have_it() {
+        // SAFETY: arithmetic alone.
+        #[allow(unsafe_code)]
+        let (len, space) = unsafe { (libc::CMSG_LEN(5), libc::CMSG_SPACE(5)) };
+        assert_eq!((len as usize, space as usize), (HEADER + 5, HEADER + align(5)));
+    }
+
+    #[test]
+    fn finds_both_among_others() {
+        let to: SocketAddr = "[2001:db8::1%7]:53".parse().unwrap();
+        let data = [
+            message(libc::SOL_IP, libc::IP_TTL, &64i32.to_ne_bytes()),
+            message(libc::SOL_UDP, UDP_GRO, &1200i32.to_ne_bytes()),
+            address(to),
+            address("192.0.2.1:5".parse().unwrap()),
+        ]
+        .concat();
+        assert_eq!(Control::parse(&data), Control { orig_dst: Some(to), segment_len: 1200 });
+    }
+
+    #[test]
+    fn nonsense_is_nothing() {
+        let cut = message(libc::SOL_IP, libc::IP_ORIGDSTADDR, &[2, 0, 0, 53, 192, 0, 2, 1]);
+        let strange = message(libc::SOL_IP, libc::IP_ORIGDSTADDR, &[9; 28]);
+        let negative = message(libc::SOL_UDP, UDP_GRO, &(-1i32).to_ne_bytes());
+        let endless = [0u8; 64];
+        for data in [&cut[..], &strange, &negative, &endless, &[], &[1; 7]] {
+            assert_eq!(Control::parse(data), Control::default(), "{data:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_fine(data in proptest::collection::vec(any::<u8>(), 0..300)) {
+            Control::parse(&data);
+        }
+
+        #[test]
+        fn any_lengths_are_fine(lens in proptest::collection::vec((0usize..80, 0u8..2), 0..6), cut in 0usize..200) {
+            let mut data = Vec::new();
+            for (len, family) in lens {
+                let mut one = address(if family == 0 { "192.0.2.1:5".parse().unwrap() } else { "[::1]:5".parse().unwrap() });
+                one[..size_of::<usize>()].copy_from_slice(&len.to_ne_bytes());
+                data.extend(one);
+            }
+            data.truncate(cut);
+            Control::parse(&data);
+        }
+
+        #[test]
+        fn what_was_written_is_read(ip: u128, port: u16, scope: u32, v4: bool, segment in 1i32..65536) {
+            let to = if v4 {
+                SocketAddr::from((Ipv4Addr::from(ip as u32), port))
+            } else {
+                SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into()
+            };
+            let data = [address(to), message(libc::SOL_UDP, UDP_GRO, &segment.to_ne_bytes())].concat();
+            prop_assert_eq!(Control::parse(&data), Control { orig_dst: Some(to), segment_len: segment as u32 });
+            // However much is cut off, what is left is read or passed over.
+            for len in 0..data.len() {
+                let cut = Control::parse(&data[..len]);
+                prop_assert!(cut.orig_dst.is_none_or(|found| found == to));
+            }
+        }
+
+        #[test]
+        fn outgoing_data_are_whole_messages(v4: u32, v6: u128, scope: u32, segment: u16) {
+            let outgoing = Outgoing::new(Ipv6Addr::from(v6).into(), scope, Some(segment));
+            let info = [&v6.to_be_bytes()[..], &scope.to_ne_bytes()].concat();
+            let expected = [
+                message(libc::SOL_IPV6, libc::IPV6_PKTINFO, &info),
+                message(libc::SOL_UDP, UDP_SEGMENT, &segment.to_ne_bytes()),
+            ];
+            prop_assert_eq!(outgoing.bytes(), expected.concat());
+            let outgoing = Outgoing::new(Ipv4Addr::from(v4).into(), 0, None);
+            let info = [&[0; 4][..], &v4.to_be_bytes(), &[0; 4]].concat();
+            prop_assert_eq!(outgoing.bytes(), message(libc::SOL_IP, libc::IP_PKTINFO, &info));
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The datagram that C and Rust share.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+
+use libc::sockaddr_storage;
+
+use super::message;
+use crate::address;
+
+/// One datagram, or several of one flow and equal length: a place for what is
+/// received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
+/// sends it back.
+///
+/// 296 bytes on 64-bit machines. Addresses are in network byte order, all else
+/// in host order.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Datagram<'a> {
+    /// The caller's memory. NULL is fine where there are no bytes.
+    data: *mut c_void,
+    /// How many bytes have room at data. tp_recv_datagrams reads it; tp_reply
+    /// does not.
+    capacity: usize,
+    /// How many bytes were received, or are to be sent. 0 is a datagram too.
+    len: usize,
+    /// If len is more than this: the length of each of the datagrams that data
+    /// has one after the other, but for the last, which may be shorter
+    /// (UDP_GRO, UDP_SEGMENT). 0: one datagram.
+    segment_len: u32,
+    /// TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC, TP_DGRAM_NO_ORIG_DST. tp_reply does
+    /// not look at them.
+    flags: u32,
+    /// The errno value of this datagram, 0 if it was received or sent.
+    error: i32,
+    /// Who sent it, and whom tp_reply sends to.
+    client: sockaddr_storage,
+    /// Where it was going, and where tp_reply's datagram comes from. ss_family
+    /// is AF_UNSPEC (0) if the kernel did not tell.
+    orig_dst: sockaddr_storage,
+    _memory: PhantomData<&'a mut [u8]>,
+}
+
+/// The datagram was longer than its place; the rest of it is lost.
+pub(crate) const TRUNC: u32 = 0x1;
+/// The control data were cut: the socket reports more than there was room for.
+pub(crate) const CTRUNC: u32 = 0x2;
+/// The kernel gave no original destination.
+pub(crate) const NO_ORIG_DST: u32 = 0x4;
+
+impl<'a> Datagram<'a> {
+    /// A datagram whose bytes are in `memory`: room for what is received. To
+    /// send what is there already, [`set_len`](Self::set_len).
+    pub fn new(memory: &'a mut [u8]) -> Datagram<'a> {
+        Datagram {
+            data: memory.as_mut_ptr().cast(),
+            capacity: memory.len(),
+            len: 0,
+            segment_len: 0,
+            flags: 0,
+            error: 0,
+            client: message::NO_ADDRESS,
+            orig_dst: message::NO_ADDRESS,
+            _memory: PhantomData,
+        }
+    }
+
+    /// The bytes that were received, or are to be sent.
+    pub fn data(&self) -> &[u8] {
+        message::bytes(self.data, self.len)
+    }
+
+    /// All of the memory.
+    pub fn memory(&mut self) -> &mut [u8] {
+        message::bytes_mut(self.data, self.capacity)
+    }
+
+    /// How many bytes are to be sent; no more than there is memory.
+    pub fn set_len(&mut self, len: usize) {
+        self.len = len.min(self.capacity);
+    }
+
+    /// See the field of this name.
+    pub fn segment_len(&self) -> u32 {
+        self.segment_len
+    }
+
+    /// Data that are to be sent as several datagrams of this length.
+    pub fn set_segment_len(&mut self, len: u32) {
+        self.segment_len = len;
+    }
+
+    /// Whether there was more than the memory holds.
+    pub fn is_truncated(&self) -> bool {
+        self.flags & TRUNC != 0
+    }
+
+    /// The errno value that sending it gave, if it was not sent.
+    pub fn error(&self) -> Option<i32> {
+        (self.error != 0).then_some(self.error)
+    }
+
+    /// Who sent it, and whom a reply goes to.
+    pub fn client(&self) -> Option<SocketAddr> {
+        address::decode(message::address_bytes(&self.client))
+    }
+
+    /// Where it was going, and where a reply comes from.
+    pub fn orig_dst(&self) -> Option<SocketAddr> {
+        address::decode(message::address_bytes(&self.orig_dst))
+    }
+
+    /// Whom a reply goes to.
+    pub fn set_client(&mut self, client: SocketAddr) {
+        message::store_address(&mut self.client, Some(client));
+    }
+
+    /// Where a reply comes from.
+    pub fn set_orig_dst(&mut self, orig_dst: SocketAddr) {
+        message::store_address(&mut self.orig_dst, Some(orig_dst));
+    }
+
+    /// Whether there should be room for bytes, and no memory that it is in.
+    pub(crate) fn lacks_memory(&self) -> bool {
+        self.data.is_null() && self.capacity != 0
+    }
+
+    /// Whether there are bytes to send, and no memory that they are in.
+    pub(super) fn lacks_data(&self) -> bool {
+        self.data().len() != self.len
+    }
+
+    pub(super) fn set_error(&mut self, errno: i32) {
+        self.error = errno;
+    }
+
+    /// Where the kernel puts a datagram: its bytes, their number, its sender.
+    pub(super) fn place(&mut self) -> (*mut c_void, usize, &mut sockaddr_storage) {
+        (self.data, self.capacity, &mut self.client)
+    }
+
+    /// What the kernel put there.
+    pub(super) fn received(&mut self, len: usize, segment_len: u32, orig_dst: Option<SocketAddr>, cut: u32) {
+        let orig_dst = match (orig_dst, self.client()) {
+            (Some(to), Some(client)) => Some(address::as_family_of(client, to)),
+            (to, _) => to,
+        };
+        self.len = len;
+        self.segment_len = segment_len;
+        self.flags = cut | if orig_dst.is_none() { NO_ORIG_DST } else { 0 };
+        self.error = 0;
+        message::store_address(&mut self.orig_dst, orig_dst);
+    }
+}

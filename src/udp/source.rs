@@ -1,0 +1,227 @@
+//! The sockets that replies leave from: one for each source port.
+//!
+//! A transparent socket sends from any address (`IP_PKTINFO`,
+//! `IPV6_PKTINFO`), but only from the port that it is bound to. So there is
+//! one for each port and family, whatever the addresses and clients. It must
+//! take nothing that is meant for others:
+//!
+//! * It is bound to a dummy address, which no datagram is sent to, rather than
+//!   to the wildcard: no look-up of the kernel's finds it, neither for a
+//!   packet nor for nf_tables' or iptables' socket match. What a client sends
+//!   to the port goes where it always went.
+//! * It shares the port (SO_REUSEADDR) with everyone who is willing to: other
+//!   repliers, and services that set that option too. Bound to another
+//!   address, it takes nothing from them.
+//! * A filter drops what is sent to the dummy address nevertheless.
+//!
+//! Who holds the port on the wildcard address and does not share it keeps it:
+//! then a raw socket sends, with a UDP header of our own.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+
+use crate::error::{Ends, Error, Result, Step};
+use crate::socket::{bind, make_transparent, open};
+use crate::sys;
+
+/// Where a reply socket is bound to: addresses that are for nobody. The IPv4
+/// dummy address (RFC 7600) and the dummy IPv6 prefix (RFC 9780).
+const DUMMY_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+const DUMMY_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 1, 0, 0, 0, 1);
+
+/// How long a port counts as taken: one attempt a second costs nothing, and
+/// nobody waits longer for a port that is free again.
+const TAKEN_MS: u64 = 1000;
+
+/// What a socket is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Key {
+    pub v6: bool,
+    pub port: u16,
+}
+
+impl Key {
+    pub(super) fn of(source: SocketAddr) -> Key {
+        Key { v6: source.is_ipv6(), port: source.port() }
+    }
+}
+
+/// How a reply leaves.
+pub(super) enum Way<'a> {
+    /// From a socket of its source port.
+    Port(BorrowedFd<'a>),
+    /// From the raw socket of its family.
+    Raw,
+}
+
+/// What is known of a port.
+struct Source {
+    /// `None`: it is taken.
+    socket: Option<Socket>,
+    /// When this was found out.
+    since: u64,
+    used: u64,
+    /// The number of the use, which tells two of one moment apart.
+    turn: u64,
+}
+
+/// Counts of what was done.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub hits: u64,
+    pub misses: u64,
+    pub evictions: u64,
+}
+
+pub(super) struct Sources {
+    ports: HashMap<Key, Source>,
+    raw: [Option<Socket>; 2],
+    limit: usize,
+    idle_ms: u64,
+    /// Never a socket of a port.
+    raw_only: bool,
+    turn: u64,
+    next_sweep: u64,
+    pub counts: Counts,
+}
+
+impl Sources {
+    pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Sources {
+        Sources {
+            // All the room that there will ever be: a reply allocates nothing.
+            ports: HashMap::with_capacity(limit),
+            raw: [None, None],
+            limit,
+            idle_ms,
+            raw_only,
+            turn: 0,
+            next_sweep: 0,
+            counts: Counts::default(),
+        }
+    }
+
+    /// How many sockets are open.
+    pub(super) fn open(&self) -> usize {
+        self.ports.values().filter(|source| source.socket.is_some()).count() + self.raw.iter().flatten().count()
+    }
+
+    /// Closes what was not used for long. Cheap enough for every call: it looks at most four times in that time.
+    pub(super) fn sweep(&mut self, now: u64) {
+        if now < self.next_sweep {
+            return;
+        }
+        self.next_sweep = now + (self.idle_ms / 4).max(1);
+        let idle = self.idle_ms;
+        self.ports.retain(|_, source| now < source.used.saturating_add(idle));
+    }
+
+    /// How datagrams leave from a port.
+    pub(super) fn way(&mut self, key: Key, now: u64) -> Result<Way<'_>> {
+        if self.raw_only {
+            return Ok(Way::Raw);
+        }
+        self.turn += 1;
+        let turn = self.turn;
+        let known = self.ports.get(&key).is_some_and(|source| source.socket.is_some() || now < source.since + TAKEN_MS);
+        if known {
+            self.counts.hits += 1;
+        } else {
+            self.counts.misses += 1;
+            let socket = self.open_port(key)?;
+            if self.ports.len() >= self.limit && !self.ports.contains_key(&key) {
+                self.evict();
+            }
+            self.ports.insert(key, Source { socket, since: now, used: now, turn });
+        }
+        Ok(match self.ports.get_mut(&key) {
+            Some(source) => {
+                (source.used, source.turn) = (now, turn);
+                source.socket.as_ref().map_or(Way::Raw, |socket| Way::Port(socket.as_fd()))
+            }
+            None => Way::Raw,
+        })
+    }
+
+    /// The raw socket of a family.
+    pub(super) fn raw(&mut self, v6: bool) -> Result<BorrowedFd<'_>> {
+        let place = &mut self.raw[usize::from(v6)];
+        let socket: &Socket = match place {
+            Some(socket) => socket,
+            None => place.insert(raw_socket(v6)?),
+        };
+        Ok(socket.as_fd())
+    }
+
+    /// A socket of a port, or `None` if it is another's.
+    fn open_port(&mut self, key: Key) -> Result<Option<Socket>> {
+        let refused = match port_socket(key) {
+            Ok(socket) => return Ok(Some(socket)),
+            Err(refused) => refused,
+        };
+        match refused.errno() {
+            // Another's, or (below 1024) not permitted.
+            libc::EADDRINUSE | libc::EACCES => Ok(None),
+            // No descriptor left: one that we have not used for long is as good as new.
+            libc::EMFILE | libc::ENFILE if self.evict() => port_socket(key).map(Some),
+            _ => Err(refused),
+        }
+    }
+
+    /// Forgets what was not used for longest.
+    fn evict(&mut self) -> bool {
+        let oldest = self.ports.iter().min_by_key(|(_, source)| source.turn).map(|(key, _)| *key);
+        let evicted = oldest.and_then(|key| self.ports.remove(&key)).is_some();
+        self.counts.evictions += u64::from(evicted);
+        evicted
+    }
+}
+
+/// Whether this process may do at all what a replier does.
+pub(super) fn check_privilege() -> Result<()> {
+    make_transparent(&open(Domain::IPV4, Type::DGRAM, None)?, Domain::IPV4)
+}
+
+fn dummy(key: Key) -> SocketAddr {
+    let ip = if key.v6 { IpAddr::V6(DUMMY_V6) } else { IpAddr::V4(DUMMY_V4) };
+    SocketAddr::new(ip, key.port)
+}
+
+fn port_socket(key: Key) -> Result<Socket> {
+    let addr = dummy(key);
+    let socket = deaf(key.v6, Type::DGRAM, None)?;
+    socket
+        .set_reuse_address(true)
+        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(addr), remote: None }, &e))?;
+    bind(&socket, addr)?;
+    Ok(socket)
+}
+
+/// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
+fn raw_socket(v6: bool) -> Result<Socket> {
+    let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
+    bind(&socket, dummy(Key { v6, port: 0 }))?;
+    Ok(socket)
+}
+
+/// A transparent socket that receives nothing.
+fn deaf(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+    let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+    let socket = open(domain, kind, protocol)?;
+    let failed = |e| Error::socket(Step::Prepare, Ends::default(), &e);
+    make_transparent(&socket, domain)?;
+    // BPF_RET 0: keep no byte of it.
+    let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
+    socket.attach_filter(&[nothing]).map_err(failed)?;
+    if v6 {
+        socket.set_only_v6(true).map_err(failed)?;
+    } else {
+        // What a router further on has to say of a packet's size goes to whom the source address belongs, never
+        // here. So routers shall fragment, rather than drop. (IPv6 routers cannot: there the path's MTU counts.)
+        sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+            .map_err(failed)?;
+    }
+    Ok(socket)
+}
