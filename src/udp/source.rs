@@ -192,9 +192,12 @@ fn dummy(key: Key) -> SocketAddr {
 fn port_socket(key: Key) -> Result<Socket> {
     let addr = dummy(key);
     let socket = deaf(key.v6, Type::DGRAM, None)?;
-    socket
-        .set_reuse_address(true)
-        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(addr), remote: None }, &e))?;
+    let failed = |e| Error::socket(Step::Prepare, Ends { local: Some(addr), remote: None }, &e);
+    if key.v6 {
+        // Or it would share the port with IPv4's sockets too.
+        socket.set_only_v6(true).map_err(failed)?;
+    }
+    socket.set_reuse_address(true).map_err(failed)?;
     bind(&socket, addr)?;
     Ok(socket)
 }
@@ -215,9 +218,7 @@ fn deaf(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     // BPF_RET 0: keep no byte of it.
     let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
     socket.attach_filter(&[nothing]).map_err(failed)?;
-    if v6 {
-        socket.set_only_v6(true).map_err(failed)?;
-    } else {
+    if !v6 {
         // What a router further on has to say of a packet's size goes to whom the source address belongs, never
         // here. So routers shall fragment, rather than drop. (IPv6 routers cannot: there the path's MTU counts.)
         sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use socket2::{SockAddr, SockAddrStorage, SockRef};
 use tproxy::ffi::*;
 
+pub mod datagrams;
+
 pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Long enough for a connection that would come about.
 pub const NEVER: Duration = Duration::from_millis(400);

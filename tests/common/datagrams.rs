@@ -1,0 +1,200 @@
+//! The datagram functions of C, with Rust's types.
+
+use std::ffi::c_int;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use socket2::{SockAddr, SockAddrStorage, SockRef};
+use tproxy::ffi::*;
+use tproxy::udp::Datagram;
+
+use super::{Failed, PATIENCE, at, checked, ip};
+
+/// include/uapi/linux/udp.h
+pub const UDP_SEGMENT: c_int = 103;
+pub const UDP_GRO: c_int = 104;
+
+/// A replier, closed at the end of the scope.
+pub struct Replier(*mut tp_replier);
+
+// SAFETY: the header says that any thread may use it, one at a time.
+unsafe impl Send for Replier {}
+
+pub fn replier_config() -> tp_replier_config {
+    tp_replier_config { flags: 0, max_sockets: 0, idle_ms: 0, reserved: 0 }
+}
+
+impl Replier {
+    pub fn open(config: &tp_replier_config) -> Result<Replier, Failed> {
+        let mut replier = std::ptr::null_mut();
+        // SAFETY: a config, and room for a pointer.
+        checked(unsafe { tp_replier_open(config, size_of::<tp_replier_config>(), &raw mut replier) })?;
+        Ok(Replier(replier))
+    }
+
+    pub fn reply(&mut self, datagrams: &mut [Datagram<'_>]) -> usize {
+        // SAFETY: an open replier, and an array of that length.
+        checked(unsafe { tp_reply(self.0, datagrams.as_mut_ptr(), datagrams.len() as u32) }).unwrap() as usize
+    }
+
+    pub fn stats(&self) -> tp_replier_stats {
+        // SAFETY: integers, for which all zero is valid.
+        let mut stats: tp_replier_stats = unsafe { std::mem::zeroed() };
+        // SAFETY: an open replier, and room for the struct.
+        checked(unsafe { tp_replier_stats(self.0, &raw mut stats, size_of::<tp_replier_stats>()) }).unwrap();
+        stats
+    }
+}
+
+impl Drop for Replier {
+    fn drop(&mut self) {
+        // SAFETY: an open replier.
+        unsafe { tp_replier_close(self.0) };
+    }
+}
+
+/// Room for datagrams.
+pub fn rooms(count: usize, len: usize) -> Vec<Vec<u8>> {
+    vec![vec![0; len]; count]
+}
+
+pub fn datagrams(rooms: &mut [Vec<u8>]) -> Vec<Datagram<'_>> {
+    rooms.iter_mut().map(|room| Datagram::new(room)).collect()
+}
+
+/// A reply, as a program makes it that did not receive anything.
+pub fn reply_of(bytes: &mut [u8], from: SocketAddr, to: SocketAddr) -> Datagram<'_> {
+    let len = bytes.len();
+    let mut datagram = Datagram::new(bytes);
+    datagram.set_len(len);
+    datagram.set_orig_dst(from);
+    datagram.set_client(to);
+    datagram
+}
+
+pub fn recv_datagrams(fd: &impl AsRawFd, datagrams: &mut [Datagram<'_>], flags: c_int) -> Result<usize, Failed> {
+    // SAFETY: an array of that length.
+    let rc = unsafe { tp_recv_datagrams(fd.as_raw_fd(), datagrams.as_mut_ptr(), datagrams.len() as u32, flags) };
+    checked(rc).map(|count| count as usize)
+}
+
+/// Waits until there is something to receive.
+pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) == 1 }
+}
+
+/// What tp_recvfrom gave: the bytes, the sender, the original destination.
+pub type Received = (Vec<u8>, SocketAddr, Option<SocketAddr>);
+
+pub fn recvfrom(fd: &impl AsRawFd, room: usize, flags: c_int) -> Result<Received, Failed> {
+    let (mut src, mut dst) = (SockAddrStorage::zeroed(), SockAddrStorage::zeroed());
+    let (mut src_len, mut dst_len) = (src.size_of(), dst.size_of());
+    let mut bytes = vec![0u8; room];
+    // SAFETY: room for the bytes and the addresses.
+    let len = unsafe {
+        tp_recvfrom(
+            fd.as_raw_fd(),
+            bytes.as_mut_ptr().cast(),
+            bytes.len(),
+            flags,
+            (&raw mut src).cast(),
+            &raw mut src_len,
+            (&raw mut dst).cast(),
+            &raw mut dst_len,
+        )
+    };
+    checked(len as c_int)?;
+    bytes.truncate(len as usize);
+    // SAFETY: the call wrote addresses of these lengths.
+    let (src, dst) = unsafe { (SockAddr::new(src, src_len), SockAddr::new(dst, dst_len)) };
+    assert!(dst_len != 0 || dst.family() == libc::AF_UNSPEC as libc::sa_family_t);
+    Ok((bytes, src.as_socket().unwrap(), dst.as_socket()))
+}
+
+/// Sends bytes as datagrams of a length, in one call.
+pub fn send_segments(socket: &UdpSocket, bytes: &[u8], len: u16, to: SocketAddr) {
+    let len = c_int::from(len);
+    // SAFETY: an int of that length.
+    let set = |len: c_int| unsafe {
+        let value = (&raw const len).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, UDP_SEGMENT, value, size_of::<c_int>() as u32)
+    };
+    assert_eq!(set(len), 0, "{}", io::Error::last_os_error());
+    assert_eq!(socket.send_to(bytes, to).unwrap(), bytes.len());
+    assert_eq!(set(0), 0);
+}
+
+pub fn set_option(fd: &impl AsRawFd, level: c_int, name: c_int, value: c_int) {
+    // SAFETY: an int of that length.
+    let rc = unsafe {
+        let place = (&raw const value).cast();
+        libc::setsockopt(fd.as_raw_fd(), level, name, place, size_of::<c_int>() as u32)
+    };
+    assert_eq!(rc, 0, "{}", io::Error::last_os_error());
+}
+
+/// A socket of a client or server, which does not wait for ever.
+pub fn udp(addr: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(addr).unwrap_or_else(|e| panic!("{addr}: {e}"));
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    SockRef::from(&socket).set_recv_buffer_size(4 << 20).unwrap();
+    socket
+}
+
+/// What one socket received: bytes and senders.
+pub fn hear(socket: &UdpSocket, count: usize) -> Vec<(Vec<u8>, SocketAddr)> {
+    let mut bytes = vec![0; 65536];
+    (0..count)
+        .map(|number| {
+            let (len, from) = socket.recv_from(&mut bytes).unwrap_or_else(|e| panic!("answer {number}: {e}"));
+            (bytes[..len].to_vec(), from)
+        })
+        .collect()
+}
+
+/// Nothing comes.
+pub fn hears_nothing(socket: &UdpSocket, patience: Duration) {
+    socket.set_read_timeout(Some(patience)).unwrap();
+    assert_eq!(socket.recv_from(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+}
+
+/// The local addresses of all UDP sockets of this thread's network, and how many bytes wait in each.
+pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
+    let mut found = Vec::new();
+    for (file, v6) in [("udp", false), ("udp6", true)] {
+        let text = std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
+        for line in text.lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (addr, port) = fields[1].split_once(':').unwrap();
+            let words = (0..addr.len()).step_by(8).map(|at| u32::from_str_radix(&addr[at..at + 8], 16).unwrap());
+            let bytes: Vec<u8> = words.flat_map(u32::to_ne_bytes).collect();
+            let addr = if v6 {
+                std::net::IpAddr::from(<[u8; 16]>::try_from(bytes).unwrap())
+            } else {
+                std::net::IpAddr::from(<[u8; 4]>::try_from(bytes).unwrap())
+            };
+            let queued = usize::from_str_radix(fields[4].split_once(':').unwrap().1, 16).unwrap();
+            found.push((at(addr, u16::from_str_radix(port, 16).unwrap()), queued));
+        }
+    }
+    found
+}
+
+/// Waits until something holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// An address that nobody owns, of a family; the server's side of the network routes it.
+pub fn nobody(v6: bool, number: u8) -> std::net::IpAddr {
+    if v6 { ip(&format!("2001:db8:2::f:{number:x}")) } else { ip(&format!("203.0.113.{}", 100 + number)) }
+}
