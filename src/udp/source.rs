@@ -130,10 +130,10 @@ impl Sources {
             self.counts.hits += 1;
         } else {
             self.counts.misses += 1;
-            let socket = self.open_port(key)?;
             if self.ports.len() >= self.limit && !self.ports.contains_key(&key) {
                 self.evict();
             }
+            let socket = self.open_port(key)?;
             self.ports.insert(key, Source { socket, since: now, used: now, turn });
         }
         Ok(match self.ports.get_mut(&key) {

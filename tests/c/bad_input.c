@@ -172,7 +172,8 @@ static void streams(void)
     addresses(-1, connect_to_it);
     v4.sin_port = htons(1);
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_REUSEPORT));
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x8));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x10));
+    EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_DGRAM | TP_KEEP_PORT));
     EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
     v4.sin_port = 0;
     struct sockaddr_in refused = v4;
@@ -180,6 +181,119 @@ static void streams(void)
     EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, 0));
     EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_KEEP_PORT));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_NONBLOCK));
+}
+
+static void receiving(int closed, int file)
+{
+    struct sockaddr_in addr = { .sin_family = AF_INET };
+    addr.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int fd = tp_socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+    CHECK(tp_bind_nonlocal(fd, sa(&addr), sizeof addr) == 0);
+    socklen_t len = sizeof addr;
+    getsockname(fd, sa(&addr), &len);
+    CHECK(sendto(fd, "kept", 4, 0, sa(&addr), len) == 4);
+
+    char buf[8] = "untouch";
+    struct sockaddr_storage src, dst;
+    socklen_t srclen = sizeof src, dstlen = sizeof dst, little = 15;
+    EXPECT(EFAULT, tp_recvfrom(fd, NULL, 8, 0, NULL, NULL, NULL, NULL));
+    EXPECT(EFAULT, tp_recvfrom(fd, buf, 8, 0, sa(&src), NULL, NULL, NULL));
+    EXPECT(EFAULT, tp_recvfrom(fd, buf, 8, 0, sa(&src), &srclen, sa(&dst), NULL));
+    EXPECT(EINVAL, tp_recvfrom(fd, buf, 8, 0, sa(&src), &srclen, sa(&dst), &little));
+    EXPECT(EINVAL, tp_recvfrom(fd, buf, 8, MSG_OOB, NULL, NULL, NULL, NULL));
+    EXPECT(EINVAL, tp_recvfrom(fd, buf, (size_t)-1, 0, NULL, NULL, NULL, NULL));
+    EXPECT(EBADF, tp_recvfrom(-1, buf, 8, 0, NULL, NULL, NULL, NULL));
+    EXPECT(EBADF, tp_recvfrom(closed, buf, 8, 0, NULL, NULL, NULL, NULL));
+    EXPECT(ENOTSOCK, tp_recvfrom(file, buf, 8, 0, NULL, NULL, NULL, NULL));
+
+    struct tp_datagram one = { .data = NULL, .capacity = 8 };
+    struct tp_datagram two[2] = { { .data = buf, .capacity = 8 }, { .data = NULL, .capacity = 1 } };
+    EXPECT(EFAULT, tp_recv_datagrams(fd, NULL, 1, 0));
+    EXPECT(EFAULT, tp_recv_datagrams(fd, &one, 1, 0));
+    EXPECT(EFAULT, tp_recv_datagrams(fd, two, 2, 0));
+    EXPECT(EINVAL, tp_recv_datagrams(fd, two, 1, MSG_PEEK));
+    EXPECT(EINVAL, tp_recv_datagrams(fd, (struct tp_datagram *)((char *)two + 1), 1, 0));
+    EXPECT(EBADF, tp_recv_datagrams(closed, two, 1, 0));
+    EXPECT(ENOTSOCK, tp_recv_datagrams(file, two, 1, 0));
+    CHECK(tp_recv_datagrams(fd, NULL, 0, 0) == 0);
+
+    /* After all that, the datagram is there, and nothing was written. */
+    CHECK(strcmp(buf, "untouch") == 0 && srclen == sizeof src && dstlen == sizeof dst);
+    CHECK(tp_recvfrom(fd, buf, 8, 0, sa(&src), &srclen, sa(&dst), &dstlen) == 4);
+    CHECK(memcmp(&dst, &addr, sizeof addr) == 0 && memcmp(buf, "kept", 4) == 0);
+    EXPECT(EAGAIN, tp_recvfrom(fd, buf, 8, 0, NULL, NULL, NULL, NULL));
+    EXPECT(EAGAIN, tp_recv_datagrams(fd, two, 1, 0));
+    close(fd);
+
+    /* Control data of all kinds. */
+    struct msghdr msg = { 0 };
+    dstlen = sizeof dst;
+    EXPECT(EFAULT, tp_msg_orig_dst(NULL, sa(&dst), &dstlen));
+    EXPECT(EFAULT, tp_msg_orig_dst(&msg, NULL, &dstlen));
+    EXPECT(EFAULT, tp_msg_orig_dst(&msg, sa(&dst), NULL));
+    EXPECT(ENOENT, tp_msg_orig_dst(&msg, sa(&dst), &dstlen));
+    msg.msg_controllen = 100;
+    EXPECT(EFAULT, tp_msg_orig_dst(&msg, sa(&dst), &dstlen));
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof addr)];
+    } control = { .header = { .cmsg_len = CMSG_LEN(sizeof addr), .cmsg_level = SOL_IP, .cmsg_type = IP_ORIGDSTADDR } };
+    memcpy(CMSG_DATA(&control.header), &addr, sizeof addr);
+    msg.msg_control = &control;
+    msg.msg_controllen = sizeof control;
+    EXPECT(0, tp_msg_orig_dst(&msg, sa(&dst), &dstlen));
+    CHECK(dstlen == sizeof addr && memcmp(&dst, &addr, sizeof addr) == 0);
+    EXPECT(EINVAL, tp_msg_orig_dst(&msg, sa(&dst), &little));
+    CHECK(little == 15);
+    static const size_t lengths[] = { 0, 1, 15, 17, CMSG_LEN(sizeof addr) - 1, (size_t)-1, (size_t)-7 };
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        control.header.cmsg_len = lengths[i];
+        EXPECT(ENOENT, tp_msg_orig_dst(&msg, sa(&dst), &dstlen));
+    }
+}
+
+static void replying(void)
+{
+    struct tp_replier_config config[2] = { { 0 }, { 0 } };
+    struct tp_replier *replier = NULL;
+    EXPECT(EFAULT, tp_replier_open(config, sizeof *config, NULL));
+    EXPECT(EFAULT, tp_replier_open(NULL, 1, &replier));
+    EXPECT(EINVAL, tp_replier_open(config, sizeof *config - 1, &replier));
+    EXPECT(EINVAL, tp_replier_open(config, 0, &replier));
+    config[1].flags = 1;
+    EXPECT(E2BIG, tp_replier_open(config, sizeof config, &replier));
+    config[0].flags = TP_KEEP_PORT;
+    EXPECT(EINVAL, tp_replier_open(config, sizeof *config, &replier));
+    CHECK(replier == NULL);
+    EXPECT(0, tp_replier_open(NULL, 0, &replier));
+    CHECK(replier != NULL);
+
+    struct tp_replier_stats stats[2];
+    EXPECT(EFAULT, tp_replier_stats(NULL, stats, sizeof *stats));
+    EXPECT(EFAULT, tp_replier_stats(replier, NULL, sizeof *stats));
+    EXPECT(EINVAL, tp_replier_stats(replier, stats, 8));
+    EXPECT(E2BIG, tp_replier_stats(replier, stats, sizeof stats));
+    EXPECT(0, tp_replier_stats(replier, stats, sizeof *stats));
+    CHECK(stats[0].sockets == 0 && stats[0].sent == 0);
+
+    struct tp_datagram one = { 0 };
+    EXPECT(EFAULT, tp_reply(NULL, &one, 1));
+    EXPECT(EFAULT, tp_reply(replier, NULL, 1));
+    EXPECT(EINVAL, tp_reply(replier, (struct tp_datagram *)((char *)&one + 1), 1));
+    CHECK(tp_reply(replier, &one, 0) == 0);
+    CHECK(tp_reply(replier, &one, 1) == 0 && one.error == EAFNOSUPPORT);
+    struct sockaddr_in end = { .sin_family = AF_INET, .sin_port = htons(9) };
+    end.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    memcpy(&one.client, &end, sizeof end);
+    memcpy(&one.orig_dst, &end, sizeof end);
+    one.len = 1;
+    CHECK(tp_reply(replier, &one, 1) == 0 && one.error == EFAULT);
+    one.len = 0;
+    CHECK(tp_reply(replier, &one, 1) == 1 && one.error == 0);
+    tp_replier_close(replier);
+    errno = ENOTTY;
+    tp_replier_close(NULL);
+    CHECK(errno == ENOTTY);
 }
 
 static void original_destinations(int closed, int file, int unix_fd)
@@ -382,6 +496,8 @@ int main(void)
     sockets(closed, file, unix_fd);
     binds(closed, file, unix_fd);
     streams();
+    receiving(closed, file);
+    replying();
     original_destinations(closed, file, unix_fd);
     rules(closed, file, unix_fd);
     printf("%d checks, %d failures\n", checks, failures);

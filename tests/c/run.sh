@@ -106,6 +106,17 @@ for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 c
 done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
 expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
+# A call of this name, no more often than that, and no other.
+calls() {
+    traced "$1" library > "$work/library" && test "$(grep -c "^$2(" "$work/library")" = "$3" &&
+        test "$(wc -l < "$work/library")" = "$3"
+}
+for family in 4 6; do
+    expect "tp_recvfrom: one system call, IPv$family" calls recvfrom$family recvmsg 1
+    expect "tp_recv_datagrams: one system call for 64, IPv$family" calls recv_datagrams$family recvmmsg 1
+    expect "tp_reply: one system call for each of 3 ports, IPv$family" calls reply$family sendmmsg 3
+    expect "tp_reply: one system call for all that are raw, IPv$family" calls reply$family-raw sendmmsg 1
+done
 
 # The examples, built by pkg-config alone.
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"

@@ -66,6 +66,57 @@ static int orig_dst_by_hand(int fd, struct sockaddr *addr, socklen_t *len)
     return transparent ? getsockname(fd, addr, len) : -1;
 }
 
+/* Datagrams, received or answered: this many, from this many ports. */
+enum { DATAGRAMS = 64, PORTS = 3 };
+
+static int datagrams(const char *name, struct sockaddr *loopback, socklen_t len)
+{
+    static char bytes[DATAGRAMS][64];
+    static struct tp_datagram dgrams[DATAGRAMS];
+    struct sockaddr_storage to;
+    socklen_t to_len = sizeof to;
+    int fd = tp_socket(loopback->sa_family, SOCK_DGRAM, 0);
+    tp_bind_nonlocal(fd, loopback, len);
+    getsockname(fd, sa(&to), &to_len);
+    for (int i = 0; i < DATAGRAMS; i++) {
+        dgrams[i] = (struct tp_datagram){ .data = bytes[i], .capacity = sizeof bytes[i] };
+        sendto(fd, "question", 8, 0, sa(&to), to_len);
+    }
+    if (strncmp(name, "recvfrom", 8) == 0) {
+        struct sockaddr_storage src, dst;
+        socklen_t src_len = sizeof src, dst_len = sizeof dst;
+        mark();
+        ssize_t n = tp_recvfrom(fd, bytes[0], sizeof bytes[0], 0, sa(&src), &src_len, sa(&dst), &dst_len);
+        mark();
+        return n == 8 && memcmp(&dst, &to, to_len) == 0 ? fd : -1;
+    }
+    bool replies = strncmp(name, "reply", 5) == 0;
+    if (!replies)
+        mark();
+    int n = tp_recv_datagrams(fd, dgrams, DATAGRAMS, 0);
+    if (!replies) {
+        mark();
+        return n == DATAGRAMS ? fd : -1;
+    }
+    struct tp_replier *replier;
+    struct tp_replier_config config = { .flags = strstr(name, "raw") != NULL ? TP_REPLIER_RAW : 0 };
+    if (tp_replier_open(&config, sizeof config, &replier) != 0)
+        return -1;
+    /* The first round makes the sockets. Ports are at the same place for both families. */
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < DATAGRAMS; i++)
+            ((struct sockaddr_in *)&dgrams[i].orig_dst)->sin_port = htons(4000 + i % PORTS);
+        if (round == 1)
+            mark();
+        if (tp_reply(replier, dgrams, n) != DATAGRAMS)
+            return -1;
+        if (round == 1)
+            mark();
+    }
+    tp_replier_close(replier);
+    return fd;
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 3)
@@ -85,6 +136,8 @@ int main(int argc, char **argv)
         mark();
         fd = library ? tp_socket(domain, type, 0) : socket_by_hand(domain, type);
         mark();
+    } else if (strncmp(name, "rec", 3) == 0 || strncmp(name, "reply", 5) == 0) {
+        fd = datagrams(name, loopback, len);
     } else {
         int listener = tp_listen(loopback, len, 1, 0);
         struct sockaddr_storage to, from = { 0 };

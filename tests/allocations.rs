@@ -1,0 +1,103 @@
+//! The hot paths allocate nothing.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::os::fd::AsRawFd;
+
+use common::datagrams::*;
+use common::*;
+use tproxy::ffi::*;
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: by the caller's word.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        // SAFETY: by the caller's word.
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// How often this thread allocated while something was done.
+fn allocations(what: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.get();
+    what();
+    ALLOCATIONS.get() - before
+}
+
+#[test]
+fn receiving_and_replying_allocate_nothing() {
+    let net = Net::new();
+    net.run(|| {
+        assert_ne!(allocations(|| drop(std::hint::black_box(vec![1u8; 100]))), 0);
+        let listener = receiver(at(ip("127.0.0.1"), 0));
+        let client = udp(at(ip("127.0.0.1"), 0));
+        let to = local_addr(&listener);
+        let mut replier = Replier::open(&replier_config()).unwrap();
+        let mut rooms = rooms(TP_BATCH_MAX as usize, 2000);
+        let mut batch = datagrams(&mut rooms);
+        // Ports that are known, ports that are new, and one that is another's.
+        let taken = udp(at(ip("0.0.0.0"), 0)).local_addr().unwrap().port();
+        let mut port = 1000;
+        let mut round = |new: bool| {
+            (0..TP_BATCH_MAX).for_each(|_| assert_eq!(client.send_to(b"question", to).unwrap(), 8));
+            let (mut received, mut sent) = (0, 0);
+            let count = allocations(|| {
+                received = recv_datagrams(&listener, &mut batch, 0).unwrap();
+                for (number, one) in (0u16..).zip(&mut batch[..received]) {
+                    let from = if number == 0 { taken } else { port + number % 3 };
+                    one.set_orig_dst(at(ip("127.0.0.2"), from));
+                }
+                sent = replier.reply(&mut batch[..received]);
+            });
+            assert_eq!((received, sent), (TP_BATCH_MAX as usize, TP_BATCH_MAX as usize));
+            port += if new { 3 } else { 0 };
+            count
+        };
+        // The first call of a process sets up what a panic needs.
+        round(false);
+        let count: usize = (0..100).map(|_| round(false)).sum();
+        assert_eq!(count, 0, "known ports");
+        let count: usize = (0..100).map(|_| round(true)).sum();
+        assert_eq!(count, 0, "new ports, and evictions");
+        assert!(replier.stats().evictions > 0);
+    });
+}
+
+#[test]
+fn failing_to_receive_allocates_nothing() {
+    let net = Net::new();
+    net.run(|| {
+        let listener = receiver(at(ip("127.0.0.1"), 0));
+        let mut rooms = rooms(4, 100);
+        let mut batch = datagrams(&mut rooms);
+        let mut bytes = [0u8; 100];
+        let mut fail = || {
+            // SAFETY: room for the bytes, an array of that length, and no addresses.
+            unsafe {
+                let (addr, len) = (std::ptr::null_mut, std::ptr::null_mut);
+                let fd = listener.as_raw_fd();
+                let (room, flags) = (bytes.as_mut_ptr().cast(), libc::MSG_DONTWAIT);
+                assert_eq!(tp_recvfrom(fd, room, 100, flags, addr(), len(), addr(), len()), -1);
+                assert_eq!(tp_recv_datagrams(fd, batch.as_mut_ptr(), 4, flags), -1);
+            }
+        };
+        fail();
+        assert_eq!(allocations(|| (0..1000).for_each(|_| fail())), 0);
+    });
+}

@@ -1,0 +1,385 @@
+//! Replies: whom they disturb (nobody), how many sockets they take, and what
+//! becomes of those that cannot be sent.
+
+mod common;
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use common::datagrams::*;
+use common::*;
+use tproxy::ffi::*;
+
+const DUMMIES: [&str; 2] = ["192.0.0.8", "100:0:0:1::1"];
+
+/// The sockets of a replier in this thread's network.
+fn reply_sockets() -> Vec<(SocketAddr, usize)> {
+    udp_sockets().into_iter().filter(|(addr, _)| DUMMIES.iter().any(|dummy| addr.ip() == ip(dummy))).collect()
+}
+
+/// One reply; gives its error.
+fn reply(replier: &mut Replier, from: SocketAddr, to: SocketAddr, bytes: &[u8]) -> Option<i32> {
+    let mut bytes = bytes.to_vec();
+    let mut one = [reply_of(&mut bytes, from, to)];
+    let sent = replier.reply(&mut one);
+    assert_eq!(sent == 0, one[0].error().is_some());
+    one[0].error()
+}
+
+fn open(config: &tp_replier_config) -> Replier {
+    Replier::open(config).unwrap()
+}
+
+/// A rule that diverts datagrams to transparent sockets, and a listener on a port.
+fn intercept_udp(lab: &Lab, port: u16) -> (std::os::fd::OwnedFd, Rules) {
+    lab.proxy.run(|| {
+        let listener = receiver(at(ip("::"), 3129));
+        let rules = intercept(&listener, port).unwrap();
+        (listener, rules)
+    })
+}
+
+#[test]
+fn reply_sockets_neither_queue_nor_steal() {
+    for hosts in [v4(), v6()] {
+        let lab = Lab::new();
+        let (listener, _rules) = intercept_udp(&lab, 53);
+        let client = lab.client.run(|| udp(at(hosts.client, 0)));
+        let here = client.local_addr().unwrap();
+        let asked = at(nobody(here.is_ipv6(), 1), 53);
+        let mut replier = lab.proxy.run(|| open(&replier_config()));
+        for round in 0..5 {
+            client.send_to(b"question", asked).unwrap();
+            let got = receive_datagram(&listener, PATIENCE).unwrap_or_else(|| panic!("round {round}"));
+            assert_eq!(got, ("question".to_owned(), here, asked));
+            assert_eq!(lab.proxy.run(|| reply(&mut replier, asked, here, b"answer")), None);
+            assert_eq!(hear(&client, 1), [(b"answer".to_vec(), asked)]);
+        }
+        // Even what is sent to where they are bound is not kept; the rules bring it there.
+        let dummy = ip(DUMMIES[usize::from(here.is_ipv6())]);
+        for _ in 0..5 {
+            client.send_to(b"to the dummy", at(dummy, 53)).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(lab.proxy.run(reply_sockets), [(at(dummy, 53), 0)]);
+    }
+}
+
+/// Asks a service and gets its own words back.
+fn is_served(client: &UdpSocket, service: &UdpSocket, at: SocketAddr) {
+    client.send_to(b"are you there?", at).unwrap();
+    let (words, from) = hear(service, 1).remove(0);
+    service.send_to(&words, from).unwrap();
+    assert_eq!(hear(client, 1), [(b"are you there?".to_vec(), at)]);
+}
+
+#[test]
+fn services_on_the_same_port_are_not_disturbed() {
+    for (hosts, any) in [(v4(), "0.0.0.0"), (v6(), "::")] {
+        for (bound, shares, raw) in [(ip(any), false, 5), (ip(any), true, 0), (hosts.proxy, false, 0)] {
+            let lab = Lab::new();
+            let (_listener, _rules) = intercept_udp(&lab, 7777);
+            let client = lab.client.run(|| udp(at(hosts.client, 0)));
+            let here = client.local_addr().unwrap();
+            let serve = || {
+                lab.proxy.run(|| {
+                    let domain = socket2::Domain::for_address(at(bound, 53));
+                    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+                    socket.set_reuse_address(shares).unwrap();
+                    socket.bind(&at(bound, 53).into())?;
+                    let socket = UdpSocket::from(socket);
+                    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                    Ok::<_, std::io::Error>(socket)
+                })
+            };
+            let service = serve().unwrap();
+            let mut replier = lab.proxy.run(|| open(&replier_config()));
+            let from = at(nobody(here.is_ipv6(), 1), 53);
+            for _ in 0..5 {
+                assert_eq!(lab.proxy.run(|| reply(&mut replier, from, here, b"from elsewhere")), None);
+                assert_eq!(hear(&client, 1), [(b"from elsewhere".to_vec(), from)]);
+                is_served(&client, &service, at(hosts.proxy, 53));
+            }
+            let stats = replier.stats();
+            assert_eq!((stats.raw, stats.misses, stats.hits), (raw, 1, 4), "{bound} shares {shares}");
+            // The service starts anew while the replier is there.
+            drop(service);
+            let service = serve().unwrap();
+            is_served(&client, &service, at(hosts.proxy, 53));
+        }
+    }
+}
+
+#[test]
+fn a_port_that_is_free_again_is_taken_within_a_second_or_so() {
+    let lab = Lab::new();
+    let hosts = v4();
+    let client = lab.client.run(|| udp(at(hosts.client, 0)));
+    let here = client.local_addr().unwrap();
+    let from = at(nobody(false, 1), 53);
+    let service = lab.proxy.run(|| udp(at(ip("0.0.0.0"), 53)));
+    lab.proxy.run(|| {
+        let mut replier = open(&replier_config());
+        for _ in 0..100 {
+            assert_eq!(reply(&mut replier, from, here, b"raw"), None);
+        }
+        let stats = replier.stats();
+        assert_eq!((stats.raw, stats.misses, stats.sockets), (100, 1, 1));
+        drop(service);
+        std::thread::sleep(Duration::from_millis(1100));
+        assert_eq!(reply(&mut replier, from, here, b"not raw"), None);
+        let stats = replier.stats();
+        assert_eq!((stats.raw, stats.misses, stats.sockets), (100, 2, 2));
+    });
+}
+
+#[test]
+fn repliers_of_several_threads_share_ports() {
+    let lab = Lab::new();
+    let client = lab.client.run(|| udp(at(v6().client, 0)));
+    let here = client.local_addr().unwrap();
+    let from = at(nobody(true, 1), 53);
+    lab.proxy.run(|| {
+        let mut repliers = [open(&replier_config()), open(&replier_config())];
+        for replier in &mut repliers {
+            assert_eq!(reply(replier, from, here, b"one of two"), None);
+            assert_eq!(replier.stats().raw, 0);
+        }
+    });
+    assert_eq!(hear(&client, 2).len(), 2);
+}
+
+#[test]
+fn the_number_of_sockets_is_bounded_and_idle_ones_are_closed() {
+    let lab = Lab::new();
+    let client = lab.client.run(|| udp(at(v4().client, 0)));
+    let here = client.local_addr().unwrap();
+    let source = |port: u16| at(nobody(false, 1), port);
+    lab.proxy.run(|| {
+        let mut replier = open(&tp_replier_config { max_sockets: 4, idle_ms: 200, ..replier_config() });
+        for _ in 0..3 {
+            for port in 1..=20 {
+                assert_eq!(reply(&mut replier, source(port), here, b"x"), None);
+                // A child that another test is about to make may hold them a moment longer.
+                eventually("no more than four", || reply_sockets().len() <= 4);
+            }
+        }
+        let ports = || {
+            let mut ports: Vec<u16> = reply_sockets().iter().map(|(addr, _)| addr.port()).collect();
+            ports.sort_unstable();
+            ports
+        };
+        eventually("the last four", || ports() == [17, 18, 19, 20]);
+        assert_eq!((replier.stats().sockets, replier.stats().evictions, replier.stats().misses), (4, 56, 60));
+        // The one that was used last stays longest.
+        assert_eq!(reply(&mut replier, source(17), here, b"x"), None);
+        assert_eq!(reply(&mut replier, source(30), here, b"x"), None);
+        eventually("17 is younger than 18", || ports() == [17, 19, 20, 30]);
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(reply(&mut replier, source(40), here, b"x"), None);
+        eventually("the idle ones are closed", || ports() == [40]);
+        drop(replier);
+        eventually("all are closed", || ports().is_empty());
+    });
+    hear(&client, 63);
+}
+
+#[test]
+fn a_replier_of_raw_sockets_takes_no_port() {
+    let lab = Lab::new();
+    for hosts in [v4(), v6()] {
+        let client = lab.client.run(|| udp(at(hosts.client, 0)));
+        let here = client.local_addr().unwrap();
+        let from = at(nobody(here.is_ipv6(), 1), 53);
+        lab.proxy.run(|| {
+            let mut replier = open(&tp_replier_config { flags: TP_REPLIER_RAW, ..replier_config() });
+            // Of no byte, of an odd number, in fragments, and the longest.
+            for len in [0, 1, 99, 4000, 65_507] {
+                assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None, "{len}");
+            }
+            assert_eq!(reply(&mut replier, from, here, &[b'x'; 65_528]), Some(libc::EMSGSIZE));
+            assert_eq!(reply_sockets(), []);
+        });
+        let lens: Vec<usize> = hear(&client, 5).iter().map(|(bytes, _)| bytes.len()).collect();
+        assert_eq!(lens, [0, 1, 99, 4000, 65_507]);
+    }
+}
+
+#[test]
+fn one_that_cannot_be_sent_does_not_keep_the_others() {
+    let lab = Lab::new();
+    lab.proxy.nft(
+        "table inet filter {
+            chain out {
+                type filter hook output priority 0;
+                ip daddr 198.51.100.9 drop
+                ip6 daddr 2001:db8:1::9 drop
+            }
+        }",
+    );
+    for raw in [false, true] {
+        for (hosts, refused) in [(v4(), "198.51.100.9"), (v6(), "2001:db8:1::9")] {
+            let client = lab.client.run(|| udp(at(hosts.client, 0)));
+            let here = client.local_addr().unwrap();
+            let v6 = here.is_ipv6();
+            let (from, other) = (at(nobody(v6, 1), 53), at(nobody(!v6, 1), 53));
+            let unspecified: IpAddr = ip(if v6 { "::" } else { "0.0.0.0" });
+            let multicast: IpAddr = ip(if v6 { "ff02::1" } else { "224.0.0.1" });
+            let good = (from, here, 0);
+            let cases = [
+                good,
+                (from, at(ip(refused), 1), libc::EPERM),
+                good,
+                (from, at(hosts.client, 0), libc::EINVAL),
+                (at(from.ip(), 0), here, libc::EINVAL),
+                (other, here, libc::EAFNOSUPPORT),
+                (at(unspecified, 53), here, libc::EADDRNOTAVAIL),
+                (at(multicast, 53), here, libc::EADDRNOTAVAIL),
+                good,
+            ];
+            let errors: Vec<i32> = lab.proxy.run(|| {
+                let flags = if raw { TP_REPLIER_RAW } else { 0 };
+                let mut replier = open(&tp_replier_config { flags, ..replier_config() });
+                let mut bytes = vec![[b'x'; 10]; cases.len()];
+                let mut batch: Vec<_> =
+                    bytes.iter_mut().zip(cases).map(|(bytes, (from, to, _))| reply_of(bytes, from, to)).collect();
+                // Errors of before are no errors of now.
+                for _ in 0..2 {
+                    assert_eq!(replier.reply(&mut batch), 3);
+                }
+                assert_eq!((replier.stats().errors, replier.stats().sent), (12, 6));
+                batch.iter().map(|one| one.error().unwrap_or(0)).collect()
+            });
+            assert_eq!(errors, cases.map(|(_, _, errno)| errno), "raw {raw}, IPv6 {v6}");
+            assert_eq!(hear(&client, 6), vec![(vec![b'x'; 10], from); 6]);
+        }
+    }
+}
+
+#[test]
+fn without_a_route_the_error_says_so() {
+    let net = Net::new();
+    net.run(|| {
+        let mut replier = open(&replier_config());
+        let (from, to) = (at(ip("192.0.2.1"), 53), at(ip("198.51.100.1"), 53));
+        assert_eq!(reply(&mut replier, from, to, b"x"), Some(libc::ENETUNREACH));
+        assert_eq!(replier.stats().errors, 1);
+    });
+}
+
+#[test]
+fn datagrams_without_an_address_or_bytes_have_errors() {
+    let net = Net::new();
+    net.run(|| {
+        let mut replier = open(&replier_config());
+        let mut room = [0; 10];
+        let mut blank = [tproxy::udp::Datagram::new(&mut room)];
+        assert_eq!((replier.reply(&mut blank), blank[0].error()), (0, Some(libc::EAFNOSUPPORT)));
+        assert_eq!(replier.reply(&mut []), 0);
+    });
+}
+
+#[test]
+fn segments_arrive_as_datagrams_however_they_leave() {
+    for raw in [false, true] {
+        let lab = Lab::new();
+        for hosts in [v4(), v6()] {
+            let client = lab.client.run(|| udp(at(hosts.client, 0)));
+            let here = client.local_addr().unwrap();
+            let from = at(nobody(here.is_ipv6(), 1), 53);
+            // In one piece, in several, longer than the MTU of 1,500, more than the kernel cuts at once, of one byte each.
+            for (len, segment_len) in [(100, 1200), (6000, 1200), (6001, 2000), (9000, 100), (200, 1)] {
+                let mut bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+                let expected: Vec<_> = bytes.chunks(segment_len).map(|bytes| (bytes.to_vec(), from)).collect();
+                lab.proxy.run(|| {
+                    let flags = if raw { TP_REPLIER_RAW } else { 0 };
+                    let mut replier = open(&tp_replier_config { flags, ..replier_config() });
+                    let mut one = [reply_of(&mut bytes, from, here)];
+                    one[0].set_segment_len(segment_len as u32);
+                    assert_eq!(replier.reply(&mut one), 1, "{len} by {segment_len}: {:?}", one[0].error());
+                });
+                assert_eq!(hear(&client, expected.len()), expected, "{len} by {segment_len}, raw {raw}");
+            }
+        }
+    }
+}
+
+#[test]
+fn datagrams_of_one_flow_and_length_arrive_as_they_were_given() {
+    let lab = Lab::new();
+    let clients: Vec<UdpSocket> = lab.client.run(|| (0..2).map(|_| udp(at(v4().client, 0))).collect());
+    let from = at(nobody(false, 1), 53);
+    // Runs of equal length, shorter ends, empty ones between, longer than the MTU, interleaved clients.
+    let plan: Vec<(usize, usize)> = [100, 100, 100, 50, 100, 100, 0, 0, 100, 2000, 2000, 10, 1400, 1400, 1400, 1399]
+        .iter()
+        .enumerate()
+        .flat_map(|(at, len)| if at % 3 == 2 { vec![(0, *len), (1, *len)] } else { vec![(0, *len)] })
+        .cycle()
+        .take(150)
+        .collect();
+    let mut bytes: Vec<Vec<u8>> = plan.iter().enumerate().map(|(at, (_, len))| vec![at as u8; *len]).collect();
+    let expected = |client: usize| -> Vec<Vec<u8>> {
+        plan.iter().zip(0u8..).filter(|((to, _), _)| *to == client).map(|((_, len), at)| vec![at; *len]).collect()
+    };
+    let expected = [expected(0), expected(1)];
+    lab.proxy.run(|| {
+        let mut replier = open(&replier_config());
+        let ends: Vec<SocketAddr> = clients.iter().map(|client| client.local_addr().unwrap()).collect();
+        let mut batch: Vec<_> =
+            bytes.iter_mut().zip(&plan).map(|(bytes, (to, _))| reply_of(bytes, from, ends[*to])).collect();
+        assert_eq!(replier.reply(&mut batch), plan.len());
+        assert_eq!(replier.stats().sockets, 1);
+    });
+    for (client, expected) in clients.iter().zip(expected) {
+        let heard: Vec<Vec<u8>> = hear(client, expected.len()).into_iter().map(|(bytes, _)| bytes).collect();
+        assert_eq!(heard, expected);
+    }
+}
+
+#[test]
+fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
+    for hosts in [v4(), v6()] {
+        let lab = Lab::new();
+        let (listener, _rules) = intercept_udp(&lab, 53);
+        let server = lab.server.run(|| udp(at(hosts.server, 53)));
+        let other = lab.server.run(|| udp(at(hosts.server, 54)));
+        let client = lab.client.run(|| udp(at(hosts.client, 0)));
+        let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
+        let upstream = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_DGRAM | TP_KEEP_PORT).unwrap()));
+        // The same port towards another server.
+        let second = lab.proxy.run(|| {
+            let to = other.local_addr().unwrap();
+            UdpSocket::from(connect_from(here, to, TP_DGRAM | TP_KEEP_PORT).unwrap())
+        });
+        upstream.set_read_timeout(Some(PATIENCE)).unwrap();
+        second.set_read_timeout(Some(PATIENCE)).unwrap();
+        for _ in 0..3 {
+            upstream.send(b"for the server").unwrap();
+            assert_eq!(hear(&server, 1), [(b"for the server".to_vec(), here)]);
+            server.send_to(b"for the client", here).unwrap();
+            assert_eq!(hear(&upstream, 1), [(b"for the client".to_vec(), there)]);
+            second.send(b"for the other").unwrap();
+            assert_eq!(hear(&other, 1), [(b"for the other".to_vec(), here)]);
+            client.send_to(b"more", there).unwrap();
+            assert_eq!(receive_datagram(&listener, PATIENCE).unwrap(), ("more".to_owned(), here, there));
+        }
+        // Any port will do, without TP_KEEP_PORT.
+        let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_DGRAM).unwrap()));
+        any.send(b"x").unwrap();
+        let (_, from) = hear(&server, 1).remove(0);
+        assert_eq!(from.ip(), here.ip());
+        assert_ne!(from.port(), here.port());
+        let again = lab.proxy.run(|| connect_from(here, there, TP_DGRAM | TP_NONBLOCK).unwrap());
+        // SAFETY: reads the descriptor's flags.
+        assert_ne!(unsafe { libc::fcntl(again.as_raw_fd(), libc::F_GETFL) } & libc::O_NONBLOCK, 0);
+    }
+}
+
+#[test]
+fn a_bad_config_is_refused() {
+    let open = |config| Replier::open(&config).map(drop).unwrap_err();
+    assert_eq!(open(tp_replier_config { flags: 0x2, ..replier_config() }).errno, libc::EINVAL);
+    assert_eq!(open(tp_replier_config { reserved: 1, ..replier_config() }).errno, libc::EINVAL);
+    assert_eq!(open(tp_replier_config { max_sockets: 1 << 17, ..replier_config() }).errno, libc::EINVAL);
+}
