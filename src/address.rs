@@ -20,6 +20,36 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<SocketAddr> {
     }
 }
 
+/// As many bytes as the longest address has.
+pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
+
+/// A `struct sockaddr_in` or `sockaddr_in6`; the rest is zero.
+pub(crate) fn encode(addr: SocketAddr) -> Bytes {
+    let mut bytes = [0; size_of::<libc::sockaddr_in6>()];
+    bytes[2..4].copy_from_slice(&addr.port().to_be_bytes());
+    match addr {
+        SocketAddr::V4(v4) => {
+            bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            bytes[4..8].copy_from_slice(&v4.ip().octets());
+        }
+        SocketAddr::V6(v6) => {
+            bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            bytes[4..8].copy_from_slice(&v6.flowinfo().to_ne_bytes());
+            bytes[8..24].copy_from_slice(&v6.ip().octets());
+            bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+        }
+    }
+    bytes
+}
+
+/// How many of its bytes are an address.
+pub(crate) fn len(addr: SocketAddr) -> usize {
+    match addr {
+        SocketAddr::V4(_) => size_of::<libc::sockaddr_in>(),
+        SocketAddr::V6(_) => size_of::<libc::sockaddr_in6>(),
+    }
+}
+
 /// The address family that a socket address names.
 pub(crate) fn family(bytes: &[u8]) -> Option<i32> {
     bytes.first_chunk().map(|family| i32::from(u16::from_ne_bytes(*family)))
@@ -71,6 +101,7 @@ mod tests {
             #[allow(unsafe_code)]
             let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), raw.len() as usize) };
             prop_assert_eq!(decode(bytes), Some(addr));
+            prop_assert_eq!(&encode(addr)[..len(addr)], bytes);
             for len in 0..bytes.len() {
                 prop_assert_eq!(decode(&bytes[..len]), None);
             }

@@ -57,10 +57,9 @@ fn decode_header(header: &[u8; HEADER]) -> (usize, i32, i32) {
 }
 
 /// Room for what [`Outgoing`] writes: `struct in6_pktinfo` and a segment length.
-pub(super) const OUTGOING: usize = 2 * HEADER + align(size_of::<libc::in6_pktinfo>()) + align(size_of::<u16>());
+const OUTGOING: usize = 2 * HEADER + align(size_of::<libc::in6_pktinfo>()) + align(size_of::<u16>());
 
 /// Control data to send with: from which address, and in segments of which length.
-#[derive(Clone, Copy)]
 #[repr(C, align(8))]
 pub(super) struct Outgoing {
     bytes: [u8; OUTGOING],
@@ -74,34 +73,30 @@ impl Outgoing {
         match source {
             // struct in_pktinfo: the interface, the source, a destination that is not looked at.
             IpAddr::V4(ip) => {
-                let mut info = [0; size_of::<libc::in_pktinfo>()];
-                info[4..8].copy_from_slice(&ip.octets());
-                outgoing.push(libc::SOL_IP, libc::IP_PKTINFO, &info);
+                let body = outgoing.push::<{ size_of::<libc::in_pktinfo>() }>(libc::SOL_IP, libc::IP_PKTINFO);
+                body[4..8].copy_from_slice(&ip.octets());
             }
             IpAddr::V6(ip) => {
-                let mut info = [0; size_of::<libc::in6_pktinfo>()];
-                info[..16].copy_from_slice(&ip.octets());
-                info[16..20].copy_from_slice(&scope.to_ne_bytes());
-                outgoing.push(libc::SOL_IPV6, libc::IPV6_PKTINFO, &info);
+                let body = outgoing.push::<{ size_of::<libc::in6_pktinfo>() }>(libc::SOL_IPV6, libc::IPV6_PKTINFO);
+                body[..16].copy_from_slice(&ip.octets());
+                body[16..].copy_from_slice(&scope.to_ne_bytes());
             }
         }
         if let Some(len) = segment_len {
-            outgoing.push(libc::SOL_UDP, UDP_SEGMENT, &len.to_ne_bytes());
+            *outgoing.push(libc::SOL_UDP, UDP_SEGMENT) = len.to_ne_bytes();
         }
         outgoing
     }
 
-    fn push(&mut self, level: i32, kind: i32, body: &[u8]) {
-        let len = (HEADER + body.len()).to_ne_bytes();
-        let parts: [&[u8]; 3] = [&len, &level.to_ne_bytes(), &kind.to_ne_bytes()];
-        let mut at = self.len;
-        for part in parts {
-            self.bytes[at..at + part.len()].copy_from_slice(part);
-            at += part.len();
-        }
-        let at = self.len + HEADER;
-        self.bytes[at..at + body.len()].copy_from_slice(body);
-        self.len = at + align(body.len());
+    /// Appends a header, and gives the place of its `N` bytes.
+    fn push<const N: usize>(&mut self, level: i32, kind: i32) -> &mut [u8; N] {
+        const LEN: usize = size_of::<usize>();
+        let message = &mut self.bytes[self.len..];
+        message[..LEN].copy_from_slice(&(HEADER + N).to_ne_bytes());
+        message[LEN..LEN + 4].copy_from_slice(&level.to_ne_bytes());
+        message[LEN + 4..LEN + 8].copy_from_slice(&kind.to_ne_bytes());
+        self.len += HEADER + align(N);
+        message[HEADER..].first_chunk_mut().expect("room for both messages")
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

@@ -12,7 +12,6 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use libc::{iovec, mmsghdr, msghdr, sockaddr_storage};
-use socket2::SockAddr;
 
 use super::BATCH;
 use super::control::{Control, Outgoing};
@@ -34,12 +33,9 @@ pub(super) fn address_bytes(storage: &sockaddr_storage) -> &[u8; size_of::<socka
 pub(super) fn store_address(storage: &mut sockaddr_storage, addr: Option<SocketAddr>) {
     match addr {
         Some(addr) => {
-            let addr = SockAddr::from(addr);
+            let bytes = address::encode(addr);
             // SAFETY: an address is no longer than the storage.
-            unsafe {
-                let place = ptr::from_mut(storage).cast::<u8>();
-                place.copy_from_nonoverlapping(addr.as_ptr().cast(), addr.len() as usize);
-            }
+            unsafe { ptr::from_mut(storage).cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         }
         None => storage.ss_family = libc::AF_UNSPEC as libc::sa_family_t,
     }
@@ -144,7 +140,7 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     Ok(received)
 }
 
-/// From whom to whom.
+/// From whom to whom: two addresses of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Flow {
     pub from: SocketAddr,
@@ -154,8 +150,8 @@ pub(super) struct Flow {
 /// A message that waits in an [`Outbox`]: one datagram of a flow, or several of
 /// equal length, which the kernel cuts apart (`UDP_SEGMENT`).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Message {
-    pub flow: Flow,
+pub(super) struct Message<'d> {
+    pub flow: &'d Flow,
     /// The place of its first datagram among those that were given to send.
     pub first: usize,
     /// How long each of its datagrams is, but for the last, which may be shorter.
@@ -174,15 +170,15 @@ pub(super) const MAX_SEGMENTS: usize = 64;
 /// The most bytes of such a message: what IPv4's length field leaves.
 pub(super) const MAX_GSO: usize = 65_507;
 
-impl Message {
+impl<'d> Message<'d> {
     /// A message of a datagram, or of as many as `data` has of `unit` bytes.
-    pub(super) fn new(flow: Flow, first: usize, unit: usize, data: &[u8]) -> Message {
+    pub(super) fn new(flow: &'d Flow, first: usize, unit: usize, data: &[u8]) -> Message<'d> {
         let segments = data.len().div_ceil(unit.max(1)).max(1);
         Message { flow, first, unit, segments, header: None, len: data.len(), first_part: 0, parts: 1 }
     }
 
     /// Whether one more datagram can be cut off its end.
-    fn takes(&self, flow: Flow, data: &[u8]) -> bool {
+    fn takes(&self, flow: &Flow, data: &[u8]) -> bool {
         self.flow == flow
             && self.header.is_none()
             && self.len == self.unit * self.segments
@@ -203,18 +199,18 @@ impl Message {
     }
 
     /// Whom it goes to. A raw socket takes a port for a protocol (raw(7)).
-    fn name(&self) -> SockAddrBytes {
+    fn name(&self) -> address::Bytes {
         let mut to = self.flow.to;
         if self.header.is_some() {
             to.set_port(0);
         }
-        SockAddrBytes::of(to)
+        address::encode(to)
     }
 }
 
 /// Messages for one `sendmmsg(2)`.
 pub(super) struct Outbox<'d> {
-    messages: [MaybeUninit<Message>; BATCH],
+    messages: [MaybeUninit<Message<'d>>; BATCH],
     parts: [MaybeUninit<&'d [u8]>; BATCH],
     len: usize,
     n_parts: usize,
@@ -236,7 +232,7 @@ impl<'d> Outbox<'d> {
     }
 
     /// Adds a message of some data. Not when it is full.
-    pub(super) fn push(&mut self, message: Message, data: &'d [u8]) {
+    pub(super) fn push(&mut self, message: Message<'d>, data: &'d [u8]) {
         self.messages[self.len].write(Message { first_part: self.n_parts, ..message });
         self.parts[self.n_parts].write(data);
         self.len += 1;
@@ -244,7 +240,7 @@ impl<'d> Outbox<'d> {
     }
 
     /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full.
-    pub(super) fn join(&mut self, flow: Flow, data: &'d [u8]) -> bool {
+    pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
         let Some(last) = self.len.checked_sub(1) else { return false };
         // SAFETY: the first len messages are initialised.
         let last = unsafe { self.messages[last].assume_init_mut() };
@@ -259,14 +255,14 @@ impl<'d> Outbox<'d> {
         true
     }
 
-    fn message(&self, at: usize) -> &Message {
+    fn message(&self, at: usize) -> &Message<'d> {
         debug_assert!(at < self.len);
         // SAFETY: the first len messages are initialised.
         unsafe { self.messages[at].assume_init_ref() }
     }
 
     /// The parts of a message of this outbox.
-    fn parts(&self, message: &Message) -> &[&'d [u8]] {
+    fn parts(&self, message: &Message<'d>) -> &[&'d [u8]] {
         let parts = &self.parts[message.first_part..message.first_part + message.parts];
         // SAFETY: the first n_parts parts are initialised, and a message has some of those.
         unsafe { &*(ptr::from_ref(parts) as *const [&'d [u8]]) }
@@ -277,9 +273,9 @@ impl<'d> Outbox<'d> {
         &mut self,
         fd: BorrowedFd<'_>,
         flags: i32,
-        mut outcome: impl FnMut(&Message, &[&'d [u8]], io::Result<()>),
+        mut outcome: impl FnMut(&Message<'d>, &[&'d [u8]], io::Result<()>),
     ) {
-        let mut names = [const { MaybeUninit::<SockAddrBytes>::uninit() }; BATCH];
+        let mut names = [const { MaybeUninit::<address::Bytes>::uninit() }; BATCH];
         let mut controls = [const { MaybeUninit::<Outgoing>::uninit() }; BATCH];
         // A raw message has a part more, its header; it has one part of data.
         let mut iovecs = [const { MaybeUninit::<iovec>::uninit() }; 2 * BATCH];
@@ -302,7 +298,7 @@ impl<'d> Outbox<'d> {
             let name = names[at].write(message.name());
             let control = controls[at].write(message.control());
             let n_parts = message.parts + usize::from(message.header.is_some());
-            let mut header = header(name.bytes.as_mut_ptr().cast(), name.len, iovec, n_parts);
+            let mut header = header(name.as_mut_ptr().cast(), address::len(message.flow.to), iovec, n_parts);
             header.msg_control = control.bytes().as_ptr().cast_mut().cast();
             header.msg_controllen = control.bytes().len();
             headers[at].write(mmsghdr { msg_hdr: header, msg_len: 0 });
@@ -348,22 +344,5 @@ impl<'d> Outbox<'d> {
         }
         self.len = 0;
         self.n_parts = 0;
-    }
-}
-
-/// A socket address without the room that a `SockAddr` has left.
-struct SockAddrBytes {
-    bytes: [u8; size_of::<libc::sockaddr_in6>()],
-    len: usize,
-}
-
-impl SockAddrBytes {
-    fn of(addr: SocketAddr) -> SockAddrBytes {
-        let addr = SockAddr::from(addr);
-        let len = addr.len() as usize;
-        let mut bytes = [0; size_of::<libc::sockaddr_in6>()];
-        // SAFETY: an address of len bytes, which is no more than the larger family's.
-        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(addr.as_ptr().cast(), len) };
-        SockAddrBytes { bytes, len }
     }
 }

@@ -1,6 +1,5 @@
 //! Answers, from any source.
 
-use std::array;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -75,11 +74,12 @@ fn flow(datagram: &Datagram<'_>) -> std::result::Result<Flow, i32> {
     }
 }
 
-/// At most [`BATCH`] datagrams under way: what they are, and what became of them.
+/// At most [`BATCH`] datagrams under way, and where they go.
 struct Batch<'a, 'b> {
     datagrams: &'a [Datagram<'b>],
-    flows: [Option<Flow>; BATCH],
-    errors: [i32; BATCH],
+    /// `None` for one that cannot go.
+    flows: &'a [Option<Flow>; BATCH],
+    flags: i32,
 }
 
 /// Some of a batch, in order.
@@ -91,6 +91,12 @@ struct Group {
 
 impl Group {
     const EMPTY: Group = Group { numbers: [0; BATCH], len: 0 };
+
+    fn of(numbers: impl Iterator<Item = usize>) -> Group {
+        let mut group = Group::EMPTY;
+        numbers.for_each(|number| group.push(number));
+        group
+    }
 
     fn push(&mut self, number: usize) {
         self.numbers[self.len] = number as u8;
@@ -150,30 +156,31 @@ impl Replier {
 
     /// One system call for each source port, and one for all that are raw.
     fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) -> [i32; BATCH] {
-        let mut batch = Batch { datagrams, flows: [None; BATCH], errors: [0; BATCH] };
+        let mut errors = [0; BATCH];
+        let mut flows = [None; BATCH];
         // Sorted by port, those of one port in the caller's order.
-        let mut order = [(Key { v6: false, port: 0 }, 0u8); BATCH];
+        let mut order = [0; BATCH];
         let mut len = 0;
         for (number, datagram) in datagrams.iter().enumerate() {
             match flow(datagram) {
                 Ok(flow) => {
-                    batch.flows[number] = Some(flow);
-                    order[len] = (Key::of(flow.from), number as u8);
+                    flows[number] = Some(flow);
+                    order[len] = Key::of(flow.from).with_number(number);
                     len += 1;
                 }
-                Err(errno) => batch.errors[number] = errno,
+                Err(errno) => errors[number] = errno,
             }
         }
         order[..len].sort_unstable();
-        let mut raw: [Group; 2] = array::from_fn(|_| Group::EMPTY);
-        for group in order[..len].chunk_by(|a, b| a.0 == b.0) {
-            let key = group[0].0;
-            let mut numbers = Group::EMPTY;
-            group.iter().for_each(|(_, number)| numbers.push(usize::from(*number)));
+        let batch = Batch { datagrams, flows: &flows, flags: self.flags };
+        let mut raw = [Group::EMPTY; 2];
+        for group in order[..len].chunk_by(|a, b| Key::and_number(*a).0 == Key::and_number(*b).0) {
+            let (key, _) = Key::and_number(group[0]);
+            let numbers = group.iter().map(|item| Key::and_number(*item).1);
             match self.sources.way(key, now) {
-                Ok(Way::Port(fd)) => batch.send(fd, self.flags, &numbers, false),
-                Ok(Way::Raw) => numbers.iter().for_each(|number| raw[usize::from(key.v6)].push(number)),
-                Err(error) => numbers.iter().for_each(|number| batch.errors[number] = error.errno()),
+                Ok(Way::Port(fd)) => batch.send(fd, &Group::of(numbers), false, &mut errors),
+                Ok(Way::Raw) => numbers.for_each(|number| raw[usize::from(key.v6)].push(number)),
+                Err(error) => numbers.for_each(|number| errors[number] = error.errno()),
             }
         }
         for (v6, group) in [false, true].into_iter().zip(&raw) {
@@ -181,36 +188,39 @@ impl Replier {
                 continue;
             }
             match self.sources.raw(v6) {
-                Ok(fd) => batch.send(fd, self.flags, group, true),
-                Err(error) => group.iter().for_each(|number| batch.errors[number] = error.errno()),
+                Ok(fd) => batch.send(fd, group, true, &mut errors),
+                Err(error) => group.iter().for_each(|number| errors[number] = error.errno()),
             }
-            self.raw += group.iter().filter(|number| batch.errors[*number] == 0).count() as u64;
+            self.raw += group.iter().filter(|number| errors[*number] == 0).count() as u64;
         }
-        batch.errors
+        errors
     }
 }
 
 impl Batch<'_, '_> {
     /// Sends some datagrams by one socket.
-    fn send(&mut self, fd: BorrowedFd<'_>, flags: i32, group: &Group, raw: bool) {
-        let (datagrams, flows) = (self.datagrams, self.flows);
+    fn send(&self, fd: BorrowedFd<'_>, group: &Group, raw: bool, errors: &mut [i32; BATCH]) {
         let mut outbox = Outbox::new();
         for (place, number) in group.iter().enumerate() {
-            let Some(flow) = flows[number] else { continue };
-            let data = datagrams[number].data();
-            let unit = match datagrams[number].segment_len() as usize {
+            let Some(flow) = &self.flows[number] else { continue };
+            let data = self.datagrams[number].data();
+            let unit = match self.datagrams[number].segment_len() as usize {
                 0 => data.len(),
                 unit => unit.min(data.len()),
             };
             if raw && unit > raw::LONGEST {
-                self.errors[number] = libc::EMSGSIZE;
+                errors[number] = libc::EMSGSIZE;
                 continue;
             }
             // What goes into one message.
-            let most = if raw { unit } else { unit * (MAX_GSO / unit.max(1)).clamp(1, MAX_SEGMENTS) };
+            let most = match unit {
+                _ if raw => unit,
+                _ if unit == data.len() => unit,
+                _ => unit * (MAX_GSO / unit).clamp(1, MAX_SEGMENTS),
+            };
             for data in pieces(data, most) {
                 if outbox.is_full() {
-                    self.flush(&mut outbox, fd, flags, group);
+                    self.flush(&mut outbox, fd, group, errors);
                 }
                 if !raw && outbox.join(flow, data) {
                     continue;
@@ -220,17 +230,16 @@ impl Batch<'_, '_> {
                 outbox.push(message, data);
             }
         }
-        self.flush(&mut outbox, fd, flags, group);
+        self.flush(&mut outbox, fd, group, errors);
     }
 
-    fn flush(&mut self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, flags: i32, group: &Group) {
-        let errors = &mut self.errors;
-        outbox.send(fd, flags, |message, parts, outcome| {
+    fn flush(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
+        outbox.send(fd, self.flags, |message, parts, outcome| {
             let Err(error) = outcome else { return };
             let numbers = group.iter().skip(message.first);
             if message.segments > 1 && refuses_segments(&error) {
                 for (number, part) in numbers.zip(parts) {
-                    if let Err(error) = send_one_by_one(message.flow, message.unit, part, fd, flags) {
+                    if let Err(error) = send_one_by_one(message.flow, message.unit, part, fd, self.flags) {
                         errors[number] = errno(&error);
                     }
                 }
@@ -249,7 +258,7 @@ fn refuses_segments(error: &io::Error) -> bool {
 }
 
 /// Sends each segment as a datagram of its own.
-fn send_one_by_one(flow: Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
+fn send_one_by_one(flow: &Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
     let mut result = Ok(());
     let mut outbox = Outbox::new();
     for segment in pieces(data, unit) {
@@ -264,7 +273,8 @@ fn send_one_by_one(flow: Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, fla
 
 /// Data in pieces of a length; no data are one piece.
 fn pieces(data: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
-    data.is_empty().then_some(data).into_iter().chain(data.chunks(len.max(1)))
+    let (first, rest) = data.split_at(len.min(data.len()));
+    std::iter::once(first).chain(rest.chunks(len.max(1)))
 }
 
 fn errno(error: &io::Error) -> i32 {
