@@ -340,7 +340,7 @@ fn nft_of_many() -> String {
     let elements: Vec<String> = (0..MANY).map(|n| format!("{}/24", address(n, 0))).collect();
     let dst4 = format!("set dst4 {{ type ipv4_addr; flags interval; elements = {{ {} }} }}", elements.join(", "));
     NFT.replace("80, 8000-8100", "80")
-        .replace("set bypass4", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nset bypass4"))
+        .replace("set own", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nset own"))
         .replace("fib daddr type @own return", "ip daddr @dst4 goto intercept")
         .replace("goto intercept comment \"to be intercepted\"", "ip6 daddr @dst6 goto intercept")
 }

@@ -105,6 +105,58 @@ fn the_rendered_script_does_the_same() {
     assert_eq!(routing(&net), routing(&theirs));
 }
 
+/// Scattered prefixes of two lengths of each family, and a few of others.
+fn many_prefixes() -> Vec<String> {
+    let hundred = (0..100).flat_map(|n| {
+        [format!("10.{n}.2.0/24"), format!("11.0.{n}.1/32"), format!("3000:{n}::/48"), format!("3001::{n}/128")]
+    });
+    hundred.chain(["12.0.0.0/9", "3002::/33"].map(str::to_owned)).collect()
+}
+
+/// Lengths of which there are many have sets of their own.
+#[test]
+fn many_prefixes_of_a_length() {
+    let texts = many_prefixes();
+    let prefixes = prefixes(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+    let with_many = |body: &dyn Fn(&tp_rules_config) -> String| {
+        let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let fd = listener.as_raw_fd();
+        body(&tp_rules_config {
+            listeners: &raw const fd,
+            n_listeners: 1,
+            dst: prefixes.as_ptr(),
+            n_dst: prefixes.len(),
+            src: prefixes.as_ptr(),
+            n_src: prefixes.len(),
+            bypass: prefixes.as_ptr(),
+            n_bypass: prefixes.len(),
+            ..config()
+        })
+    };
+    let net = host();
+    let ours = net.run(|| {
+        with_many(&|config| {
+            let _rules = Rules::install(config).unwrap();
+            nf_tables(&net)
+        })
+    });
+    let golden = include_str!("golden/many.nft");
+    let list = |family: char, len: &str| {
+        let of_length = |text: &&String| text.ends_with(len) && text.contains(':') == (family == '6');
+        texts.iter().filter(of_length).map(|text| text.trim_end_matches(len)).collect::<Vec<_>>().join(", ")
+    };
+    let golden = [('4', "/24"), ('4', "/32"), ('6', "/48"), ('6', "/128")]
+        .into_iter()
+        .fold(golden.to_owned(), |nft, (family, len)| nft.replace(&format!("@{family}{len}@"), &list(family, len)));
+    let theirs = host();
+    theirs.nft(&golden);
+    assert_eq!(ours, nf_tables(&theirs));
+    let script = Net::new().run(|| with_many(&|config| render(config, TP_FORMAT_NFT)));
+    let rendered = host();
+    rendered.command("sh", &["-c", &script]);
+    assert_eq!(ours, nf_tables(&rendered));
+}
+
 #[test]
 fn redirection_with_local_output() {
     let net = host();

@@ -48,13 +48,17 @@ fn as_c(wanted: &[Wanted]) -> Vec<tp_prefix> {
     wanted.iter().map(Wanted::prefix).collect()
 }
 
-/// First and last addresses of what the prefixes of a family cover, with gaps between: depth is counted along the
-/// address space, up where a prefix begins and down behind its end.
+/// First and last addresses of what the prefixes of a family cover, with gaps between.
 fn union(wanted: &[Wanted], bits: u32) -> Vec<(u128, u128)> {
+    merged(wanted.iter().filter(|prefix| prefix.bits == bits).map(|prefix| (prefix.addr, prefix.last())))
+}
+
+/// Ranges with gaps between: depth is counted along the address space, up where one begins and down behind its end.
+fn merged(ranges: impl Iterator<Item = (u128, u128)>) -> Vec<(u128, u128)> {
     let mut steps: BTreeMap<u128, i32> = BTreeMap::new();
-    for prefix in wanted.iter().filter(|prefix| prefix.bits == bits) {
-        *steps.entry(prefix.addr).or_default() += 1;
-        *steps.entry(prefix.last() + 1).or_default() -= 1;
+    for (first, last) in ranges {
+        *steps.entry(first).or_default() += 1;
+        *steps.entry(last + 1).or_default() -= 1;
     }
     let (mut depth, mut first, mut ranges) = (0, 0, Vec::new());
     for (at, step) in steps {
@@ -70,10 +74,30 @@ fn union(wanted: &[Wanted], bits: u32) -> Vec<(u128, u128)> {
     ranges
 }
 
-/// The elements of a set, read from the kernel.
-fn held(net: &Net, set: &str) -> Vec<(u128, u128)> {
+/// The sets that hold the prefixes of a kind (`dst4`, say): one of ranges, and one for each length of which there are
+/// many, with that length. Any may have "-2" behind its name.
+fn sets(net: &Net, kind: &str) -> Vec<(String, Option<u32>)> {
+    let listing = net.nft_with(&["-t", "list", "table", "inet", "libtproxy-tproxy"]);
+    let names = listing.lines().filter_map(|line| line.trim().strip_prefix("set ")?.strip_suffix(" {"));
+    let of_kind = |name: &str| {
+        let rest = name.strip_suffix("-2").unwrap_or(name).strip_prefix(kind)?;
+        Some((name.to_owned(), rest.strip_prefix('-').map(|len| len.parse().unwrap())))
+    };
+    names.filter_map(of_kind).collect()
+}
+
+/// What a kind of set covers, read from the kernel: first and last addresses.
+fn held(net: &Net, kind: &str) -> Vec<(u128, u128)> {
+    let sets = sets(net, kind);
+    assert_eq!(sets.iter().filter(|(_, len)| len.is_none()).count(), 1, "{sets:?}");
+    sets.iter().flat_map(|(name, len)| elements(net, kind, name, *len)).collect()
+}
+
+/// The elements of a set.
+fn elements(net: &Net, kind: &str, set: &str, len: Option<u32>) -> Vec<(u128, u128)> {
+    let bits = if kind.ends_with('4') { 32 } else { 128 };
     let json = net.nft_with(&["-j", "list", "set", "inet", "libtproxy-tproxy", set]);
-    let (_, elements) = json.split_once("\"elem\": [").unwrap();
+    let Some((_, elements)) = json.split_once("\"elem\": [") else { return Vec::new() };
     // {"prefix": {"addr": A, "len": N}}, {"range": [A, B]} or A: what is quoted, and numbers behind "len".
     let mut quoted = elements.split('"').skip(1).step_by(2);
     let mut behind = elements.split('"').skip(2).step_by(2);
@@ -86,15 +110,13 @@ fn held(net: &Net, set: &str) -> Vec<(u128, u128)> {
                 let addr = number(next().unwrap().0);
                 let (_, len) = next().unwrap();
                 let len: u32 = len.trim_matches([':', ' ', '}', ']', ',', '{', '\n']).parse().unwrap();
-                let bits = if set.ends_with('4') { 32 } else { 128 };
                 (addr, Wanted { bits, addr, len }.last())
             }
             "range" => (number(next().unwrap().0), number(next().unwrap().0)),
-            addr => (number(addr), number(addr)),
+            addr => (number(addr), Wanted { bits, addr: number(addr), len: len.unwrap_or(bits) }.last()),
         };
         ranges.push(range);
     }
-    ranges.sort_unstable();
     ranges
 }
 
@@ -105,11 +127,12 @@ fn number(text: &str) -> u128 {
     }
 }
 
-fn assert_held(net: &Net, wanted: &[Wanted]) {
-    for (bits, set) in [(32, "dst4"), (128, "dst6")] {
-        let (held, wanted) = (held(net, set), union(wanted, bits));
+/// The kernel's sets cover what the prefixes cover, no more and no less.
+fn assert_held(net: &Net, which: &str, wanted: &[Wanted]) {
+    for (bits, family) in [(32, "4"), (128, "6")] {
+        let (held, wanted) = (merged(held(net, &format!("{which}{family}")).into_iter()), union(wanted, bits));
         let differ = held.iter().zip(&wanted).find(|(held, wanted)| held != wanted);
-        assert!(held == wanted, "{set}: {} for {}, first {differ:?}", held.len(), wanted.len());
+        assert!(held == wanted, "{which}{family}: {} for {}, first {differ:?}", held.len(), wanted.len());
     }
 }
 
@@ -135,13 +158,25 @@ impl World {
     }
 
     fn install(&self, dst: &[tp_prefix]) -> Rules {
+        self.install_sets([dst, &[], &[]])
+    }
+
+    /// Rules with sets of destinations, sources and bypasses.
+    fn install_sets(&self, [dst, src, bypass]: [&[tp_prefix]; 3]) -> Rules {
         let listener = self.listener.as_raw_fd();
+        let http = tp_port_range { first: 80, last: 80 };
         self.lab.proxy.run(|| {
             Rules::install(&tp_rules_config {
                 listeners: &raw const listener,
                 n_listeners: 1,
+                ports: &raw const http,
+                n_ports: 1,
                 dst: dst.as_ptr(),
                 n_dst: dst.len(),
+                src: src.as_ptr(),
+                n_src: src.len(),
+                bypass: bypass.as_ptr(),
+                n_bypass: bypass.len(),
                 ..config()
             })
             .unwrap()
@@ -246,7 +281,7 @@ fn a_hundred_thousand_prefixes_and_changes_of_them() {
     let mut random = Random(3);
     let mut wanted = scattered(&mut random, 100_000);
     let rules = world.install(&as_c(&wanted));
-    assert_held(&world.lab.proxy, &wanted);
+    assert_held(&world.lab.proxy, "dst", &wanted);
     world.assert_intercepted(&wanted);
     for round in 0..3 {
         // What goes is the cover of something, or beside something, often enough; what comes falls anywhere.
@@ -256,11 +291,99 @@ fn a_hundred_thousand_prefixes_and_changes_of_them() {
         rules.update(TP_SET_DST, &as_c(&more), &as_c(&remove)).unwrap();
         wanted.extend(more);
         wanted.retain(|prefix| !gone.contains(prefix));
-        assert_held(&world.lab.proxy, &wanted);
+        assert_held(&world.lab.proxy, "dst", &wanted);
         if round == 2 {
             world.assert_intercepted(&wanted);
         }
     }
+    world.lab.proxy.run(|| rules.remove()).unwrap();
+}
+
+/// Many of one length, of both families, that nobody here has.
+fn many_single() -> Vec<Wanted> {
+    (0..500)
+        .flat_map(|n| [Wanted::v4(0x0B00_0000 | n << 8, 32), Wanted::v6(0x3000 << 112 | u128::from(n), 128)])
+        .collect()
+}
+
+/// A packet is looked for in the sets of lengths and in that of ranges, whatever the set is for.
+#[test]
+fn members_are_found_by_length_and_by_range() {
+    for (at, set, kind) in [(0, TP_SET_DST, "dst"), (1, TP_SET_SRC, "src"), (2, TP_SET_BYPASS, "bypass")] {
+        let world = World::new();
+        // One range beside, of a length that is rare.
+        let elsewhere =
+            as_c(&[many_single(), vec![Wanted::v4(0x0C00_0000, 19), Wanted::v6(0x3001 << 112, 35)]].concat());
+        let mut given: [&[tp_prefix]; 3] = [&[]; 3];
+        given[at] = &elsewhere;
+        let rules = world.install_sets(given);
+        for (family, len) in [("4", 32), ("6", 128)] {
+            let lengths: Vec<Option<u32>> =
+                sets(&world.lab.proxy, &format!("{kind}{family}")).into_iter().map(|(_, len)| len).collect();
+            assert_eq!(lengths, [Some(len), None], "{kind}{family}");
+        }
+        let (outside, inside) = if set == TP_SET_BYPASS { ("proxy", "server") } else { ("server", "proxy") };
+        let answers = || world.answers(&[v4().server, v6().server]);
+        assert_eq!(answers(), [outside; 2], "{kind}");
+        // The address that counts, by itself, and within a network.
+        let own = |[v4_len, v6_len]: [u8; 2]| match set {
+            TP_SET_SRC => prefixes(&[&format!("198.51.100.2/{v4_len}"), &format!("2001:db8:1::2/{v6_len}")]),
+            _ => prefixes(&[&format!("203.0.113.2/{v4_len}"), &format!("2001:db8:2::2/{v6_len}")]),
+        };
+        for lens in [[32, 128], [24, 64]] {
+            rules.update(set, &own(lens), &[]).unwrap();
+            assert_eq!(answers(), [inside; 2], "{kind} {lens:?}");
+            rules.update(set, &[], &own(lens)).unwrap();
+            assert_eq!(answers(), [outside; 2], "{kind} {lens:?}");
+        }
+        world.lab.proxy.run(|| rules.remove()).unwrap();
+    }
+}
+
+/// From a few prefixes to many of several lengths and back, in small steps, each a transaction of its own.
+#[test]
+fn thousands_of_changes() {
+    const STEPS: u64 = 3000;
+    const SETS: [(u32, &str); 3] = [(TP_SET_DST, "dst"), (TP_SET_SRC, "src"), (TP_SET_BYPASS, "bypass")];
+    let world = World::new();
+    let mut random = Random(11);
+    let some = |random: &mut Random| {
+        // Mostly of three lengths.
+        let host_bits = match random.below(4) {
+            0 => random.below(13) as u32,
+            other => 4 * (other as u32 - 1),
+        };
+        match random.below(2) {
+            0 => Wanted::v4(0x0A00_0000 | random.below(1 << 16) as u32, 32 - host_bits),
+            _ => Wanted::v6(0x3000 << 112 | u128::from(random.below(1 << 16)) << 64, 64 - host_bits),
+        }
+    };
+    let first = [Wanted::v4(0x0A00_0000, 24), Wanted::v6(0x3000 << 112, 48)];
+    let mut all = SETS.map(|_| first.to_vec());
+    let rules = world.install_sets([&as_c(&first), &as_c(&first), &as_c(&first)]);
+    let mut most = 0;
+    for step in 1..=STEPS {
+        // More comes than goes, until more goes than comes.
+        let (come, go) = if step < STEPS / 2 { (8, 2) } else { (2, 8) };
+        let which = random.below(3) as usize;
+        let wanted = &mut all[which];
+        let add: Vec<Wanted> = (0..random.below(come)).map(|_| some(&mut random)).collect();
+        let remove: Vec<Wanted> = (0..random.below(go))
+            .filter_map(|_| wanted.get(random.below(wanted.len().max(1) as u64) as usize).copied())
+            .collect();
+        rules.update(SETS[which].0, &as_c(&add), &as_c(&remove)).unwrap();
+        wanted.retain(|prefix| !add.contains(prefix));
+        wanted.extend(add);
+        wanted.retain(|prefix| !remove.contains(prefix));
+        if step % (STEPS / 10) == 0 {
+            for (wanted, (_, kind)) in all.iter().zip(SETS) {
+                assert_held(&world.lab.proxy, kind, wanted);
+            }
+            most = most.max(sets(&world.lab.proxy, "dst4").len());
+        }
+    }
+    assert_eq!(most, 1 + 3, "each of the lengths has had a set of its own");
+    // What is known of the sets is what the kernel holds: other rules can take their place.
     world.lab.proxy.run(|| rules.remove()).unwrap();
 }
 

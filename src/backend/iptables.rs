@@ -19,7 +19,6 @@ const PREFIXES_MAX: usize = 1000;
 /// Refuses what iptables cannot do.
 pub(crate) fn check(plan: &Plan) -> Result<()> {
     let unsupported = |what: &str| Err(Error::new(libc::EOPNOTSUPP, format!("the iptables backend {what}")));
-    let prefixes = |set: &PrefixSet| set.of(Family::V4).len() + set.of(Family::V6).len();
     let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
     if plan.fail_open {
         unsupported("always drops what finds no listener (xt_TPROXY): TP_RULES_FAIL_OPEN needs nf_tables")
@@ -27,7 +26,7 @@ pub(crate) fn check(plan: &Plan) -> Result<()> {
         unsupported("does not do TP_RULES_NOTRACK: it needs nf_tables")
     } else if plan.persist {
         unsupported("has rules that no process owns, and none to take over: TP_RULES_PERSIST needs nf_tables")
-    } else if sets.map(prefixes).sum::<usize>() > PREFIXES_MAX {
+    } else if sets.map(PrefixSet::len).sum::<usize>() > PREFIXES_MAX {
         unsupported("looks at prefixes one by one, at most 1000 of them: more need nf_tables")
     } else {
         Ok(())
@@ -98,7 +97,7 @@ impl Builder<'_> {
     /// `sources` and `destinations`, ending in a jump.
     fn select(&self, [sources, destinations]: [&str; 2], then: &str) -> Vec<Chain> {
         let prefixes = |set: &PrefixSet, option: &str, then: &str| -> Vec<String> {
-            set.of(self.family).iter().map(|prefix| format!("{option} {prefix} {then}")).collect()
+            set.of(self.family).map(|prefix| format!("{option} {prefix} {then}")).collect()
         };
         let from = match &self.plan.src {
             Some(src) => prefixes(src, "-s", &self.jump(destinations)),

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::IpAddr;
 
 use super::statement::{Expressions, OBJECT_COUNTER, Statement};
 use crate::model::{Family, PortRange};
@@ -24,6 +25,8 @@ pub(crate) enum Object {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SetName {
     pub base: &'static str,
+    /// The prefixes in it are all of this length, and it is asked for the address without the other bits.
+    pub len: Option<u8>,
     pub variant: Variant,
 }
 
@@ -42,7 +45,7 @@ impl Variant {
         }
     }
 
-    /// The variant that a name is of.
+    /// The variant that a name is of. No set has prefixes of length 2: there are but four.
     pub fn of(name: &str) -> Variant {
         if name.ends_with(SECOND) { Variant::Second } else { Variant::First }
     }
@@ -53,6 +56,9 @@ const SECOND: &str = "-2";
 impl fmt::Display for SetName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.base)?;
+        if let Some(len) = self.len {
+            write!(f, "-{len}")?;
+        }
         f.write_str(if self.variant == Variant::Second { SECOND } else { "" })
     }
 }
@@ -71,7 +77,13 @@ pub(crate) enum Key {
     Port,
     AddressType,
     Interface,
+    /// Ranges of addresses.
     Address(Family),
+    /// Networks of one length, each by its first address.
+    ///
+    /// The kernel makes a hash table that grows and shrinks of a set without a size (`nft_rhash_type`); with one it
+    /// would make a table that cannot grow, and refuse what is more.
+    Network(Family),
 }
 
 /// What is put in a set.
@@ -83,6 +95,7 @@ pub(crate) enum Elements {
     Interfaces(Vec<String>),
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),
+    Networks(Vec<IpAddr>),
 }
 
 /// A destination's type in the local routing table (`RTN_*`).
@@ -234,6 +247,8 @@ impl Set {
             Key::Interface => (0, 41, 16),
             Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
+            Key::Network(Family::V4) => (0, 7, 4),
+            Key::Network(Family::V6) => (0, 8, 16),
         };
         attrs.string(2, &self.name.to_string());
         attrs.be32(3, flags);
@@ -261,6 +276,8 @@ impl fmt::Display for Set {
             Key::Interface => "type ifname;",
             Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
             Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
+            Key::Network(Family::V4) => "type ipv4_addr;",
+            Key::Network(Family::V6) => "type ipv6_addr;",
         })
     }
 }
@@ -300,6 +317,14 @@ impl Elements {
                     }
                 }
             }
+            Elements::Networks(networks) => {
+                for network in networks {
+                    match network {
+                        IpAddr::V4(addr) => element(list, &addr.octets(), false),
+                        IpAddr::V6(addr) => element(list, &addr.octets(), false),
+                    }
+                }
+            }
         }
     }
 }
@@ -331,6 +356,7 @@ impl fmt::Display for Elements {
                     }
                 }),
             ),
+            Elements::Networks(networks) => comma_separated(f, networks),
         }
     }
 }

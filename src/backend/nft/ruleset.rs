@@ -19,7 +19,7 @@ use std::borrow::Cow;
 use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
 use crate::model::{Families, Family, Intercept, Mode, Plan, Protocol};
-use crate::prefix::{PrefixSet, Range};
+use crate::prefix::{Contents, PrefixSet};
 
 const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
@@ -49,8 +49,8 @@ pub(crate) enum Which {
 }
 
 impl Which {
-    /// The name of the set of one family.
-    pub fn set(self, family: Family, variant: Variant) -> SetName {
+    /// The name of the set of one family: that of prefixes of one length, or that of ranges.
+    fn set(self, family: Family, len: Option<u8>, variant: Variant) -> SetName {
         let base = match (self, family) {
             (Which::Dst, Family::V4) => "dst4",
             (Which::Dst, Family::V6) => "dst6",
@@ -59,7 +59,12 @@ impl Which {
             (Which::Bypass, Family::V4) => "bypass4",
             (Which::Bypass, Family::V6) => "bypass6",
         };
-        SetName { base, variant }
+        SetName { base, len, variant }
+    }
+
+    /// The sets of one family in which these prefixes are: those of lengths first, where most are found.
+    fn sets(self, prefixes: &PrefixSet, family: Family, variant: Variant) -> impl Iterator<Item = SetName> {
+        prefixes.lengths(family).map(Some).chain([None]).map(move |len| self.set(family, len, variant))
     }
 }
 
@@ -117,7 +122,7 @@ struct Compiled<'a> {
 
 impl Compiled<'_> {
     fn set(&self, base: &'static str) -> SetName {
-        SetName { base, variant: self.variant }
+        SetName { base, len: None, variant: self.variant }
     }
 }
 
@@ -281,18 +286,24 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
     let mut objects = vec![chain((name, None))];
     let goto = Statement::Verdict(Verdict::Goto(then));
     let leave = Statement::Verdict(Verdict::Return);
-    for family in plan.families.iter().filter(|_| plan.src.is_some()) {
-        let elsewhere = Statement::Source { family, set: Which::Src.set(family, plan.variant), inside: false };
+    let sets = |which: Which, prefixes, family| which.sets(prefixes, family, plan.variant);
+    for (src, family) in each(&plan.src, plan.families) {
+        let elsewhere = Statement::SourceInNone { family, sets: sets(Which::Src, src, family).collect() };
         objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
     }
-    for family in plan.families.iter().filter(|_| plan.bypass.is_some()) {
-        let bypass = Statement::DestinationIn { family, set: Which::Bypass.set(family, plan.variant) };
-        objects.push(rule(name, "to be left alone", [bypass, leave.clone()]));
+    for (bypass, family) in each(&plan.bypass, plan.families) {
+        objects.extend(sets(Which::Bypass, bypass, family).map(|set| {
+            let bypass = Statement::DestinationIn { family, set };
+            rule(name, "to be left alone", [bypass, leave.clone()])
+        }));
     }
     match plan.dst {
-        Some(_) => objects.extend(plan.families.iter().map(|family| {
-            let named = Statement::DestinationIn { family, set: Which::Dst.set(family, plan.variant) };
-            rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
+        Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
+            let (first, goto) = (&first, &goto);
+            sets(Which::Dst, dst, family).map(move |set| {
+                let named = Statement::DestinationIn { family, set };
+                rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
+            })
         })),
         None => {
             objects.push(rule(
@@ -304,6 +315,11 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
         }
     }
     objects
+}
+
+/// A set of prefixes with each of the families, if there is one.
+fn each(prefixes: &Option<PrefixSet>, families: Families) -> impl Iterator<Item = (&PrefixSet, Family)> {
+    prefixes.iter().flat_map(move |prefixes| families.iter().map(move |family| (prefixes, family)))
 }
 
 /// Connections made straight to the listener would be proxied to itself, again and again.
@@ -385,28 +401,36 @@ struct Sets {
 
 impl Sets {
     fn add(&mut self, base: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
-        // Any number will do that is unique in the transaction.
-        let id = self.objects.len() as u32 + 1;
-        let name = SetName { base, variant: self.variant };
-        self.objects.push(Object::Set(Set { name, key, id }));
+        let name = SetName { base, len: None, variant: self.variant };
+        self.add_empty(name, key);
         self.objects.extend(elements.into_iter().map(|elements| Object::Elements { set: name, elements }));
     }
 
     fn add_prefixes(&mut self, which: Which, prefixes: &PrefixSet, families: Families) {
         for family in families.iter() {
-            self.add(
-                which.set(family, self.variant).base,
-                Key::Address(family),
-                chunks(family, &prefixes.ranges(family)),
-            );
+            for set in which.sets(prefixes, family, self.variant) {
+                self.add_empty(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
+            }
+            self.objects.extend(elements(which, family, self.variant, &prefixes.contents(family)));
         }
+    }
+
+    fn add_empty(&mut self, name: SetName, key: Key) {
+        // Any number will do that is unique in the transaction.
+        let id = self.objects.len() as u32 + 1;
+        self.objects.push(Object::Set(Set { name, key, id }));
     }
 }
 
-/// Ranges in one message: two elements of 28 + 36 bytes at most for each, and 64 KiB for the list.
+/// Elements in one message, which may have 64 KiB of them: of a range two, with 28 + 36 bytes at most.
 const IN_A_MESSAGE: usize = 900;
 
-/// Ranges in pieces that fit into an attribute.
-pub(crate) fn chunks(family: Family, ranges: &[Range]) -> Vec<Elements> {
-    ranges.chunks(IN_A_MESSAGE).map(|piece| Elements::Addresses(family, piece.to_vec())).collect()
+/// Elements of the sets of one family, in pieces that fit into a message.
+pub(crate) fn elements(which: Which, family: Family, variant: Variant, contents: &Contents) -> Vec<Object> {
+    let of = |len, elements| Object::Elements { set: which.set(family, len, variant), elements };
+    let networks = contents.networks.iter().flat_map(|(len, networks)| {
+        networks.chunks(IN_A_MESSAGE).map(move |piece| of(Some(*len), Elements::Networks(piece.to_vec())))
+    });
+    let ranges = contents.ranges.chunks(IN_A_MESSAGE);
+    networks.chain(ranges.map(|piece| of(None, Elements::Addresses(family, piece.to_vec())))).collect()
 }

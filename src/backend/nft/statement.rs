@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use super::object::SetName;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;
+use crate::prefix;
 
 /// NFT_REG_VERDICT and the first two 16-byte data registers.
 const VERDICT: u32 = 0;
@@ -29,8 +30,8 @@ pub(crate) enum Statement {
     DestinationPort(u16),
     /// Only packets to a port of this set.
     DestinationPortIn(SetName),
-    /// Only packets from an address of this set, or only those not from one.
-    Source { family: Family, set: SetName, inside: bool },
+    /// Only packets of this family whose source is in none of these sets.
+    SourceInNone { family: Family, sets: Vec<SetName> },
     /// Only packets to an address of this set.
     DestinationIn { family: Family, set: SetName },
     /// Only packets that came in by an interface of this set.
@@ -88,10 +89,16 @@ impl fmt::Display for Statement {
             Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
             Statement::DestinationPort(port) => write!(f, "th dport {port}"),
             Statement::DestinationPortIn(set) => write!(f, "th dport @{set}"),
-            Statement::Source { family, set, inside } => {
-                write!(f, "{} saddr {}@{set}", header(*family), if *inside { "" } else { "!= " })
+            Statement::SourceInNone { family, sets } => {
+                for (index, set) in sets.iter().enumerate() {
+                    let space = if index > 0 { " " } else { "" };
+                    write!(f, "{space}{} saddr{} != @{set}", header(*family), Masked(*family, set.len))?;
+                }
+                Ok(())
             }
-            Statement::DestinationIn { family, set } => write!(f, "{} daddr @{set}", header(*family)),
+            Statement::DestinationIn { family, set } => {
+                write!(f, "{} daddr{} @{set}", header(*family), Masked(*family, set.len))
+            }
             Statement::InterfaceIn(set) => write!(f, "iifname @{set}"),
             Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
@@ -152,6 +159,18 @@ fn header(family: Family) -> &'static str {
     }
 }
 
+/// What `nft` writes behind an address of which only the bits of a length count.
+struct Masked(Family, Option<u8>);
+
+impl fmt::Display for Masked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match prefix::mask(self.0, self.1) {
+            Some(mask) => write!(f, " & {mask}"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Statement {
     /// Appends this statement's expressions to a rule.
     pub fn encode(&self, rule: &mut Expressions<'_, '_>) {
@@ -170,14 +189,18 @@ impl Statement {
                 rule.load_destination_port(REG_1);
                 rule.lookup(*set, REG_1);
             }
-            Statement::Source { family, set, inside } => {
+            Statement::SourceInNone { family, sets } => {
                 rule.only(*family);
-                rule.load_source(*family, REG_1);
-                rule.lookup_if(*set, REG_1, *inside);
+                for set in sets {
+                    rule.load_source(*family, REG_1);
+                    rule.mask_address(*family, set.len, REG_1);
+                    rule.lookup_if(*set, REG_1, false);
+                }
             }
             Statement::DestinationIn { family, set } => {
                 rule.only(*family);
                 rule.load_destination(*family, REG_1);
+                rule.mask_address(*family, set.len, REG_1);
                 rule.lookup(*set, REG_1);
             }
             Statement::InterfaceIn(set) => {
@@ -368,6 +391,14 @@ impl Expressions<'_, '_> {
         match family {
             Family::V4 => self.payload_load(NETWORK_HEADER, 16, 4, register),
             Family::V6 => self.payload_load(NETWORK_HEADER, 24, 16, register),
+        }
+    }
+
+    fn mask_address(&mut self, family: Family, len: Option<u8>, register: u32) {
+        match prefix::mask(family, len) {
+            Some(IpAddr::V4(mask)) => self.and_xor(register, &mask.octets(), &[0; 4]),
+            Some(IpAddr::V6(mask)) => self.and_xor(register, &mask.octets(), &[0; 16]),
+            None => {}
         }
     }
 

@@ -3,8 +3,7 @@
 
 use super::*;
 use crate::backend::nft::table::Contents;
-use crate::model::Family;
-use crate::prefix::{Prefix, PrefixSet};
+use crate::prefix::{self, Prefix, PrefixSet};
 
 impl Rules {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
@@ -25,67 +24,71 @@ impl Rules {
         if self.by_iptables {
             return self.replace_in_iptables(plan);
         }
-        let old = names_of(&ruleset::compile(&self.plan, self.variant));
-        self.swap(plan, &old)
+        self.swap_for(plan)
     }
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
     ///
     /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
     /// [`Mode::DivertOnly`]).
+    ///
+    /// What it costs does not grow with the set. Once in a while it takes as long as [`Rules::replace`]: when so many
+    /// prefixes of a length have come that they get a set of their own.
     pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         let missing = |name: &str| {
             Error::invalid(format!(
                 "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
             ))
         };
-        let none = PrefixSet::default();
-        let (which, prefixes) = match set {
-            Set::Dst => (Which::Dst, self.plan.dst.as_ref().ok_or_else(|| missing("dst"))?),
-            Set::Src => (Which::Src, self.plan.src.as_ref().ok_or_else(|| missing("src"))?),
+        let which = match set {
+            Set::Dst if self.plan.dst.is_none() => return Err(missing("dst")),
+            Set::Src if self.plan.src.is_none() => return Err(missing("src")),
             Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
-            Set::Bypass => (Which::Bypass, self.plan.bypass.as_ref().unwrap_or(&none)),
+            Set::Dst => Which::Dst,
+            Set::Src => Which::Src,
+            Set::Bypass => Which::Bypass,
         };
         let families = self.plan.families;
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
             return Err(Error::invalid(format!("prefix {prefix}: these rules do not serve its family")));
         }
-        let mut changed = prefixes.clone();
-        let deltas = changed.update(add, remove)?;
-        if self.by_iptables {
+        // The rules do not ask for a set of bypasses before there is one.
+        let first = prefixes_of(&mut self.plan, which).is_none();
+        if self.by_iptables || first {
             let mut plan = self.plan.clone();
-            put(&mut plan, which, changed);
-            return self.replace_in_iptables(plan);
+            prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
+            return if self.by_iptables { self.replace_in_iptables(plan) } else { self.swap_for(plan) };
         }
-        if which == Which::Bypass && self.plan.bypass.is_none() {
-            // The first of them: the rules do not ask such a set yet.
-            let mut plan = self.plan.clone();
-            put(&mut plan, which, changed);
-            let old = names_of(&ruleset::compile(&self.plan, self.variant));
-            return self.swap(plan, &old);
+        // In place: to copy a large set takes longer than to change it.
+        let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
+        let change = prefixes.update(add, remove)?;
+        let done = match prefixes.regrouped() {
+            Some(regrouped) => {
+                let mut plan = self.plan.clone();
+                *prefixes_of(&mut plan, which) = Some(regrouped);
+                self.swap_for(plan)
+            }
+            None => self.commit_elements(which, &change),
+        };
+        if done.is_err() {
+            prefixes_of(&mut self.plan, which).get_or_insert_default().undo(&change);
         }
-        let mut pieces = Vec::new();
-        for (family, delta) in families_and(&deltas) {
-            let set = which.set(family, self.variant);
-            pieces.extend(ruleset::chunks(family, &delta.gone).into_iter().map(|e| (false, set, e)));
-            pieces.extend(ruleset::chunks(family, &delta.new).into_iter().map(|e| (true, set, e)));
-        }
-        // What goes, goes first: a range that grows is deleted and added.
-        pieces.sort_by_key(|(adds, ..)| *adds);
-        let objects: Vec<(bool, Object)> =
-            pieces.into_iter().map(|(adds, set, elements)| (adds, Object::Elements { set, elements })).collect();
-        let changes: Vec<Change<'_>> = objects
-            .iter()
-            .map(|(adds, object)| match object {
-                Object::Elements { set, elements } if !adds => Change::DeleteElements { set: *set, elements },
-                object => Change::Add(object),
-            })
-            .collect();
-        if !changes.is_empty() {
-            commit(&mut self.nft, &self.table, None, &changes)?;
-        }
-        put(&mut self.plan, which, changed);
-        Ok(())
+        done
+    }
+
+    /// Changes the elements of the sets in force. What goes, goes first: a range that grows is deleted and added.
+    fn commit_elements(&mut self, which: Which, change: &prefix::Change) -> Result<()> {
+        let objects = |contents: &[prefix::Contents; 2]| -> Vec<Object> {
+            let of = |(family, contents)| ruleset::elements(which, family, self.variant, contents);
+            Families::ALL.iter().zip(contents).flat_map(of).collect()
+        };
+        let (gone, new) = (objects(&change.gone), objects(&change.new));
+        let gone = gone.iter().filter_map(|object| match object {
+            Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
+            _ => None,
+        });
+        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).collect();
+        if changes.is_empty() { Ok(()) } else { commit(&mut self.nft, &self.table, None, &changes) }
     }
 
     /// Deletes what of the routing there was before is not wanted now. The new rules are in force: what resists is
@@ -123,6 +126,12 @@ impl Rules {
             }
         }
         Ok(contents)
+    }
+
+    /// From the plan in force to another.
+    fn swap_for(&mut self, plan: Plan) -> Result<()> {
+        let old = names_of(&ruleset::compile(&self.plan, self.variant));
+        self.swap(plan, &old)
     }
 
     /// From what the table holds to a plan. First the new sets, beside the old; then, in one transaction, the rules:
@@ -165,16 +174,12 @@ impl Rules {
     }
 }
 
-fn put(plan: &mut Plan, which: Which, prefixes: PrefixSet) {
+fn prefixes_of(plan: &mut Plan, which: Which) -> &mut Option<PrefixSet> {
     match which {
-        Which::Dst => plan.dst = Some(prefixes),
-        Which::Src => plan.src = Some(prefixes),
-        Which::Bypass => plan.bypass = Some(prefixes),
+        Which::Dst => &mut plan.dst,
+        Which::Src => &mut plan.src,
+        Which::Bypass => &mut plan.bypass,
     }
-}
-
-fn families_and<T>(both: &[T; 2]) -> impl Iterator<Item = (Family, &T)> {
-    Families::ALL.iter().zip(both)
 }
 
 /// Chains that stay. (A counter that is added again goes on counting: `nf_tables_newobj`.)

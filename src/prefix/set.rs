@@ -1,0 +1,445 @@
+//! Sets of prefixes, in the parts that the kernel can look up and change fast.
+//!
+//! A set of ranges is searched in steps, more of them the more ranges it has,
+//! and the kernel walks all of it at every change (`nft_rbtree_commit`). A set
+//! of single keys is a hash table: one step, whatever its size, to find, add
+//! or remove one. So prefixes of a length of which there are many become keys
+//! of a set of their own, which is asked for a packet's address without the
+//! bits of the host. All the others become ranges.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::{Prefix, Range, address, host_mask, merged, without};
+use crate::error::{Error, Result};
+use crate::model::{Families, Family};
+
+/// Fewer prefixes of a length than this cost no more among ranges: a search takes some 25 ns for each doubling of the
+/// set, a look-up of its own, with what cuts off the bits of the host, some 50 ns, whatever is in it.
+const MANY: usize = 64;
+
+/// Each length with a set of its own costs every packet that look-up; four cost what a search among a few hundred
+/// ranges does. Lists have few lengths of which there are very many: that of single addresses, and those that networks
+/// are given out in. What is left is searched, as all would have been.
+const LENGTHS: usize = 4;
+
+/// Prefixes of both families, each once. They may overlap: what is covered
+/// stays covered until the last prefix that covers it is removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct PrefixSet {
+    v4: Half,
+    v6: Half,
+}
+
+/// The prefixes of one family.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Half {
+    /// The lengths with a set of their own, and the networks of each.
+    hashed: Vec<(u8, BTreeSet<IpAddr>)>,
+    /// The others,
+    rest: BTreeSet<Prefix>,
+    /// and how many of them are of each length that is there.
+    counts: BTreeMap<u8, usize>,
+}
+
+/// What the kernel's sets of one family hold, or some of it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Contents {
+    /// Networks by their length, in the sets of those lengths.
+    pub networks: Vec<(u8, Vec<IpAddr>)>,
+    /// Ranges in order, with gaps between them.
+    pub ranges: Vec<Range>,
+}
+
+/// How a set has changed.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    added: Vec<Prefix>,
+    removed: Vec<Prefix>,
+    /// What of IPv4 and IPv6 is gone, and what is new.
+    pub gone: [Contents; 2],
+    pub new: [Contents; 2],
+}
+
+impl PrefixSet {
+    pub fn new(prefixes: &[Prefix]) -> PrefixSet {
+        PrefixSet::with_many(prefixes, MANY)
+    }
+
+    /// As [`PrefixSet::new`], with another notion of many.
+    fn with_many(prefixes: &[Prefix], many: usize) -> PrefixSet {
+        let of = |family| Half::new(prefixes.iter().filter(move |prefix| prefix.family() == family), many);
+        PrefixSet { v4: of(Family::V4), v6: of(Family::V6) }
+    }
+
+    pub fn len(&self) -> usize {
+        Families::ALL.iter().map(|family| self.of(family).count()).sum()
+    }
+
+    pub fn of(&self, family: Family) -> impl Iterator<Item = Prefix> {
+        let half = self.half(family);
+        let network = |len: u8| move |addr: &IpAddr| Prefix { addr: *addr, len };
+        let hashed = half.hashed.iter().flat_map(move |(len, networks)| networks.iter().map(network(*len)));
+        hashed.chain(half.rest.iter().copied())
+    }
+
+    /// The lengths of a family that have a set of their own.
+    pub fn lengths(&self, family: Family) -> impl Iterator<Item = u8> {
+        self.half(family).hashed.iter().map(|(len, _)| *len)
+    }
+
+    /// What the kernel's sets of a family shall hold.
+    pub fn contents(&self, family: Family) -> Contents {
+        let half = self.half(family);
+        let networks = half.hashed.iter().map(|(len, networks)| (*len, networks.iter().copied().collect()));
+        Contents { networks: networks.collect(), ranges: merged(half.rest.iter().map(Prefix::range)) }
+    }
+
+    /// Adds and removes prefixes.
+    ///
+    /// The work is in proportion to the change and to the ranges that it
+    /// touches, not to the set. A prefix that is there already may be added;
+    /// one that is not there cannot be removed, and then nothing is changed.
+    pub fn update(&mut self, add: &[Prefix], remove: &[Prefix]) -> Result<Change> {
+        let [add, remove]: [BTreeSet<Prefix>; 2] = [add, remove].map(|prefixes| prefixes.iter().copied().collect());
+        let has = |prefix: &Prefix| self.half(prefix.family()).has(prefix);
+        if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !add.contains(prefix)) {
+            return Err(Error::new(libc::ENOENT, format!("prefix {prefix} to be removed is not in the set")));
+        }
+        let added: Vec<Prefix> = add.difference(&remove).filter(|prefix| !has(prefix)).copied().collect();
+        let removed: Vec<Prefix> = remove.into_iter().filter(has).collect();
+        let (gone_4, new_4) = self.v4.change(Family::V4, &removed, &added);
+        let (gone_6, new_6) = self.v6.change(Family::V6, &removed, &added);
+        Ok(Change { added, removed, gone: [gone_4, gone_6], new: [new_4, new_6] })
+    }
+
+    /// Takes a change back.
+    pub fn undo(&mut self, change: &Change) {
+        for (family, half) in [(Family::V4, &mut self.v4), (Family::V6, &mut self.v6)] {
+            half.swap(family, &change.added, &change.removed);
+        }
+    }
+
+    /// The same prefixes in other parts, if changes have left so many of a length among the ranges that it is worth
+    /// the work.
+    pub fn regrouped(&self) -> Option<PrefixSet> {
+        let outgrown = Families::ALL.iter().any(|family| self.half(family).is_outgrown());
+        outgrown.then(|| PrefixSet::new(&Families::ALL.iter().flat_map(|family| self.of(family)).collect::<Vec<_>>()))
+    }
+
+    fn half(&self, family: Family) -> &Half {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+}
+
+impl Half {
+    fn new<'a>(prefixes: impl Iterator<Item = &'a Prefix> + Clone, many: usize) -> Half {
+        let mut counts: BTreeMap<u8, usize> = BTreeMap::new();
+        prefixes.clone().for_each(|prefix| *counts.entry(prefix.len).or_default() += 1);
+        let mut lengths: Vec<(u8, usize)> = counts.iter().map(|(len, count)| (*len, *count)).collect();
+        lengths.retain(|(_, count)| *count >= many);
+        lengths.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        lengths.truncate(LENGTHS);
+        let hashed = lengths.iter().map(|(len, _)| {
+            let networks = prefixes.clone().filter(|prefix| prefix.len == *len).map(|prefix| prefix.addr);
+            (*len, networks.collect())
+        });
+        let mut half = Half { hashed: hashed.collect(), ..Half::default() };
+        prefixes
+            .filter(|prefix| !lengths.iter().any(|(len, _)| *len == prefix.len))
+            .for_each(|prefix| half.insert(prefix));
+        half
+    }
+
+    fn is_hashed(&self, len: u8) -> bool {
+        self.hashed.iter().any(|(hashed, _)| *hashed == len)
+    }
+
+    fn has(&self, prefix: &Prefix) -> bool {
+        match self.hashed.iter().find(|(len, _)| *len == prefix.len) {
+            Some((_, networks)) => networks.contains(&prefix.addr),
+            None => self.rest.contains(prefix),
+        }
+    }
+
+    fn insert(&mut self, prefix: &Prefix) {
+        match self.hashed.iter_mut().find(|(len, _)| *len == prefix.len) {
+            Some((_, networks)) => _ = networks.insert(prefix.addr),
+            None if self.rest.insert(*prefix) => *self.counts.entry(prefix.len).or_default() += 1,
+            None => {}
+        }
+    }
+
+    fn remove(&mut self, prefix: &Prefix) {
+        match self.hashed.iter_mut().find(|(len, _)| *len == prefix.len) {
+            Some((_, networks)) => _ = networks.remove(&prefix.addr),
+            None if self.rest.remove(prefix) => {
+                if let Some(count) = self.counts.get_mut(&prefix.len) {
+                    *count -= 1;
+                }
+                self.counts.retain(|_, count| *count > 0);
+            }
+            None => {}
+        }
+    }
+
+    /// Removes and adds what is of this family.
+    fn swap(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) {
+        let of_family = |prefix: &&Prefix| prefix.family() == family;
+        remove.iter().filter(of_family).for_each(|prefix| self.remove(prefix));
+        add.iter().filter(of_family).for_each(|prefix| self.insert(prefix));
+    }
+
+    /// As [`Half::swap`]; gives what of the contents is gone, and what is new.
+    fn change(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) -> (Contents, Contents) {
+        let of_family = |prefix: &&Prefix| prefix.family() == family;
+        let windows = self.touched(family, remove.iter().chain(add).filter(of_family));
+        let old = self.ranges_within(family, &windows);
+        self.swap(family, remove, add);
+        let new = self.ranges_within(family, &windows);
+        let contents = |prefixes: &[Prefix], ranges| {
+            let networks = |len| prefixes.iter().filter(of_family).filter(move |p| p.len == len).map(|p| p.addr);
+            let networks = self.hashed.iter().map(|(len, _)| (*len, networks(*len).collect()));
+            let networks = networks.filter(|(_, these): &(u8, Vec<IpAddr>)| !these.is_empty());
+            Contents { networks: networks.collect(), ranges }
+        };
+        (contents(remove, without(&old, &new)), contents(add, without(&new, &old)))
+    }
+
+    /// The parts of the address space whose ranges a change may touch, apart from each other.
+    fn touched<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Vec<Range> {
+        // As far as the ranges reach that it lies in or touches.
+        let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
+        let mut windows: Vec<Range> = around.collect();
+        windows.sort_unstable_by_key(|range| range.first);
+        merged(windows.into_iter())
+    }
+
+    /// The range that is made of everything which overlaps or touches `own`.
+    fn around(&self, family: Family, own: Range) -> Range {
+        let mut grown = own;
+        // Upwards: prefixes in order, as long as each begins within reach.
+        for prefix in self.from(family, own.first) {
+            if !grown.reaches(&prefix.range()) {
+                break;
+            }
+            grown.last = grown.last.max(prefix.range().last);
+        }
+        // Downwards: a prefix that reaches so far begins at the prefix of some length of an address
+        // within, or ends right below.
+        loop {
+            let below = grown.first;
+            for target in [Some(below), below.checked_sub(1)].into_iter().flatten() {
+                if let Some(covering) = self.covering(family, target) {
+                    grown.first = grown.first.min(covering.first);
+                    grown.last = grown.last.max(covering.last);
+                }
+            }
+            if grown.first == below {
+                return grown;
+            }
+        }
+    }
+
+    /// The widest prefix that an address lies in.
+    fn covering(&self, family: Family, number: u128) -> Option<Range> {
+        self.counts.keys().find_map(|len| {
+            let prefix = Prefix { addr: address(family, number & !host_mask(family, *len)), len: *len };
+            self.rest.contains(&prefix).then(|| prefix.range())
+        })
+    }
+
+    /// The prefixes that begin at an address or above.
+    fn from(&self, family: Family, first: u128) -> impl Iterator<Item = &Prefix> {
+        self.rest.range(Prefix { addr: address(family, first), len: 0 }..)
+    }
+
+    /// The ranges within windows that none of them crosses.
+    fn ranges_within(&self, family: Family, windows: &[Range]) -> Vec<Range> {
+        let within = |window: Range| {
+            let above = self.from(family, window.first).map(Prefix::range);
+            merged(above.take_while(move |range| range.first <= window.last))
+        };
+        windows.iter().flat_map(|window| within(*window)).collect()
+    }
+
+    /// A length should have a set of its own, and there is room for one, or another has become rare beside it.
+    fn is_outgrown(&self) -> bool {
+        let most = self.counts.values().copied().max().unwrap_or(0);
+        let least = self.hashed.iter().map(|(_, networks)| networks.len()).min().unwrap_or(0);
+        most >= MANY && (self.hashed.len() < LENGTHS || most >= 2 * least)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prefix::mask;
+    use proptest::prelude::*;
+
+    fn prefix(text: &str) -> Prefix {
+        let (addr, len) = text.split_once('/').unwrap();
+        Prefix::new(addr.parse().unwrap(), len.parse().unwrap()).unwrap()
+    }
+
+    fn set(prefixes: &[&str]) -> PrefixSet {
+        PrefixSet::new(&prefixes.iter().map(|p| prefix(p)).collect::<Vec<_>>())
+    }
+
+    /// So many of a length, no two of them neighbours.
+    fn scattered(count: usize, len: u8) -> Vec<Prefix> {
+        let network = |n: u32| Prefix::new(std::net::Ipv4Addr::from_bits(n << (33 - len)).into(), len).unwrap();
+        (0..count as u32).map(network).collect()
+    }
+
+    fn shown(family: Family, ranges: &[Range]) -> Vec<String> {
+        ranges.iter().map(|r| format!("{}-{}", address(family, r.first), address(family, r.last))).collect()
+    }
+
+    #[test]
+    fn overlaps_duplicates_and_neighbours_become_one_range() {
+        let set = set(&[
+            "10.0.1.0/24",
+            "10.0.0.0/24",
+            "10.0.0.0/25",
+            "10.0.1.0/24",
+            "0.0.0.0/32",
+            "255.255.255.255/32",
+            "::/0",
+        ]);
+        assert_eq!(
+            shown(Family::V4, &set.contents(Family::V4).ranges),
+            ["0.0.0.0-0.0.0.0", "10.0.0.0-10.0.1.255", "255.255.255.255-255.255.255.255"]
+        );
+        assert_eq!(set.contents(Family::V6).ranges, [Range { first: 0, last: u128::MAX }]);
+    }
+
+    #[test]
+    fn a_covered_prefix_comes_back_when_its_cover_goes() {
+        let mut set = set(&["10.0.0.0/8", "10.1.0.0/16"]);
+        let change = set.update(&[], &[prefix("10.0.0.0/8")]).unwrap();
+        assert_eq!(shown(Family::V4, &change.gone[0].ranges), ["10.0.0.0-10.255.255.255"]);
+        assert_eq!(shown(Family::V4, &change.new[0].ranges), ["10.1.0.0-10.1.255.255"]);
+        assert_eq!((&change.gone[1], &change.new[1]), (&Contents::default(), &Contents::default()));
+        assert_eq!(set.update(&[], &[prefix("10.0.0.0/8")]).unwrap_err().errno(), libc::ENOENT);
+    }
+
+    #[test]
+    fn lengths_with_many_prefixes_have_sets_of_their_own() {
+        let counts = [(24, MANY), (25, MANY + 4), (26, MANY + 3), (27, MANY + 2), (28, MANY + 1), (20, MANY - 1)];
+        let prefixes: Vec<Prefix> = counts.iter().flat_map(|(len, count)| scattered(*count, *len)).collect();
+        let set = PrefixSet::new(&prefixes);
+        assert_eq!(set.lengths(Family::V4).collect::<Vec<_>>(), [25, 26, 27, 28]);
+        assert_eq!(set.lengths(Family::V6).count(), 0);
+        assert_eq!(set.len(), prefixes.len());
+        assert_eq!(set.of(Family::V4).collect::<BTreeSet<_>>(), prefixes.into_iter().collect());
+    }
+
+    #[test]
+    fn what_comes_in_great_number_is_regrouped_and_not_again() {
+        let mut set = PrefixSet::new(&scattered(MANY - 1, 24));
+        assert_eq!(set.regrouped(), None);
+        set.update(&scattered(MANY, 24), &[]).unwrap();
+        let mut set = set.regrouped().unwrap();
+        assert_eq!(set.lengths(Family::V4).collect::<Vec<_>>(), [24]);
+        assert_eq!(set.contents(Family::V4).ranges, []);
+        for len in 25..29 {
+            assert_eq!(set.regrouped(), None);
+            set.update(&scattered(2 * MANY, len), &[]).unwrap();
+            set = set.regrouped().unwrap();
+        }
+        // The rarest had to go, and comes back only as others go.
+        assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (25..29).collect());
+        assert_eq!(set.regrouped(), None);
+        set.update(&[], &scattered(2 * MANY, 28)[MANY / 2..]).unwrap();
+        let set = set.regrouped().unwrap();
+        assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (24..28).collect());
+        assert_eq!(set.regrouped(), None);
+    }
+
+    /// In a small corner of the address space, where prefixes meet often.
+    fn corner() -> impl Strategy<Value = Prefix> {
+        (0..64u8, 24..=32u8, any::<bool>()).prop_map(|(host, len, v6)| match v6 {
+            true => Prefix::new(address(Family::V6, host.into()), len + 96).unwrap(),
+            false => Prefix::new(address(Family::V4, 0xFFFF_FFC0 + u128::from(host)), len).unwrap(),
+        })
+    }
+
+    /// So few prefixes of a length are many, at times.
+    fn many() -> impl Strategy<Value = usize> {
+        prop_oneof![Just(1), Just(3), Just(8), Just(MANY)]
+    }
+
+    /// Some elements taken out of the kernel's sets, and others put in; the kernel refuses what makes no sense.
+    fn applied(mut held: Contents, gone: &Contents, new: &Contents) -> Contents {
+        for (len, networks) in &gone.networks {
+            let (_, held) = held.networks.iter_mut().find(|(found, _)| found == len).unwrap();
+            held.retain(|network| !networks.contains(network));
+        }
+        for (len, networks) in &new.networks {
+            let (_, held) = held.networks.iter_mut().find(|(found, _)| found == len).unwrap();
+            assert!(!held.iter().any(|network| networks.contains(network)));
+            held.extend(networks);
+            held.sort_unstable();
+        }
+        assert!(gone.ranges.iter().all(|range| held.ranges.contains(range)));
+        held.ranges.retain(|range| !gone.ranges.contains(range));
+        held.ranges.extend(&new.ranges);
+        held.ranges.sort_unstable_by_key(|range| range.first);
+        held
+    }
+
+    proptest! {
+        #[test]
+        fn a_change_makes_of_the_old_contents_the_new(
+            start in proptest::collection::vec(corner(), 0..40),
+            add in proptest::collection::vec(corner(), 0..90),
+            remove in proptest::collection::vec(any::<proptest::sample::Index>(), 0..6),
+            many in many(),
+        ) {
+            let mut set = PrefixSet::with_many(&start, many);
+            let remove: Vec<Prefix> =
+                if start.is_empty() { Vec::new() } else { remove.iter().map(|i| *i.get(&start)).collect() };
+            let before = set.clone();
+            let change = set.update(&add, &remove).unwrap();
+            let wanted: BTreeSet<Prefix> =
+                start.iter().chain(&add).filter(|p| !remove.contains(p)).copied().collect();
+            for (at, family) in Families::ALL.iter().enumerate() {
+                let these: BTreeSet<Prefix> = set.of(family).collect();
+                prop_assert_eq!(these, wanted.iter().filter(|p| p.family() == family).copied().collect());
+                let changed = applied(before.contents(family), &change.gone[at], &change.new[at]);
+                prop_assert_eq!(changed, set.contents(family));
+            }
+            set.undo(&change);
+            prop_assert_eq!(set, before);
+        }
+
+        #[test]
+        fn contents_cover_what_the_prefixes_cover(
+            prefixes in proptest::collection::vec(corner(), 0..40),
+            many in many(),
+        ) {
+            let set = PrefixSet::with_many(&prefixes, many);
+            for family in [Family::V4, Family::V6] {
+                let contents = set.contents(family);
+                for pair in contents.ranges.windows(2) {
+                    prop_assert!(pair[0].last + 1 < pair[1].first);
+                }
+                let base = if family == Family::V4 { 0xFFFF_FF00u128 } else { 0 };
+                for number in base..base + 256 {
+                    let covered = prefixes.iter().any(|p| p.family() == family && (p.range().first..=p.range().last).contains(&number));
+                    // As the rules look: the address's bits that count, in the set of the length.
+                    let found = |(len, networks): &(u8, Vec<IpAddr>)| {
+                        let bits = mask(family, Some(*len)).map_or(u128::MAX, super::super::number);
+                        networks.contains(&address(family, number & bits))
+                    };
+                    let in_range = contents.ranges.iter().any(|r| (r.first..=r.last).contains(&number));
+                    prop_assert_eq!(covered, in_range || contents.networks.iter().any(found));
+                }
+            }
+        }
+    }
+}
