@@ -134,7 +134,15 @@ fn replacing_leaves_no_gap() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let all = ["203.0.113.0/24", "2001:db8:2::/64"];
+    let many = |len: u8| -> Vec<tp_prefix> {
+        let texts: Vec<String> = (0..5000).map(|n| format!("10.{}.{}.0/{len}", n / 250, n % 250)).collect();
+        prefixes(&texts.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let (many, more) = (many(24), many(25));
+    let mut large = Wish::new(&listener, &[80], &all, 0);
+    large.dst.extend(&many);
     let wishes = [
+        large,
         Wish::new(&listener, &[80], &[], 0),
         Wish::new(&listener, &[80, 81], &all, TP_RULES_LOCAL_OUTPUT),
         Wish::new(&listener, &[], &all, TP_RULES_NOTRACK | TP_RULES_ALLOW_DIRECT),
@@ -146,6 +154,11 @@ fn replacing_leaves_no_gap() {
             for n in 1..=200 {
                 rules.replace(&wishes[n % wishes.len()].config()).unwrap();
                 std::thread::sleep(Duration::from_millis(1));
+                if n % wishes.len() == 0 {
+                    // So many of a length that they get a set of their own; then some of that.
+                    rules.update(TP_SET_DST, &more[..1000], &many[..10]).unwrap();
+                    rules.update(TP_SET_DST, &more[1000..1010], &more[..10]).unwrap();
+                }
             }
         });
     });
