@@ -290,14 +290,20 @@ fn send(
     }
     let mut messages = Buffer::default();
     let mut sent = Vec::with_capacity(entries.len());
-    for entry in entries {
-        let seq = channel.next_seq();
-        entry.encode(&mut messages, seq, operation);
-        sent.push((seq, *entry));
+    let mut last = 0;
+    for (index, entry) in entries.iter().enumerate() {
+        last = channel.next_seq();
+        // Errors come unasked, and the acknowledgement of the last tells the end.
+        let ack = if index + 1 == entries.len() { libc::NLM_F_ACK } else { 0 };
+        entry.encode(&mut messages, last, operation, ack);
+        sent.push((last, *entry));
     }
-    let answers = channel.exchange(&messages).map_err(|e| {
-        Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("rtnetlink: sending routes and rules: {e}"))
-    })?;
+    let failed =
+        |errno: i32, e: &dyn fmt::Display| Error::new(errno, format!("rtnetlink: sending routes and rules: {e}"));
+    let answers = channel.exchange(&messages, last).map_err(|e| failed(e.raw_os_error().unwrap_or(libc::EIO), &e))?;
+    if !answers.acked && answers.failures.iter().all(|failure| failure.seq != last) {
+        return Err(failed(libc::EIO, &"the kernel did not acknowledge"));
+    }
     for (seq, entry) in sent {
         match answers.failures.iter().find(|failure| failure.seq == seq) {
             Some(failure) if fine(&entry, failure) => {}
@@ -362,12 +368,12 @@ impl Entry {
         rule.ours && *self == rule.entry()
     }
 
-    fn encode(&self, messages: &mut Buffer, seq: u32, operation: Operation) {
+    fn encode(&self, messages: &mut Buffer, seq: u32, operation: Operation, ack: i32) {
         let (op, flags) = match operation {
             Operation::Add => (0, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
             Operation::Delete => (1, 0),
         };
-        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags) as u16;
+        let flags = (libc::NLM_F_REQUEST | ack | flags) as u16;
         match *self {
             Entry::Rule { family, priority, kind, mark } => {
                 let action = match kind {
@@ -476,7 +482,7 @@ mod tests {
         for entry in entries(&routing) {
             let Entry::Rule { family, priority, kind, mark } = entry else { continue };
             let mut buffer = Buffer::default();
-            entry.encode(&mut buffer, 1, Operation::Add);
+            entry.encode(&mut buffer, 1, Operation::Add, 0);
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
             let found = parse_rule(family, message.payload).unwrap();
             assert_eq!((found.priority, found.kind, found.ours), (priority, kind, true));

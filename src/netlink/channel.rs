@@ -25,8 +25,9 @@ const OFFSET: u16 = 2;
 /// NETLINK_CAP_ACK (errors need not repeat our message), NETLINK_EXT_ACK (but
 /// say more), NETLINK_GET_STRICT_CHK (a dump with a filter is filtered).
 const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
-/// The kernel fills at most 32 KiB with one part of a dump (`netlink_dump`).
-const RECEIVE_BUFFER: usize = 32 << 10;
+/// The kernel fills no more with one part of a dump than the buffer that it was given before, and the first with at most
+/// 8 KiB (`netlink_dump`, NLMSG_GOODSIZE).
+const RECEIVE_BUFFER: usize = 8 << 10;
 /// A dump that is interrupted this often is given up.
 const DUMP_TRIES: usize = 16;
 
@@ -81,7 +82,8 @@ pub(crate) struct Failure {
 /// What the kernel answered to an exchange.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
-    pub acked: Vec<u32>,
+    /// The last message was good.
+    pub acked: bool,
     pub failures: Vec<Failure>,
 }
 
@@ -89,8 +91,6 @@ pub(crate) struct Answers {
 pub(crate) struct Channel {
     transport: Box<dyn Transport>,
     seq: u32,
-    /// What was received last; made once.
-    received: Vec<u8>,
 }
 
 impl Channel {
@@ -113,7 +113,7 @@ impl Channel {
 
     /// A channel over any transport.
     pub fn over(transport: Box<dyn Transport>) -> Channel {
-        Channel { transport, seq: 0, received: Vec::new() }
+        Channel { transport, seq: 0 }
     }
 
     pub fn next_seq(&mut self) -> u32 {
@@ -121,17 +121,21 @@ impl Channel {
         self.seq
     }
 
-    /// Sends messages and collects every acknowledgement and error.
-    pub fn exchange(&mut self, messages: &Buffer) -> io::Result<Answers> {
+    /// Sends messages, of which the last wants an acknowledgement, and collects every error.
+    ///
+    /// The kernel answers in the order of the messages, and before all others if a transaction cannot be committed
+    /// (`nfnetlink_rcv_batch`): after the answer to the last nothing comes.
+    pub fn exchange(&mut self, messages: &Buffer, last: u32) -> io::Result<Answers> {
         self.send(messages)?;
         let mut answers = Answers::default();
         self.drain(|message| {
             if message.kind == ERROR {
                 match parse_error(message) {
                     Some(failure) if failure.errno != 0 => answers.failures.push(failure),
-                    _ => answers.acked.push(message.seq),
+                    _ => answers.acked |= message.seq == last,
                 }
             }
+            message.kind == ERROR && message.seq == last
         })?;
         Ok(answers)
     }
@@ -145,11 +149,14 @@ impl Channel {
         let mut found = Ok(None);
         self.drain(|message| {
             if message.seq != seq {
-            } else if message.kind >= FIRST_OF_FAMILY {
+                return false;
+            }
+            if message.kind >= FIRST_OF_FAMILY {
                 found = Ok(Some(message.payload.to_vec()));
             } else if let Some(failure) = parse_error(message) {
                 found = Err(io::Error::from_raw_os_error(failure.errno));
             }
+            true
         })?;
         found
     }
@@ -178,7 +185,7 @@ impl Channel {
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
         self.drain(|message| {
             if message.seq != seq {
-                return;
+                return false;
             }
             interrupted |= message.flags & DUMP_INTERRUPTED != 0;
             match message.kind {
@@ -187,6 +194,7 @@ impl Channel {
                 kind if kind >= FIRST_OF_FAMILY => found.push(message.payload.to_vec()),
                 _ => {}
             }
+            done.is_some()
         })?;
         match done {
             _ if interrupted => Ok(None),
@@ -201,14 +209,19 @@ impl Channel {
         self.transport.send(bytes)
     }
 
-    /// Receives until nothing is left; the answers are there when `send` returns.
-    fn drain(&mut self, mut each: impl FnMut(&wire::Message<'_>)) -> io::Result<()> {
-        if self.received.is_empty() {
-            self.received = vec![0; RECEIVE_BUFFER];
-        }
+    /// Receives until `each` says that a message was the last, or nothing is left: the answers are there when `send`
+    /// returns.
+    fn drain(&mut self, mut each: impl FnMut(&wire::Message<'_>) -> bool) -> io::Result<()> {
+        let mut received = [0; RECEIVE_BUFFER];
         loop {
-            match self.transport.receive(&mut self.received) {
-                Ok(len) => wire::messages(self.received.get(..len).unwrap_or_default()).for_each(|m| each(&m)),
+            match self.transport.receive(&mut received) {
+                // All that came together is looked at.
+                Ok(len) => {
+                    let messages = wire::messages(received.get(..len).unwrap_or_default());
+                    if messages.fold(false, |last, message| each(&message) | last) {
+                        return Ok(());
+                    }
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
@@ -302,10 +315,11 @@ mod tests {
 
     #[test]
     fn an_exchange_tells_acknowledgements_from_errors_and_keeps_the_kernels_words() {
-        let answers =
-            channel(vec![error(1, 0, ""), error(2, libc::EBUSY, "it is in use")]).exchange(&Buffer::default()).unwrap();
-        assert_eq!(answers.acked, [1]);
-        let expected = Failure { seq: 2, errno: libc::EBUSY, text: Some("it is in use".to_owned()), offset: Some(28) };
+        let answers = channel(vec![error(1, libc::EBUSY, "it is in use"), error(2, 0, "")])
+            .exchange(&Buffer::default(), 2)
+            .unwrap();
+        assert!(answers.acked);
+        let expected = Failure { seq: 1, errno: libc::EBUSY, text: Some("it is in use".to_owned()), offset: Some(28) };
         assert_eq!(answers.failures, [expected]);
     }
 
@@ -323,7 +337,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_answer_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
-            let _ = channel(datagrams.clone()).exchange(&Buffer::default());
+            let _ = channel(datagrams.clone()).exchange(&Buffer::default(), 1);
             let _ = channel(datagrams.clone()).get(1, &[]);
             let _ = channel(datagrams).dump(1, &[], |_| {});
         }

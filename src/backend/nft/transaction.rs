@@ -69,10 +69,10 @@ pub(crate) fn commit(
         sent.push((seq, batch.len(), change));
         change.encode(&mut batch, seq, ack, table);
     }
-    let last = sent.last().map(|(seq, ..)| *seq);
+    let last = sent.last().map_or(begin, |(seq, ..)| *seq);
     batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
 
-    let answers = channel.exchange(&batch).map_err(|e| {
+    let answers = channel.exchange(&batch, last).map_err(|e| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
         let cure = if errno == libc::EMSGSIZE {
             "; raise sysctl net.core.wmem_max, or have CAP_NET_ADMIN over the whole host"
@@ -92,7 +92,7 @@ pub(crate) fn commit(
         };
         return Err(rejected(failure, &step, expression));
     }
-    if last.is_some_and(|seq| !answers.acked.contains(&seq)) {
+    if !answers.acked {
         return Err(Error::new(libc::EIO, format!("nf_tables, table inet {table}: the kernel did not acknowledge")));
     }
     Ok(())
