@@ -91,14 +91,17 @@ impl Rules {
     }
 
     fn install_over(config: &Config, plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
-        let plan = served(config, plan, &mut route)?;
+        // That there is no IPv6 shows when its route is refused; where there is no such route, look.
+        let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
+        let mut plan = if shows_later { plan } else { served(config, plan, &mut route)? };
         let mut avoid = Vec::new();
         loop {
             let claim = place::claim(&plan, &mut nft, &mut route, &avoid)?;
             let table = table::name_of(&plan.name);
             let routing = routing(&plan, claim.place);
+            let variant = Variant::default();
             if claim.adopted {
-                let variant = Variant::default();
+                let plan = served(config, plan, &mut route)?;
                 let mut rules =
                     Rules { nft, route, table, plan, variant, routing, by_iptables: false, installed: true };
                 rules.take_over()?;
@@ -106,7 +109,6 @@ impl Rules {
             }
             match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
                 Ok(()) => {
-                    let variant = Variant::default();
                     return Ok(Rules {
                         nft,
                         route,
@@ -122,7 +124,13 @@ impl Rules {
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
                     avoid.push(routing.table);
                 }
-                Err(Refused { error, .. }) => return Err(error),
+                Err(Refused { error, .. }) => {
+                    let before = plan.families;
+                    plan = served(config, plan, &mut route)?;
+                    if plan.families == before {
+                        return Err(error);
+                    }
+                }
             }
         }
     }
