@@ -73,7 +73,7 @@ fn one_port(when: &str) {
     };
     let adding = ROUTING.lines().map(|line| format!("{line}\n"));
     let deleting = ROUTING.lines().rev().map(|line| line.replacen(" add ", " del ", 1) + "\n");
-    let rules = file("one.nft", &NFT.replace("80, 8000-8100", "80"));
+    let rules = file("one.nft", &nft_of_one_port());
     let files = format!("nft -f {rules}\n{}", batches("add", adding.collect()));
     let files_back = format!("{}{NFT_BACK}", batches("del", deleting.collect()));
     let [ours, script, files] = nets[0].run(|| {
@@ -335,11 +335,18 @@ fn scattered(count: u32) -> Vec<tp_prefix> {
     (0..count).map(|n| prefix(n, 0)).collect()
 }
 
+/// The default rules, for one port, which needs no set.
+fn nft_of_one_port() -> String {
+    let ports = |line: &&str| !line.trim().starts_with("set ports");
+    let lines: Vec<&str> = NFT.lines().filter(ports).collect();
+    lines.join("\n").replace("th dport @ports", "th dport 80")
+}
+
 /// The default rules, but for many destinations.
 fn nft_of_many() -> String {
     let elements: Vec<String> = (0..MANY).map(|n| format!("{}/24", address(n, 0))).collect();
     let dst4 = format!("set dst4 {{ type ipv4_addr; flags interval; elements = {{ {} }} }}", elements.join(", "));
-    NFT.replace("80, 8000-8100", "80")
+    nft_of_one_port()
         .replace("set own", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nset own"))
         .replace("fib daddr type @own return", "ip daddr @dst4 goto intercept")
         .replace("goto intercept comment \"to be intercepted\"", "ip6 daddr @dst6 goto intercept")

@@ -18,7 +18,7 @@ use std::borrow::Cow;
 
 use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
-use crate::model::{Families, Family, Intercept, Mode, Plan, Protocol};
+use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, PrefixSet};
 
 const DIVERT: &str = "divert";
@@ -354,12 +354,24 @@ fn candidates(
     incoming: bool,
     verdict: Verdict,
 ) -> impl Iterator<Item = Statement> {
-    let ports = (!plan.ports.is_empty()).then_some(Statement::DestinationPortIn(plan.set(PORTS)));
+    let ports = match (plan.ports.as_slice(), one_port(plan)) {
+        ([], _) => None,
+        (_, Some(port)) => Some(Statement::DestinationPort(port)),
+        _ => Some(Statement::DestinationPortIn(plan.set(PORTS))),
+    };
     let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(plan.set(INTERFACES)));
     // A protocol that is served over one family alone is left alone over the other.
     let family = plan.family_of(protocol);
     let protocol = [Statement::Protocol(protocol)];
     only(family).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
+}
+
+/// The port, if there is but one: it needs no set.
+fn one_port(plan: &Plan) -> Option<u16> {
+    match plan.ports[..] {
+        [PortRange { first, last }] if first == last => Some(first),
+        _ => None,
+    }
 }
 
 fn only(family: Option<Family>) -> impl Iterator<Item = Statement> {
@@ -373,7 +385,7 @@ fn rule(chain: &'static str, comment: &'static str, statements: impl IntoIterato
 /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
 fn sets(plan: &Compiled<'_>) -> Vec<Object> {
     let mut made = Sets { variant: plan.variant, objects: Vec::new() };
-    if !plan.ports.is_empty() {
+    if !plan.ports.is_empty() && one_port(plan).is_none() {
         let pieces = plan.ports.chunks(IN_A_MESSAGE).map(|piece| Elements::Ports(piece.to_vec()));
         made.add(PORTS, Key::Port, pieces);
     }
