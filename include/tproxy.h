@@ -989,7 +989,9 @@ int tp_purge_rules(const char *name);
 
 /**
  * Adds prefixes to a set and removes others from it, in one transaction,
- * while the rules work. What is sent to the kernel is the change alone.
+ * while the rules work. What is sent to the kernel is the change alone, and
+ * what it costs does not grow with the set; but once in a while, as a set
+ * grows, it is sent whole, as tp_replace_rules would.
  *
  * set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
  * they were given (none given means every address), bypass always. A set may
