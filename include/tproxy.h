@@ -668,9 +668,13 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * the kernel tries (net.ipv4.tcp_syn_retries).
  *
  * With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
- * and recv(2) receives what dst answers to it, and nothing else. What the
+ * and recv(2) receives what dst answers to it. (What others sent to src at the
+ * very moment of the call is dropped; where a datagram of theirs that slips
+ * through matters, look at the sender that recvfrom(2) gives.) What the
  * client sends goes to the listener as before. Several such sockets, to
- * different destinations, can have one port of src (SO_REUSEADDR).
+ * different destinations, can have one port of src (SO_REUSEADDR). Let there
+ * be no two with the same port and destination: the kernel does not refuse
+ * that, and gives the answers to either.
  *
  * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
@@ -684,7 +688,8 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * System calls: socket, setsockopt(IP_TRANSPARENT),
  * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
  * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
- * or SO_REUSEADDR. Thread-safe.
+ * or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
+ * from others before the connect. Thread-safe.
  */
 int tp_connect_from(const struct sockaddr *src,
                     socklen_t srclen,

@@ -173,7 +173,26 @@ fn attempt(
             let ends = Ends { local: Some(wanted.unwrap_or(any_port)), remote: Some(dst) };
             Err(Error::socket(Step::Connect, ends, &e))
         }
-        Ok(()) => Ok(socket),
+        Ok(()) => {
+            if options.datagram {
+                forget_strangers(&socket);
+            }
+            Ok(socket)
+        }
+    }
+}
+
+/// Drops what came between `bind` and `connect`: the socket was everybody's
+/// then, and who reads from it takes all for the server's. One `recv`, as a
+/// rule. (What another processor has under way at that moment may still come.)
+fn forget_strangers(socket: &Socket) {
+    /// More than a receive buffer holds; a server that does not stop talking is none of them.
+    const MANY: usize = 65_536;
+    for _ in 0..MANY {
+        match socket.recv_with_flags(&mut [], libc::MSG_DONTWAIT) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            _ => {}
+        }
     }
 }
 

@@ -154,9 +154,13 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// the kernel tries (net.ipv4.tcp_syn_retries).
 ///
 /// With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
-/// and recv(2) receives what dst answers to it, and nothing else. What the
+/// and recv(2) receives what dst answers to it. (What others sent to src at the
+/// very moment of the call is dropped; where a datagram of theirs that slips
+/// through matters, look at the sender that recvfrom(2) gives.) What the
 /// client sends goes to the listener as before. Several such sockets, to
-/// different destinations, can have one port of src (SO_REUSEADDR).
+/// different destinations, can have one port of src (SO_REUSEADDR). Let there
+/// be no two with the same port and destination: the kernel does not refuse
+/// that, and gives the answers to either.
 ///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
@@ -170,7 +174,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// System calls: socket, setsockopt(IP_TRANSPARENT),
 /// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
 /// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
-/// or SO_REUSEADDR. Thread-safe.
+/// or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
+/// from others before the connect. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
