@@ -139,6 +139,7 @@ impl Sources {
             self.counts.hits += 1;
         } else {
             self.counts.misses += 1;
+            // First, so that there is never one more than allowed.
             if self.ports.len() >= self.limit && !self.ports.contains_key(&key) {
                 self.evict();
             }
