@@ -121,6 +121,9 @@ done
 # The examples, built by pkg-config alone.
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"
 expect "tcp_proxy: half-closed, few descriptors, bad arguments" python3 "$here/tcp_proxy.py" "$root/build/examples"
+expect "udp_proxy: both ways, --to, idle, few sessions, refusals, bad arguments" python3 "$here/udp_proxy.py" "$root/build/examples"
+expect "udp_load: build" cc -std=c11 -O2 $flags "$here/udp_load.c" -o "$work/udp_load"
+expect "udp_proxy: a thousand clients, fifty servers, twenty ports" python3 "$here/udp_stress.py" "$root/build/examples" "$work/udp_load"
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

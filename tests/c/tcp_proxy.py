@@ -6,39 +6,16 @@ Runs itself in namespaces of its own, as the demo does. Exits non-zero with a
 sentence if something is not as it should be.
 """
 
-import ctypes
 import os
 import resource
 import socket
 import subprocess
-import sys
-import threading
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "examples-c"))
-import demo  # noqa: E402
+import hosts
+from hosts import demo, on
 
 SERVER = ("203.0.113.2", 80)
-
-
-def on(host, body):
-    """The result of something done in a thread that is on a host."""
-    result = []
-
-    def run():
-        with open(f"/run/netns/{host}", encoding="ascii") as namespace:
-            enter(namespace.fileno())
-        result.append(body())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return result[0]
-
-
-def enter(fd):
-    if ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 def listen():
@@ -109,13 +86,7 @@ def few_descriptors(listener, programs):
     assert proxy.stop() == 0
 
 
-def main():
-    if sys.argv[1] != "--inside":
-        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        new = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        os.execvp(new[0], [*new, sys.executable, __file__, "--inside", os.path.abspath(sys.argv[1])])
-    programs = sys.argv[2]
-    demo.build_network()
+def test(programs):
     for bad in (["3129"], ["3129", "80,443"], ["3129", "80-x"], ["68665", "80"], ["x", "80"], ["3129", "0"]):
         outcome = subprocess.run([os.path.join(programs, "tcp_proxy"), *bad], capture_output=True, check=False)
         assert outcome.returncode == 2, f"tcp_proxy {bad}: status {outcome.returncode}"
@@ -128,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    hosts.alone(__file__, test)

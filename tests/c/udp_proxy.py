@@ -1,0 +1,246 @@
+"""udp_proxy under conditions that the demo does not have.
+
+    udp_proxy.py DIRECTORY-OF-THE-PROGRAMS
+
+Runs itself in namespaces of its own, as the demo does. Exits non-zero with a
+sentence if something is not as it should be.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import hosts
+from hosts import demo, on
+
+SOL_UDP, UDP_SEGMENT = 17, 103
+PORT = 5353
+# Addresses that nobody owns.
+NOBODY = {"IPv4": "192.0.2.77", "IPv6": "2001:db8:77::77"}
+
+
+def start(programs, *options):
+    """The proxy, and how many sessions and descriptors it says that it may have."""
+    proxy = demo.Program("proxy", os.path.join(programs, "udp_proxy"), *options, "3129", f"{PORT}-{PORT + 1}")
+    proxy.bounds = list(map(int, re.findall(r"\d+", proxy.expect("listening"))))
+    assert proxy.bounds, "udp_proxy did not start"
+    return proxy
+
+
+def end(proxy, number=signal.SIGTERM):
+    proxy.process.send_signal(number)
+    assert proxy.process.wait(demo.PATIENCE) == 0
+    left = demo.leftovers()
+    assert not left, f"it left {left}"
+
+
+def statistics(proxy):
+    proxy.process.send_signal(signal.SIGUSR1)
+    line = "sessions: " + proxy.expect("sessions:")
+    counts = {"now": int(re.search(r"sessions: (\d+)", line)[1])}
+    for part in line.split(";"):
+        head, _, rest = part.strip().partition(":")
+        counts.update({f"{head} {name}": int(value) for name, value in re.findall(r"([a-z]+) (\d+)", rest)})
+        counts[head] = int(re.search(r"\d+", rest)[0])
+    return counts
+
+
+def eventually(proxy, what, condition):
+    deadline = time.monotonic() + demo.PATIENCE
+    while not condition(statistics(proxy)):
+        assert time.monotonic() < deadline, f"{what}: {statistics(proxy)}"
+        time.sleep(0.05)
+
+
+def open_socket(host, addr, port=0):
+    def body():
+        family = socket.AF_INET6 if ":" in addr else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.bind((addr, port))
+        sock.settimeout(demo.PATIENCE)
+        return sock
+
+    return on(host, body)
+
+
+def heard(sock):
+    """A datagram, and who sent it: address and port."""
+    data, sender = sock.recvfrom(65536)
+    return data, sender[:2]
+
+
+def exchange(client, server, asked, words):
+    """The client asks an address; the server answers whom it sees; the answer is of the address asked."""
+    client.sendto(words, (asked, PORT))
+    data, seen = heard(server)
+    assert data == words, f"{len(data)} bytes arrived of {len(words)}"
+    server.sendto(b"to " + words, seen)
+    data, sender = heard(client)
+    assert data == b"to " + words and sender == (asked, PORT), f"{sender} answered in place of {asked}"
+    return seen
+
+
+def relays(programs):
+    """The server sees the client; every datagram of a client is one session's, and of any length."""
+    proxy = start(programs)
+    for _, addr, server_addr in demo.FETCHES:
+        server = open_socket("server", server_addr, PORT)
+        client = open_socket("client", addr)
+        for words in (b"first", b"", b"x" * 8000, b"y" * 65_000, b"last"):
+            seen = exchange(client, server, server_addr, words)
+            assert seen == client.getsockname()[:2], f"the server saw {seen}"
+        # Many at once, cut apart by the kernel: they arrive as many, and so do the answers.
+        many = [bytes([number]) * (1000 if number < 9 else 300) for number in range(10)]
+        for sender, to, receiver in ((client, (server_addr, PORT), server), (server, seen, client)):
+            sender.setsockopt(SOL_UDP, UDP_SEGMENT, 1000)
+            sender.sendto(b"".join(many), to)
+            assert [heard(receiver)[0] for _ in many] == many
+        server.close()
+    counts = statistics(proxy)
+    assert counts["now"] == counts["sessions opened"] == 2, counts
+    assert counts["requests unsent"] == counts["answers unsent"] == 0, counts
+    # What came as one was passed on as one.
+    assert counts["requests"] < 2 * (5 + 10), counts
+    end(proxy)
+
+
+def one_server_for_all(programs):
+    """Several addresses that nobody owns are asked by one socket, all at once; each answers for itself."""
+    options = [f"--to={demo.at_port(server, PORT + 1)}" for _, _, server in demo.FETCHES]
+    proxy = start(programs, *options)
+    for family, addr, server_addr in demo.FETCHES:
+        server = open_socket("server", server_addr, PORT + 1)
+        client = open_socket("client", addr)
+        asked = [(NOBODY[family], PORT), (NOBODY[family][:-1] + "8", PORT), (NOBODY[family], PORT + 1)]
+        for number, to in enumerate(asked):
+            client.sendto(bytes([number]), to)
+        answers = [heard(server) for _ in asked]
+        assert {seen[0] for _, seen in answers} == {addr} and len({seen for _, seen in answers}) == len(asked), answers
+        for data, seen in reversed(answers):
+            server.sendto(data, seen)
+        for data, sender in [heard(client) for _ in asked]:
+            assert sender == asked[data[0]], f"{sender} answered in place of {asked[data[0]]}"
+        server.close()
+    end(proxy, signal.SIGINT)
+
+
+def silence_ends_a_session(programs):
+    proxy = start(programs, "--idle", "1")
+    _, addr, server_addr = demo.FETCHES[0]
+    server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
+    # As long as somebody speaks, either of them, it goes on.
+    seen = exchange(client, server, server_addr, b"hello")
+    for _ in range(4):
+        time.sleep(0.4)
+        server.sendto(b"still here", seen)
+        assert heard(client) == (b"still here", (server_addr, PORT))
+    assert statistics(proxy)["now"] == 1
+    eventually(proxy, "a silent session goes on", lambda counts: counts["now"] == 0 and counts["sessions idle"] == 1)
+    exchange(client, server, server_addr, b"hello again")
+    assert statistics(proxy)["sessions opened"] == 2
+    end(proxy)
+
+
+def few_sessions(programs):
+    """Twelve clients and four sessions: those that spoke last go on, the others get another."""
+    proxy = start(programs, "--sessions", "4", "--verbose")
+    _, addr, server_addr = demo.FETCHES[1]
+    server = open_socket("server", server_addr, PORT)
+    clients = [open_socket("client", addr) for _ in range(12)]
+    for client in clients:
+        exchange(client, server, server_addr, b"hello")
+        name = demo.at_port(*client.getsockname()[:2])
+        assert proxy.expect("intercepted ") == f"{name} -> {demo.at_port(server_addr, PORT)}"
+        descriptors = len(os.listdir(f"/proc/{proxy.process.pid}/fd"))
+        assert descriptors <= proxy.bounds[1], f"{descriptors} descriptors of {proxy.bounds[1]}"
+    for client, opened in ((clients[8], 12), (clients[0], 13), (clients[8], 13), (clients[9], 14)):
+        exchange(client, server, server_addr, b"hello")
+        counts = statistics(proxy)
+        assert counts["now"] == 4 and counts["sessions opened"] == opened, counts
+    end(proxy)
+
+
+# Brings to the proxy's sockets what routers and hosts say of their datagrams; otherwise it goes on to the client.
+ERRORS_TO_SOCKETS = """
+table inet errors {
+    chain prerouting {
+        type filter hook prerouting priority mangle
+        icmp type destination-unreachable socket transparent 1 meta mark set meta mark or 0x2000 accept
+        icmpv6 type destination-unreachable socket transparent 1 meta mark set meta mark or 0x2000 accept
+    }
+}"""
+
+
+def a_server_that_refuses(programs):
+    """Nobody listens, the server's host says so; the session works as soon as somebody does."""
+    proxy = start(programs)
+    for _, addr, server_addr in demo.FETCHES:
+        client = open_socket("client", addr)
+        client.connect((server_addr, PORT))
+        try:
+            client.send(b"is anybody there?")
+            client.recv(100)
+            raise AssertionError("nobody refused")
+        except ConnectionRefusedError:
+            pass
+    demo.run(*demo.on("proxy", "nft", ERRORS_TO_SOCKETS))
+    for _, addr, server_addr in demo.FETCHES:
+        client = open_socket("client", addr)
+        before = statistics(proxy)
+        for number in range(3):
+            client.sendto(b"is anybody there?", (server_addr, PORT))
+            refused = before["requests refused"] + number
+            eventually(proxy, "no refusal", lambda counts, n=refused: counts["requests refused"] > n)
+        server = open_socket("server", server_addr, PORT)
+        exchange(client, server, server_addr, b"hello")
+        assert statistics(proxy)["sessions opened"] == before["sessions opened"] + 1
+        server.close()
+    demo.run(*demo.on("proxy", "nft", "delete table inet errors"))
+    end(proxy)
+
+
+def bad_arguments(programs):
+    for bad in (
+        ["3129"],
+        ["3129", "53,54"],
+        ["3129", "0"],
+        ["--idle", "0", "3129", "53"],
+        ["--sessions", "x", "3129", "53"],
+        ["--to", "192.0.2.1", "3129", "53"],
+        ["--to", "192.0.2.1:0", "3129", "53"],
+        ["--dst", "192.0.2.1/33", "3129", "53"],
+        ["--what", "3129", "53"],
+    ):
+        outcome = subprocess.run([os.path.join(programs, "udp_proxy"), *bad], capture_output=True, check=False)
+        assert outcome.returncode == 2 and outcome.stderr, f"udp_proxy {bad}: status {outcome.returncode}"
+
+
+def only_some_destinations(programs):
+    proxy = start(programs, "--dst", f"{demo.FETCHES[0][2]}/32", "--dst", "2001:db8:ffff::/48")
+    for _, addr, server_addr in demo.FETCHES:
+        server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
+        exchange(client, server, server_addr, b"hello")
+        server.close()
+    assert statistics(proxy)["sessions opened"] == 1
+    end(proxy)
+
+
+def test(programs):
+    hosts.meet()
+    bad_arguments(programs)
+    for check in (
+        relays,
+        one_server_for_all,
+        silence_ends_a_session,
+        few_sessions,
+        a_server_that_refuses,
+        only_some_destinations,
+    ):
+        check(programs)
+
+
+if __name__ == "__main__":
+    hosts.alone(__file__, test)
