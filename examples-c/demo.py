@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows tcp_proxy and bind_nonlocal at work, on a network of its own.
+"""Shows tcp_proxy, udp_proxy and bind_nonlocal at work, on a network of its own.
 
     demo.py DIRECTORY-OF-THE-PROGRAMS
 
@@ -8,7 +8,8 @@ Three hosts, each a network namespace, joined by veth pairs:
     client ---- proxy ---- server
 
 The client fetches a few megabytes over HTTP from the server, whose only way is
-through the proxy's host, once over IPv4 and once over IPv6. What each of the
+through the proxy's host, once over IPv4 and once over IPv6; then it asks a name
+of the server's resolver, and of addresses that nobody owns. What each of the
 three saw is put side by side, and the exit status is 0 only if all of it is
 right. All happens in namespaces that end with this program; it needs root, or
 leave to make user namespaces.
@@ -19,6 +20,7 @@ import http.server
 import os
 import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +38,11 @@ LINKS = (
 )
 GATEWAYS = (("client", ("198.51.100.1", "2001:db8:1::1")), ("server", ("203.0.113.1", "2001:db8:2::1")))
 FETCHES = (("IPv4", "198.51.100.2", "203.0.113.2"), ("IPv6", "2001:db8:1::2", "2001:db8:2::2"))
+# Whom the client asks for a name besides the server: nobody.
+NOBODY = ("192.0.2.53", "2001:db8:53::53")
+NAME = "name.example"
+# The type that is asked for, and what the resolver knows.
+RECORDS = (("A", "192.0.2.80"), ("AAAA", "2001:db8:80::80"))
 PATIENCE = 20
 
 
@@ -103,8 +110,8 @@ def serve():
 class Program:
     """A program that runs on a host, and the lines that it prints."""
 
-    def __init__(self, host, *command):
-        self.process = subprocess.Popen(on(host, *command), stdout=subprocess.PIPE, text=True)
+    def __init__(self, host, *command, **options):
+        self.process = subprocess.Popen(on(host, *command), stdout=subprocess.PIPE, text=True, **options)
         self.lines = queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
 
@@ -115,10 +122,14 @@ class Program:
 
     def expect(self, start):
         """The rest of the next line that starts so; "nothing" if none comes."""
+        return self.find(lambda line: line[len(start):].strip() if line.startswith(start) else None)
+
+    def find(self, part):
+        """What it finds in the first line in which it finds anything; "nothing" if none comes."""
         try:
             while (line := self.lines.get(timeout=PATIENCE)) is not None:
-                if line.startswith(start):
-                    return line[len(start):].strip()
+                if (found := part(line)) is not None:
+                    return found
         except queue.Empty:
             pass
         return "nothing"
@@ -149,6 +160,63 @@ def fetch(family, client, server, proxy, http_server):
         and same
     )
     return (family, caller, asked, seen_by_proxy, seen_by_server, f"{len(got)}", "same" if same else "DIFFERS"), right
+
+
+def start_resolver():
+    """A resolver on the server that knows one name; None if it does not start."""
+    records = [f"--host-record={NAME},{','.join(value for _, value in RECORDS)}"]
+    # All in the foreground, as whoever runs the demo, and without the host's own settings.
+    settings = ["--no-daemon", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]
+    logs = ["--log-queries=extra", "--log-facility=-"]
+    resolver = Program("server", "dnsmasq", *settings, *logs, *records, stderr=subprocess.STDOUT)
+    return resolver if resolver.find(lambda line: "started" if "started" in line else None) != "nothing" else None
+
+
+def asked_by(line):
+    """Who asks, of the resolver's line "... 1 198.51.100.2/40000 query[A] ..."."""
+    found = re.search(r" (\S+)/(\d+) query\[", line)
+    return at_port(*found.groups()) if found else None
+
+
+def resolve(family, client, asked, proxy, resolver, keeps_port):
+    """One row of the table, and whether it is right. dig takes no answer but from the address that it asked."""
+    kind, known = RECORDS[family == "IPv6"]
+    dig = ["dig", "-r", f"@{asked}", NAME, kind, "+short", "+norecurse", "+tries=1", f"+timeout={PATIENCE}"]
+    outcome = subprocess.run(on("client", *dig), capture_output=True, text=True, check=False)
+    answer = outcome.stdout.strip()
+    intercepted = proxy.expect("intercepted ")
+    caller, _, seen_by_proxy = intercepted.partition(" -> ")
+    seen_by_resolver = resolver.find(asked_by)
+    right = (
+        outcome.returncode == 0
+        and answer == known
+        and seen_by_proxy == at_port(asked, 53)
+        and caller == at_port(client, port_of(caller))
+        and seen_by_resolver == (caller if keeps_port else at_port(client, port_of(seen_by_resolver)))
+    )
+    # Of what dig has to say, such as "reply from unexpected source", the first line.
+    return (family, caller, at_port(asked, 53), seen_by_proxy, seen_by_resolver, answer.partition("\n")[0]), right
+
+
+def show_names(programs):
+    """Asks the server for a name, and addresses that nobody owns; gives whether all is right."""
+    resolver = start_resolver()
+    servers = [server for _, _, server in FETCHES]
+    to_server = [f"--to={at_port(server, 53)}" for server in servers]
+    rows, right = [], resolver is not None
+    for options, targets in (([], servers), (to_server, NOBODY)) if resolver else ():
+        proxy = Program("proxy", os.path.join(programs, "udp_proxy"), "--verbose", *options, "3130", "53")
+        right = proxy.expect("listening") != "nothing" and right
+        for (family, client, _), asked in zip(FETCHES, targets):
+            row, row_right = resolve(family, client, asked, proxy, resolver, not options)
+            rows.append((*row, "ok" if row_right else "WRONG"))
+            right = row_right and right
+        right = proxy.stop() == 0 and right
+    print("\nA name, through udp_proxy; the last two ask addresses that nobody owns:")
+    print_table(("", "client", "asked", "original destination", "resolver saw", "answer", ""), rows)
+    if resolver:
+        resolver.stop()
+    return right
 
 
 def start_proxy(programs):
@@ -193,6 +261,8 @@ def show(programs):
         verdicts.append(right)
     print("An HTTP response, through tcp_proxy:")
     print_table(("", "client", "asked for", "original destination", "server saw", "bytes", "SHA-256", ""), rows)
+
+    verdicts.append(show_names(programs))
 
     proxy.process.kill()
     proxy.process.wait(PATIENCE)

@@ -16,6 +16,8 @@ cc:gcc
 g++:g++
 pkg-config:pkg-config
 strace:strace
+dnsmasq:dnsmasq-base
+dig:bind9-dnsutils
 '
 
 PATH=$PATH:/usr/sbin:/sbin
