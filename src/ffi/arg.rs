@@ -178,7 +178,7 @@ pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Re
 /// The same, to be written.
 ///
 /// # Safety
-/// As for [`array`], and for writes; nobody else looks at it meanwhile.
+/// As for [`array()`], and for writes; nobody else looks at it meanwhile.
 pub(super) unsafe fn array_mut<'a, T>(what: &str, items: *mut T, len: usize) -> Result<&'a mut [T]> {
     if len == 0 {
         return Ok(&mut []);

@@ -1,7 +1,7 @@
 //! Datagrams: received with their original destinations, answered from any
 //! source.
 //!
-//! * [`receive_from`] and [`receive`]: one datagram, or a batch.
+//! * [`receive_from`] and [`receive()`]: one datagram, or a batch.
 //! * [`Control`]: the original destination out of control data that a program
 //!   received by itself.
 //! * [`Replier`]: answers from any address and port.
