@@ -17,7 +17,7 @@ OUT       := $(CARGO_DIR)/release
 LIBRARIES := $(addprefix $(LIBDIR)/,libtproxy.so libtproxy.so.0 libtproxy.so.$(VERSION) libtproxy.a)
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h
 
-.PHONY: all deps install uninstall demo check bench clean
+.PHONY: all deps install uninstall demo check bench fuzz clean
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a
 
@@ -59,10 +59,23 @@ demo: deps
 check: deps
 	@bash tests/check.sh
 
-# What the rules cost, beside nft, iptables and ip. As root without a user namespace, where nft cannot send a large set.
-bench: HOST_RUNNER = --config 'target.$(shell rustc -vV | sed -n 's/^host: //p').runner=["unshare", "--net"]'
-bench:
+# What rules and datagrams cost, beside what a user would do otherwise. As root without a user namespace, where nft cannot send a large set.
+bench: HOST_RUNNER = --config 'target.$(HOST).runner=["unshare", "--net"]'
+bench: HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+bench: deps
+	@bash benches/datagrams.sh
 	@$(CARGO) $(if $(filter 0,$(shell id -u)),$(HOST_RUNNER)) bench --quiet --bench rules
+
+# Ten million hostile messages. libFuzzer's hooks (the flags that cargo-fuzz sets) are stable; -Z sanitizer asks for the bootstrap variable.
+FUZZ_RUNS ?= 10000000
+fuzz: HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+fuzz:
+	@mkdir -p build/fuzz-corpus
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Z sanitizer=address -C passes=sancov-module -C llvm-args=-sanitizer-coverage-level=4 \
+		-C llvm-args=-sanitizer-coverage-inline-8bit-counters -C llvm-args=-sanitizer-coverage-pc-table \
+		-C llvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -C codegen-units=1 -C debug-assertions" \
+		$(CARGO) build --quiet --release --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir build/fuzz
+	build/fuzz/$(HOST)/release/control -runs=$(FUZZ_RUNS) -max_len=512 -print_final_stats=1 build/fuzz-corpus
 
 clean:
 	$(CARGO) clean
