@@ -2,8 +2,9 @@
  * libtproxy: transparent proxying on Linux.
  *
  * Sockets that bind to, listen on and connect from addresses that this host
- * does not own; where an intercepted connection was going; and the kernel
- * rules that bring the packets to the program. A transparent TCP proxy is
+ * does not own; where an intercepted connection or datagram was going, and
+ * answers from there; and the kernel rules that bring the packets to the
+ * program. A transparent TCP proxy is
  *
  *     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(3129) };
  *     int listener = tp_listen((struct sockaddr *)&any, sizeof any, -1, 0);
@@ -21,6 +22,18 @@
  *     int server = tp_connect_from((struct sockaddr *)&from, fromlen,
  *                                  (struct sockaddr *)&to, tolen, 0);
  *     ... relay, then tp_remove_rules(rules) ...
+ *
+ * and one for UDP, where every answer comes from the address that was asked:
+ *
+ *     int listener = tp_socket(AF_INET6, SOCK_DGRAM, 0);
+ *     tp_bind_nonlocal(listener, (struct sockaddr *)&any, sizeof any);
+ *     ... rules as above, from the listener ...
+ *     tp_replier *replier;
+ *     tp_replier_open(NULL, 0, &replier);
+ *
+ *     int n = tp_recv_datagrams(listener, dgrams, 64, 0);
+ *     ... put the answers where the questions were: data, len ...
+ *     tp_reply(replier, dgrams, n);
  *
  * What holds for every call
  *
