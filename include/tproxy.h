@@ -207,6 +207,26 @@ typedef struct tp_rules tp_rules;
 #define TP_IPV6 2
 
 /**
+ * As it should be.
+ */
+#define TP_OK 0
+
+/**
+ * Good to know.
+ */
+#define TP_NOTE 1
+
+/**
+ * Some traffic may be lost, or pass by the proxy.
+ */
+#define TP_WARNING 2
+
+/**
+ * Interception cannot work.
+ */
+#define TP_FAILURE 3
+
+/**
  * Installed rules. Calls on one handle may come from any thread.
  */
 struct tp_rules;
@@ -402,6 +422,43 @@ struct tp_rules_stats {
      */
     uint64_t guarded_bytes;
 };
+
+/**
+ * Something that was found. All of it is valid during the call of a
+ * tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
+ */
+struct tp_finding {
+    /**
+     * TP_OK, TP_NOTE, TP_WARNING or TP_FAILURE.
+     */
+    uint32_t severity;
+    /**
+     * What kind of finding it is, for programs: "sysctl.src_valid_mark". It
+     * stays the same in later versions. docs/troubleshooting.md has them all.
+     */
+    const char *id;
+    /**
+     * What was found, for people.
+     */
+    const char *found;
+    /**
+     * What it does to traffic, for people.
+     */
+    const char *effect;
+    /**
+     * The command that cures it, for sh(1). Empty: nothing is to be cured, or
+     * no command does. Read it before you run it: some cures end the process
+     * that the rules belong to, or delete a rule that somebody else made.
+     */
+    const char *cure;
+};
+
+/**
+ * Is told what was found: one call for each finding, from the thread that
+ * called tp_check or tp_self_test, with the context that was given to it. It
+ * must return (no longjmp, no C++ exception), and may call this library.
+ */
+typedef void (*tp_finding_fn)(const struct tp_finding *finding, void *context);
 
 #ifdef __cplusplus
 extern "C" {
@@ -703,6 +760,28 @@ int tp_render_rules(const struct tp_rules_config *config,
                     uint32_t format,
                     char *buf,
                     size_t *len);
+
+/**
+ * Says what on this host breaks, or weakens, transparent proxying, and the
+ * command that cures it.
+ *
+ * It asks the kernel, about this process, its network namespace, and whatever
+ * rules, routes, sysctls and listeners are there, by whomever: capabilities;
+ * IP_TRANSPARENT, by setting it; what nf_tables can do, by a transaction
+ * that is never committed; rules of this library without a listener or an
+ * owner; and what other programs' rules do to packets that are intercepted.
+ * It changes nothing (but the kernel may load a module that it is asked
+ * about), runs no program, and needs no privilege; what it cannot see
+ * without one it says as a note, "check.unseen".
+ *
+ * report: is told each finding, good ones too. context: is handed on to it.
+ *
+ * Returns the number of failures (findings of TP_FAILURE), 0 if there are
+ * none, or -1 with errno: EFAULT: report is NULL.
+ *
+ * Takes some milliseconds, more with thousands of rules. Thread-safe.
+ */
+int tp_check(tp_finding_fn report, void *context);
 
 /**
  * The sentence of this thread's last failing call: the step, why it failed,

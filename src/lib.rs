@@ -5,6 +5,7 @@
 //! * [`orig_dst()`]: where an intercepted connection was going.
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
+//! * [`check`]: what on this host breaks all that, and what cures it.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
 //! Arrows run one way: `ffi` decodes what C gave into the types of the modules
@@ -15,6 +16,7 @@
 #![deny(unsafe_code)]
 
 mod backend;
+pub mod check;
 pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;

@@ -28,6 +28,14 @@ pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::R
     if rc == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `getsockopt` of a struct: the buffer is given and filled. Returns how much of it.
+pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: the buffer is valid for reads and writes of len bytes.
+    let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) };
+    if rc == 0 { Ok(len as usize) } else { Err(io::Error::last_os_error()) }
+}
+
 /// `setsockopt` of an `int`.
 pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     // SAFETY: value is valid for reads of the length given.

@@ -16,6 +16,7 @@ cc:gcc
 g++:g++
 pkg-config:pkg-config
 strace:strace
+sysctl:procps
 '
 
 PATH=$PATH:/usr/sbin:/sbin

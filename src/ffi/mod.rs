@@ -9,12 +9,14 @@
 #![allow(clippy::missing_safety_doc)]
 
 mod arg;
+mod check;
 mod config;
 mod diagnosis;
 mod guard;
 mod rules;
 mod sockets;
 
+pub use check::*;
 pub use config::*;
 pub use diagnosis::*;
 pub use rules::*;

@@ -26,6 +26,8 @@ const ACK: u16 = libc::NLM_F_ACK as u16;
 
 /// One change in a table.
 pub(crate) enum Change<'a> {
+    /// Makes the table if it is not there, for nobody in particular. Only to be rehearsed.
+    Make,
     /// Makes the table, which must not be there.
     Claim {
         place: &'a Place,
@@ -54,6 +56,22 @@ pub(crate) fn commit(
     generation: Option<u32>,
     changes: &[Change<'_>],
 ) -> Result<()> {
+    send(channel, table, generation, changes, true)
+}
+
+/// Finds out whether the kernel would make changes, and makes none: a batch without an end is checked, acknowledged
+/// and undone (`nfnetlink_rcv_batch`).
+pub(crate) fn rehearse(channel: &mut Channel, table: &str, changes: &[Change<'_>]) -> Result<()> {
+    send(channel, table, None, changes, false)
+}
+
+fn send(
+    channel: &mut Channel,
+    table: &str,
+    generation: Option<u32>,
+    changes: &[Change<'_>],
+    for_good: bool,
+) -> Result<()> {
     let mut batch = Buffer::default();
     let begin = channel.next_seq();
     batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |a| {
@@ -70,7 +88,9 @@ pub(crate) fn commit(
         change.encode(&mut batch, seq, ack, table);
     }
     let last = sent.last().map(|(seq, ..)| *seq);
-    batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
+    if for_good {
+        batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
+    }
 
     let answers = channel.exchange(&batch).map_err(|e| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
@@ -165,6 +185,7 @@ impl Change<'_> {
         const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
+            Change::Make => (NEW_TABLE, libc::NLM_F_CREATE as u16),
             Change::Claim { .. } => (NEW_TABLE, exclusively),
             Change::Adopt => (NEW_TABLE, 0),
             Change::DeleteTable => (DELETE_TABLE, 0),
@@ -184,7 +205,7 @@ impl Change<'_> {
                 a.string(1, table);
                 a.be32(2, OWNER | PERSIST);
             }
-            Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::Make | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
             Change::DeleteSet(name) => {
                 a.string(1, table);
                 a.string(2, name);
@@ -217,6 +238,7 @@ impl fmt::Display for Command<'_> {
                 let flags = if *persist { "owner, persist" } else { "owner" };
                 write!(f, "create table inet {} {{ comment \"{place}\"; flags {flags}; }}", self.table)
             }
+            Change::Make => write!(f, "add table inet {}", self.table),
             Change::Adopt => write!(f, "add table inet {} {{ flags owner, persist; }}", self.table),
             Change::DeleteTable => write!(f, "delete table inet {}", self.table),
             Change::DeleteRules => write!(f, "flush table inet {}", self.table),

@@ -1,0 +1,368 @@
+//! Hosts on which transparent proxying fails silently: each is made, is shown to break traffic, is named by its
+//! finding's id, and works again once the command that the finding prints was run.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::*;
+use tproxy::ffi::*;
+
+/// Long enough for what works, on a busy machine; what is broken takes all of it.
+const SOON: Duration = Duration::from_millis(900);
+
+/// Who intercepts port 80 for the listener on port 3129.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Library,
+    LibraryWith(u32),
+    /// The recipe of the kernel's documentation, with mark 1 and table 100.
+    Iptables,
+    IptablesLegacy,
+    Nft,
+}
+use By::*;
+
+const IPTABLES: &str = "for ip in IP ip6SIX; do
+    $ip -t mangle -N DIVERT
+    $ip -t mangle -A PREROUTING -p tcp -m socket -j DIVERT
+    $ip -t mangle -A DIVERT -j MARK --set-mark 1
+    $ip -t mangle -A DIVERT -j ACCEPT
+    $ip -t mangle -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 3129 --tproxy-mark 1
+    done";
+const NFT: &str = "nft 'table inet byhand {
+    chain pre { type filter hook prerouting priority mangle;
+        socket transparent 1 socket wildcard 0 meta mark set 1 accept
+        meta l4proto tcp th dport 80 tproxy to :3129 meta mark set 1 accept
+    }
+}'";
+const ROUTES: &str =
+    "for f in -4 -6; do ip $f rule add fwmark 1 lookup 100; ip $f route add local default dev lo table 100; done";
+
+/// What a client tries.
+#[derive(Clone, Copy)]
+enum Flow {
+    /// Port 80 of the server; the proxy answers.
+    Proxied(fn() -> Hosts),
+    /// Port 81 of the server, which is forwarded.
+    Forwarded(fn() -> Hosts),
+    /// Port 82 of the proxy's host itself.
+    Own(fn() -> Hosts),
+}
+use Flow::*;
+
+struct Row {
+    id: &'static str,
+    by: By,
+    /// What spoils the proxy's host, by `sh`.
+    spoil: &'static str,
+    broken: Flow,
+}
+
+const fn row(id: &'static str, by: By, spoil: &'static str, broken: Flow) -> Row {
+    Row { id, by, spoil, broken }
+}
+
+/// client --- proxy --- server, and who answers what.
+struct World<'a> {
+    lab: &'a Lab,
+}
+
+impl World<'_> {
+    fn works(&self, flow: Flow) -> bool {
+        let (to, words) = match flow {
+            Proxied(hosts) => (at(hosts().server, 80), "proxy"),
+            Forwarded(hosts) => (at(hosts().server, 81), "server"),
+            Own(hosts) => (at(hosts().proxy, 82), "own"),
+        };
+        self.lab.client.run(|| said(to)).is_ok_and(|answer| answer == words)
+    }
+}
+
+fn said(to: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, SOON)?;
+    stream.set_read_timeout(Some(SOON))?;
+    stream.write_all(b"?")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn install(by: By, proxy: &Net, listener: &TcpListener) -> Option<Rules> {
+    let rules = |flags| Some(proxy.run(|| install_rules(listener.as_raw_fd(), flags)).unwrap());
+    let by_hand = |script: &str| {
+        proxy.sh(script);
+        proxy.sh(ROUTES);
+        None
+    };
+    match by {
+        Library => rules(0),
+        LibraryWith(flags) => rules(flags),
+        Iptables => by_hand(&IPTABLES.replace("IP", "iptables-nft").replace("ip6SIX", "ip6tables-nft")),
+        IptablesLegacy => by_hand(&IPTABLES.replace("IP", "iptables-legacy").replace("ip6SIX", "ip6tables-legacy")),
+        Nft => by_hand(NFT),
+    }
+}
+
+fn install_rules(listener: i32, flags: u32) -> Result<Rules, Failed> {
+    let port = tp_port_range { first: 80, last: 80 };
+    Rules::install(&tp_rules_config {
+        listeners: &raw const listener,
+        n_listeners: 1,
+        ports: &raw const port,
+        n_ports: 1,
+        flags,
+        ..config()
+    })
+}
+
+/// A host where all is well, and then what the test does with it.
+fn world(by: By, test: impl FnOnce(&World<'_>)) {
+    let lab = Lab::new();
+    let (one, other) = (lab.serve(80), lab.serve(81));
+    let own = lab.proxy.run(|| TcpListener::bind(at(ip("::"), 82)).unwrap());
+    let listener = match by {
+        LibraryWith(flags) if flags & TP_RULES_REDIRECT != 0 => {
+            lab.proxy.run(|| TcpListener::bind("127.0.0.1:3129").unwrap())
+        }
+        _ => lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap(),
+    };
+    if by == LibraryWith(TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT) {
+        lab.proxy.sysctl("ipv4/conf/all/route_localnet", "1");
+    }
+    let _rules = install(by, &lab.proxy, &listener);
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let answering = [(&one, "server"), (&other, "server"), (&own, "own"), (&listener, "proxy")];
+        for (listener, words) in answering {
+            let enough = &enough;
+            scope.spawn(move || answer_all(listener, words, enough));
+        }
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&World { lab: &lab })));
+        enough.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+/// Breaks, names, cures; what went otherwise is the error.
+fn tried(row: &Row) -> Result<(), String> {
+    let mut outcome = Ok(());
+    world(row.by, |world| outcome = tried_in(row, world));
+    outcome
+}
+
+fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
+    let proxy = &world.lab.proxy;
+    let must = |yes: bool, what: &str, found: &[Found]| match yes {
+        true => Ok(()),
+        false => Err(format!("{} ({}): {what} {:#?}", row.id, row.spoil, troubles(found))),
+    };
+    must(world.works(row.broken), "it never worked", &[])?;
+    let before = proxy.run(check);
+    must(troubles(&before).is_empty(), "a healthy host is warned", &before)?;
+    proxy.sh(row.spoil);
+    must(!world.works(row.broken), "it still works", &[])?;
+    let found = proxy.run(check);
+    let named: Vec<&Found> = troubles(&found).into_iter().filter(|finding| finding.id == row.id).collect();
+    must(!named.is_empty(), "not named among", &found)?;
+    for finding in named {
+        must(!finding.cure.is_empty() && !finding.cure.contains("{"), "no cure", &found)?;
+        proxy.sh(&finding.cure);
+    }
+    let after = proxy.run(check);
+    must(world.works(row.broken), "not cured by these; left is", &[found, after.clone()].concat())?;
+    must(troubles(&after).iter().all(|finding| finding.id != row.id), "still found", &after)
+}
+
+fn all(rows: &[Row]) {
+    let mut failed = Vec::new();
+    // A few at a time: each has three hosts.
+    for some in rows.chunks(4) {
+        std::thread::scope(|scope| {
+            let tests: Vec<_> = some.iter().map(|row| scope.spawn(move || tried(row))).collect();
+            failed.extend(tests.into_iter().filter_map(|test| test.join().unwrap().err()));
+        });
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+#[test]
+fn routing() {
+    all(&[
+        row("route.loopback_down", Library, "ip link set lo down", Proxied(v6)),
+        row("route.missing", Library, "ip route flush table 7470", Proxied(v4)),
+        row("route.missing", Library, "ip -6 route flush table 7470", Proxied(v6)),
+        row("route.missing", Nft, "ip route flush table 100", Proxied(v4)),
+        row("route.foreign", Library, "ip route add 203.0.113.0/24 dev eth1 table 7470", Proxied(v4)),
+        row("rule.missing", Library, "ip rule del pref 201", Proxied(v4)),
+        row("rule.missing", Library, "ip -6 rule del pref 201", Proxied(v6)),
+        row("rule.missing", Iptables, "ip -6 rule del fwmark 1", Proxied(v6)),
+        row(
+            "rule.guard_missing",
+            Library,
+            "ip rule del pref 200; sysctl -qw net.ipv4.conf.all.src_valid_mark=1",
+            Proxied(v4),
+        ),
+        row("rule.shadowed", Library, "ip rule add pref 100 lookup main", Proxied(v4)),
+        row("rule.shadowed", Library, "ip -6 rule add pref 100 blackhole", Proxied(v6)),
+        row("rule.shadowed", Library, "ip -6 rule add pref 100 iif eth0 prohibit", Proxied(v6)),
+        row("rule.shadowed", Nft, "ip rule add pref 100 lookup main", Proxied(v4)),
+        row(
+            "rule.mark_collision",
+            Library,
+            "ip rule add pref 150 fwmark 0x2000/0x2000 lookup 50; ip route add unreachable default table 50",
+            Proxied(v4),
+        ),
+        row("rule.table_shared", Library, "ip rule add pref 150 from 198.51.100.0/24 lookup 7470", Forwarded(v4)),
+        row("rule.local_missing", Library, "ip rule del pref 0", Own(v4)),
+        row("rule.local_missing", Library, "ip -6 rule del pref 0", Own(v6)),
+        row("rule.main_missing", Library, "ip rule del pref 32766", Proxied(v4)),
+        row("rule.main_missing", Library, "ip -6 rule del pref 32766", Proxied(v6)),
+    ]);
+}
+
+#[test]
+fn sysctls() {
+    all(&[
+        row("sysctl.src_valid_mark", Iptables, "sysctl -qw net.ipv4.conf.all.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.src_valid_mark", IptablesLegacy, "sysctl -qw net.ipv4.conf.eth0.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.src_valid_mark", Nft, "sysctl -qw net.ipv4.conf.all.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.tcp_fwmark_accept", Nft, "sysctl -qw net.ipv4.tcp_fwmark_accept=1", Proxied(v4)),
+        row("sysctl.tcp_fwmark_accept", Iptables, "sysctl -qw net.ipv4.tcp_fwmark_accept=1", Proxied(v6)),
+        row("sysctl.ip_forward", Library, "sysctl -qw net.ipv4.ip_forward=0", Forwarded(v4)),
+        row("sysctl.forwarding_v6", Library, "sysctl -qw net.ipv6.conf.all.forwarding=0", Forwarded(v6)),
+        row("sysctl.forwarding_interface", Library, "sysctl -qw net.ipv4.conf.eth0.forwarding=0", Forwarded(v4)),
+        row("sysctl.disable_ipv6", Library, "sysctl -qw net.ipv6.conf.lo.disable_ipv6=1", Proxied(v6)),
+    ]);
+}
+
+#[test]
+fn filters_of_others() {
+    all(&[
+        row(
+            "filter.prerouting_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority raw; tcp dport 80 drop; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.prerouting_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority filter; tcp dport { 80, 443 } drop; }\n}'",
+            Proxied(v6),
+        ),
+        row("filter.prerouting_drop", Library, "iptables-legacy -t raw -A PREROUTING -p tcp --dport 80 -j DROP", Proxied(v4)),
+        row(
+            "filter.input_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook input priority filter; policy drop;
+                ct state established,related accept; ct state invalid drop; iifname lo accept; meta l4proto icmpv6 accept;
+                tcp dport { 22, 82 } accept; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "nft 'table ip6 fw { chain open { tcp dport 22 accept; }
+                chain c { type filter hook input priority filter; jump open; meta l4proto icmpv6 accept; reject; }\n}'",
+            Proxied(v6),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "iptables-nft -P INPUT DROP; iptables-nft -A INPUT -i lo -j ACCEPT; iptables-nft -A INPUT -p tcp --dport 22 -j ACCEPT
+             iptables-nft -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+            Proxied(v4),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "ip6tables-legacy -N good; ip6tables-legacy -A good -p tcp --dport 22 -j ACCEPT; ip6tables-legacy -A INPUT -j good
+             ip6tables-legacy -A INPUT -p icmpv6 -j ACCEPT; ip6tables-legacy -P INPUT DROP",
+            Proxied(v6),
+        ),
+        row(
+            "filter.output_drop",
+            Library,
+            "nft 'table ip fw { chain c { type filter hook output priority filter; policy drop; }\n}'",
+            Proxied(v4),
+        ),
+        row("filter.output_drop", Library, "iptables-nft -P OUTPUT DROP", Proxied(v4)),
+        row(
+            "filter.mark_overwritten",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -140; meta mark set 0x40000; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.mark_overwritten",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -100; iifname eth0 meta mark set ct mark; }\n}'",
+            Proxied(v6),
+        ),
+        row(
+            "filter.mark_collision",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -200; tcp dport 81 meta mark set 0x2000; }\n}'",
+            Forwarded(v4),
+        ),
+        row(
+            "filter.mark_collision",
+            Library,
+            "ip6tables-nft -t mangle -A PREROUTING -p tcp --dport 81 -j MARK --or-mark 0x2000",
+            Forwarded(v6),
+        ),
+        row(
+            "filter.nat",
+            Library,
+            "nft 'table ip fw { chain c { type nat hook prerouting priority -190; tcp dport 80 redirect to :82; }\n}'",
+            Proxied(v4),
+        ),
+        row("filter.rpfilter", Nft, FIREWALLD, Proxied(v6)),
+        row("filter.rpfilter", Iptables, FIREWALLD, Proxied(v4)),
+    ]);
+}
+
+/// As firewalld's IPv6_rpfilter, for both families.
+const FIREWALLD: &str =
+    "nft 'table inet firewalld { chain filter_PREROUTING { type filter hook prerouting priority filter + 10;
+    icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept; fib saddr . mark . iif oif missing drop; }\n}'";
+
+#[test]
+fn another_proxy_takes_the_packets() {
+    world(Library, |world| {
+        let proxy = &world.lab.proxy;
+        let other = proxy.run(|| listen("[::]:9999".parse().unwrap(), 0)).unwrap();
+        let row = row(
+            "filter.tproxy_elsewhere",
+            Library,
+            "nft 'table inet other { chain c { type filter hook prerouting priority -140
+                tcp dport 80 tproxy to :9999 meta mark set 1 accept\n}\n}'; RULES",
+            Proxied(v4),
+        );
+        let spoil: &'static str = row.spoil.replace("RULES", ROUTES).leak();
+        let enough = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| answer_all(&other, "other", &enough));
+            let outcome = tried_in(&Row { spoil, ..row }, world);
+            enough.store(true, Ordering::Relaxed);
+            outcome.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_listener_on_loopback_behind_redirection() {
+    tried(&row(
+        "sysctl.route_localnet",
+        LibraryWith(TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT),
+        "sysctl -qw net.ipv4.conf.all.route_localnet=0",
+        Proxied(v4),
+    ))
+    .unwrap();
+}
