@@ -51,6 +51,15 @@ pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).
+pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: valid for writes of a limit.
+    let rc = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    #[allow(clippy::useless_conversion, reason = "its width is the platform's")]
+    (rc == 0).then_some((limit.rlim_cur.into(), limit.rlim_max.into()))
+}
+
 /// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
 pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
     // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both

@@ -13,6 +13,7 @@ use crate::backend::seen::{nft, routing, sockets, xtables};
 use crate::error::Error;
 use crate::model::{Families, Family};
 use crate::netlink::Channel;
+use crate::sys;
 
 /// RT_TABLE_LOCAL: it has an entry for every address of the host, and none that matters here.
 const LOCAL_TABLE: u32 = 255;
@@ -102,8 +103,7 @@ impl Facts {
         self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
         let program = fs::read_link("/proc/self/exe").unwrap_or_else(|_| "PROGRAM".into());
         self.program = program.to_string_lossy().into_owned();
-        let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-        self.descriptors = procfs::descriptor_limits(&limits);
+        self.descriptors = sys::descriptor_limits();
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         self.kernel = kernel.trim().to_owned();
     }

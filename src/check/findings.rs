@@ -348,9 +348,9 @@ kinds! {
     KEEP_PORT = "conntrack.keep_port",
         "Connections that keep the client's port (TP_KEEP_PORT) time out or are reset now and then",
         "Connection tracking is active: both halves of a proxied connection have the same addresses and ports, and are one \
-         connection to it. A firewall that drops what is `ct state invalid` then drops their packets.",
-        "Packets may be taken for invalid, or be translated wrongly.",
-        "nft -f - <<'END'\n...";
+         connection to it. TP_RULES_NOTRACK keeps them out of it.",
+        "With TP_KEEP_PORT packets may be taken for invalid, or be translated wrongly.",
+        "nft add rule inet transparent-untracked output socket transparent 1 notrack";
     CONNTRACK_FULL = "conntrack.full",
         "New connections time out at random, old ones work; `nf_conntrack: table full` in the kernel's log",
         "Connection tracking has nearly as many connections as it may have.",

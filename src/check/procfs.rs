@@ -39,13 +39,6 @@ pub(super) fn netstat(text: &str, group: &str, name: &str) -> Option<u64> {
     lines.next()?.split_whitespace().nth(at)?.parse().ok()
 }
 
-/// The soft and the hard limit in the line `Max open files` of /proc/self/limits.
-pub(super) fn descriptor_limits(limits: &str) -> Option<(u64, u64)> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    let mut words = line.split_whitespace().map(|word| if word == "unlimited" { Ok(u64::MAX) } else { word.parse() });
-    Some((words.next()?.ok()?, words.next()?.ok()?))
-}
-
 /// Major and minor number of a kernel's release.
 pub(super) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
@@ -132,8 +125,6 @@ mod tests {
         let text = "TcpExt: A B IPReversePathFilter\nTcpExt: 1 2 37\nIpExt: A\nIpExt: 4\n";
         assert_eq!(netstat(text, "TcpExt", "IPReversePathFilter"), Some(37));
         assert_eq!(netstat(text, "TcpExt", "C"), None);
-        let limits = "Limit   Soft Limit   Hard Limit   Units\nMax open files            1024                 524288               files\n";
-        assert_eq!(descriptor_limits(limits), Some((1024, 524_288)));
         assert_eq!(version("6.18.44-x"), Some((6, 18)));
     }
 
@@ -144,7 +135,6 @@ mod tests {
             is_initial_user_namespace(&text);
             state_of(&text);
             netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
-            descriptor_limits(&format!("Max open files {text}"));
             version(&text);
             let sysctls = Sysctls([("ipv4/ip_local_port_range".to_owned(), text)].into());
             sysctls.port_range();

@@ -1,7 +1,7 @@
 //! Other people's packet filters, and what they do to what is intercepted.
 
 use super::{Scene, all_of};
-use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule};
 use crate::check::findings::{self, Finding, Kind, Severity};
 use crate::check::instances::{self, Interception};
 use crate::check::walk::{self, Effect, Packet};
@@ -142,7 +142,7 @@ impl Judged<'_> {
                     base,
                     family,
                     "meta skuid >= 0 fib saddr type != local",
-                    "-m owner --uid-owner 0-4294967294 -m addrtype ! --src-type LOCAL",
+                    "-m owner --socket-exists -m addrtype ! --src-type LOCAL",
                 );
                 Some(Finding::new(Severity::Note, findings::MASQUERADE, words).cured_by(cure))
             }
@@ -216,14 +216,8 @@ fn keep_port(scene: &Scene<'_>) -> Option<Finding> {
     if !tracked || spared || !rules().any(|rule| rule.parts.iter().any(tracks)) {
         return None;
     }
-    let invalid = |part: &Part| matches!(part, Part::OnlyIf(Condition::Connection { states: Some(1) }));
-    let drops = |rule: &Rule| rule.parts.iter().any(invalid) && rule.parts.contains(&Part::Verdict(Verdict::Drop));
-    let (severity, more) = match rules().any(drops) {
-        true => (Severity::Warning, ", and rules drop what it takes for invalid"),
-        false => (Severity::Note, ""),
-    };
-    let words = format!("connection tracking is in use{more}");
-    Some(Finding::new(severity, findings::KEEP_PORT, words).cured_by(untrack()))
+    let words = "connection tracking is in use";
+    Some(Finding::new(Severity::Note, findings::KEEP_PORT, words).cured_by(untrack()))
 }
 
 /// The table that the cure makes.

@@ -64,12 +64,21 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
                 format!("this process may have {soft} descriptors: some {} connections", soft / 2),
             )
             .with("pid", facts.pid)
-            .with("limit", format!("{DESCRIPTORS_WANTED}:{}", hard.max(DESCRIPTORS_WANTED))),
+            .with("limit", wanted(hard)),
             false => good(findings::DESCRIPTORS, format!("this process may have {soft} descriptors")),
         });
     }
     found.extend(facts.unseen.iter().map(|what| Finding::new(Severity::Note, findings::UNSEEN, what)));
     found
+}
+
+/// As many as the hard limit lets; only the administrator of the whole host can raise that one.
+fn wanted(hard: u64) -> String {
+    match hard {
+        0..DESCRIPTORS => format!("{DESCRIPTORS_WANTED}:{DESCRIPTORS_WANTED}"),
+        u64::MAX => format!("{DESCRIPTORS_WANTED}:unlimited"),
+        hard => format!("{}:{hard}", hard.min(DESCRIPTORS_WANTED)),
+    }
 }
 
 /// As it should be: there is nothing to cure.
