@@ -3,7 +3,7 @@
 use socket2::{Domain, Type};
 
 use super::findings::{self, Kind};
-use crate::backend::nft::object::{Object, Set, SetName, Variant};
+use crate::backend::nft::object::Object;
 use crate::backend::nft::statement::{Statement, Verdict};
 use crate::backend::nft::table::Place;
 use crate::backend::nft::transaction::{Change, rehearse};
@@ -21,38 +21,41 @@ pub(super) fn transparent(family: Family) -> Result<(), Error> {
     socket::socket(domain, Type::STREAM, None).map(drop)
 }
 
-/// A table that nobody sees, for no transaction that has it is ever committed.
+/// Tables that nobody sees, for the transaction that has them is never committed.
 const TABLE: &str = "libtproxy--check";
+const OWNED: &str = "libtproxy--owned";
+const PERSISTENT: &str = "libtproxy--persistent";
 
 /// What nf_tables can do: what was asked for, and the error if it cannot.
 pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(), Error>)> {
     let place = Place { priority: 0, table: 0 };
     let chain = Object::Chain { name: "c", hook: None };
-    let owned = Change::Claim { place: &place, persist: false };
-    let mut ask = |kind, changes: &[Change<'_>]| (kind, rehearse(channel, TABLE, changes));
-    let rules: [(&Kind, Vec<Statement>); 3] = [
-        (findings::NFT_SOCKET, vec![Statement::TransparentSocket, Statement::WildcardSocket(false)]),
-        (
-            findings::NFT_TPROXY,
-            vec![Statement::Protocol(Protocol::Tcp), Statement::Tproxy { family: None, addr: None, port: 1 }],
-        ),
-        (findings::NFT_FIB, vec![Statement::DestinationIsLocal, Statement::Verdict(Verdict::Drop)]),
+    let rule = |statements: &[Statement]| Object::Rule { chain: "c", statements: statements.to_vec(), comment: "" };
+    let socket = rule(&[Statement::TransparentSocket, Statement::WildcardSocket(false)]);
+    let tproxy = rule(&[Statement::Protocol(Protocol::Tcp), Statement::Tproxy { family: None, addr: None, port: 1 }]);
+    let fib = rule(&[Statement::DestinationIsLocal, Statement::Verdict(Verdict::Drop)]);
+    let tried = [
+        (findings::NF_TABLES, TABLE, Change::Make),
+        (findings::NF_TABLES, TABLE, Change::Add(&chain)),
+        (findings::NFT_SOCKET, TABLE, Change::Add(&socket)),
+        (findings::NFT_TPROXY, TABLE, Change::Add(&tproxy)),
+        (findings::NFT_FIB, TABLE, Change::Add(&fib)),
+        (findings::OWNER, OWNED, Change::Claim { place: &place, persist: false }),
+        (findings::PERSIST, PERSISTENT, Change::Claim { place: &place, persist: true }),
     ];
-    // A table without an owner first: whether there is an inet family at all.
-    let set = Object::Set(Set {
-        name: SetName { base: "s", variant: Variant::First },
-        key: crate::backend::nft::object::Key::Port,
-        id: 1,
-    });
-    let mut answers = vec![ask(findings::NF_TABLES, &[Change::Make, Change::Add(&chain), Change::Add(&set)])];
-    if answers.iter().any(|(_, answer)| answer.is_err()) {
-        return answers;
+    let (kinds, changes): (Vec<&'static Kind>, Vec<(&str, Change<'_>)>) =
+        tried.into_iter().map(|(kind, table, change)| (kind, (table, change))).unzip();
+    let mut answers: Vec<(&'static Kind, Result<(), Error>)> = Vec::new();
+    for (kind, answer) in kinds.into_iter().zip(rehearse(channel, &changes)) {
+        match answers.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, first)) if first.is_ok() => *first = answer,
+            Some(_) => {}
+            None => answers.push((kind, answer)),
+        }
     }
-    for (kind, statements) in rules {
-        let rule = Object::Rule { chain: "c", statements, comment: "" };
-        answers.push(ask(kind, &[Change::Make, Change::Add(&chain), Change::Add(&rule)]));
+    // Without tables there is nothing to say about the rest.
+    if answers.first().is_some_and(|(_, answer)| answer.is_err()) {
+        answers.truncate(1);
     }
-    answers.push(ask(findings::OWNER, &[owned]));
-    answers.push(ask(findings::PERSIST, &[Change::Claim { place: &place, persist: true }]));
     answers
 }

@@ -56,22 +56,6 @@ pub(crate) fn commit(
     generation: Option<u32>,
     changes: &[Change<'_>],
 ) -> Result<()> {
-    send(channel, table, generation, changes, true)
-}
-
-/// Finds out whether the kernel would make changes, and makes none: a batch without an end is checked, acknowledged
-/// and undone (`nfnetlink_rcv_batch`).
-pub(crate) fn rehearse(channel: &mut Channel, table: &str, changes: &[Change<'_>]) -> Result<()> {
-    send(channel, table, None, changes, false)
-}
-
-fn send(
-    channel: &mut Channel,
-    table: &str,
-    generation: Option<u32>,
-    changes: &[Change<'_>],
-    for_good: bool,
-) -> Result<()> {
     let mut batch = Buffer::default();
     let begin = channel.next_seq();
     batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |a| {
@@ -88,9 +72,7 @@ fn send(
         change.encode(&mut batch, seq, ack, table);
     }
     let last = sent.last().map(|(seq, ..)| *seq);
-    if for_good {
-        batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
-    }
+    batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
 
     let answers = channel.exchange(&batch).map_err(|e| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
@@ -103,19 +85,56 @@ fn send(
     })?;
     if let Some(failure) = answers.failures.first() {
         let culprit = sent.iter().find(|(seq, ..)| *seq == failure.seq);
-        let (step, expression) = match culprit {
-            Some((_, at, change)) => {
-                let message = batch.message_at(*at).unwrap_or_default();
-                (Command { change, table }.to_string(), expression_at(message, failure.offset))
-            }
-            None => ("nf_tables".to_owned(), None),
-        };
-        return Err(rejected(failure, &step, expression));
+        return Err(explained(failure, &batch, culprit.map(|(_, at, change)| (*at, table, *change))));
     }
     if last.is_some_and(|seq| !answers.acked.contains(&seq)) {
         return Err(Error::new(libc::EIO, format!("nf_tables, table inet {table}: the kernel did not acknowledge")));
     }
     Ok(())
+}
+
+/// Finds out which changes, each in its table, the kernel would make, and makes none: a batch without an end is checked,
+/// answered and undone (`nfnetlink_rcv_batch`). All in one batch, since undoing one takes milliseconds.
+pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
+    let mut batch = Buffer::default();
+    let begin = channel.next_seq();
+    batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |_| {});
+    let mut sent = Vec::with_capacity(changes.len());
+    for (table, change) in changes {
+        let seq = channel.next_seq();
+        sent.push((seq, batch.len(), *table, change));
+        change.encode(&mut batch, seq, ACK, table);
+    }
+    let answers = match channel.exchange(&batch) {
+        Ok(answers) => answers,
+        Err(e) => {
+            let error = Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nf_tables: {e}"));
+            return changes.iter().map(|_| Err(error.clone())).collect();
+        }
+    };
+    let outcome = |(seq, at, table, change): (u32, usize, &str, &Change<'_>)| match answers
+        .failures
+        .iter()
+        .find(|failure| failure.seq == seq || failure.seq == begin)
+    {
+        Some(failure) if failure.seq == seq => Err(explained(failure, &batch, Some((at, table, change)))),
+        Some(failure) => Err(explained(failure, &batch, None)),
+        None if answers.acked.contains(&seq) => Ok(()),
+        None => Err(Error::new(libc::EIO, "nf_tables: the kernel did not answer")),
+    };
+    sent.into_iter().map(outcome).collect()
+}
+
+/// The error for what the kernel refused: where it is in the batch, its table, and what it was to change.
+fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &Change<'_>)>) -> Error {
+    let (step, expression) = match culprit {
+        Some((at, table, change)) => {
+            let message = batch.message_at(at).unwrap_or_default();
+            (Command { change, table }.to_string(), expression_at(message, failure.offset))
+        }
+        None => ("nf_tables".to_owned(), None),
+    };
+    rejected(failure, &step, expression)
 }
 
 /// The sentence for what the kernel refused: step, its words, where, cure.
