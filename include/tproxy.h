@@ -740,6 +740,18 @@ int tp_update_rules(struct tp_rules *rules,
 int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
 
 /**
+ * Reads what the rules of an instance have done, whatever process they
+ * belong to.
+ *
+ * name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+ *
+ * Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
+ * EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
+ * as tp_rules_stats; EINVAL also if the name is not valid.
+ */
+int tp_read_stats(const char *name, struct tp_rules_stats *stats, size_t size);
+
+/**
  * Writes the script that would do what tp_install_rules does on a host where
  * nothing is taken, and does nothing else. It needs no privilege.
  *

@@ -186,33 +186,65 @@ pub unsafe extern "C" fn tp_update_rules(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_rules_stats, size: usize) -> c_int {
     guard(|| {
-        if stats.is_null() {
-            return Err(arg::null("stats"));
-        }
-        if size < FIRST_STATS {
-            return Err(Error::invalid(format!(
-                "stats: a size of {size} is less than the first version's {FIRST_STATS}"
-            )));
-        }
-        if size > size_of::<tp_rules_stats>() {
-            return Err(Error::new(libc::E2BIG, "stats: it has fields that this version of the library cannot fill"));
-        }
+        check_room(stats, size)?;
         // SAFETY: by the caller's word.
         let found = unsafe { locked(rules) }?.stats()?;
-        let found = tp_rules_stats {
-            intercepted_packets: found.intercepted.packets,
-            intercepted_bytes: found.intercepted.bytes,
-            diverted_packets: found.diverted.packets,
-            diverted_bytes: found.diverted.bytes,
-            dropped_packets: found.dropped.packets,
-            dropped_bytes: found.dropped.bytes,
-            guarded_packets: found.guarded.packets,
-            guarded_bytes: found.guarded.bytes,
-        };
-        // SAFETY: size bytes of the caller's, and no more than ours has.
-        unsafe { stats.cast::<u8>().copy_from_nonoverlapping((&raw const found).cast(), size) };
+        // SAFETY: room for size bytes, by the caller's word.
+        unsafe { give(&found, stats, size) };
         Ok(0)
     })
+}
+
+/// Reads what the rules of an instance have done, whatever process they
+/// belong to.
+///
+/// name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+///
+/// Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
+/// EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
+/// as tp_rules_stats; EINVAL also if the name is not valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_read_stats(name: *const c_char, stats: *mut tp_rules_stats, size: usize) -> c_int {
+    guard(|| {
+        check_room(stats, size)?;
+        // SAFETY: by the caller's word.
+        let found = rules::stats_of(unsafe { arg::text("name", name) }?.unwrap_or_default())?;
+        // SAFETY: room for size bytes, by the caller's word.
+        unsafe { give(&found, stats, size) };
+        Ok(0)
+    })
+}
+
+fn check_room(stats: *mut tp_rules_stats, size: usize) -> Result<()> {
+    if stats.is_null() {
+        return Err(arg::null("stats"));
+    }
+    if size < FIRST_STATS {
+        return Err(Error::invalid(format!("stats: a size of {size} is less than the first version's {FIRST_STATS}")));
+    }
+    if size > size_of::<tp_rules_stats>() {
+        return Err(Error::new(libc::E2BIG, "stats: it has fields that this version of the library cannot fill"));
+    }
+    Ok(())
+}
+
+/// Writes what was counted.
+///
+/// # Safety
+/// `stats` is valid for writes of `size` bytes, which [`check_room`] allowed.
+unsafe fn give(found: &rules::Stats, stats: *mut tp_rules_stats, size: usize) {
+    let found = tp_rules_stats {
+        intercepted_packets: found.intercepted.packets,
+        intercepted_bytes: found.intercepted.bytes,
+        diverted_packets: found.diverted.packets,
+        diverted_bytes: found.diverted.bytes,
+        dropped_packets: found.dropped.packets,
+        dropped_bytes: found.dropped.bytes,
+        guarded_packets: found.guarded.packets,
+        guarded_bytes: found.guarded.bytes,
+    };
+    // SAFETY: size bytes of the caller's, and no more than ours has.
+    unsafe { stats.cast::<u8>().copy_from_nonoverlapping((&raw const found).cast(), size) };
 }
 
 /// Writes the script that would do what tp_install_rules does on a host where

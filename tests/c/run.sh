@@ -49,8 +49,9 @@ expect "needs the C library only" needed_ok
 # make install into a DESTDIR and make uninstall: nothing more, nothing left.
 installs_cleanly() {
     make -C "$root" -s install DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
-        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
-./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc " &&
+        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/bin/tproxyctl ./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
+./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc \
+./usr/share/bash-completion/completions/tproxyctl ./usr/share/man/man8/tproxyctl.8 ./usr/share/zsh/site-functions/_tproxyctl " &&
         grep -qx 'prefix=/usr' "$work/dest/usr/lib/multi/pkgconfig/tproxy.pc" &&
         make -C "$root" -s uninstall DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
         test -z "$(find "$work/dest" ! -type d)"
@@ -106,6 +107,9 @@ for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 c
 done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
 expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
+
+# The tool, as it was installed.
+expect "tproxyctl: output, JSON, exit status, completion" alone python3 "$here/tproxyctl.py" "$stage"
 
 # The examples, built by pkg-config alone.
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"
