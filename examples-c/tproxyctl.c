@@ -145,6 +145,13 @@ static int check(void)
     return end_report("check", &report, failures);
 }
 
+static int self_test(void)
+{
+    struct report report = { 0, 0 };
+    int failures = tp_self_test(&options.config, sizeof options.config, print_finding, &report);
+    return end_report("self-test", &report, failures);
+}
+
 /* Signals that end what goes on until then: blocked, to be waited for. */
 static sigset_t ends(void)
 {
@@ -258,7 +265,7 @@ static const struct command {
     int (*run)(void);
     bool named;
 } commands[] = {
-    { "check", check, false },   { "install", install, false }, { "render", render, false },
+    { "check", check, false }, { "self-test", self_test, false }, { "install", install, false }, { "render", render, false },
     { "purge", purge, true },    { "stats", stats, true },
 };
 

@@ -46,8 +46,8 @@
  * close-on-exec. What a pointer points to is read during the call only.
  *
  * Threads. Every call may be made from any thread at any time, except where
- * its comment says otherwise. No call prints, exits, starts a thread or changes
- * a signal handler.
+ * its comment says otherwise. No call prints, exits or changes a signal
+ * handler; none but tp_self_test starts a thread.
  *
  * Privileges. CAP_NET_RAW or CAP_NET_ADMIN for sockets, CAP_NET_ADMIN for rules,
  * in the user namespace that owns the network namespace; root in `unshare -rn`
@@ -794,6 +794,32 @@ int tp_render_rules(const struct tp_rules_config *config,
  * Takes some milliseconds, more with thousands of rules. Thread-safe.
  */
 int tp_check(tp_finding_fn report, void *context);
+
+/**
+ * Tries whether rules work on this kernel: sends a connection and a datagram
+ * of each family through them, as far as config asks for these, in a network
+ * that exists only during the call, and says what became of each; of one that
+ * was lost, at which hook it was last seen.
+ *
+ * The rules are installed in that network, not in the caller's, with
+ * listeners made there as config describes them (the descriptors in it are
+ * looked at, and not used). So it tests config and the kernel; what other
+ * programs' rules do on this host is tp_check's. Nothing of the host is changed.
+ *
+ * config, size: as tp_install_rules. report, context: as tp_check.
+ *
+ * Returns the number of failures, or -1 with errno: as tp_install_rules, and
+ * EPERM also without CAP_SYS_ADMIN, which it takes to make a network
+ * (`unshare -r` gives it to anybody). EFAULT: config or report is NULL.
+ *
+ * Takes less than three seconds, mostly some milliseconds: longer if a probe is
+ * lost. It starts a thread, because a network belongs to one; the thread
+ * gets no signals, and has ended when the call returns. Thread-safe.
+ */
+int tp_self_test(const struct tp_rules_config *config,
+                 size_t size,
+                 tp_finding_fn report,
+                 void *context);
 
 /**
  * The sentence of this thread's last failing call: the step, why it failed,

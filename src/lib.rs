@@ -6,6 +6,7 @@
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
 //! * [`check`]: what on this host breaks all that, and what cures it.
+//! * [`self_test()`]: whether rules work here, by probes through a network of their own.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
 //! Arrows run one way: `ffi` decodes what C gave into the types of the modules
@@ -25,12 +26,14 @@ mod netlink;
 mod orig_dst;
 mod prefix;
 pub mod rules;
+mod self_test;
 pub mod socket;
 #[allow(unsafe_code)]
 mod sys;
 
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
+pub use self_test::self_test;
 
 /// The version of this library, as in `Cargo.toml`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -76,6 +76,34 @@ pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
     Ok(addr)
 }
 
+/// Gives this thread a network namespace of its own.
+pub(crate) fn unshare_network() -> io::Result<()> {
+    // SAFETY: a plain system call; it changes this thread alone.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Puts this thread into a network namespace.
+pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: a plain system call; it changes this thread alone.
+    let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Does something while this thread gets no signals; threads that it starts get none at all.
+pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
+    // SAFETY: both sets are valid for writes, and the first is filled before it is read.
+    let before = unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+        before
+    };
+    let outcome = body();
+    // SAFETY: the set that was there before.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    outcome
+}
+
 /// A file in memory that holds a text, to be read from its beginning.
 pub(crate) fn file_of(text: &str) -> io::Result<File> {
     // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.

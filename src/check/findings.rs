@@ -44,18 +44,18 @@ pub struct Finding {
 }
 
 impl Finding {
-    pub(super) fn new(severity: Severity, kind: &'static Kind, found: impl Into<String>) -> Finding {
+    pub(crate) fn new(severity: Severity, kind: &'static Kind, found: impl Into<String>) -> Finding {
         Finding { kind, severity, found: found.into(), cure: kind.cure.to_owned() }
     }
 
     /// Fills in one of the cure's particulars.
-    pub(super) fn with(mut self, name: &str, value: impl std::fmt::Display) -> Finding {
+    pub(crate) fn with(mut self, name: &str, value: impl std::fmt::Display) -> Finding {
         self.cure = self.cure.replace(&format!("{{{name}}}"), &value.to_string());
         self
     }
 
     /// Another command in place of the kind's: that is the usual one; here it takes another, or none is known.
-    pub(super) fn cured_by(mut self, command: impl Into<String>) -> Finding {
+    pub(crate) fn cured_by(mut self, command: impl Into<String>) -> Finding {
         self.cure = command.into();
         self
     }
@@ -63,7 +63,7 @@ impl Finding {
 
 macro_rules! kinds {
     ($($name:ident = $id:literal, $symptom:literal, $cause:literal, $effect:literal, $cure:literal;)*) => {
-        $(pub(super) const $name: &Kind =
+        $(pub(crate) const $name: &Kind =
             &Kind { id: $id, symptom: $symptom, cause: $cause, effect: $effect, cure: $cure };)*
         /// Every kind, in the order of the troubleshooting page.
         pub const KINDS: &[&Kind] = &[$($name),*];
@@ -361,6 +361,22 @@ kinds! {
         "The process may have few descriptors, and a proxy needs two for each connection.",
         "Further connections wait in the listener's queue.",
         "prlimit --pid {pid} --nofile={limit}";
+
+    // What self-test says.
+    SELF_CONNECTION = "self_test.connection",
+        "`tproxyctl self-test` loses a connection",
+        "A connection was sent through the rules in a network of their own, and did not come to the listener as it should, or \
+         its answer did not come back. No other rules are there: the configuration or the kernel is at fault.",
+        "Connections like it do not reach the listener.",
+        "";
+    SELF_DATAGRAM = "self_test.datagram",
+        "`tproxyctl self-test` loses a datagram",
+        "A datagram was sent through the rules in a network of their own, and did not come to the listener as it should, or \
+         its answer did not come back. No other rules are there: the configuration or the kernel is at fault.",
+        "Datagrams like it do not reach the listener.",
+        "";
+    SELF_SKIPPED = "self_test.skipped",
+        "", "The configuration does not ask for this family or protocol.", "Nothing was sent.", "";
 }
 
 /// The troubleshooting page.

@@ -3,7 +3,7 @@
 //! `facts` gathers (read only), `judge` decides, with no look at the kernel; `findings` has the words.
 
 mod facts;
-mod findings;
+pub(crate) mod findings;
 mod instances;
 mod judge;
 mod probes;

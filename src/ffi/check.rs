@@ -3,9 +3,10 @@
 use std::ffi::{CString, c_char, c_int, c_void};
 
 use super::arg;
+use super::config::*;
 use super::guard::guard;
 use crate::check::{self, Finding, Severity};
-use crate::error::Result;
+use crate::self_test;
 
 /// As it should be.
 pub const TP_OK: u32 = 0;
@@ -64,24 +65,67 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -> c_int {
     guard(|| {
         let report = report.ok_or_else(|| arg::null("report"))?;
-        let findings = check::check();
-        findings.iter().try_for_each(|finding| {
-            // SAFETY: the caller's function, and its context.
-            unsafe { tell(report, context, finding) }
-        })?;
-        Ok(findings.iter().filter(|finding| finding.severity == Severity::Failure).count() as c_int)
+        // SAFETY: the caller's function, and its context.
+        Ok(unsafe { tell_all(report, context, &check::check()) })
     })
+}
+
+/// Tries whether rules work on this kernel: sends a connection and a datagram
+/// of each family through them, as far as config asks for these, in a network
+/// that exists only during the call, and says what became of each; of one that
+/// was lost, at which hook it was last seen.
+///
+/// The rules are installed in that network, not in the caller's, with
+/// listeners made there as config describes them (the descriptors in it are
+/// looked at, and not used). So it tests config and the kernel; what other
+/// programs' rules do on this host is tp_check's. Nothing of the host is changed.
+///
+/// config, size: as tp_install_rules. report, context: as tp_check.
+///
+/// Returns the number of failures, or -1 with errno: as tp_install_rules, and
+/// EPERM also without CAP_SYS_ADMIN, which it takes to make a network
+/// (`unshare -r` gives it to anybody). EFAULT: config or report is NULL.
+///
+/// Takes less than three seconds, mostly some milliseconds: longer if a probe is
+/// lost. It starts a thread, because a network belongs to one; the thread
+/// gets no signals, and has ended when the call returns. Thread-safe.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_self_test(
+    config: *const tp_rules_config,
+    size: usize,
+    report: tp_finding_fn,
+    context: *mut c_void,
+) -> c_int {
+    guard(|| {
+        // SAFETY: by the caller's word; the struct is integers and pointers.
+        let config = unsafe { arg::sized("config", config, size, FIRST_VERSION) }?;
+        let report = report.ok_or_else(|| arg::null("report"))?;
+        // SAFETY: by the caller's word.
+        let findings = self_test(&unsafe { decode(&config) }?)?;
+        // SAFETY: the caller's function, and its context.
+        Ok(unsafe { tell_all(report, context, &findings) })
+    })
+}
+
+/// Hands findings to C, and counts the failures.
+///
+/// # Safety
+/// As for [`tell`].
+unsafe fn tell_all(
+    report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
+    context: *mut c_void,
+    findings: &[Finding],
+) -> c_int {
+    // SAFETY: by the caller's word.
+    findings.iter().for_each(|finding| unsafe { tell(report, context, finding) });
+    findings.iter().filter(|finding| finding.severity == Severity::Failure).count() as c_int
 }
 
 /// Hands a finding to C.
 ///
 /// # Safety
 /// `report` may be called with a finding and this context.
-unsafe fn tell(
-    report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
-    context: *mut c_void,
-    finding: &Finding,
-) -> Result<()> {
+unsafe fn tell(report: unsafe extern "C" fn(*const tp_finding, *mut c_void), context: *mut c_void, finding: &Finding) {
     // Names that other programs gave may have anything in them, but no NUL.
     let text = |text: &str| CString::new(text.replace('\0', "?")).unwrap_or_default();
     let [id, found, effect, cure] = [finding.kind.id, &finding.found, finding.kind.effect, &finding.cure].map(text);
@@ -99,5 +143,4 @@ unsafe fn tell(
     };
     // SAFETY: by the caller's word; the texts live until it returns.
     unsafe { report(&raw const finding, context) };
-    Ok(())
 }

@@ -5,7 +5,7 @@
 mod apply;
 mod config;
 mod place;
-mod plan;
+pub(crate) mod plan;
 mod render;
 
 pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};

@@ -161,6 +161,20 @@ def render():
         assert words in out("render", *RULES, *args), args
 
 
+def self_test():
+    text = out("self-test", *RULES, "--udp", "--tcp", "--all")
+    lines = re.findall(r"^ok +self_test\.(\w+): (IPv[46]) .*: delivered, and answered$", text, re.M)
+    assert lines == [("connection", "IPv4"), ("datagram", "IPv4"), ("connection", "IPv6"), ("datagram", "IPv6")], text
+    assert out("self-test", *RULES, "--tcp", "--udp") == "0 failures, 0 warnings\n" and tables() == ""
+    lost = ["--json", "self-test", "--listen", "127.0.0.1:3129", "--redirect", "--local-output"]
+    found = [one for one in json.loads(out(*lost, status=1)) if one["severity"] == "failure"]
+    assert [one["id"] for one in found] == ["self_test.connection"] and "last seen at hook prerouting" in found[0]["found"]
+    assert json.loads(out("--json", "self-test", status=3))["errno"] == 22
+    bare = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", "--", PROGRAM, "self-test", *RULES]
+    done = subprocess.run(bare, capture_output=True, text=True)
+    assert done.returncode == 3 and "CAP_SYS_ADMIN" in done.stderr, done
+
+
 def completion():
     script = (f"source {stage}/share/bash-completion/completions/tproxyctl; COMP_WORDS=(tproxyctl \"$@\");"
               " COMP_CWORD=$#; _tproxyctl; echo ${COMPREPLY[*]}")
@@ -178,6 +192,6 @@ def completion():
     assert all(option in zsh and option in manual for option in options)
 
 
-for test in (usage, check, colours, render, install, persist, stats, completion):
+for test in (usage, check, self_test, colours, render, install, persist, stats, completion):
     test()
     print("ok", test.__name__)

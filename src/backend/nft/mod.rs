@@ -1,11 +1,12 @@
 //! nf_tables: a plan becomes objects (`ruleset`), each of which knows its bytes
 //! and its command (`object`, and `statement` for what rules are made of);
-//! changes are made all at once (`transaction`); `table` reads what is there.
+//! changes are made all at once (`transaction`); `table` reads what is there, and `trace` follows packets.
 
 pub(crate) mod object;
 pub(crate) mod ruleset;
 pub(crate) mod statement;
 pub(crate) mod table;
+pub(crate) mod trace;
 pub(crate) mod transaction;
 
 /// NFNL_SUBSYS_NFTABLES, as the high byte of a message type.
