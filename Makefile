@@ -3,6 +3,8 @@
 
 PREFIX  ?= /usr/local
 LIBDIR  ?= $(PREFIX)/lib
+BINDIR  ?= $(PREFIX)/bin
+SHARE   ?= $(PREFIX)/share
 DESTDIR ?=
 CARGO   ?= cargo
 
@@ -15,11 +17,13 @@ OUT       := $(CARGO_DIR)/release
 
 # What is installed, and where; uninstall removes just that.
 LIBRARIES := $(addprefix $(LIBDIR)/,libtproxy.so libtproxy.so.0 libtproxy.so.$(VERSION) libtproxy.a)
-INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h
+COMPLETIONS := $(SHARE)/bash-completion/completions/tproxyctl $(SHARE)/zsh/site-functions/_tproxyctl
+INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h \
+	$(BINDIR)/tproxyctl $(SHARE)/man/man8/tproxyctl.8 $(COMPLETIONS)
 
 .PHONY: all deps install uninstall demo check bench fuzz clean
 
-all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a
+all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
 # One crate type at a time: along with an rlib, cargo skips LTO without a word.
 $(OUT)/libtproxy.so: $(SOURCES)
@@ -34,11 +38,21 @@ $(OUT)/libtproxy.a: $(SOURCES) | $(OUT)/libtproxy.so
 	@test -s $(OUT)/native-static-libs || { rm -f $@; echo 'rustc did not name the native libraries' >&2; exit 1; }
 	@touch $@
 
+# By the library that was just built. Installed, it looks beside itself, then where the system has its libraries.
+CFLAGS ?= -O2
+$(OUT)/tproxyctl: examples-c/tproxyctl.c examples-c/tproxyctl_options.h include/tproxy.h $(OUT)/libtproxy.so
+	$(CC) -std=c11 -pedantic -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $< $(OUT)/libtproxy.so \
+		-Wl,-rpath,'$$ORIGIN/../lib' $(LDFLAGS)
+
 deps:
 	@sh tests/deps.sh
 
 install: all
-	install -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/include
+	install -d $(sort $(dir $(addprefix $(DESTDIR),$(INSTALLED))))
+	install -m 755 $(OUT)/tproxyctl $(DESTDIR)$(BINDIR)/tproxyctl
+	install -m 644 man/tproxyctl.8 $(DESTDIR)$(SHARE)/man/man8/tproxyctl.8
+	install -m 644 completions/tproxyctl.bash $(DESTDIR)$(SHARE)/bash-completion/completions/tproxyctl
+	install -m 644 completions/tproxyctl.zsh $(DESTDIR)$(SHARE)/zsh/site-functions/_tproxyctl
 	install -m 755 $(OUT)/libtproxy.so $(DESTDIR)$(LIBDIR)/libtproxy.so.$(VERSION)
 	ln -sf libtproxy.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libtproxy.so

@@ -59,8 +59,8 @@
  * close-on-exec. What a pointer points to is read during the call only.
  *
  * Threads. Every call may be made from any thread at any time, except where
- * its comment says otherwise. No call prints, exits, starts a thread or changes
- * a signal handler.
+ * its comment says otherwise. No call prints, exits or changes a signal
+ * handler; none but tp_self_test starts a thread.
  *
  * Privileges. CAP_NET_RAW or CAP_NET_ADMIN for sockets, CAP_NET_ADMIN for rules,
  * in the user namespace that owns the network namespace; root in `unshare -rn`
@@ -255,6 +255,26 @@ typedef struct tp_replier tp_replier;
  * IPv6.
  */
 #define TP_IPV6 2
+
+/**
+ * As it should be.
+ */
+#define TP_OK 0
+
+/**
+ * Good to know.
+ */
+#define TP_NOTE 1
+
+/**
+ * Some traffic may be lost, or pass by the proxy.
+ */
+#define TP_WARNING 2
+
+/**
+ * Interception cannot work.
+ */
+#define TP_FAILURE 3
 
 /**
  * A replier.
@@ -565,6 +585,43 @@ struct tp_rules_stats {
      */
     uint64_t guarded_bytes;
 };
+
+/**
+ * Something that was found. All of it is valid during the call of a
+ * tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
+ */
+struct tp_finding {
+    /**
+     * TP_OK, TP_NOTE, TP_WARNING or TP_FAILURE.
+     */
+    uint32_t severity;
+    /**
+     * What kind of finding it is, for programs: "sysctl.src_valid_mark". It
+     * stays the same in later versions. docs/troubleshooting.md has them all.
+     */
+    const char *id;
+    /**
+     * What was found, for people.
+     */
+    const char *found;
+    /**
+     * What it does to traffic, for people.
+     */
+    const char *effect;
+    /**
+     * The command that cures it, for sh(1). Empty: nothing is to be cured, or
+     * no command does. Read it before you run it: some cures end the process
+     * that the rules belong to, or delete a rule that somebody else made.
+     */
+    const char *cure;
+};
+
+/**
+ * Is told what was found: one call for each finding, from the thread that
+ * called tp_check or tp_self_test, with the context that was given to it. It
+ * must return (no longjmp, no C++ exception), and may call this library.
+ */
+typedef void (*tp_finding_fn)(const struct tp_finding *finding, void *context);
 
 #ifdef __cplusplus
 extern "C" {
@@ -1041,6 +1098,18 @@ int tp_update_rules(struct tp_rules *rules,
 int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
 
 /**
+ * Reads what the rules of an instance have done, whatever process they
+ * belong to.
+ *
+ * name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+ *
+ * Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
+ * EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
+ * as tp_rules_stats; EINVAL also if the name is not valid.
+ */
+int tp_read_stats(const char *name, struct tp_rules_stats *stats, size_t size);
+
+/**
  * Writes the script that would do what tp_install_rules does on a host where
  * nothing is taken, and does nothing else. It needs no privilege.
  *
@@ -1061,6 +1130,54 @@ int tp_render_rules(const struct tp_rules_config *config,
                     uint32_t format,
                     char *buf,
                     size_t *len);
+
+/**
+ * Says what on this host breaks, or weakens, transparent proxying, and the
+ * command that cures it.
+ *
+ * It asks the kernel, about this process, its network namespace, and whatever
+ * rules, routes, sysctls and listeners are there, by whomever: capabilities;
+ * IP_TRANSPARENT, by setting it; what nf_tables can do, by a transaction
+ * that is never committed; rules of this library without a listener or an
+ * owner; and what other programs' rules do to packets that are intercepted.
+ * It changes nothing (but the kernel may load a module that it is asked
+ * about), runs no program, and needs no privilege; what it cannot see
+ * without one it says as a note, "check.unseen".
+ *
+ * report: is told each finding, good ones too. context: is handed on to it.
+ *
+ * Returns the number of failures (findings of TP_FAILURE), 0 if there are
+ * none, or -1 with errno: EFAULT: report is NULL.
+ *
+ * Takes some milliseconds, more with thousands of rules. Thread-safe.
+ */
+int tp_check(tp_finding_fn report, void *context);
+
+/**
+ * Tries whether rules work on this kernel: sends a connection and a datagram
+ * of each family through them, as far as config asks for these, in a network
+ * that exists only during the call, and says what became of each; of one that
+ * was lost, at which hook it was last seen.
+ *
+ * The rules are installed in that network, not in the caller's, with
+ * listeners made there as config describes them (the descriptors in it are
+ * looked at, and not used). So it tests config and the kernel; what other
+ * programs' rules do on this host is tp_check's. Nothing of the host is changed.
+ *
+ * config, size: as tp_install_rules. report, context: as tp_check.
+ *
+ * Returns the number of failures, or -1 with errno: as tp_install_rules, and
+ * EPERM also without CAP_SYS_ADMIN, which it takes to make a network
+ * (`unshare -r` gives it to anybody). EFAULT: config or report is NULL.
+ *
+ * Takes less than three seconds, mostly some milliseconds: longer if a probe is
+ * lost. It starts a thread, because a network belongs to one; the thread
+ * gets no signals, and has ended when the call returns. Thread-safe.
+ */
+int tp_self_test(const struct tp_rules_config *config,
+                 size_t size,
+                 tp_finding_fn report,
+                 void *context);
 
 /**
  * The sentence of this thread's last failing call: the step, why it failed,

@@ -7,6 +7,8 @@
 //!   packets to such sockets.
 //! * [`udp`]: datagrams with their original destinations, and replies from
 //!   any source.
+//! * [`check`]: what on this host breaks all that, and what cures it.
+//! * [`self_test()`]: whether rules work here, by probes through a network of their own.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
 //! Arrows run one way: `ffi` decodes what C gave into the types of the modules
@@ -18,6 +20,7 @@
 
 mod address;
 mod backend;
+pub mod check;
 pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;
@@ -26,6 +29,7 @@ mod netlink;
 mod orig_dst;
 mod prefix;
 pub mod rules;
+mod self_test;
 pub mod socket;
 #[allow(unsafe_code)]
 mod sys;
@@ -33,6 +37,7 @@ pub mod udp;
 
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
+pub use self_test::self_test;
 
 /// The version of this library, as in `Cargo.toml`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

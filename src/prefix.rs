@@ -37,6 +37,18 @@ impl Prefix {
         }
     }
 
+    /// It has the address in it.
+    pub(crate) fn covers(&self, addr: IpAddr) -> bool {
+        let family = Prefix { addr, len: 0 }.family();
+        family == self.family() && (self.range().first..=self.range().last).contains(&number(addr))
+    }
+
+    /// One of its addresses: not the network's own, if it has others.
+    pub(crate) fn sample(&self) -> IpAddr {
+        let range = self.range();
+        address(self.family(), (range.first + 2).min(range.last))
+    }
+
     fn range(&self) -> Range {
         let first = number(self.addr);
         Range { first, last: first | host_mask(self.family(), self.len) }

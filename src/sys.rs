@@ -36,6 +36,14 @@ pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::R
     if rc == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `getsockopt` of a struct: the buffer is given and filled. Returns how much of it.
+pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: the buffer is valid for reads and writes of len bytes.
+    let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) };
+    if rc == 0 { Ok(len as usize) } else { Err(io::Error::last_os_error()) }
+}
+
 /// `setsockopt` of an `int`.
 pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     // SAFETY: value is valid for reads of the length given.
@@ -49,6 +57,15 @@ pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i
         )
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).
+pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: valid for writes of a limit.
+    let rc = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    #[allow(clippy::useless_conversion, reason = "its width is the platform's")]
+    (rc == 0).then_some((limit.rlim_cur.into(), limit.rlim_max.into()))
 }
 
 /// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
@@ -65,6 +82,34 @@ pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
         })
     }?;
     Ok(addr)
+}
+
+/// Gives this thread a network namespace of its own.
+pub(crate) fn unshare_network() -> io::Result<()> {
+    // SAFETY: a plain system call; it changes this thread alone.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Puts this thread into a network namespace.
+pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: a plain system call; it changes this thread alone.
+    let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Does something while this thread gets no signals; threads that it starts get none at all.
+pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
+    // SAFETY: both sets are valid for writes, and the first is filled before it is read.
+    let before = unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+        before
+    };
+    let outcome = body();
+    // SAFETY: the set that was there before.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    outcome
 }
 
 /// A file in memory that holds a text, to be read from its beginning.

@@ -18,6 +18,7 @@ pkg-config:pkg-config
 strace:strace
 dnsmasq:dnsmasq-base
 dig:bind9-dnsutils
+sysctl:procps
 '
 
 PATH=$PATH:/usr/sbin:/sbin

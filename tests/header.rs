@@ -8,8 +8,15 @@ fn the_committed_header_is_what_the_source_says() {
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
     // In the order in which a reader of the header wants them.
     let mut builder = cbindgen::Builder::new().with_config(config);
-    let files =
-        ["ffi/sockets.rs", "udp/datagram.rs", "ffi/datagrams.rs", "ffi/config.rs", "ffi/rules.rs", "ffi/diagnosis.rs"];
+    let files = [
+        "ffi/sockets.rs",
+        "udp/datagram.rs",
+        "ffi/datagrams.rs",
+        "ffi/config.rs",
+        "ffi/rules.rs",
+        "ffi/check.rs",
+        "ffi/diagnosis.rs",
+    ];
     for file in files {
         builder = builder.with_src(root.join("src").join(file));
     }

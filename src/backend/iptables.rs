@@ -51,6 +51,11 @@ fn chain_name(instance: &str, part: &str) -> String {
     format!("tp-{instance}-{part}")
 }
 
+/// The instance that a chain of this name would be of.
+pub(crate) fn instance_of(chain: &str) -> Option<&str> {
+    chain.strip_prefix("tp-")?.rsplit_once('-').map(|(instance, _)| instance)
+}
+
 /// What begins the comment of a jump to one of our chains.
 fn comment(instance: &str) -> String {
     format!("libtproxy {instance}")

@@ -1,5 +1,7 @@
-//! What turns a plan into something that the kernel takes.
+//! What turns a plan into something that the kernel takes, and (`seen`) reads what it has from whomever.
 
 pub(crate) mod iptables;
+pub(crate) mod link;
 pub(crate) mod nft;
 pub(crate) mod route;
+pub(crate) mod seen;

@@ -29,7 +29,7 @@ use crate::netlink::{Channel, Failure};
 
 /// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 't'. Not among
 /// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
-const PROTOCOL: u8 = 116;
+pub(crate) const PROTOCOL: u8 = 116;
 /// LOOPBACK_IFINDEX: `lo` is number 1 in every network namespace.
 const LOOPBACK: u32 = 1;
 

@@ -9,6 +9,7 @@
 #![allow(clippy::missing_safety_doc)]
 
 mod arg;
+mod check;
 mod config;
 mod datagrams;
 mod diagnosis;
@@ -16,6 +17,7 @@ mod guard;
 mod rules;
 mod sockets;
 
+pub use check::*;
 pub use config::*;
 pub use datagrams::*;
 pub use diagnosis::*;

@@ -191,20 +191,44 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
         let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
         // SAFETY: by the caller's word.
         let found = unsafe { locked(rules) }?.stats()?;
-        let found = tp_rules_stats {
-            intercepted_packets: found.intercepted.packets,
-            intercepted_bytes: found.intercepted.bytes,
-            diverted_packets: found.diverted.packets,
-            diverted_bytes: found.diverted.bytes,
-            dropped_packets: found.dropped.packets,
-            dropped_bytes: found.dropped.bytes,
-            guarded_packets: found.guarded.packets,
-            guarded_bytes: found.guarded.bytes,
-        };
         // SAFETY: by the caller's word.
-        unsafe { out.write(found) };
+        unsafe { out.write(as_c(&found)) };
         Ok(0)
     })
+}
+
+/// Reads what the rules of an instance have done, whatever process they
+/// belong to.
+///
+/// name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+///
+/// Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
+/// EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
+/// as tp_rules_stats; EINVAL also if the name is not valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_read_stats(name: *const c_char, stats: *mut tp_rules_stats, size: usize) -> c_int {
+    guard(|| {
+        let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
+        // SAFETY: by the caller's word.
+        let found = rules::stats_of(unsafe { arg::text("name", name) }?.unwrap_or_default())?;
+        // SAFETY: by the caller's word.
+        unsafe { out.write(as_c(&found)) };
+        Ok(0)
+    })
+}
+
+/// What was counted, as C has it.
+fn as_c(found: &rules::Stats) -> tp_rules_stats {
+    tp_rules_stats {
+        intercepted_packets: found.intercepted.packets,
+        intercepted_bytes: found.intercepted.bytes,
+        diverted_packets: found.diverted.packets,
+        diverted_bytes: found.diverted.bytes,
+        dropped_packets: found.dropped.packets,
+        dropped_bytes: found.dropped.bytes,
+        guarded_packets: found.guarded.packets,
+        guarded_bytes: found.guarded.bytes,
+    }
 }
 
 /// Writes the script that would do what tp_install_rules does on a host where

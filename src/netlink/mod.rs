@@ -4,6 +4,4 @@
 pub(crate) mod channel;
 pub(crate) mod wire;
 
-#[cfg(test)]
-pub(crate) use channel::Transport;
-pub(crate) use channel::{Channel, Failure};
+pub(crate) use channel::{Channel, Failure, Transport};

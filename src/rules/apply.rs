@@ -137,21 +137,10 @@ impl Rules {
 
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
-        let mut stats = Stats::default();
         if self.by_iptables {
-            return by_iptables::counted_by_iptables(&self.plan);
+            return by_iptables::counted_by_iptables(&self.plan.name, self.plan.families);
         }
-        for (name, packets, bytes) in table::counters(&mut self.nft, &self.table)? {
-            let count = match name.as_str() {
-                ruleset::INTERCEPTED => &mut stats.intercepted,
-                ruleset::DIVERTED => &mut stats.diverted,
-                ruleset::DROPPED => &mut stats.dropped,
-                ruleset::GUARDED => &mut stats.guarded,
-                _ => continue,
-            };
-            *count = Count { packets, bytes };
-        }
-        Ok(stats)
+        counted(&mut self.nft, &self.table)
     }
 
     /// Removes the rules, the routing, the table, and what they did.
@@ -189,6 +178,38 @@ impl std::fmt::Debug for Rules {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Rules").field("table", &self.table).field("routing", &self.routing).finish_non_exhaustive()
     }
+}
+
+/// What the rules of an instance have done so far, whatever process they belong to.
+pub fn stats_of(name: &str) -> Result<Stats> {
+    let name = plan::name(name)?;
+    let (mut nft, _) = channels()?;
+    let table = table::name_of(&name);
+    let (_, tables) = table::list(&mut nft)?;
+    if !tables.iter().any(|other| other.name == table && other.place.is_some()) {
+        return Err(Error::new(libc::ENOENT, format!("there are no rules of this name (table inet {table})")));
+    }
+    // With iptables the table holds but the name and the place.
+    match table::contents(&mut nft, &table)?.chains.is_empty() {
+        true => by_iptables::counted_by_iptables(&name, Families::ALL),
+        false => counted(&mut nft, &table),
+    }
+}
+
+/// The counters of a table.
+fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
+    let mut stats = Stats::default();
+    for (name, packets, bytes) in table::counters(nft, table)? {
+        let count = match name.as_str() {
+            ruleset::INTERCEPTED => &mut stats.intercepted,
+            ruleset::DIVERTED => &mut stats.diverted,
+            ruleset::DROPPED => &mut stats.dropped,
+            ruleset::GUARDED => &mut stats.guarded,
+            _ => continue,
+        };
+        *count = Count { packets, bytes };
+    }
+    Ok(stats)
 }
 
 /// Removes what a dead or persistent instance left; without a name, what all

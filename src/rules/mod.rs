@@ -5,11 +5,11 @@
 mod apply;
 mod config;
 mod place;
-mod plan;
+pub(crate) mod plan;
 mod render;
 
 pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;
-pub use apply::{Count, Rules, Set, Stats, purge};
+pub use apply::{Count, Rules, Set, Stats, purge, stats_of};
 pub use config::{Config, Listener};
 pub use render::{render_iptables, render_nft};

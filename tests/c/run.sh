@@ -49,8 +49,9 @@ expect "needs the C library only" needed_ok
 # make install into a DESTDIR and make uninstall: nothing more, nothing left.
 installs_cleanly() {
     make -C "$root" -s install DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
-        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
-./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc " &&
+        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/bin/tproxyctl ./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
+./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc \
+./usr/share/bash-completion/completions/tproxyctl ./usr/share/man/man8/tproxyctl.8 ./usr/share/zsh/site-functions/_tproxyctl " &&
         grep -qx 'prefix=/usr' "$work/dest/usr/lib/multi/pkgconfig/tproxy.pc" &&
         make -C "$root" -s uninstall DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
         test -z "$(find "$work/dest" ! -type d)"
@@ -117,6 +118,9 @@ for family in 4 6; do
     expect "tp_reply: one system call for each of 3 ports, IPv$family" calls reply$family sendmmsg 3
     expect "tp_reply: one system call for all that are raw, IPv$family" calls reply$family-raw sendmmsg 1
 done
+
+# The tool, as it was installed.
+expect "tproxyctl: output, JSON, exit status, completion" alone python3 "$here/tproxyctl.py" "$stage"
 
 # The examples, built by pkg-config alone.
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"

@@ -578,3 +578,45 @@ pub fn option(fd: &OwnedFd, level: c_int, name: c_int) -> c_int {
 pub fn local_addr(fd: &OwnedFd) -> SocketAddr {
     SockRef::from(fd).local_addr().unwrap().as_socket().unwrap()
 }
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub severity: u32,
+    pub id: String,
+    pub found: String,
+    pub effect: String,
+    pub cure: String,
+}
+
+/// Takes findings into a `Vec<Found>`, the context.
+pub unsafe extern "C" fn take(finding: *const tp_finding, context: *mut std::ffi::c_void) {
+    // SAFETY: a finding whose texts are valid during the call, and the context that the caller gave.
+    unsafe {
+        let text = |text| CStr::from_ptr(text).to_str().unwrap().to_owned();
+        let tp_finding { severity, id, found, effect, cure } = *finding;
+        let found = Found { severity, id: text(id), found: text(found), effect: text(effect), cure: text(cure) };
+        (*context.cast::<Vec<Found>>()).push(found);
+    }
+}
+
+/// `tp_check`, in this thread's namespace.
+pub fn check() -> Vec<Found> {
+    let mut found: Vec<Found> = Vec::new();
+    // SAFETY: the function that takes such a context.
+    let failures = checked(unsafe { tp_check(Some(take), (&raw mut found).cast()) }).unwrap();
+    assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_FAILURE).count());
+    found
+}
+
+/// The warnings and failures among findings.
+pub fn troubles(found: &[Found]) -> Vec<&Found> {
+    found.iter().filter(|finding| finding.severity >= TP_WARNING).collect()
+}
+
+impl Net {
+    /// Runs a shell command here, as a person would who was told to.
+    pub fn sh(&self, command: &str) {
+        self.command("sh", &["-ec", command]);
+    }
+}

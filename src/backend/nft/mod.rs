@@ -1,18 +1,19 @@
 //! nf_tables: a plan becomes objects (`ruleset`), each of which knows its bytes
 //! and its command (`object`, and `statement` for what rules are made of);
-//! changes are made all at once (`transaction`); `table` reads what is there.
+//! changes are made all at once (`transaction`); `table` reads what is there, and `trace` follows packets.
 
 pub(crate) mod object;
 pub(crate) mod ruleset;
 pub(crate) mod statement;
 pub(crate) mod table;
+pub(crate) mod trace;
 pub(crate) mod transaction;
 
 /// NFNL_SUBSYS_NFTABLES, as the high byte of a message type.
-const SUBSYSTEM: u16 = 10 << 8;
+pub(super) const SUBSYSTEM: u16 = 10 << 8;
 
 /// `struct nfgenmsg`: the family, a version that is always 0, and a resource id.
-fn header(family: u8, resource: u16) -> [u8; 4] {
+pub(super) fn header(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }

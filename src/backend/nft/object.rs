@@ -125,6 +125,10 @@ impl Hook {
     pub const MANGLE_OUTPUT: Hook = Hook { kind: "route", number: 3, name: "output", priority: -150 };
     /// Where destinations are translated.
     pub const NAT_PREROUTING: Hook = Hook { kind: "nat", number: 0, name: "prerouting", priority: -100 };
+    /// Where packets are only watched.
+    pub const fn watching(number: u32, name: &'static str, priority: i32) -> Hook {
+        Hook { kind: "filter", number, name, priority }
+    }
     pub const NAT_OUTPUT: Hook = Hook { kind: "nat", number: 3, name: "output", priority: -100 };
 }
 

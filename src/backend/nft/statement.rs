@@ -66,6 +66,8 @@ pub(crate) enum Statement {
     Notrack,
     /// Counts packets and bytes, in a counter of the table.
     Count(&'static str),
+    /// Has the kernel report the packet's way.
+    Trace,
     /// What becomes of the packet.
     Verdict(Verdict),
 }
@@ -133,6 +135,7 @@ impl fmt::Display for Statement {
             Statement::Dnat { addr: IpAddr::V6(addr), port } => write!(f, "dnat ip6 to [{addr}]:{port}"),
             Statement::Notrack => f.write_str("notrack"),
             Statement::Count(name) => write!(f, "counter name \"{name}\""),
+            Statement::Trace => f.write_str("meta nftrace set 1"),
             Statement::Verdict(verdict) => match verdict {
                 Verdict::Accept => f.write_str("accept"),
                 Verdict::Drop => f.write_str("drop"),
@@ -281,6 +284,10 @@ impl Statement {
                 a.be32(1, OBJECT_COUNTER);
                 a.string(2, name);
             }),
+            Statement::Trace => {
+                rule.immediate(REG_1, &[1]);
+                rule.meta_set(META_NFTRACE, REG_1);
+            }
             Statement::Verdict(verdict) => rule.verdict(*verdict),
         }
     }
@@ -288,6 +295,7 @@ impl Statement {
 
 const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
+const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 /// NFT_CT_STATUS, and IPS_DST_NAT.

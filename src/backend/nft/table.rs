@@ -16,6 +16,11 @@ pub(crate) fn name_of(instance: &str) -> String {
     format!("{PREFIX}{instance}")
 }
 
+/// The instance that a table of this name would be of.
+pub(crate) fn instance_of(table: &str) -> Option<&str> {
+    table.strip_prefix(PREFIX)
+}
+
 /// An instance's place among the routing rules, and its routing table. The
 /// table says it, as the comment that `nft` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -26,6 +26,8 @@ const ACK: u16 = libc::NLM_F_ACK as u16;
 
 /// One change in a table.
 pub(crate) enum Change<'a> {
+    /// Makes the table if it is not there, for nobody in particular. Only to be rehearsed.
+    Make,
     /// Makes the table, which must not be there.
     Claim {
         place: &'a Place,
@@ -83,19 +85,59 @@ pub(crate) fn commit(
     })?;
     if let Some(failure) = answers.failures.first() {
         let culprit = sent.iter().find(|(seq, ..)| *seq == failure.seq);
-        let (step, expression) = match culprit {
-            Some((_, at, change)) => {
-                let message = batch.message_at(*at).unwrap_or_default();
-                (Command { change, table }.to_string(), expression_at(message, failure.offset))
-            }
-            None => ("nf_tables".to_owned(), None),
-        };
-        return Err(rejected(failure, &step, expression));
+        return Err(explained(failure, &batch, culprit.map(|(_, at, change)| (*at, table, *change))));
     }
     if !answers.acked {
         return Err(Error::new(libc::EIO, format!("nf_tables, table inet {table}: the kernel did not acknowledge")));
     }
     Ok(())
+}
+
+/// Finds out which changes, each in its table, the kernel would make, and makes none: a batch without an end is checked,
+/// answered and undone (`nfnetlink_rcv_batch`). All in one batch, since undoing one takes milliseconds.
+pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
+    let mut batch = Buffer::default();
+    let begin = channel.next_seq();
+    batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |_| {});
+    let mut sent = Vec::with_capacity(changes.len());
+    for (table, change) in changes {
+        let seq = channel.next_seq();
+        sent.push((seq, batch.len(), *table, change));
+        change.encode(&mut batch, seq, ACK, table);
+    }
+    let last = sent.last().map_or(begin, |(seq, ..)| *seq);
+    let answers = match channel.exchange(&batch, last) {
+        Ok(answers) => answers,
+        Err(e) => {
+            let error = Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nf_tables: {e}"));
+            return changes.iter().map(|_| Err(error.clone())).collect();
+        }
+    };
+    // In order: whoever has an answer to the last has one to each.
+    let answered = answers.acked || answers.failures.iter().any(|failure| failure.seq == last);
+    let outcome = |(seq, at, table, change): (u32, usize, &str, &Change<'_>)| match answers
+        .failures
+        .iter()
+        .find(|failure| failure.seq == seq || failure.seq == begin)
+    {
+        Some(failure) if failure.seq == seq => Err(explained(failure, &batch, Some((at, table, change)))),
+        Some(failure) => Err(explained(failure, &batch, None)),
+        None if answered => Ok(()),
+        None => Err(Error::new(libc::EIO, "nf_tables: the kernel did not answer")),
+    };
+    sent.into_iter().map(outcome).collect()
+}
+
+/// The error for what the kernel refused: where it is in the batch, its table, and what it was to change.
+fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &Change<'_>)>) -> Error {
+    let (step, expression) = match culprit {
+        Some((at, table, change)) => {
+            let message = batch.message_at(at).unwrap_or_default();
+            (Command { change, table }.to_string(), expression_at(message, failure.offset))
+        }
+        None => ("nf_tables".to_owned(), None),
+    };
+    rejected(failure, &step, expression)
 }
 
 /// The sentence for what the kernel refused: step, its words, where, cure.
@@ -165,6 +207,7 @@ impl Change<'_> {
         const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
+            Change::Make => (NEW_TABLE, libc::NLM_F_CREATE as u16),
             Change::Claim { .. } => (NEW_TABLE, exclusively),
             Change::Adopt => (NEW_TABLE, 0),
             Change::DeleteTable => (DELETE_TABLE, 0),
@@ -184,7 +227,7 @@ impl Change<'_> {
                 a.string(1, table);
                 a.be32(2, OWNER | PERSIST);
             }
-            Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::Make | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
             Change::DeleteSet(name) => {
                 a.string(1, table);
                 a.string(2, name);
@@ -217,6 +260,7 @@ impl fmt::Display for Command<'_> {
                 let flags = if *persist { "owner, persist" } else { "owner" };
                 write!(f, "create table inet {} {{ comment \"{place}\"; flags {flags}; }}", self.table)
             }
+            Change::Make => write!(f, "add table inet {}", self.table),
             Change::Adopt => write!(f, "add table inet {} {{ flags owner, persist; }}", self.table),
             Change::DeleteTable => write!(f, "delete table inet {}", self.table),
             Change::DeleteRules => write!(f, "flush table inet {}", self.table),

@@ -60,10 +60,10 @@ pub(super) fn forget(instance: &str) -> Result<()> {
 }
 
 /// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
-pub(super) fn counted_by_iptables(plan: &Plan) -> Result<Stats> {
+pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<Stats> {
     let mut stats = Stats::default();
-    for family in plan.families.iter() {
-        for (part, rule, packets, bytes) in Tool::choose(family).counters(&plan.name)? {
+    for family in families.iter() {
+        for (part, rule, packets, bytes) in Tool::choose(family).counters(instance)? {
             let count = match part.as_str() {
                 "i" => &mut stats.intercepted,
                 "d" if rule.contains("-j MARK") => &mut stats.diverted,

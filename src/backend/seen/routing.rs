@@ -1,0 +1,194 @@
+//! Everybody's routing policy rules, the routes of a table, and the interfaces. It needs no privilege.
+
+use std::io;
+
+use crate::model::{Family, Mark};
+use crate::netlink::{Channel, wire};
+
+/// What a routing policy rule does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    Lookup(u32),
+    Goto(u32),
+    Nop,
+    /// blackhole, unreachable, prohibit.
+    Refuse,
+}
+
+/// A routing policy rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub family: Family,
+    pub priority: u32,
+    pub protocol: u8,
+    pub action: Action,
+    /// `None`: any mark.
+    pub mark: Option<Mark>,
+    /// The interface that the packet has to come in by.
+    pub incoming: Option<String>,
+    /// There are more conditions, or not every route counts.
+    pub conditional: bool,
+    /// It says what packets it is not for.
+    pub inverted: bool,
+    /// It is for packets of sockets that are bound to an interface, or of VRFs.
+    pub by_interface: bool,
+}
+
+// FR_ACT_*, FRA_* of `linux/fib_rules.h`.
+const ACT_TO_TABLE: u8 = 1;
+const ACT_GOTO: u8 = 2;
+const ACT_NOP: u8 = 3;
+const INVERT: u32 = 2;
+const DST: u16 = 1;
+const SRC: u16 = 2;
+const IIF: u16 = 3;
+const GOTO: u16 = 4;
+const PRIORITY: u16 = 6;
+const MARK: u16 = 10;
+const SUPPRESS_PREFIX: u16 = 14;
+const TABLE: u16 = 15;
+const MASK: u16 = 16;
+const OIF: u16 = 17;
+const L3MDEV: u16 = 19;
+const UIDS: u16 = 20;
+const PROTOCOL: u16 = 21;
+const IP_PROTOCOL: u16 = 22;
+const SOURCE_PORT: u16 = 23;
+const DESTINATION_PORT: u16 = 24;
+
+/// The rules of a family, in the order in which they are asked.
+pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rule>> {
+    let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let dumped = channel.dump(libc::RTM_GETRULE, &header, |_| {})?;
+    Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).collect())
+}
+
+fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
+    let attrs = payload.get(12..)?;
+    let number = |kind| wire::attribute(attrs, kind).and_then(|v| wire::u32_at(v, 0));
+    let has = |kind| wire::attribute(attrs, kind).is_some();
+    let text = |kind| wire::attribute(attrs, kind).and_then(wire::string).map(str::to_owned);
+    let tos = *payload.get(3)?;
+    // Without a prefix there is no suppression: the kernel says all ones.
+    let suppresses = number(SUPPRESS_PREFIX).is_some_and(|len| len != u32::MAX);
+    let by_interface = has(OIF) || wire::attribute(attrs, L3MDEV).is_some_and(|v| v.first() == Some(&1));
+    Some(Rule {
+        family,
+        priority: number(PRIORITY).unwrap_or(0),
+        protocol: wire::attribute(attrs, PROTOCOL).and_then(|v| v.first().copied()).unwrap_or(0),
+        action: match *payload.get(7)? {
+            ACT_TO_TABLE => Action::Lookup(number(TABLE).unwrap_or(u32::from(*payload.get(4)?))),
+            ACT_GOTO => Action::Goto(number(GOTO)?),
+            ACT_NOP => Action::Nop,
+            _ => Action::Refuse,
+        },
+        mark: number(MARK).map(|value| Mark { value, mask: number(MASK).unwrap_or(u32::MAX) }),
+        incoming: text(IIF),
+        conditional: tos != 0
+            || suppresses
+            || [DST, SRC, UIDS, IP_PROTOCOL, SOURCE_PORT, DESTINATION_PORT].into_iter().any(has),
+        inverted: wire::u32_at(payload, 8)? & INVERT != 0,
+        by_interface,
+    })
+}
+
+/// A route, as far as interception cares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Route {
+    pub family: Family,
+    pub table: u32,
+    /// `None`: the default route.
+    pub destination: Option<String>,
+    /// To this host.
+    pub local: bool,
+}
+
+/// The routes of a table.
+pub(crate) fn routes(channel: &mut Channel, family: Family, table: u32) -> io::Result<Vec<Route>> {
+    const ROUTE_TABLE: u16 = 15;
+    let mut header = [0; 12];
+    header[0] = family.nfproto();
+    let dumped = match channel.dump(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table)) {
+        // A table that has never had a route.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
+        dumped => dumped?,
+    };
+    Ok(dumped.iter().filter_map(|payload| parse_route(family, payload)).filter(|route| route.table == table).collect())
+}
+
+fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
+    /// RTA_DST, RTA_TABLE; `struct rtmsg`: the destination's length, the table, the type.
+    const DESTINATION: u16 = 1;
+    const ROUTE_TABLE: u16 = 15;
+    let attrs = payload.get(12..)?;
+    let len = *payload.get(1)?;
+    let destination = match (len, wire::attribute(attrs, DESTINATION)) {
+        (0, _) => None,
+        (_, Some(bytes)) => Some(match <[u8; 4]>::try_from(bytes) {
+            Ok(v4) => std::net::IpAddr::from(v4),
+            Err(_) => std::net::IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
+        }),
+        (_, None) => return None,
+    };
+    let table = wire::attribute(attrs, ROUTE_TABLE).and_then(|v| wire::u32_at(v, 0));
+    Some(Route {
+        family,
+        table: table.unwrap_or(u32::from(*payload.get(4)?)),
+        destination: destination.map(|addr| format!("{addr}/{len}")),
+        local: *payload.get(7)? == libc::RTN_LOCAL,
+    })
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Interface {
+    pub index: u32,
+    pub name: String,
+    pub up: bool,
+    /// "bridge", "veth", ...; empty for hardware.
+    pub kind: String,
+    /// The index of the bridge or bond that it is a port of.
+    pub master: u32,
+}
+
+pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
+    Ok(channel
+        .dump(libc::RTM_GETLINK, &[0; 16], |_| {})?
+        .iter()
+        .filter_map(|payload| parse_interface(payload))
+        .collect())
+}
+
+fn parse_interface(payload: &[u8]) -> Option<Interface> {
+    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND; `struct ifinfomsg`: index, flags.
+    const NAME: u16 = 3;
+    const MASTER: u16 = 10;
+    const LINK_INFO: u16 = 18;
+    const KIND: u16 = 1;
+    let attrs = payload.get(16..)?;
+    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string(wire::attribute(info, KIND)?));
+    Some(Interface {
+        index: wire::u32_at(payload, 4)?,
+        name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
+        up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
+        kind: kind.unwrap_or_default().to_owned(),
+        master: wire::attribute(attrs, MASTER).and_then(|v| wire::u32_at(v, 0)).unwrap_or(0),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_dump_panics(payload in proptest::collection::vec(any::<u8>(), 0..120)) {
+            for family in [Family::V4, Family::V6] {
+                parse_rule(family, &payload);
+                parse_route(family, &payload);
+            }
+            parse_interface(&payload);
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Who listens, by sock_diag(7). It needs no privilege.
+
+use std::io;
+use std::net::IpAddr;
+
+use crate::model::{Family, Protocol};
+use crate::netlink::{Channel, wire};
+
+/// A socket that gets what comes for a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Listener {
+    pub family: Family,
+    pub protocol: Protocol,
+    /// `None`: every address.
+    pub addr: Option<IpAddr>,
+    pub port: u16,
+    /// Of IPv6, and deaf to IPv4.
+    pub v6_only: bool,
+    /// `None`: the kernel does not say (before 5.10).
+    pub transparent: Option<bool>,
+    /// Bound to one interface, by its index.
+    pub interface: u32,
+    /// Connections that wait to be accepted, and how many may.
+    pub waiting: u32,
+    pub backlog: u32,
+}
+
+impl Listener {
+    /// It gets packets of a family.
+    pub fn serves(&self, family: Family) -> bool {
+        let mapped = |addr: IpAddr| matches!(addr, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        match (self.family, family) {
+            (Family::V6, Family::V4) => !self.v6_only && self.addr.is_none_or(mapped),
+            (Family::V6, Family::V6) => !self.addr.is_some_and(mapped),
+            (own, other) => own == other,
+        }
+    }
+}
+
+/// Every listening TCP socket and every bound, unconnected UDP socket.
+pub(crate) fn listeners(channel: &mut Channel) -> io::Result<Vec<Listener>> {
+    /// SOCK_DIAG_BY_FAMILY; TCP_LISTEN and TCP_CLOSE (a UDP socket that is not connected), as bits.
+    const BY_FAMILY: u16 = 20;
+    const LISTEN: u32 = 1 << 10;
+    const CLOSE: u32 = 1 << 7;
+    let mut found = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        for (protocol, states) in [(Protocol::Tcp, LISTEN), (Protocol::Udp, CLOSE)] {
+            // struct inet_diag_req_v2: family, protocol, extensions, states, and a socket that is none in particular.
+            let mut request = [0; 56];
+            request[0] = family.nfproto();
+            request[1] = protocol.number();
+            request[4..8].copy_from_slice(&states.to_ne_bytes());
+            match channel.dump(BY_FAMILY, &request, |_| {}) {
+                Ok(dumped) => found.extend(dumped.iter().filter_map(|payload| parse(protocol, payload))),
+                // No such family or protocol here.
+                Err(e) if [Some(libc::ENOENT), Some(libc::EAFNOSUPPORT)].contains(&e.raw_os_error()) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `struct inet_diag_msg` and its attributes.
+fn parse(protocol: Protocol, payload: &[u8]) -> Option<Listener> {
+    /// INET_DIAG_SKV6ONLY and INET_DIAG_SOCKOPT; the bit of IP_TRANSPARENT in the latter's first byte.
+    const V6_ONLY: u16 = 11;
+    const OPTIONS: u16 = 22;
+    const TRANSPARENT: u8 = 1 << 5;
+    const LEN: usize = 72;
+    let family = match i32::from(*payload.first()?) {
+        libc::AF_INET => Family::V4,
+        libc::AF_INET6 => Family::V6,
+        _ => return None,
+    };
+    let port = u16::from_be_bytes(payload.get(4..6)?.try_into().ok()?);
+    let source = payload.get(8..24)?;
+    let addr = match family {
+        Family::V4 => IpAddr::from(<[u8; 4]>::try_from(source.get(..4)?).ok()?),
+        Family::V6 => IpAddr::from(<[u8; 16]>::try_from(source).ok()?),
+    };
+    let attrs = payload.get(LEN..)?;
+    let flag = |kind| wire::attribute(attrs, kind).and_then(|value| value.first().copied());
+    Some(Listener {
+        family,
+        protocol,
+        addr: (!addr.is_unspecified()).then_some(addr),
+        port,
+        v6_only: flag(V6_ONLY) == Some(1),
+        transparent: flag(OPTIONS).map(|options| options & TRANSPARENT != 0),
+        interface: wire::u32_at(payload, 40)?,
+        waiting: wire::u32_at(payload, 56)?,
+        backlog: wire::u32_at(payload, 60)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(payload in proptest::collection::vec(any::<u8>(), 0..120)) {
+            if let Some(listener) = parse(Protocol::Tcp, &payload) {
+                listener.serves(Family::V4);
+            }
+        }
+    }
+}

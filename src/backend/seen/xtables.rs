@@ -1,0 +1,382 @@
+//! The matches and targets of iptables, as both its variants have them, and the tables of the legacy one.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use socket2::{Domain, Socket, Type};
+
+use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+use crate::model::Family;
+use crate::netlink::wire::{u16_at, u32_at};
+use crate::sys;
+
+/// A match (`-m`) by its name and its `struct xt_*_info`.
+pub(crate) fn matched(name: &str, info: &[u8]) -> Option<Part> {
+    let number = |at| u32_at(info, at).unwrap_or(0);
+    let (condition, inverted) = match name {
+        "comment" => return None,
+        // xt_mark_mtinfo1: mark, mask, invert.
+        "mark" => (Condition::Mark { mask: number(4), value: number(0) }, info.get(8) == Some(&1)),
+        // xt_addrtype_info_v1: source, dest, flags (XT_ADDRTYPE_INVERT_DEST 2); XT_ADDRTYPE_LOCAL is 4.
+        "addrtype" => match u16_at(info, 2) {
+            Some(4) => (Condition::DestinationIsLocal, number(4) & 2 != 0),
+            _ => (Condition::Other, false),
+        },
+        // xt_tcp, xt_udp: source ports, destination ports.
+        "tcp" | "udp" => {
+            let inverted = info.get(if name == "tcp" { 11 } else { 8 }).is_some_and(|flags| flags & 2 != 0);
+            (Condition::Ports(vec![(u16_at(info, 4).unwrap_or(0), u16_at(info, 6).unwrap_or(u16::MAX))]), inverted)
+        }
+        "socket" => (Condition::TransparentSocket, false),
+        // xt_rpfilter_info: XT_RPFILTER_VALID_MARK 2, _INVERT 8.
+        "rpfilter" => {
+            let flags = info.first().copied().unwrap_or(0);
+            (Condition::NoWayBack { mark: flags & 2 != 0 }, flags & 8 == 0)
+        }
+        // xt_conntrack_mtinfo3: state_mask is the 16-bit number behind the addresses, ports and match flags.
+        "conntrack" | "state" => (Condition::Connection { states: connection_states(name, info) }, false),
+        _ => (Condition::Other, false),
+    };
+    Some(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) })
+}
+
+fn connection_states(name: &str, info: &[u8]) -> Option<u32> {
+    /// xt_conntrack_mtinfo3: 128 bytes of addresses, two 32-bit and five 16-bit numbers, the flags, then the mask.
+    const STATE_MASK_AT: usize = 128 + 2 * 4 + 5 * 2 + 2 * 2;
+    match name {
+        "state" => u32_at(info, 0),
+        _ => u16_at(info, STATE_MASK_AT).map(u32::from),
+    }
+}
+
+/// A target (`-j`) by its name, revision and `struct xt_*_info`.
+pub(crate) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Part> {
+    let number = |at| u32_at(info, at).unwrap_or(0);
+    match name {
+        // xt_mark_tginfo2: mark, mask.
+        "MARK" => vec![Part::SetMark { keep: !number(4), set: Some(number(0)) }],
+        // xt_connmark_tginfo1: ctmark, ctmask, nfmask, mode (XT_CONNMARK_RESTORE 2).
+        "CONNMARK" if info.get(12) == Some(&2) => vec![Part::SetMark { keep: !number(8), set: None }],
+        "TPROXY" => tproxy(revision, info),
+        // nf_nat_range2: flags, lowest address; of revision 0, the number of ranges first.
+        "DNAT" => {
+            let addr = info.get(4..20).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
+            vec![Part::TranslateDestination(addr.and_then(|addr| translated(revision, addr)))]
+        }
+        "REDIRECT" => vec![Part::Redirect(redirected(info))],
+        "NETMAP" => vec![Part::TranslateDestination(None)],
+        "SNAT" | "MASQUERADE" => vec![Part::TranslateSource],
+        "REJECT" => vec![Part::Verdict(Verdict::Drop)],
+        "NFQUEUE" => vec![Part::Verdict(Verdict::Other)],
+        _ => Vec::new(),
+    }
+}
+
+/// xt_tproxy_target_info (and _v1): mask, value, address (16 bytes), port.
+fn tproxy(revision: u32, info: &[u8]) -> Vec<Part> {
+    let addr_len = if revision == 0 { 4 } else { 16 };
+    let (Some(mask), Some(value), Some(addr), Some(port)) =
+        (u32_at(info, 0), u32_at(info, 4), info.get(8..8 + addr_len), info.get(8 + addr_len..10 + addr_len))
+    else {
+        return Vec::new();
+    };
+    let port = u16::from_be_bytes(port.try_into().unwrap_or_default());
+    // Which family it is, the chain says: an IPv4 address is the first four bytes.
+    let addr = match (<[u8; 4]>::try_from(addr), <[u8; 16]>::try_from(addr)) {
+        (Ok([0, 0, 0, 0]), _) | (_, Ok([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])) => None,
+        (Ok(v4), _) => Some(IpAddr::from(v4)),
+        (_, Ok([a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])) => Some(IpAddr::from([a, b, c, d])),
+        (_, Ok(v6)) => Some(IpAddr::from(v6)),
+        _ => None,
+    };
+    let deliver = Part::Tproxy { family: None, addr, port };
+    vec![deliver, Part::SetMark { keep: !mask, set: Some(value) }, Part::Verdict(Verdict::Accept)]
+}
+
+fn translated(revision: u32, addr: [u8; 16]) -> Option<IpAddr> {
+    let [a, b, c, d, rest @ ..] = addr;
+    match revision {
+        0 => Some(Ipv4Addr::new(rest[0], rest[1], rest[2], rest[3]).into()),
+        _ if rest == [0; 12] => Some(Ipv4Addr::new(a, b, c, d).into()),
+        _ => Some(Ipv6Addr::from(addr).into()),
+    }
+}
+
+/// nf_nat_ipv4_multi_range_compat: count, flags, two addresses, the lowest port; IPv6's range has 16-byte addresses.
+fn redirected(info: &[u8]) -> Option<u16> {
+    let at = if info.len() >= 36 { 36 } else { 16 };
+    let port = u16::from_be_bytes(info.get(at..at + 2)?.try_into().ok()?);
+    (port != 0).then_some(port)
+}
+
+/// The names of the tables that the legacy variant has now (asking for another would make it).
+///
+/// `None`: only root may know.
+pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
+    let file = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    match std::fs::read_to_string(file) {
+        Ok(text) => Some(text.lines().map(str::to_owned).collect()),
+        // The kernel has none of it.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Vec::new()),
+        Err(_) => None,
+    }
+}
+
+/// The chains of one table of the legacy variant.
+pub(crate) fn legacy_chains(family: Family, table: &str) -> io::Result<Vec<Chain>> {
+    /// IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES, the same numbers for IPv6; `struct ipt_getinfo` and the head of
+    /// `struct ipt_get_entries`.
+    const GET_INFO: i32 = 64;
+    const GET_ENTRIES: i32 = 65;
+    const NAME: usize = 32;
+    const INFO: usize = 84;
+    const HEAD: usize = 40;
+    /// A table that is larger than this is not worth the time.
+    const MOST: usize = 8 << 20;
+    let (domain, level) = match family {
+        Family::V4 => (Domain::IPV4, libc::SOL_IP),
+        Family::V6 => (Domain::IPV6, libc::SOL_IPV6),
+    };
+    let socket = Socket::new(domain, Type::RAW.cloexec(), Some(socket2::Protocol::from(libc::IPPROTO_RAW)))?;
+    let ask = |fd: BorrowedFd<'_>, option, buffer: &mut [u8]| {
+        buffer.iter_mut().zip(table.bytes().take(NAME - 1)).for_each(|(place, byte)| *place = byte);
+        sys::getsockopt_bytes(fd, level, option, buffer)
+    };
+    let mut info = [0; INFO];
+    ask(socket.as_fd(), GET_INFO, &mut info)?;
+    let size = u32_at(&info, INFO - 4).unwrap_or(0) as usize;
+    if size > MOST {
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+    }
+    let mut entries = vec![0; HEAD + size];
+    entries[NAME..NAME + 4].copy_from_slice(&(size as u32).to_ne_bytes());
+    ask(socket.as_fd(), GET_ENTRIES, &mut entries)?;
+    Ok(parse_legacy(family, table, &info, entries.get(HEAD..).unwrap_or_default()))
+}
+
+/// Where the parts of `struct ipt_entry` or `ip6t_entry` are.
+struct Layout {
+    in_interface: usize,
+    out_interface: usize,
+    protocol: usize,
+    flags: usize,
+    goto: u8,
+    target_offset: usize,
+    next_offset: usize,
+    len: usize,
+}
+
+const V4: Layout = Layout {
+    in_interface: 16,
+    out_interface: 32,
+    protocol: 80,
+    flags: 82,
+    goto: 2,
+    target_offset: 88,
+    next_offset: 90,
+    len: 112,
+};
+const V6: Layout = Layout {
+    in_interface: 64,
+    out_interface: 80,
+    protocol: 128,
+    flags: 131,
+    goto: 4,
+    target_offset: 140,
+    next_offset: 142,
+    len: 168,
+};
+/// `struct xt_entry_match` and `xt_entry_target`: size, name, revision.
+const XT_HEADER: usize = 32;
+
+struct Entry<'a> {
+    at: usize,
+    next: usize,
+    bytes: &'a [u8],
+    target_offset: usize,
+    target: (&'a str, u32, &'a [u8]),
+}
+
+/// A match or a target: its size, name, revision and data.
+fn extension(bytes: &[u8]) -> Option<(usize, &str, u32, &[u8])> {
+    let size = usize::from(u16_at(bytes, 0)?);
+    let name = bytes.get(2..31)?.split(|byte| *byte == 0).next()?;
+    let data = bytes.get(XT_HEADER..size)?;
+    Some((size, std::str::from_utf8(name).ok()?, u32::from(*bytes.get(31)?), data))
+}
+
+fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
+    let layout = if family == Family::V4 { &V4 } else { &V6 };
+    let mut entries = Vec::new();
+    let mut at = 0;
+    while let Some(entry) = entry(layout, blob, at) {
+        at = entry.next;
+        entries.push(entry);
+    }
+    // Where chains begin: at a hook's entry, or behind one whose target is called ERROR and has the name.
+    let mut chains: Vec<(usize, Chain, Option<usize>)> = Vec::new();
+    let new = |name: &str, hook: Option<Hook>| Chain {
+        origin: Origin::IptablesLegacy,
+        family: Some(family),
+        table: table.to_owned(),
+        name: name.to_owned(),
+        hook,
+        drops: false,
+        rules: Vec::new(),
+    };
+    for number in 0..5u32 {
+        let valid = u32_at(info, 32).unwrap_or(0) & 1 << number != 0;
+        let offset = |at: usize| u32_at(info, at + 4 * number as usize).map(|offset| offset as usize);
+        if let (true, Some(start), Some(place)) = (valid, offset(36), Place::of_number(number)) {
+            let hook = Hook { place, priority: legacy_priority(table, place) };
+            chains.push((start, new(legacy_name(place), Some(hook)), offset(56)));
+        }
+    }
+    for entry in entries.iter().filter(|entry| entry.target.0 == "ERROR") {
+        let name = entry.target.2.split(|byte| *byte == 0).next().unwrap_or_default();
+        chains.push((entry.next, new(&String::from_utf8_lossy(name), None), None));
+    }
+    chains.sort_by_key(|(start, ..)| *start);
+    let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
+    for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
+        let Some((_, chain, policy_at)) = chains.iter_mut().rfind(|(start, ..)| *start <= entry.at) else { continue };
+        let rule = legacy_rule(layout, entry, &names);
+        if *policy_at == Some(entry.at) {
+            chain.drops = rule.parts.contains(&Part::Verdict(Verdict::Drop));
+        } else {
+            let handle = chain.rules.len() as u64 + 1;
+            chain.rules.push(Rule { handle, ..rule });
+        }
+    }
+    chains.into_iter().map(|(_, chain, _)| chain).collect()
+}
+
+fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {
+    let rest = blob.get(at..)?;
+    let target_offset = usize::from(u16_at(rest, layout.target_offset)?);
+    let len = usize::from(u16_at(rest, layout.next_offset)?);
+    if target_offset < layout.len || len < target_offset + XT_HEADER {
+        return None;
+    }
+    let bytes = rest.get(..len)?;
+    let (_, name, revision, data) = extension(bytes.get(target_offset..)?)?;
+    Some(Entry { at, next: at + len, bytes, target_offset, target: (name, revision, data) })
+}
+
+fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &[(usize, String)]) -> Rule {
+    let mut parts = Vec::new();
+    let bytes = entry.bytes;
+    let protocol = u16_at(bytes, layout.protocol).unwrap_or(0);
+    if protocol != 0 {
+        parts.push(Part::OnlyIf(Condition::Protocol(protocol as u8)));
+    }
+    let addresses = bytes.get(..layout.in_interface).unwrap_or_default();
+    // Addresses with their masks; interfaces; and whatever is turned round.
+    let inverted = bytes.get(layout.flags + 1).copied().unwrap_or(0);
+    let interface = bytes.get(layout.in_interface..layout.in_interface + 16).unwrap_or_default();
+    let outgoing = bytes.get(layout.out_interface).copied().unwrap_or(0);
+    if interface.starts_with(b"lo\0") {
+        parts.push(Part::OnlyIf(Condition::Loopback));
+    } else if interface.first().is_some_and(|byte| *byte != 0) {
+        parts.push(Part::OnlyIf(Condition::Other));
+    }
+    if addresses.iter().any(|byte| *byte != 0) || outgoing != 0 || inverted != 0 {
+        parts.push(Part::OnlyIf(Condition::Other));
+    }
+    let mut at = layout.len;
+    while at < entry.target_offset {
+        let Some((size, name, _, data)) = bytes.get(at..entry.target_offset).and_then(extension) else { break };
+        parts.extend(matched(name, data));
+        at += size;
+    }
+    let (name, revision, data) = entry.target;
+    let goto = bytes.get(layout.flags).is_some_and(|flags| flags & layout.goto != 0);
+    match (name, u32_at(data, 0).map(|verdict| verdict as i32)) {
+        ("", Some(verdict)) => parts.extend(standard(verdict, entry.next, goto, chains).map(Part::Verdict)),
+        _ => parts.extend(target(name, revision, data)),
+    }
+    Rule { handle: 0, parts }
+}
+
+/// The standard target: -1 - NF_DROP, -1 - NF_ACCEPT, XT_RETURN, or where to go on; the next rule means nothing at all.
+fn standard(verdict: i32, next: usize, goto: bool, chains: &[(usize, String)]) -> Option<Verdict> {
+    const DROP: i32 = -1;
+    const ACCEPT: i32 = -2;
+    const RETURN: i32 = -5;
+    match verdict {
+        DROP => Some(Verdict::Drop),
+        ACCEPT => Some(Verdict::Accept),
+        RETURN => Some(Verdict::Return),
+        at if usize::try_from(at).is_ok_and(|at| at == next) => None,
+        at => {
+            let name = chains.iter().find(|(start, _)| usize::try_from(at) == Ok(*start)).map(|(_, name)| name.clone());
+            Some(match name {
+                Some(name) if goto => Verdict::Goto(name),
+                Some(name) => Verdict::Jump(name),
+                None => Verdict::Other,
+            })
+        }
+    }
+}
+
+fn legacy_name(place: Place) -> &'static str {
+    match place {
+        Place::Prerouting => "PREROUTING",
+        Place::Input => "INPUT",
+        Place::Forward => "FORWARD",
+        Place::Output => "OUTPUT",
+        Place::Postrouting => "POSTROUTING",
+    }
+}
+
+/// NF_IP_PRI_* of `linux/netfilter_ipv4.h`.
+fn legacy_priority(table: &str, place: Place) -> i32 {
+    match (table, place) {
+        ("raw", _) => -300,
+        ("mangle", _) => -150,
+        ("nat", Place::Prerouting | Place::Output) => -100,
+        ("nat", _) => 100,
+        ("security", _) => 50,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_extension_panics(info in proptest::collection::vec(any::<u8>(), 0..200), revision in 0..4u32) {
+            for name in ["mark", "addrtype", "tcp", "udp", "socket", "rpfilter", "conntrack", "state", "comment", "x"] {
+                matched(name, &info);
+            }
+            for name in ["MARK", "CONNMARK", "TPROXY", "DNAT", "REDIRECT", "SNAT", "x"] {
+                target(name, revision, &info);
+            }
+        }
+
+        #[test]
+        fn no_table_panics_or_loops(info in proptest::collection::vec(any::<u8>(), 0..90), blob in proptest::collection::vec(any::<u8>(), 0..900)) {
+            for family in [Family::V4, Family::V6] {
+                parse_legacy(family, "mangle", &info, &blob);
+            }
+        }
+
+        /// Entries whose lengths make sense, and nothing else does.
+        #[test]
+        fn no_entry_panics(fill: u8, target_offset in 0..400u16, next in 0..400u16) {
+            let mut blob = vec![fill; 800];
+            blob[88..90].copy_from_slice(&target_offset.to_ne_bytes());
+            blob[90..92].copy_from_slice(&next.to_ne_bytes());
+            let mut info = [0u8; 84];
+            info[32..36].copy_from_slice(&31u32.to_ne_bytes());
+            parse_legacy(Family::V4, "mangle", &info, &blob);
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What a check looks at, all of it gathered before anything is judged.
+
+use std::fs;
+
+use super::findings::Kind;
+use super::probes;
+use super::procfs::{self, Capabilities, Sysctls};
+use crate::backend::nft::table::{self, Table};
+use crate::backend::seen::filter::Chain;
+use crate::backend::seen::routing::{Action, Interface, Route, Rule};
+use crate::backend::seen::sockets::Listener;
+use crate::backend::seen::{nft, routing, sockets, xtables};
+use crate::error::Error;
+use crate::model::{Families, Family};
+use crate::netlink::Channel;
+use crate::sys;
+
+/// RT_TABLE_LOCAL: it has an entry for every address of the host, and none that matters here.
+const LOCAL_TABLE: u32 = 255;
+/// More routing tables than this are not read, for want of time.
+const TABLES_MAX: usize = 64;
+
+/// Everything that was seen.
+#[derive(Debug, Default)]
+pub(super) struct Facts {
+    pub capabilities: Capabilities,
+    pub initial_user_namespace: bool,
+    pub program: String,
+    pub pid: u32,
+    /// The descriptors that this process may have: soft and hard limit.
+    pub descriptors: Option<(u64, u64)>,
+    pub kernel: String,
+    /// By family, whether a socket was made transparent.
+    pub transparent: Vec<(Family, Result<(), Error>)>,
+    /// What nf_tables was tried for.
+    pub features: Vec<(&'static Kind, Result<(), Error>)>,
+    /// Names of the iptables variants that are installed.
+    pub iptables: Vec<&'static str>,
+    /// Tables of the legacy variant.
+    pub legacy_tables: Vec<String>,
+    pub rules: Vec<Rule>,
+    /// Families whose rules were read.
+    pub routed: Families,
+    /// Families that have no policy routing.
+    pub unrouted: Families,
+    /// The routes of the tables that rules lead to, but for the host's own addresses.
+    pub routes: Vec<Route>,
+    pub interfaces: Vec<Interface>,
+    /// `None`: they could not be read.
+    pub chains: Option<Vec<Chain>>,
+    pub tables: Vec<Table>,
+    pub listeners: Option<Vec<Listener>>,
+    pub sysctls: Sysctls,
+    /// Packets that the reverse-path filter has dropped.
+    pub filtered_by_rp: u64,
+    /// The owners of our tables that are stopped.
+    pub stopped: Vec<u32>,
+    /// What could not be seen, and why.
+    pub unseen: Vec<String>,
+}
+
+impl Facts {
+    pub fn gather() -> Facts {
+        let mut facts = Facts { pid: std::process::id(), ..Facts::default() };
+        facts.look_at_process();
+        facts.transparent = [Family::V4, Family::V6].map(|family| (family, probes::transparent(family))).to_vec();
+        if let Some(mut channel) = facts.open(libc::NETLINK_ROUTE, "routing") {
+            facts.look_at_routing(&mut channel);
+        }
+        if let Some(mut channel) = facts.open(libc::NETLINK_NETFILTER, "nf_tables") {
+            facts.look_at_nf_tables(&mut channel);
+        }
+        facts.look_at_iptables();
+        if let Some(mut channel) = facts.open(libc::NETLINK_SOCK_DIAG, "listening sockets") {
+            let listeners = sockets::listeners(&mut channel);
+            facts.listeners = facts.seen("listening sockets", listeners);
+        }
+        let names: Vec<&str> = facts.interfaces.iter().map(|interface| interface.name.as_str()).collect();
+        facts.sysctls = Sysctls::read(&names);
+        if facts.sysctls.0.is_empty() {
+            facts.unseen.push("sysctls: /proc/sys/net cannot be read".to_owned());
+        }
+        let counted = fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
+        facts.filtered_by_rp = procfs::netstat(&counted, "TcpExt", "IPReversePathFilter").unwrap_or(0);
+        facts
+    }
+
+    fn open(&mut self, family: i32, what: &str) -> Option<Channel> {
+        let channel = Channel::open(family);
+        self.seen(what, channel)
+    }
+
+    /// What was seen, or a note that it was not.
+    fn seen<T>(&mut self, what: &str, seen: std::io::Result<T>) -> Option<T> {
+        seen.map_err(|e| self.unseen.push(format!("{what}: {e}"))).ok()
+    }
+
+    fn look_at_process(&mut self) {
+        let status = fs::read_to_string("/proc/thread-self/status");
+        let status = self.seen("capabilities: /proc/thread-self/status", status).unwrap_or_default();
+        self.capabilities = Capabilities::parse(&status).unwrap_or_default();
+        let ids = fs::read_to_string("/proc/thread-self/uid_map").unwrap_or_default();
+        self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
+        let program = fs::read_link("/proc/self/exe").unwrap_or_else(|_| "PROGRAM".into());
+        self.program = program.to_string_lossy().into_owned();
+        self.descriptors = sys::descriptor_limits();
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        self.kernel = kernel.trim().to_owned();
+    }
+
+    fn look_at_routing(&mut self, channel: &mut Channel) {
+        for family in Families::ALL.iter() {
+            let families = match routing::rules(channel, family) {
+                Ok(rules) => {
+                    self.rules.extend(rules);
+                    &mut self.routed
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => &mut self.unrouted,
+                Err(e) => {
+                    self.unseen.push(format!("{family} routing rules: {e}"));
+                    continue;
+                }
+            };
+            match family {
+                Family::V4 => families.v4 = true,
+                Family::V6 => families.v6 = true,
+            }
+        }
+        let mut tables: Vec<(Family, u32)> = Vec::new();
+        for rule in &self.rules {
+            if let Action::Lookup(table) = rule.action
+                && table != LOCAL_TABLE
+                && table != libc::RT_TABLE_MAIN.into()
+                && !tables.contains(&(rule.family, table))
+            {
+                tables.push((rule.family, table));
+            }
+        }
+        self.read_routes(channel, tables);
+        let interfaces = routing::interfaces(channel);
+        self.interfaces = self.seen("interfaces", interfaces).unwrap_or_default();
+    }
+
+    fn read_routes(&mut self, channel: &mut Channel, mut tables: Vec<(Family, u32)>) {
+        if tables.len() > TABLES_MAX {
+            self.unseen.push(format!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
+            tables.truncate(TABLES_MAX);
+        }
+        for (family, table) in tables {
+            let routes = routing::routes(channel, family, table);
+            let routes = self.seen(&format!("{family} routes of table {table}"), routes);
+            self.routes.extend(routes.unwrap_or_default());
+        }
+    }
+
+    fn look_at_nf_tables(&mut self, channel: &mut Channel) {
+        if !self.capabilities.has(Capabilities::NET_ADMIN) {
+            self.unseen.push("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN".to_owned());
+            return;
+        }
+        self.features = probes::nf_tables(channel);
+        match table::list(channel) {
+            Ok((_, tables)) => self.tables = tables,
+            Err(e) => return self.unseen.push(e.to_string()),
+        }
+        let chains = nft::chains(channel);
+        self.chains = self.seen("nf_tables rules", chains);
+        // Tables whose rules were all deleted by others have their place still.
+        let mut channel = Channel::open(libc::NETLINK_ROUTE).ok();
+        let read = |facts: &Facts, table: u32| facts.routes.iter().any(|route| route.table == table);
+        let places: Vec<u32> = self.tables.iter().filter_map(|table| Some(table.place?.table)).collect();
+        let unread = places.into_iter().filter(|table| !read(self, *table));
+        let tables: Vec<(Family, u32)> = unread.flat_map(|t| Families::ALL.iter().map(move |f| (f, t))).collect();
+        if let Some(channel) = &mut channel {
+            self.read_routes(channel, tables);
+        }
+        let stopped = |pid: &u32| {
+            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| procfs::state_of(&stat) == Some('T'))
+        };
+        self.stopped = self.tables.iter().filter_map(|table| table.owner).filter(stopped).collect();
+    }
+
+    fn look_at_iptables(&mut self) {
+        let installed = |name: &&str| {
+            ["/usr/sbin", "/sbin", "/usr/bin"].iter().any(|d| fs::exists(format!("{d}/{name}")).unwrap_or(false))
+        };
+        self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).collect();
+        for family in Families::ALL.iter() {
+            let Some(tables) = xtables::legacy_tables(family) else {
+                self.unseen.push(format!("legacy {family} iptables: only root may look"));
+                continue;
+            };
+            for table in tables {
+                let chains = xtables::legacy_chains(family, &table);
+                if let Some(chains) = self.seen(&format!("legacy {family} iptables, table {table}"), chains) {
+                    self.chains.get_or_insert_default().extend(chains);
+                }
+                self.legacy_tables.push(format!("{family} {table}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What can only be known by trying it, and can be tried without changing anything.
+
+use socket2::{Domain, Type};
+
+use super::findings::{self, Kind};
+use crate::backend::nft::object::Object;
+use crate::backend::nft::statement::{Statement, Verdict};
+use crate::backend::nft::table::Place;
+use crate::backend::nft::transaction::{Change, rehearse};
+use crate::error::Error;
+use crate::model::{Family, Protocol};
+use crate::netlink::Channel;
+use crate::socket;
+
+/// Whether sockets of a family can be made transparent: one is, and closed again.
+pub(super) fn transparent(family: Family) -> Result<(), Error> {
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
+    };
+    socket::socket(domain, Type::STREAM, None).map(drop)
+}
+
+/// Tables that nobody sees, for the transaction that has them is never committed.
+const TABLE: &str = "libtproxy--check";
+const OWNED: &str = "libtproxy--owned";
+const PERSISTENT: &str = "libtproxy--persistent";
+
+/// What nf_tables can do: what was asked for, and the error if it cannot.
+pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(), Error>)> {
+    let place = Place { priority: 0, table: 0 };
+    let chain = Object::Chain { name: "c", hook: None };
+    let rule = |statements: &[Statement]| Object::Rule { chain: "c", statements: statements.to_vec(), comment: "" };
+    let socket = rule(&[Statement::TransparentSocket, Statement::WildcardSocket(false)]);
+    let tproxy = rule(&[Statement::Protocol(Protocol::Tcp), Statement::Tproxy { family: None, addr: None, port: 1 }]);
+    let fib = rule(&[Statement::DestinationIsLocal, Statement::Verdict(Verdict::Drop)]);
+    let tried = [
+        (findings::NF_TABLES, TABLE, Change::Make),
+        (findings::NF_TABLES, TABLE, Change::Add(&chain)),
+        (findings::NFT_SOCKET, TABLE, Change::Add(&socket)),
+        (findings::NFT_TPROXY, TABLE, Change::Add(&tproxy)),
+        (findings::NFT_FIB, TABLE, Change::Add(&fib)),
+        (findings::OWNER, OWNED, Change::Claim { place: &place, persist: false }),
+        (findings::PERSIST, PERSISTENT, Change::Claim { place: &place, persist: true }),
+    ];
+    let (kinds, changes): (Vec<&'static Kind>, Vec<(&str, Change<'_>)>) =
+        tried.into_iter().map(|(kind, table, change)| (kind, (table, change))).unzip();
+    let mut answers: Vec<(&'static Kind, Result<(), Error>)> = Vec::new();
+    for (kind, answer) in kinds.into_iter().zip(rehearse(channel, &changes)) {
+        match answers.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, first)) if first.is_ok() => *first = answer,
+            Some(_) => {}
+            None => answers.push((kind, answer)),
+        }
+    }
+    // Without tables there is nothing to say about the rest.
+    if answers.first().is_some_and(|(_, answer)| answer.is_err()) {
+        answers.truncate(1);
+    }
+    answers
+}

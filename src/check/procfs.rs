@@ -1,0 +1,144 @@
+//! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What this process may do (capabilities(7)).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Capabilities(u64);
+
+impl Capabilities {
+    pub const NET_BIND_SERVICE: u32 = 10;
+    pub const NET_ADMIN: u32 = 12;
+
+    pub fn has(self, number: u32) -> bool {
+        self.0 & 1 << number != 0
+    }
+
+    /// The line `CapEff:` of /proc/*/status.
+    pub fn parse(status: &str) -> Option<Capabilities> {
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(line.trim(), 16).ok().map(Capabilities)
+    }
+}
+
+/// The file of the user ids maps more than the initial namespace's: all to themselves.
+pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
+    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// The letter of a process's state in /proc/PID/stat; its name, in brackets, may have brackets and blanks in it.
+pub(super) fn state_of(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// A counter of /proc/net/netstat: a line of names, and a line of numbers.
+pub(super) fn netstat(text: &str, group: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(':'));
+    let at = lines.next()?.split_whitespace().position(|word| word == name)?;
+    lines.next()?.split_whitespace().nth(at)?.parse().ok()
+}
+
+/// Major and minor number of a kernel's release.
+pub(super) fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Sysctls below net, by their path: those of the namespace of this thread.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Sysctls(pub BTreeMap<String, String>);
+
+impl Sysctls {
+    /// Those that are asked for and can be read; interfaces by name.
+    pub fn read(interfaces: &[&str]) -> Sysctls {
+        const SINGLE: [&str; 10] = [
+            "ipv4/ip_forward",
+            "ipv4/ip_early_demux",
+            "ipv4/tcp_fwmark_accept",
+            "ipv4/ip_local_port_range",
+            "bridge/bridge-nf-call-iptables",
+            "bridge/bridge-nf-call-ip6tables",
+            "netfilter/nf_conntrack_count",
+            "netfilter/nf_conntrack_max",
+            "ipv6/conf/lo/disable_ipv6",
+            "ipv4/conf/lo/accept_local",
+        ];
+        const V4: [&str; 5] = ["forwarding", "rp_filter", "src_valid_mark", "accept_local", "route_localnet"];
+        let mut found = Sysctls::default();
+        SINGLE.into_iter().for_each(|path| found.add(path.to_owned()));
+        for interface in interfaces.iter().copied().chain(["all"]) {
+            // A name such as "." or with a slash would be another path.
+            if interface.contains('/') || interface.starts_with('.') {
+                continue;
+            }
+            V4.into_iter().for_each(|name| found.add(format!("ipv4/conf/{interface}/{name}")));
+            found.add(format!("ipv6/conf/{interface}/forwarding"));
+        }
+        found
+    }
+
+    fn add(&mut self, path: String) {
+        if let Ok(text) = std::fs::read_to_string(Path::new("/proc/sys/net").join(&path)) {
+            self.0.insert(path, text.trim().to_owned());
+        }
+    }
+
+    pub fn text(&self, path: &str) -> Option<&str> {
+        self.0.get(path).map(String::as_str)
+    }
+
+    pub fn number(&self, path: &str) -> Option<u64> {
+        self.text(path)?.parse().ok()
+    }
+
+    /// A switch is on.
+    pub fn on(&self, path: &str) -> bool {
+        self.number(path).is_some_and(|value| value != 0)
+    }
+
+    /// Of an interface, or of all: one is enough.
+    pub fn on_any(&self, interface: &str, name: &str) -> bool {
+        self.on(&format!("ipv4/conf/all/{name}")) || self.on(&format!("ipv4/conf/{interface}/{name}"))
+    }
+
+    /// The lowest and the highest local port.
+    pub fn port_range(&self) -> Option<(u32, u32)> {
+        let mut words = self.text("ipv4/ip_local_port_range")?.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn files_are_taken_apart() {
+        let capabilities = Capabilities::parse("Name:\tx\nCapEff:\t0000000000003000\n").unwrap();
+        assert!(capabilities.has(Capabilities::NET_ADMIN));
+        assert!(!capabilities.has(Capabilities::NET_BIND_SERVICE));
+        assert!(is_initial_user_namespace("         0          0 4294967295\n"));
+        assert!(!is_initial_user_namespace("         0       1000          1\n"));
+        assert_eq!(state_of("12 (a) b) T 1 2 3"), Some('T'));
+        let text = "TcpExt: A B IPReversePathFilter\nTcpExt: 1 2 37\nIpExt: A\nIpExt: 4\n";
+        assert_eq!(netstat(text, "TcpExt", "IPReversePathFilter"), Some(37));
+        assert_eq!(netstat(text, "TcpExt", "C"), None);
+        assert_eq!(version("6.18.44-x"), Some((6, 18)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_panics(text in "(?s).{0,200}", a in "[A-Z]{0,3}", b in "[a-z]{0,3}") {
+            Capabilities::parse(&text);
+            is_initial_user_namespace(&text);
+            state_of(&text);
+            netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
+            version(&text);
+            let sysctls = Sysctls([("ipv4/ip_local_port_range".to_owned(), text)].into());
+            sysctls.port_range();
+            sysctls.on("ipv4/ip_local_port_range");
+        }
+    }
+}

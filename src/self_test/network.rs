@@ -1,0 +1,136 @@
+//! Two networks that nobody else uses, joined.
+
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use crate::backend::link::{self, Mac};
+use crate::backend::seen::routing::{self, Interface};
+use crate::error::{Error, Result};
+use crate::netlink::Channel;
+use crate::sys;
+
+const OUTSIDE_MAC: Mac = [2, 0, 0, 0, 0, 1];
+const INSIDE_MAC: Mac = [2, 0, 0, 0, 0, 2];
+/// LOOPBACK_IFINDEX.
+const LOOPBACK: u32 = 1;
+
+/// The two namespaces; this thread is inside. They end with their descriptors and sockets.
+pub(super) struct Network {
+    outside: File,
+    inside: File,
+    link: u32,
+    outside_link: u32,
+}
+
+impl Network {
+    /// Takes this thread out of its network, for good.
+    pub fn new(interface: &str) -> Result<Network> {
+        let outside = unshared()?;
+        // `lo` answers for addresses that the probes come from.
+        let mut there = channel()?;
+        link::set_up(&mut there, LOOPBACK)?;
+        let inside = unshared()?;
+        let mut here = channel()?;
+        link::set_up(&mut here, LOOPBACK)?;
+        link::add_pair(&mut here, (interface, INSIDE_MAC), ("eth0", OUTSIDE_MAC, outside.as_fd()))?;
+        let link = index(&mut here, interface)?;
+        let outside_link = index(&mut there, "eth0")?;
+        link::set_up(&mut here, link)?;
+        link::set_up(&mut there, outside_link)?;
+        Ok(Network { outside, inside, link, outside_link })
+    }
+
+    /// Gives the outside an address, and a way from there to everybody; and back.
+    pub fn connect(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
+        let mut there = self.outside(channel)??;
+        link::add_address(&mut there, self.outside_link, client)?;
+        link::add_neighbour(&mut there, self.outside_link, gateway, INSIDE_MAC)?;
+        link::add_route(&mut there, self.outside_link, gateway, true)?;
+        let mut here = channel()?;
+        link::add_address(&mut here, self.link, gateway)?;
+        link::add_neighbour(&mut here, self.link, client, OUTSIDE_MAC)?;
+        link::add_route(&mut here, self.link, client, false)?;
+        self.wait_for(client, gateway)
+    }
+
+    /// The kernel takes a moment to notice that a link's other end is up (`linkwatch_event`), and drops till then what is
+    /// sent, without a word. So: until both have heard each other.
+    fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
+        const PATIENCE: Duration = Duration::from_millis(500);
+        let failed = |e: io::Error| {
+            Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("a veth pair that was just made: {e}"))
+        };
+        let open = |own: IpAddr| -> io::Result<UdpSocket> {
+            let socket = UdpSocket::bind((own, 0))?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        };
+        let near = open(gateway).map_err(failed)?;
+        let far = self.outside(|| open(client))?.map_err(failed)?;
+        let (near_addr, far_addr) = (near.local_addr().map_err(failed)?, far.local_addr().map_err(failed)?);
+        let deadline = Instant::now() + PATIENCE;
+        let (mut near_heard, mut far_heard) = (false, false);
+        while !(near_heard && far_heard) {
+            if Instant::now() > deadline {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
+            // What is not sent now is sent next time.
+            let _ = near.send_to(b"?", far_addr);
+            let _ = far.send_to(b"?", near_addr);
+            std::thread::sleep(Duration::from_micros(200));
+            near_heard |= near.recv(&mut [0; 8]).is_ok();
+            far_heard |= far.recv(&mut [0; 8]).is_ok();
+        }
+        Ok(())
+    }
+
+    /// Gives the inside an address of its own.
+    pub fn own(&self, addr: IpAddr) -> Result<()> {
+        match link::add_address(&mut channel()?, LOOPBACK, addr) {
+            Err(e) if e.errno() == libc::EEXIST => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Does something outside.
+    pub fn outside<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
+        let failed =
+            |e: io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("setns(CLONE_NEWNET): {e}"));
+        sys::enter_network(self.outside.as_fd()).map_err(failed)?;
+        let outcome = body();
+        sys::enter_network(self.inside.as_fd()).map_err(failed)?;
+        Ok(outcome)
+    }
+}
+
+fn unshared() -> Result<File> {
+    let failed = |e: io::Error| {
+        let errno = e.raw_os_error().unwrap_or(libc::EIO);
+        let cure = if errno == libc::EPERM {
+            "; a network of its own takes CAP_SYS_ADMIN: run as root, or `unshare -r PROGRAM`"
+        } else {
+            ""
+        };
+        Error::new(errno, format!("unshare(CLONE_NEWNET): {e}{cure}"))
+    };
+    sys::unshare_network().map_err(failed)?;
+    File::open("/proc/thread-self/ns/net").map_err(failed)
+}
+
+fn channel() -> Result<Channel> {
+    Channel::open(libc::NETLINK_ROUTE)
+        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_ROUTE): {e}")))
+}
+
+fn interfaces(channel: &mut Channel) -> Result<Vec<Interface>> {
+    routing::interfaces(channel)
+        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("ip link show: {e}")))
+}
+
+fn index(channel: &mut Channel, name: &str) -> Result<u32> {
+    let found = interfaces(channel)?.iter().find(|interface| interface.name == name).map(|interface| interface.index);
+    found.ok_or_else(|| Error::new(libc::ENODEV, format!("ip link show {name}: it is not there")))
+}

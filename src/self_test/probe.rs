@@ -1,0 +1,322 @@
+//! The probes: a connection and a datagram, what they are sent to, and what became of each.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::network::Network;
+use crate::address::canonical;
+use crate::backend::nft::trace::{Step, Tracer};
+use crate::error::{Error, Result};
+use crate::model::{Families, Family, Mode, Plan, Protocol};
+use crate::netlink::Channel;
+use crate::orig_dst::orig_dst;
+use crate::prefix::Prefix;
+use crate::rules::{Config, Listener, Rules};
+use crate::socket::{self, ListenOptions};
+
+/// The first packet of a connection is sent again after a second.
+const PATIENCE: Duration = Duration::from_millis(1300);
+/// A datagram is sent again by nobody else.
+const REPEAT: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_millis(2);
+/// Who asks, and whom, unless the wish says otherwise (RFC 5737, RFC 3849).
+const CLIENTS: [&str; 2] = ["198.51.100.2", "2001:db8:1::2"];
+const SERVERS: [&str; 2] = ["203.0.113.2", "2001:db8:2::2"];
+const GATEWAYS: [&str; 2] = ["192.0.2.1", "2001:db8:ffff::1"];
+const PORT: u16 = 80;
+
+/// What became of a probe.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Served,
+    /// It was delivered, but not as it should.
+    Wrong(String),
+    /// It reached the listener, and the answer did not come back.
+    Unanswered,
+    /// It was refused, or could not be sent.
+    Failed(String),
+    Lost,
+}
+
+/// A probe, and what was seen of it.
+#[derive(Debug)]
+pub(super) struct Probe {
+    pub family: Family,
+    pub protocol: Protocol,
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+    pub fate: Fate,
+    steps: Vec<Step>,
+    socket: Option<Socket>,
+    /// The connection, as it was accepted.
+    accepted: Option<Socket>,
+    settled: bool,
+}
+
+impl Probe {
+    /// Where it was last seen, for people.
+    pub fn seen(&self) -> String {
+        // Its first packet; later ones go the same way.
+        let Some(packet) = self.steps.first().map(|step| step.packet) else {
+            return "; it was never seen to come in".to_owned();
+        };
+        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).collect();
+        if let Some(by) = steps.iter().find(|step| step.dropped) {
+            let rule = by.rule.map_or("its policy".to_owned(), |handle| format!("rule {handle}"));
+            return format!("; last seen in chain {} of table {}, where {rule} dropped it", by.chain, by.table);
+        }
+        let Some(hook) = steps.iter().rev().find_map(|step| step.hook()) else { return String::new() };
+        let meaning = match hook.split(',').next() {
+            Some("prerouting") => "routing did not deliver it (a martian, or no route)",
+            Some("input") => "no socket took it",
+            Some("forward" | "postrouting") => "it was forwarded, past the listener",
+            _ => "",
+        };
+        format!("; last seen at hook {hook}: {meaning}")
+    }
+}
+
+/// Whom a probe of a family asks; `None`: the wish leaves nobody.
+pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
+    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
+    let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
+    let elsewhere = ["198.18.0.2", "2001:db8:3::2"];
+    let more = config.dst.is_empty().then(|| sample(elsewhere, family));
+    candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
+}
+
+fn of_family(prefixes: &[Prefix], family: Family) -> impl Iterator<Item = &Prefix> {
+    prefixes.iter().filter(move |prefix| prefix.family() == family)
+}
+
+fn sample([v4, v6]: [&str; 2], family: Family) -> IpAddr {
+    let text = if family == Family::V4 { v4 } else { v6 };
+    text.parse().unwrap_or(IpAddr::from([192, 0, 2, 1]))
+}
+
+/// Makes listeners, installs the rules, sends all probes at once, and waits until each has met its fate.
+pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec<Probe>> {
+    let mut config = config.clone();
+    // Nothing outlives the network.
+    config.persist = false;
+    let mut families = plan.families;
+    for family in plan.families.iter() {
+        let client = of_family(&config.src, family).map(Prefix::sample).next().unwrap_or(sample(CLIENTS, family));
+        match network.connect(client, sample(GATEWAYS, family)) {
+            Ok(()) => {}
+            // A kernel without this family; rules for both do without it, too.
+            Err(_) if config.families == Families::default() && family == Family::V6 => families.v6 = false,
+            Err(e) => return Err(e),
+        }
+    }
+    let mut probes = Vec::new();
+    for family in families.iter() {
+        for protocol in plan.protocols.iter() {
+            let Some(to) = target(&mut config, plan, family, protocol) else { continue };
+            let from = of_family(&config.src, family).map(Prefix::sample).next().unwrap_or(sample(CLIENTS, family));
+            probes.push(Probe {
+                family,
+                protocol,
+                from: SocketAddr::new(from, 0),
+                to,
+                fate: Fate::Lost,
+                steps: Vec::new(),
+                socket: None,
+                accepted: None,
+                settled: false,
+            });
+        }
+    }
+    let listeners = listeners(&config, network)?;
+    let mut nft = Channel::open(libc::NETLINK_NETFILTER)
+        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_NETFILTER): {e}")))?;
+    // Where nf_tables is missing, iptables may do, and nothing is traced.
+    let mut tracer = Tracer::start(&mut nft).ok();
+    let _rules = Rules::install(&config)?;
+    network.outside(|| probes.iter_mut().for_each(send))?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut steps = Vec::new();
+    let mut again = Instant::now() + REPEAT;
+    while probes.iter().any(|probe| !probe.settled) && Instant::now() < deadline {
+        if Instant::now() > again {
+            probes.iter().for_each(Probe::repeat);
+            again += REPEAT;
+        }
+        listeners.iter().for_each(|(protocol, listener)| serve(*protocol, listener, &mut probes, plan.mode));
+        probes.iter_mut().for_each(hear);
+        steps.extend(tracer.iter_mut().flat_map(Tracer::steps));
+        std::thread::sleep(PAUSE);
+    }
+    for probe in &mut probes {
+        let numbers = (u32::from(probe.family.nfproto()), Some(probe.protocol.number()));
+        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).collect();
+        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().collect();
+    }
+    Ok(probes)
+}
+
+/// Where a probe goes. With nothing to intercept it goes to a listener's own foreign address, which is made if there is none.
+fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) -> Option<SocketAddr> {
+    if plan.mode != Mode::DivertOnly {
+        let port = plan.ports.first().map_or(PORT, |range| range.first);
+        let served = config.listeners.iter().any(|l| l.protocol == protocol && l.families.contains(family));
+        return destination(config, family).filter(|_| served).map(|addr| SocketAddr::new(addr, port));
+    }
+    let own = |listener: &&Listener| {
+        listener.protocol == protocol && listener.addr.is_some() && listener.families.contains(family)
+    };
+    if let Some(listener) = config.listeners.iter().find(own) {
+        return Some(SocketAddr::new(listener.addr?, listener.port));
+    }
+    let to = SocketAddr::new(sample(SERVERS, family), PORT);
+    config.listeners.push(Listener::at(to, protocol).ok()?);
+    Some(to)
+}
+
+/// Listeners as the wish has them.
+fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket)>> {
+    let mut made: Vec<(SocketAddr, Protocol, Socket)> = Vec::new();
+    for listener in &config.listeners {
+        let any: IpAddr = if listener.families.v6 { IpAddr::from([0u16; 8]) } else { IpAddr::from([0u8; 4]) };
+        let addr = SocketAddr::new(listener.addr.unwrap_or(any), listener.port);
+        if made.iter().any(|(other, protocol, _)| (*other, *protocol) == (addr, listener.protocol)) {
+            continue;
+        }
+        let socket = match (config.mode, listener.protocol) {
+            (Mode::Redirect, _) => {
+                if let Some(addr) = listener.addr {
+                    network.own(addr)?;
+                }
+                ordinary(addr).map_err(|e| {
+                    Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("a listener on {addr}: {e}"))
+                })?
+            }
+            (_, Protocol::Tcp) => socket::listen(addr, -1, ListenOptions { nonblocking: true, reuse_port: false })?,
+            (_, Protocol::Udp) => {
+                let socket = socket::socket(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
+                socket::bind_nonlocal(socket.as_fd(), addr)?;
+                socket
+            }
+        };
+        made.push((addr, listener.protocol, socket));
+    }
+    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).collect())
+}
+
+/// What NAT needs: a listener that is not transparent.
+fn ordinary(addr: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM.cloexec().nonblocking(), None)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&SockAddr::from(addr))?;
+    socket.listen(16)?;
+    Ok(socket)
+}
+
+/// Sends a probe; this thread is outside.
+fn send(probe: &mut Probe) {
+    let sent = || -> io::Result<Socket> {
+        let kind = if probe.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
+        let socket = Socket::new(Domain::for_address(probe.to), kind.cloexec().nonblocking(), None)?;
+        socket.bind(&SockAddr::from(probe.from))?;
+        match socket.connect(&SockAddr::from(probe.to)) {
+            Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
+            _ => {}
+        }
+        if probe.protocol == Protocol::Udp {
+            socket.send(b"?")?;
+        }
+        Ok(socket)
+    };
+    match sent() {
+        Ok(socket) => {
+            probe.from = socket.local_addr().ok().and_then(|addr| addr.as_socket()).unwrap_or(probe.from);
+            probe.socket = Some(socket);
+        }
+        Err(e) => probe.settle(Fate::Failed(e.to_string())),
+    }
+}
+
+impl Probe {
+    fn repeat(&self) {
+        if let (Protocol::Udp, false, Some(socket)) = (self.protocol, self.settled, &self.socket) {
+            let _ = socket.send(b"?");
+        }
+    }
+
+    fn settle(&mut self, fate: Fate) {
+        (self.fate, self.settled) = (fate, true);
+    }
+}
+
+/// Answers what has reached a listener.
+fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode) {
+    let whose = |probes: &mut [Probe], peer: SocketAddr| {
+        probes.iter().position(|probe| probe.protocol == protocol && probe.from == canonical(peer))
+    };
+    match protocol {
+        Protocol::Tcp => {
+            while let Ok((mut stream, peer)) = listener.accept() {
+                let Some(probe) =
+                    peer.as_socket().and_then(|peer| whose(probes, peer)).and_then(|at| probes.get_mut(at))
+                else {
+                    continue;
+                };
+                match orig_dst(stream.as_fd()).map(canonical) {
+                    Ok(found) if found == probe.to => probe.fate = Fate::Unanswered,
+                    Ok(found) => probe.settle(Fate::Wrong(format!("delivered, but as one to {found}"))),
+                    Err(e) => {
+                        probe.settle(Fate::Wrong(format!("delivered, but its original destination is lost: {e}")))
+                    }
+                }
+                let _ = stream.write_all(b"!");
+                probe.accepted = Some(stream);
+            }
+        }
+        Protocol::Udp => {
+            let mut words = [std::mem::MaybeUninit::uninit(); 16];
+            while let Ok((_, peer)) = listener.recv_from(&mut words) {
+                let Some(probe) =
+                    peer.as_socket().and_then(|peer| whose(probes, peer)).and_then(|at| probes.get_mut(at))
+                else {
+                    continue;
+                };
+                probe.fate = Fate::Unanswered;
+                if let Err(e) = reply(probe, listener, mode) {
+                    probe.settle(Fate::Wrong(format!("delivered, but an answer cannot be sent: {e}")));
+                }
+            }
+        }
+    }
+}
+
+/// Answers a datagram from the address that it was sent to.
+fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
+    let failed = |e: io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), e.to_string());
+    if mode == Mode::DivertOnly {
+        // The listener has that very address.
+        return listener.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed);
+    }
+    let socket = socket::socket(Domain::for_address(probe.to), Type::DGRAM.nonblocking(), None)?;
+    socket.set_reuse_address(true).map_err(failed)?;
+    socket::bind_nonlocal(socket.as_fd(), probe.to)?;
+    socket.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed)
+}
+
+/// Whether the answer has come.
+fn hear(probe: &mut Probe) {
+    let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
+    match socket.read(&mut [0; 16]) {
+        Ok(1..) if probe.fate == Fate::Unanswered => probe.settle(Fate::Served),
+        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".to_owned())),
+        Err(e)
+            if [io::ErrorKind::WouldBlock, io::ErrorKind::NotConnected, io::ErrorKind::Interrupted]
+                .contains(&e.kind()) => {}
+        Err(e) => probe.settle(Fate::Failed(e.to_string())),
+    }
+}

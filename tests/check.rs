@@ -1,0 +1,145 @@
+//! tp_check changes nothing, is quick, and says what it could not see.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::*;
+use tproxy::ffi::*;
+
+fn ids(found: &[Found]) -> Vec<&str> {
+    found.iter().map(|finding| finding.id.as_str()).collect()
+}
+
+/// Rules, routes and switches of a host, as text.
+fn everything(net: &Net) -> String {
+    let sysctls = "find /proc/sys/net/ipv4 /proc/sys/net/ipv6/conf /proc/sys/net/bridge /proc/sys/net/core -type f -readable \
+                   ! -name '*fastopen_key' ! -name stable_secret ! -name flush -exec grep -H . {} + | sort";
+    let script = format!("nft -a list ruleset; cat /proc/net/ip_tables_names /proc/net/ip6_tables_names; {sysctls}");
+    net.state() + &net.command("sh", &["-c", &script])
+}
+
+#[test]
+fn a_healthy_host_gives_no_warning_and_stays_as_it_is() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    for net in [&lab.client, &lab.proxy, &Net::new()] {
+        let before = everything(net);
+        let found = net.run(check);
+        assert_eq!(troubles(&found), [] as [&Found; 0]);
+        assert_eq!(everything(net), before);
+    }
+    let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+    let before = everything(&lab.proxy);
+    let generation = || lab.proxy.command("nft", &["-d", "netlink", "list", "tables"]);
+    let monitored = generation();
+    let found = lab.proxy.run(check);
+    assert_eq!(troubles(&found), [] as [&Found; 0]);
+    assert_eq!((everything(&lab.proxy), generation()), (before, monitored));
+    for id in [
+        "instance",
+        "privilege.net_admin",
+        "privilege.transparent",
+        "kernel.nf_tables",
+        "kernel.nft_socket",
+        "kernel.nft_tproxy",
+        "kernel.nft_fib",
+        "kernel.owner_tables",
+        "kernel.policy_routing",
+        "limit.descriptors",
+    ] {
+        assert!(found.iter().any(|f| f.id == id && f.severity == TP_OK && f.cure.is_empty()), "{id}: {found:#?}");
+    }
+    assert!(!ids(&found).contains(&"check.unseen"), "{found:#?}");
+}
+
+/// Nothing in nf_tables has happened: no event, and the generation is the same.
+#[test]
+fn the_trial_transaction_is_never_committed() {
+    let net = Net::new();
+    let mut monitor = net.run(|| {
+        std::process::Command::new("timeout")
+            .args(["2", "nft", "monitor"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    net.run(check);
+    net.nft("add table ip seen");
+    let mut seen = String::new();
+    std::io::Read::read_to_string(monitor.stdout.as_mut().unwrap(), &mut seen).unwrap();
+    monitor.wait().unwrap();
+    let lines: Vec<&str> = seen.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(lines, ["add table ip seen"]);
+    // The first transaction of this network is number 2.
+    assert!(seen.contains("# new generation 2 "), "{seen}");
+}
+
+#[test]
+fn it_takes_less_than_a_tenth_of_a_second() {
+    let net = Net::new();
+    let listener = net.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    let _rules = net.run(|| intercept(&listener, 80)).unwrap();
+    // A host with some history.
+    net.nft("add table inet fw; add chain inet fw c { type filter hook input priority 0; policy accept; }");
+    // In pieces that a user namespace's socket takes.
+    for hundred in 10..20 {
+        let rule = |port| format!("add rule inet fw c tcp dport {port} ip saddr 192.0.2.{} accept\n", port % 250);
+        net.nft(&(hundred * 100..(hundred + 1) * 100).map(rule).collect::<String>());
+    }
+    (0..30).for_each(|number| net.sh(&format!("ip link add v{number}a type veth peer name v{number}b")));
+    // The best of a few: other tests run at the same time.
+    let measure = || {
+        let begin = Instant::now();
+        net.run(check);
+        begin.elapsed()
+    };
+    let best = (0..10).map(|_| measure()).min().unwrap();
+    println!("{best:?}");
+    assert!(best < Duration::from_millis(100), "{best:?}");
+}
+
+/// In a process of its own, without capabilities: another tests this by starting it.
+#[test]
+fn without_privileges_it_says_what_it_cannot_see() {
+    const ALONE: &str = "TPROXY_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        let found = check();
+        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.found, f.cure));
+        return;
+    }
+    let net = Net::new();
+    net.sh("ip rule del pref 32766; sysctl -qw net.ipv4.ip_local_port_range='40000 40003'");
+    let output = net.command(
+        "setpriv",
+        &[
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+            "--",
+            "env",
+            &format!("{ALONE}=1"),
+            std::env::current_exe().unwrap().to_str().unwrap(),
+            "--exact",
+            "without_privileges_it_says_what_it_cannot_see",
+            "--nocapture",
+        ],
+    );
+    for expected in [
+        "finding 2 privilege.net_admin ",
+        "finding 3 privilege.transparent IPv4",
+        "finding 1 check.unseen nf_tables",
+        "finding 3 rule.main_missing ",
+        "finding 2 sysctl.ip_local_port_range",
+    ] {
+        assert!(output.contains(expected), "{expected}: {output}");
+    }
+    assert!(output.contains("| setcap cap_net_admin,cap_net_raw+ep /"), "{output}");
+}
+
+#[test]
+fn a_callback_is_needed() {
+    // SAFETY: no function is called.
+    let failed = checked(unsafe { tp_check(None, std::ptr::null_mut()) }).unwrap_err();
+    assert_eq!((failed.errno, failed.sentence.as_str()), (libc::EFAULT, "report is NULL"));
+}

@@ -1,0 +1,651 @@
+//! Hosts on which transparent proxying fails silently: each is made, is shown to break traffic, is named by its
+//! finding's id, and works again once the command that the finding prints was run.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::*;
+use tproxy::ffi::*;
+
+/// Long enough for what works, on a busy machine; what is broken takes all of it.
+const SOON: Duration = Duration::from_millis(900);
+
+/// Who intercepts port 80 for the listener on port 3129.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Library,
+    LibraryWith(u32),
+    /// The recipe of the kernel's documentation, with mark 1 and table 100.
+    Iptables,
+    IptablesLegacy,
+    Nft,
+}
+use By::*;
+
+const IPTABLES: &str = "for ip in IP ip6SIX; do
+    $ip -t mangle -N DIVERT
+    $ip -t mangle -A PREROUTING -p tcp -m socket -j DIVERT
+    $ip -t mangle -A DIVERT -j MARK --set-mark 1
+    $ip -t mangle -A DIVERT -j ACCEPT
+    $ip -t mangle -A PREROUTING -p tcp --dport 80 -j TPROXY --on-port 3129 --tproxy-mark 1
+    done";
+const NFT: &str = "nft 'table inet byhand {
+    chain pre { type filter hook prerouting priority mangle;
+        socket transparent 1 socket wildcard 0 meta mark set 1 accept
+        meta l4proto tcp th dport 80 tproxy to :3129 meta mark set 1 accept
+    }
+}'";
+const ROUTES: &str =
+    "for f in -4 -6; do ip $f rule add fwmark 1 lookup 100; ip $f route add local default dev lo table 100; done";
+
+/// What a client tries.
+#[derive(Clone, Copy)]
+enum Flow {
+    /// Port 80 of the server; the proxy answers.
+    Proxied(fn() -> Hosts),
+    /// Port 81 of the server, which is forwarded.
+    Forwarded(fn() -> Hosts),
+    /// Port 82 of the proxy's host itself.
+    Own(fn() -> Hosts),
+}
+use Flow::*;
+
+struct Row {
+    id: &'static str,
+    by: By,
+    /// What spoils the proxy's host, by `sh`.
+    spoil: &'static str,
+    broken: Flow,
+}
+
+const fn row(id: &'static str, by: By, spoil: &'static str, broken: Flow) -> Row {
+    Row { id, by, spoil, broken }
+}
+
+/// client --- proxy --- server, and who answers what.
+struct World<'a> {
+    lab: &'a Lab,
+}
+
+impl World<'_> {
+    fn works(&self, flow: Flow) -> bool {
+        let (to, words) = match flow {
+            Proxied(hosts) => (at(hosts().server, 80), "proxy"),
+            Forwarded(hosts) => (at(hosts().server, 81), "server"),
+            Own(hosts) => (at(hosts().proxy, 82), "own"),
+        };
+        self.lab.client.run(|| said(to)).is_ok_and(|answer| answer == words)
+    }
+}
+
+fn said(to: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, SOON)?;
+    stream.set_read_timeout(Some(SOON))?;
+    stream.write_all(b"?")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn install(by: By, proxy: &Net, listener: &TcpListener) -> Option<Rules> {
+    let rules = |flags| Some(proxy.run(|| install_rules(listener.as_raw_fd(), flags)).unwrap());
+    let by_hand = |script: &str| {
+        proxy.sh(script);
+        proxy.sh(ROUTES);
+        None
+    };
+    match by {
+        Library => rules(0),
+        LibraryWith(flags) => rules(flags),
+        Iptables => by_hand(&IPTABLES.replace("IP", "iptables-nft").replace("ip6SIX", "ip6tables-nft")),
+        IptablesLegacy => by_hand(&IPTABLES.replace("IP", "iptables-legacy").replace("ip6SIX", "ip6tables-legacy")),
+        Nft => by_hand(NFT),
+    }
+}
+
+fn install_rules(listener: i32, flags: u32) -> Result<Rules, Failed> {
+    let port = tp_port_range { first: 80, last: 80 };
+    Rules::install(&tp_rules_config {
+        listeners: &raw const listener,
+        n_listeners: 1,
+        ports: &raw const port,
+        n_ports: 1,
+        flags,
+        ..config()
+    })
+}
+
+/// A host where all is well, and then what the test does with it.
+fn world(by: By, test: impl FnOnce(&World<'_>)) {
+    let lab = Lab::new();
+    let (one, other) = (lab.serve(80), lab.serve(81));
+    let own = lab.proxy.run(|| TcpListener::bind(at(ip("::"), 82)).unwrap());
+    let listener = match by {
+        LibraryWith(flags) if flags & TP_RULES_REDIRECT != 0 => {
+            lab.proxy.run(|| TcpListener::bind("127.0.0.1:3129").unwrap())
+        }
+        _ => lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap(),
+    };
+    if by == LibraryWith(TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT) {
+        lab.proxy.sysctl("ipv4/conf/all/route_localnet", "1");
+    }
+    let _rules = install(by, &lab.proxy, &listener);
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let answering = [(&one, "server"), (&other, "server"), (&own, "own"), (&listener, "proxy")];
+        for (listener, words) in answering {
+            let enough = &enough;
+            scope.spawn(move || answer_all(listener, words, enough));
+        }
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&World { lab: &lab })));
+        enough.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+/// Breaks, names, cures; what went otherwise is the error.
+fn tried(row: &Row) -> Result<(), String> {
+    let mut outcome = Ok(());
+    world(row.by, |world| outcome = tried_in(row, world));
+    outcome
+}
+
+fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
+    let proxy = &world.lab.proxy;
+    let must = |yes: bool, what: &str, found: &[Found]| match yes {
+        true => Ok(()),
+        false => Err(format!("{} ({}): {what} {:#?}", row.id, row.spoil, troubles(found))),
+    };
+    must(world.works(row.broken), "it never worked", &[])?;
+    let before = proxy.run(check);
+    must(troubles(&before).is_empty(), "a healthy host is warned", &before)?;
+    proxy.sh(row.spoil);
+    must(!world.works(row.broken), "it still works", &[])?;
+    let found = proxy.run(check);
+    let named: Vec<&Found> = troubles(&found).into_iter().filter(|finding| finding.id == row.id).collect();
+    must(!named.is_empty(), "not named among", &found)?;
+    for finding in named {
+        must(!finding.cure.is_empty() && !finding.cure.contains("{"), "no cure", &found)?;
+        proxy.sh(&finding.cure);
+    }
+    let after = proxy.run(check);
+    must(world.works(row.broken), "not cured by these; left is", &[found, after.clone()].concat())?;
+    must(troubles(&after).iter().all(|finding| finding.id != row.id), "still found", &after)
+}
+
+fn all(rows: &[Row]) {
+    let mut failed = Vec::new();
+    // A few at a time: each has three hosts.
+    for some in rows.chunks(4) {
+        std::thread::scope(|scope| {
+            let tests: Vec<_> = some.iter().map(|row| scope.spawn(move || tried(row))).collect();
+            failed.extend(tests.into_iter().filter_map(|test| test.join().unwrap().err()));
+        });
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+#[test]
+fn routing() {
+    all(&[
+        row("route.loopback_down", Library, "ip link set lo down", Proxied(v6)),
+        row("route.missing", Library, "ip route flush table 7470", Proxied(v4)),
+        row("route.missing", Library, "ip -6 route flush table 7470", Proxied(v6)),
+        row("route.missing", Nft, "ip route flush table 100", Proxied(v4)),
+        row("route.foreign", Library, "ip route add 203.0.113.0/24 dev eth1 table 7470", Proxied(v4)),
+        row("rule.missing", Library, "ip rule del pref 201", Proxied(v4)),
+        row("rule.missing", Library, "ip -6 rule del pref 201", Proxied(v6)),
+        row("rule.missing", Iptables, "ip -6 rule del fwmark 1", Proxied(v6)),
+        row(
+            "rule.guard_missing",
+            Library,
+            "ip rule del pref 200; sysctl -qw net.ipv4.conf.all.src_valid_mark=1",
+            Proxied(v4),
+        ),
+        row("rule.shadowed", Library, "ip rule add pref 100 lookup main", Proxied(v4)),
+        row("rule.shadowed", Library, "ip -6 rule add pref 100 blackhole", Proxied(v6)),
+        row("rule.shadowed", Library, "ip -6 rule add pref 100 iif eth0 prohibit", Proxied(v6)),
+        row("rule.shadowed", Nft, "ip rule add pref 100 lookup main", Proxied(v4)),
+        row(
+            "rule.mark_collision",
+            Library,
+            "ip rule add pref 150 fwmark 0x2000/0x2000 lookup 50; ip route add unreachable default table 50",
+            Proxied(v4),
+        ),
+        row("rule.table_shared", Library, "ip rule add pref 150 from 198.51.100.0/24 lookup 7470", Forwarded(v4)),
+        row("rule.local_missing", Library, "ip rule del pref 0", Own(v4)),
+        row("rule.local_missing", Library, "ip -6 rule del pref 0", Own(v6)),
+        row("rule.main_missing", Library, "ip rule del pref 32766", Proxied(v4)),
+        row("rule.main_missing", Library, "ip -6 rule del pref 32766", Proxied(v6)),
+    ]);
+}
+
+#[test]
+fn sysctls() {
+    all(&[
+        row("sysctl.src_valid_mark", Iptables, "sysctl -qw net.ipv4.conf.all.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.src_valid_mark", IptablesLegacy, "sysctl -qw net.ipv4.conf.eth0.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.src_valid_mark", Nft, "sysctl -qw net.ipv4.conf.all.src_valid_mark=1", Proxied(v4)),
+        row("sysctl.tcp_fwmark_accept", Nft, "sysctl -qw net.ipv4.tcp_fwmark_accept=1", Proxied(v4)),
+        row("sysctl.tcp_fwmark_accept", Iptables, "sysctl -qw net.ipv4.tcp_fwmark_accept=1", Proxied(v6)),
+        row("sysctl.ip_forward", Library, "sysctl -qw net.ipv4.ip_forward=0", Forwarded(v4)),
+        row("sysctl.forwarding_v6", Library, "sysctl -qw net.ipv6.conf.all.forwarding=0", Forwarded(v6)),
+        row("sysctl.forwarding_interface", Library, "sysctl -qw net.ipv4.conf.eth0.forwarding=0", Forwarded(v4)),
+        row("sysctl.disable_ipv6", Library, "sysctl -qw net.ipv6.conf.lo.disable_ipv6=1", Proxied(v6)),
+    ]);
+}
+
+#[test]
+fn filters_of_others() {
+    all(&[
+        row(
+            "filter.prerouting_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority raw; tcp dport 80 drop; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.prerouting_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority filter; tcp dport { 80, 443 } drop; }\n}'",
+            Proxied(v6),
+        ),
+        row("filter.prerouting_drop", Library, "iptables-legacy -t raw -A PREROUTING -p tcp --dport 80 -j DROP", Proxied(v4)),
+        row(
+            "filter.input_drop",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook input priority filter; policy drop;
+                ct state established,related accept; ct state invalid drop; iifname lo accept; meta l4proto icmpv6 accept;
+                tcp dport { 22, 82 } accept; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "nft 'table ip6 fw { chain open { tcp dport 22 accept; }
+                chain c { type filter hook input priority filter; jump open; meta l4proto icmpv6 accept; reject; }\n}'",
+            Proxied(v6),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "iptables-nft -P INPUT DROP; iptables-nft -A INPUT -i lo -j ACCEPT; iptables-nft -A INPUT -p tcp --dport 22 -j ACCEPT
+             iptables-nft -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+            Proxied(v4),
+        ),
+        row(
+            "filter.input_drop",
+            Library,
+            "ip6tables-legacy -N good; ip6tables-legacy -A good -p tcp --dport 22 -j ACCEPT; ip6tables-legacy -A INPUT -j good
+             ip6tables-legacy -A INPUT -p icmpv6 -j ACCEPT; ip6tables-legacy -P INPUT DROP",
+            Proxied(v6),
+        ),
+        row(
+            "filter.output_drop",
+            Library,
+            "nft 'table ip fw { chain c { type filter hook output priority filter; policy drop; }\n}'",
+            Proxied(v4),
+        ),
+        row("filter.output_drop", Library, "iptables-nft -P OUTPUT DROP", Proxied(v4)),
+        row(
+            "filter.mark_overwritten",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -140; meta mark set 0x40000; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.mark_overwritten",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -100; iifname eth0 meta mark set ct mark; }\n}'",
+            Proxied(v6),
+        ),
+        row(
+            "filter.mark_collision",
+            Library,
+            "nft 'table inet fw { chain c { type filter hook prerouting priority -200; tcp dport 81 meta mark set 0x2000; }\n}'",
+            Forwarded(v4),
+        ),
+        row(
+            "filter.mark_collision",
+            Library,
+            "ip6tables-nft -t mangle -A PREROUTING -p tcp --dport 81 -j MARK --or-mark 0x2000",
+            Forwarded(v6),
+        ),
+        row(
+            "filter.nat",
+            Library,
+            "nft 'table ip fw { chain c { type nat hook prerouting priority -190; tcp dport 80 redirect to :82; }\n}'",
+            Proxied(v4),
+        ),
+        row("filter.rpfilter", Nft, FIREWALLD, Proxied(v6)),
+        row("filter.rpfilter", Iptables, FIREWALLD, Proxied(v4)),
+    ]);
+}
+
+/// As firewalld's IPv6_rpfilter, for both families.
+const FIREWALLD: &str =
+    "nft 'table inet firewalld { chain filter_PREROUTING { type filter hook prerouting priority filter + 10;
+    icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept; fib saddr . mark . iif oif missing drop; }\n}'";
+
+#[test]
+fn another_proxy_takes_the_packets() {
+    world(Library, |world| {
+        let proxy = &world.lab.proxy;
+        let other = proxy.run(|| listen("[::]:9999".parse().unwrap(), 0)).unwrap();
+        let row = row(
+            "filter.tproxy_elsewhere",
+            Library,
+            "nft 'table inet other { chain c { type filter hook prerouting priority -140
+                tcp dport 80 tproxy to :9999 meta mark set 1 accept\n}\n}'; RULES",
+            Proxied(v4),
+        );
+        let spoil: &'static str = row.spoil.replace("RULES", ROUTES).leak();
+        let enough = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| answer_all(&other, "other", &enough));
+            let outcome = tried_in(&Row { spoil, ..row }, world);
+            enough.store(true, Ordering::Relaxed);
+            outcome.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_listener_on_loopback_behind_redirection() {
+    tried(&row(
+        "sysctl.route_localnet",
+        LibraryWith(TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT),
+        "sysctl -qw net.ipv4.conf.all.route_localnet=0",
+        Proxied(v4),
+    ))
+    .unwrap();
+}
+
+#[test]
+fn bridges_that_filter_ip() {
+    for (id, family, hosts) in [
+        ("sysctl.bridge_nf_call_iptables", "bridge-nf-call-iptables", v4 as fn() -> Hosts),
+        ("sysctl.bridge_nf_call_ip6tables", "bridge-nf-call-ip6tables", v6),
+    ] {
+        world(Library, |world| {
+            // The client's link becomes a port of a bridge, which has its addresses.
+            let proxy = &world.lab.proxy;
+            proxy.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0
+                ip link add br0 address 02:00:00:00:00:0b type bridge; ip link set eth0 master br0; ip link set br0 up
+                ip addr flush dev eth0; ip addr add 198.51.100.1/24 dev br0; ip addr add 2001:db8:1::1/64 dev br0 nodad");
+            proxy.ready(&["br0"]);
+            let spoil = format!("sysctl -qw net.bridge.{family}=1");
+            tried_in(&Row { id, by: Library, spoil: spoil.leak(), broken: Proxied(hosts) }, world).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_client_that_comes_in_by_another_interface() {
+    world(Library, |world| {
+        let lab = world.lab;
+        Net::link((&lab.client, "eth9", &["192.0.2.2/24"]), (&lab.proxy, "eth9", &["192.0.2.1/24"]));
+        // The client's own network is reached by one link, and its packets come by the other.
+        lab.client.sh("ip route add 203.0.113.2 via 192.0.2.1 src 198.51.100.2");
+        let row = row("sysctl.rp_filter", Library, "sysctl -qw net.ipv4.conf.all.rp_filter=1", Proxied(v4));
+        tried_in(&row, world).unwrap();
+    });
+}
+
+#[test]
+fn few_local_ports_are_few_connections_onward() {
+    world(Library, |world| {
+        let proxy = &world.lab.proxy;
+        let onward = || {
+            let connect = || connect_from(at(v4().client, 0), at(v4().server, 81), 0);
+            proxy.run(|| (0..9).map(|_| connect()).collect::<Vec<_>>()).into_iter().filter(Result::is_ok).count()
+        };
+        assert_eq!(onward(), 9);
+        proxy.sh("sysctl -qw net.ipv4.ip_local_port_range='40000 40003'");
+        assert!(onward() < 9, "the range is of no account");
+        cured(proxy, "sysctl.ip_local_port_range", TP_WARNING);
+        assert_eq!(onward(), 9);
+    });
+}
+
+/// Finds it, runs its cure, and finds it no more.
+fn cured(net: &Net, id: &str, severity: u32) {
+    let found = net.run(check);
+    let one = found.iter().find(|finding| finding.id == id && finding.severity == severity);
+    let one = one.unwrap_or_else(|| panic!("{id} not found among {found:#?}"));
+    net.sh(&one.cure);
+    let after = net.run(check);
+    assert!(after.iter().all(|finding| finding.id != id || finding.severity == TP_OK), "{after:#?}");
+}
+
+/// Whom the server sees when the proxy connects onward as the client.
+fn seen_by_server(lab: &Lab, hosts: Hosts, flags: u32) -> Option<SocketAddr> {
+    let server = lab.serve(83);
+    let from = at(hosts.client, 4000);
+    let onward = lab.proxy.run(|| connect_from(from, at(hosts.server, 83), flags | TP_NONBLOCK));
+    let (_, peer) = accept_within(&server, SOON)?;
+    drop(onward);
+    Some(peer)
+}
+
+#[test]
+fn masquerading_hides_the_client_from_the_server() {
+    for spoil in [
+        "nft 'table inet fw { chain c { type nat hook postrouting priority srcnat; oifname eth1 masquerade\n}\n}'",
+        "for ip in ip ip6; do ${ip}tables-nft -t nat -A POSTROUTING -o eth1 -j MASQUERADE; done",
+        "for ip in ip ip6; do ${ip}tables-legacy -t nat -A POSTROUTING -o eth1 -j MASQUERADE; done",
+    ] {
+        let lab = Lab::new();
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+        lab.proxy.sh(spoil);
+        for hosts in [v4(), v6()] {
+            assert_ne!(seen_by_server(&lab, hosts, 0).unwrap().ip(), hosts.client, "{spoil}");
+        }
+        let found = lab.proxy.run(check);
+        let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
+        cures.for_each(|finding| lab.proxy.sh(&finding.cure));
+        for hosts in [v4(), v6()] {
+            assert_eq!(seen_by_server(&lab, hosts, 0).unwrap().ip(), hosts.client, "{spoil}");
+            // What the router forwards is translated as before.
+            let server = lab.serve(84);
+            lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 84), PATIENCE)).unwrap();
+            assert_ne!(accept(&server).1.ip(), hosts.client, "{spoil}");
+        }
+    }
+}
+
+/// This kernel's connection tracking bears both halves in one entry; it is named all the same, and cured.
+#[test]
+fn connection_tracking_is_named_and_spared() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+    let entries = || lab.proxy.run(|| std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap());
+    lab.proxy
+        .sh("nft 'table inet fw { chain in { type filter hook input priority filter; ct state invalid drop\n}\n}'");
+    assert!(seen_by_server(&lab, v4(), TP_KEEP_PORT).is_some() && entries() != "0\n", "nothing is tracked");
+    cured(&lab.proxy, "conntrack.keep_port", TP_NOTE);
+    let before = entries();
+    assert!(seen_by_server(&lab, v6(), TP_KEEP_PORT).is_some());
+    assert_eq!(entries(), before, "the connection is tracked");
+}
+
+const HOLD: &str = "TPROXY_TEST_HOLD";
+
+/// What a process does that has rules, until it is killed.
+fn hold(how: &str) {
+    let flags = if how == "persist" { TP_RULES_PERSIST } else { 0 };
+    let backend = if how == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
+    let port = tp_port_range { first: 80, last: 80 };
+    let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+    let fd = listener.as_raw_fd();
+    let _rules = Rules::install(&tp_rules_config {
+        listeners: &raw const fd,
+        n_listeners: 1,
+        ports: &raw const port,
+        n_ports: 1,
+        flags,
+        backend,
+        ..config()
+    })
+    .unwrap();
+    let replaced = |by: fn() -> TcpListener, listener| {
+        drop(listener);
+        by()
+    };
+    let listener = match how {
+        "plain" => replaced(|| TcpListener::bind("[::]:3129").unwrap(), listener),
+        "loopback" => replaced(|| listen("127.0.0.1:3129".parse().unwrap(), 0).unwrap(), listener),
+        "gone" => replaced(|| TcpListener::bind("[::]:3130").unwrap(), listener),
+        _ => listener,
+    };
+    if how == "full" {
+        // SAFETY: a listening socket of ours; the number of connections that may wait is made smaller.
+        assert_eq!(unsafe { libc::listen(fd, 1) }, 0);
+    }
+    if how == "few" {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: room for the limit, and a limit.
+        unsafe {
+            libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+            // The next descriptor would have this number.
+            limit.rlim_cur = std::fs::File::open("/dev/null").unwrap().as_raw_fd() as libc::rlim_t;
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+        }
+    }
+    println!("held");
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while how != "full" && std::time::Instant::now() < deadline {
+        if how == "few" {
+            // What the process can say of itself.
+            let command = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING);
+            command.into_iter().for_each(|finding| println!("cure: {}", finding.cure));
+        }
+        if let Ok((mut stream, _)) = listener.accept() {
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"proxy"));
+        } else {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+/// A process that holds rules in a lab, in which a server answers too.
+fn held(how: &str, test: impl FnOnce(&World<'_>, &mut Child)) {
+    let lab = Lab::new();
+    let server = lab.serve(80);
+    let mut child = lab.proxy.run(|| {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "rules_and_their_process", "--nocapture"])
+            .env(HOLD, how)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.ends_with("held\n") {
+        line.clear();
+        assert_ne!(output.read_line(&mut line).unwrap(), 0, "{how}: it installed nothing");
+    }
+    child.stdout = Some(output.into_inner());
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| answer_all(&server, "server", &enough));
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&World { lab: &lab }, &mut child)));
+        enough.store(true, Ordering::Relaxed);
+        let _ = child.kill();
+        child.wait().unwrap();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+/// Somebody answers on the port that is intercepted.
+fn answered(world: &World<'_>, hosts: Hosts) -> bool {
+    world.lab.client.run(|| said(at(hosts.server, 80))).is_ok()
+}
+
+#[test]
+fn rules_and_their_process() {
+    if let Ok(how) = std::env::var(HOLD) {
+        return hold(&how);
+    }
+    for (how, id, hosts) in [
+        ("gone", "listener.gone", v4 as fn() -> Hosts),
+        ("gone", "listener.gone", v6),
+        ("plain", "listener.not_transparent", v4),
+        ("plain", "listener.not_transparent", v6),
+        ("loopback", "listener.unreachable", v4),
+    ] {
+        held(how, |world, child| {
+            assert!(!answered(world, hosts()), "{id}: it works");
+            cured(&world.lab.proxy, id, TP_FAILURE);
+            child.wait().unwrap();
+            assert!(answered(world, hosts()), "{id}: not cured");
+        });
+    }
+}
+
+#[test]
+fn a_process_that_is_stopped() {
+    held("serve", |world, child| {
+        assert!(answered(world, v4()));
+        world.lab.proxy.sh(&format!("kill -STOP {}", child.id()));
+        assert!(!answered(world, v4()));
+        cured(&world.lab.proxy, "owner.stopped", TP_FAILURE);
+        assert!(answered(world, v4()) && answered(world, v6()));
+    });
+}
+
+#[test]
+fn rules_that_outlive_their_process() {
+    for (how, id) in [("persist", "instance.orphaned"), ("iptables", "instance.iptables_orphaned")] {
+        held(how, |world, child| {
+            assert!(answered(world, v4()) && answered(world, v6()));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!answered(world, v4()) && !answered(world, v6()), "{id}: it works");
+            cured(&world.lab.proxy, id, TP_FAILURE);
+            assert!(answered(world, v4()) && answered(world, v6()), "{id}: not cured");
+            let left = world.lab.proxy.run(check);
+            if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
+                world.lab.proxy.sh(&routing.cure);
+            }
+            assert!(!world.lab.proxy.ip("rule").contains("7470"), "routing is left");
+        });
+    }
+}
+
+#[test]
+fn a_queue_that_is_full() {
+    held("full", |world, _| {
+        let attempt = || world.lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), SOON)).ok();
+        let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
+        assert!(open.iter().any(Option::is_none), "the queue has room");
+        let found = world.lab.proxy.run(check);
+        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_WARNING), "{found:#?}");
+    });
+}
+
+#[test]
+fn a_process_with_few_descriptors() {
+    held("few", |world, child| {
+        assert!(!answered(world, v4()), "it has descriptors");
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        world.lab.proxy.sh(line.strip_prefix("cure: ").unwrap());
+        // The connection that waited is served first, to nobody.
+        assert!(answered(world, v4()) && answered(world, v6()));
+        child.stdout = Some(output.into_inner());
+    });
+}

@@ -1,0 +1,36 @@
+//! `docs/troubleshooting.md` is what the table of findings says.
+
+use std::path::Path;
+
+#[test]
+fn the_committed_page_is_what_the_findings_say() {
+    let page = tproxy::check::page();
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/troubleshooting.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::create_dir_all(committed.parent().unwrap()).unwrap();
+        std::fs::write(&committed, &page).unwrap();
+    }
+    let committed = std::fs::read_to_string(&committed).unwrap_or_default();
+    assert!(
+        committed == page,
+        "docs/troubleshooting.md differs from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --test troubleshooting` \
+         writes it anew"
+    );
+}
+
+#[test]
+fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
+    let mut seen = std::collections::BTreeSet::new();
+    for kind in tproxy::check::KINDS {
+        assert!(seen.insert(kind.id), "{} is there twice", kind.id);
+        assert!(
+            kind.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._".contains(&b)),
+            "{}",
+            kind.id
+        );
+        for text in [kind.cause, kind.effect] {
+            assert!(text.ends_with('.'), "{}: {text:?}", kind.id);
+        }
+        assert!(!kind.symptom.ends_with('.') && (!kind.symptom.is_empty() || kind.cure.is_empty()), "{}", kind.id);
+    }
+}
