@@ -15,6 +15,8 @@ use tproxy::ffi::*;
 enum By {
     Library,
     LibraryWith(u32),
+    /// What somebody else had there before.
+    LibraryAfter(&'static str),
     /// The recipe of the kernel's documentation, with mark 1 and table 100.
     Iptables,
     IptablesLegacy,
@@ -87,6 +89,10 @@ fn install(by: By, proxy: &Net, listener: &TcpListener) -> Option<Rules> {
     };
     match by {
         Library => rules(0),
+        LibraryAfter(before) => {
+            proxy.sh(before);
+            rules(0)
+        }
         LibraryWith(flags) => rules(flags),
         Iptables => by_hand(&IPTABLES.replace("IP", "iptables-nft").replace("ip6SIX", "ip6tables-nft")),
         IptablesLegacy => by_hand(&IPTABLES.replace("IP", "iptables-legacy").replace("ip6SIX", "ip6tables-legacy")),
@@ -306,6 +312,12 @@ fn filters_of_others() {
             "filter.nat",
             Library,
             "nft 'table ip fw { chain c { type nat hook prerouting priority -190; tcp dport 80 redirect to :82; }\n}'",
+            Proxied(v4),
+        ),
+        row(
+            "filter.mark_overwritten",
+            LibraryAfter("iptables-nft -t mangle -A PREROUTING -p udp --dport 9 -j MARK --set-mark 1"),
+            "iptables-nft -t mangle -A PREROUTING -p tcp --dport 80 -j MARK --set-mark 1",
             Proxied(v4),
         ),
         row("filter.rpfilter", Nft, FIREWALLD, Proxied(v6)),
