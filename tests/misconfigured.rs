@@ -3,24 +3,20 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use common::*;
 use tproxy::ffi::*;
-
-/// Long enough for what works, on a busy machine; what is broken takes all of it.
-const SOON: Duration = Duration::from_millis(900);
 
 /// Who intercepts port 80 for the listener on port 3129.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
     Library,
     LibraryWith(u32),
+    /// What somebody else had there before.
+    LibraryAfter(&'static str),
     /// The recipe of the kernel's documentation, with mark 1 and table 100.
     Iptables,
     IptablesLegacy,
@@ -84,16 +80,6 @@ impl World<'_> {
     }
 }
 
-fn said(to: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&to, SOON)?;
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(b"?")?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
 fn install(by: By, proxy: &Net, listener: &TcpListener) -> Option<Rules> {
     let rules = |flags| Some(proxy.run(|| install_rules(listener.as_raw_fd(), flags)).unwrap());
     let by_hand = |script: &str| {
@@ -103,6 +89,10 @@ fn install(by: By, proxy: &Net, listener: &TcpListener) -> Option<Rules> {
     };
     match by {
         Library => rules(0),
+        LibraryAfter(before) => {
+            proxy.sh(before);
+            rules(0)
+        }
         LibraryWith(flags) => rules(flags),
         Iptables => by_hand(&IPTABLES.replace("IP", "iptables-nft").replace("ip6SIX", "ip6tables-nft")),
         IptablesLegacy => by_hand(&IPTABLES.replace("IP", "iptables-legacy").replace("ip6SIX", "ip6tables-legacy")),
@@ -324,6 +314,12 @@ fn filters_of_others() {
             "nft 'table ip fw { chain c { type nat hook prerouting priority -190; tcp dport 80 redirect to :82; }\n}'",
             Proxied(v4),
         ),
+        row(
+            "filter.mark_overwritten",
+            LibraryAfter("iptables-nft -t mangle -A PREROUTING -p udp --dport 9 -j MARK --set-mark 1"),
+            "iptables-nft -t mangle -A PREROUTING -p tcp --dport 80 -j MARK --set-mark 1",
+            Proxied(v4),
+        ),
         row("filter.rpfilter", Nft, FIREWALLD, Proxied(v6)),
         row("filter.rpfilter", Iptables, FIREWALLD, Proxied(v4)),
     ]);
@@ -415,16 +411,6 @@ fn few_local_ports_are_few_connections_onward() {
     });
 }
 
-/// Finds it, runs its cure, and finds it no more.
-fn cured(net: &Net, id: &str, severity: u32) {
-    let found = net.run(check);
-    let one = found.iter().find(|finding| finding.id == id && finding.severity == severity);
-    let one = one.unwrap_or_else(|| panic!("{id} not found among {found:#?}"));
-    net.sh(&one.cure);
-    let after = net.run(check);
-    assert!(after.iter().all(|finding| finding.id != id || finding.severity == TP_OK), "{after:#?}");
-}
-
 /// Whom the server sees when the proxy connects onward as the client.
 fn seen_by_server(lab: &Lab, hosts: Hosts, flags: u32) -> Option<SocketAddr> {
     let server = lab.serve(83);
@@ -476,176 +462,4 @@ fn connection_tracking_is_named_and_spared() {
     let before = entries();
     assert!(seen_by_server(&lab, v6(), TP_KEEP_PORT).is_some());
     assert_eq!(entries(), before, "the connection is tracked");
-}
-
-const HOLD: &str = "TPROXY_TEST_HOLD";
-
-/// What a process does that has rules, until it is killed.
-fn hold(how: &str) {
-    let flags = if how == "persist" { TP_RULES_PERSIST } else { 0 };
-    let backend = if how == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
-    let port = tp_port_range { first: 80, last: 80 };
-    let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
-    let fd = listener.as_raw_fd();
-    let _rules = Rules::install(&tp_rules_config {
-        listeners: &raw const fd,
-        n_listeners: 1,
-        ports: &raw const port,
-        n_ports: 1,
-        flags,
-        backend,
-        ..config()
-    })
-    .unwrap();
-    let replaced = |by: fn() -> TcpListener, listener| {
-        drop(listener);
-        by()
-    };
-    let listener = match how {
-        "plain" => replaced(|| TcpListener::bind("[::]:3129").unwrap(), listener),
-        "loopback" => replaced(|| listen("127.0.0.1:3129".parse().unwrap(), 0).unwrap(), listener),
-        "gone" => replaced(|| TcpListener::bind("[::]:3130").unwrap(), listener),
-        _ => listener,
-    };
-    if how == "full" {
-        // SAFETY: a listening socket of ours; the number of connections that may wait is made smaller.
-        assert_eq!(unsafe { libc::listen(fd, 1) }, 0);
-    }
-    if how == "few" {
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: room for the limit, and a limit.
-        unsafe {
-            libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-            // The next descriptor would have this number.
-            limit.rlim_cur = std::fs::File::open("/dev/null").unwrap().as_raw_fd() as libc::rlim_t;
-            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
-        }
-    }
-    println!("held");
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
-    while how != "full" && std::time::Instant::now() < deadline {
-        if how == "few" {
-            // What the process can say of itself.
-            let command = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING);
-            command.into_iter().for_each(|finding| println!("cure: {}", finding.cure));
-        }
-        if let Ok((mut stream, _)) = listener.accept() {
-            stream.set_read_timeout(Some(SOON)).unwrap();
-            let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"proxy"));
-        } else {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-    std::thread::sleep(Duration::from_secs(60));
-}
-
-/// A process that holds rules in a lab, in which a server answers too.
-fn held(how: &str, test: impl FnOnce(&World<'_>, &mut Child)) {
-    let lab = Lab::new();
-    let server = lab.serve(80);
-    let mut child = lab.proxy.run(|| {
-        Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "rules_and_their_process", "--nocapture"])
-            .env(HOLD, how)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap()
-    });
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    while !line.ends_with("held\n") {
-        line.clear();
-        assert_ne!(output.read_line(&mut line).unwrap(), 0, "{how}: it installed nothing");
-    }
-    child.stdout = Some(output.into_inner());
-    let enough = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| answer_all(&server, "server", &enough));
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&World { lab: &lab }, &mut child)));
-        enough.store(true, Ordering::Relaxed);
-        let _ = child.kill();
-        child.wait().unwrap();
-        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    });
-}
-
-/// Somebody answers on the port that is intercepted.
-fn answered(world: &World<'_>, hosts: Hosts) -> bool {
-    world.lab.client.run(|| said(at(hosts.server, 80))).is_ok()
-}
-
-#[test]
-fn rules_and_their_process() {
-    if let Ok(how) = std::env::var(HOLD) {
-        return hold(&how);
-    }
-    for (how, id, hosts) in [
-        ("gone", "listener.gone", v4 as fn() -> Hosts),
-        ("gone", "listener.gone", v6),
-        ("plain", "listener.not_transparent", v4),
-        ("plain", "listener.not_transparent", v6),
-        ("loopback", "listener.unreachable", v4),
-    ] {
-        held(how, |world, child| {
-            assert!(!answered(world, hosts()), "{id}: it works");
-            cured(&world.lab.proxy, id, TP_FAILURE);
-            child.wait().unwrap();
-            assert!(answered(world, hosts()), "{id}: not cured");
-        });
-    }
-}
-
-#[test]
-fn a_process_that_is_stopped() {
-    held("serve", |world, child| {
-        assert!(answered(world, v4()));
-        world.lab.proxy.sh(&format!("kill -STOP {}", child.id()));
-        assert!(!answered(world, v4()));
-        cured(&world.lab.proxy, "owner.stopped", TP_FAILURE);
-        assert!(answered(world, v4()) && answered(world, v6()));
-    });
-}
-
-#[test]
-fn rules_that_outlive_their_process() {
-    for (how, id) in [("persist", "instance.orphaned"), ("iptables", "instance.iptables_orphaned")] {
-        held(how, |world, child| {
-            assert!(answered(world, v4()) && answered(world, v6()));
-            child.kill().unwrap();
-            child.wait().unwrap();
-            assert!(!answered(world, v4()) && !answered(world, v6()), "{id}: it works");
-            cured(&world.lab.proxy, id, TP_FAILURE);
-            assert!(answered(world, v4()) && answered(world, v6()), "{id}: not cured");
-            let left = world.lab.proxy.run(check);
-            if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
-                world.lab.proxy.sh(&routing.cure);
-            }
-            assert!(!world.lab.proxy.ip("rule").contains("7470"), "routing is left");
-        });
-    }
-}
-
-#[test]
-fn a_queue_that_is_full() {
-    held("full", |world, _| {
-        let attempt = || world.lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), SOON)).ok();
-        let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
-        assert!(open.iter().any(Option::is_none), "the queue has room");
-        let found = world.lab.proxy.run(check);
-        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_WARNING), "{found:#?}");
-    });
-}
-
-#[test]
-fn a_process_with_few_descriptors() {
-    held("few", |world, child| {
-        assert!(!answered(world, v4()), "it has descriptors");
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        world.lab.proxy.sh(line.strip_prefix("cure: ").unwrap());
-        // The connection that waited is served first, to nobody.
-        assert!(answered(world, v4()) && answered(world, v6()));
-        child.stdout = Some(output.into_inner());
-    });
 }

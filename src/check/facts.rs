@@ -32,7 +32,7 @@ pub(super) struct Facts {
     pub kernel: String,
     /// By family, whether a socket was made transparent.
     pub transparent: Vec<(Family, Result<(), Error>)>,
-    /// What nf_tables was tried for.
+    /// What nf_tables was tried for, and what the kernel's build says of that which failed.
     pub features: Vec<(&'static Kind, Result<(), Error>)>,
     /// Names of the iptables variants that are installed.
     pub iptables: Vec<&'static str>,
@@ -159,6 +159,7 @@ impl Facts {
             return;
         }
         self.features = probes::nf_tables(channel);
+        self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
         match table::list(channel) {
             Ok((_, tables)) => self.tables = tables,
             Err(e) => return self.unseen.push(e.to_string()),
@@ -198,5 +199,19 @@ impl Facts {
                 self.legacy_tables.push(format!("{family} {table}"));
             }
         }
+    }
+}
+
+/// Adds what the kernel's build says of what it lacks, as far as there is something to read (not /proc/config.gz,
+/// which is compressed).
+fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
+    let Err(error) = outcome else { return };
+    let Some(module) = kind.cure.strip_prefix("modprobe ") else { return };
+    let read = |path: String| fs::read_to_string(path).unwrap_or_default();
+    let config = read(format!("/boot/config-{kernel}"));
+    let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
+    let option = format!("CONFIG_{}", module.to_uppercase());
+    if let Some(words) = procfs::availability(&config, &dep, &builtin, &option, module) {
+        *error = Error::new(error.errno(), format!("{error} ({words})"));
     }
 }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use crate::backend::iptables;
 use crate::backend::nft::table::{self, Place, Table};
+use crate::backend::route::RULES;
 use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, Rule};
 use crate::model::{Families, Family, Mark};
 
@@ -60,7 +61,9 @@ fn owner_of(chain: &Chain) -> Option<&str> {
 /// The instances among the tables of nf_tables.
 pub(super) fn instances(tables: &[Table], chains: &[Chain]) -> Vec<Instance> {
     let instance = |table: &Table| {
-        let (name, place) = (table::instance_of(&table.name)?, table.place?);
+        let (name, mut place) = (table::instance_of(&table.name)?, table.place?);
+        // Anybody may write such a comment; four preferences in a row there must be.
+        place.priority = place.priority.min(u32::MAX - RULES);
         let own: Vec<&Chain> = chains.iter().filter(|chain| owner_of(chain) == Some(name)).collect();
         let by_iptables = own.iter().all(|chain| chain.origin != Origin::Nft);
         let in_chain = |wanted: &[&str]| {

@@ -45,6 +45,28 @@ pub(super) fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
+/// What the kernel's build says of an option and its module, for people; `None`: nothing that can be read does.
+///
+/// `config` is /boot/config-*; `dep` and `builtin` are modules.dep and modules.builtin of /lib/modules/*.
+pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str, module: &str) -> Option<&'static str> {
+    let named = |line: &str| {
+        let file = line.split(':').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+        file.split(".ko").next() == Some(module)
+    };
+    let set = |value: &str| config.lines().any(|line| line == format!("{option}={value}"));
+    if set("y") || builtin.lines().any(named) {
+        Some("it is built into this kernel")
+    } else if dep.lines().any(named) {
+        Some("its module is installed, and not loaded")
+    } else if set("m") {
+        Some("its module belongs to this kernel, and is not installed")
+    } else if config.lines().any(|line| line == format!("# {option} is not set")) || !dep.is_empty() {
+        Some("this kernel was built without it, or the package of its modules is missing")
+    } else {
+        None
+    }
+}
+
 /// Sysctls below net, by their path: those of the namespace of this thread.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Sysctls(pub BTreeMap<String, String>);
@@ -128,6 +150,22 @@ mod tests {
         assert_eq!(version("6.18.44-x"), Some((6, 18)));
     }
 
+    #[test]
+    fn a_missing_module_is_looked_for() {
+        let of = |config, dep, builtin| availability(config, dep, builtin, "CONFIG_NFT_TPROXY", "nft_tproxy");
+        let dep = "kernel/net/netfilter/nft_tproxy.ko.xz: kernel/net/netfilter/nf_tables.ko.xz\n";
+        assert_eq!(of("", "", ""), None);
+        assert_eq!(of("", dep, ""), Some("its module is installed, and not loaded"));
+        assert_eq!(
+            of("CONFIG_NFT_TPROXY=m\n", "", ""),
+            Some("its module belongs to this kernel, and is not installed")
+        );
+        assert_eq!(of("", "", "kernel/net/netfilter/nft_tproxy.ko\n"), Some("it is built into this kernel"));
+        let without = Some("this kernel was built without it, or the package of its modules is missing");
+        assert_eq!(of("# CONFIG_NFT_TPROXY is not set\n", "", ""), without);
+        assert_eq!(of("", "kernel/net/netfilter/nft_socket.ko: x/nft_tproxy.ko\n", ""), without);
+    }
+
     proptest! {
         #[test]
         fn no_file_panics(text in "(?s).{0,200}", a in "[A-Z]{0,3}", b in "[a-z]{0,3}") {
@@ -136,6 +174,7 @@ mod tests {
             state_of(&text);
             netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
             version(&text);
+            availability(&text, &text, &text, &a, &b);
             let sysctls = Sysctls([("ipv4/ip_local_port_range".to_owned(), text)].into());
             sysctls.port_range();
             sysctls.on("ipv4/ip_local_port_range");

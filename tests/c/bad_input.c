@@ -483,6 +483,14 @@ static void rules(int closed, int file, int unix_fd)
     CHECK(stats.stats.intercepted_packets == 0 && stats.stats.guarded_bytes == 0);
 
     EXPECT(EBUSY, tp_purge_rules(NULL) == 0 ? tp_purge_rules("tproxy") : 0);
+    EXPECT(EFAULT, tp_read_stats("tproxy", NULL, sizeof stats.stats));
+    EXPECT(EINVAL, tp_read_stats("tproxy", &stats.stats, 1));
+    EXPECT(E2BIG, tp_read_stats("tproxy", &stats.stats, sizeof stats));
+    EXPECT(EINVAL, tp_read_stats("no spaces", &stats.stats, sizeof stats.stats));
+    EXPECT(ENOENT, tp_read_stats("nobody", &stats.stats, sizeof stats.stats));
+    EXPECT(0, tp_read_stats(NULL, &stats.stats, sizeof stats.stats));
+    EXPECT(EFAULT, tp_check(NULL, NULL));
+    EXPECT(EFAULT, tp_self_test(NULL, sizeof(struct tp_rules_config), NULL, NULL));
     EXPECT(EINVAL, tp_purge_rules("no spaces"));
     EXPECT(0, tp_purge_rules("nobody"));
     CHECK(tp_remove_rules(out) == 0);

@@ -620,3 +620,27 @@ impl Net {
         self.command("sh", &["-ec", command]);
     }
 }
+
+/// Long enough for what works, on a busy machine; what is broken takes all of it.
+pub const SOON: Duration = Duration::from_millis(900);
+
+/// What a server says, if it does so soon.
+pub fn said(to: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, SOON)?;
+    stream.set_read_timeout(Some(SOON))?;
+    stream.write_all(b"?")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// Finds it, runs its cure, and finds it no more.
+pub fn cured(net: &Net, id: &str, severity: u32) {
+    let found = net.run(check);
+    let one = found.iter().find(|finding| finding.id == id && finding.severity == severity);
+    let one = one.unwrap_or_else(|| panic!("{id} not found among {found:#?}"));
+    net.sh(&one.cure);
+    let after = net.run(check);
+    assert!(after.iter().all(|finding| finding.id != id || finding.severity == TP_OK), "{after:#?}");
+}

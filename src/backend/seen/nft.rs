@@ -1,14 +1,14 @@
-//! The rules of nf_tables, everybody's: dumped, and read by following what each expression puts into the registers.
+//! The rules of nf_tables, everybody's, dumped; `reader` understands each.
 
-use std::collections::BTreeMap;
+mod reader;
+
 use std::io;
-use std::net::IpAddr;
 
-use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
-use super::xtables;
+use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
 use crate::backend::nft::{SUBSYSTEM, header};
 use crate::model::Family;
 use crate::netlink::{Channel, wire};
+use reader::{Read, Reader};
 
 /// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
 const INET: u8 = 1;
@@ -108,13 +108,6 @@ struct Whereabouts {
     chain: String,
 }
 
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Read {
-    rule: Rule,
-    /// Conditions that a port is in a set: which part, and the set's name.
-    port_sets: Vec<(usize, String)>,
-}
-
 fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     const TABLE: u16 = 1;
     const CHAIN: u16 = 2;
@@ -187,286 +180,12 @@ fn port_ranges(elements: Vec<(Vec<u8>, bool)>) -> Vec<(u16, u16)> {
     ranges
 }
 
-/// What a register holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Value {
-    Constant(Vec<u8>),
-    /// The packet's mark & keep ^ flip.
-    Mark {
-        keep: u32,
-        flip: u32,
-    },
-    Protocol,
-    Family,
-    DestinationPort,
-    InterfaceName,
-    InterfaceIndex,
-    DestinationType,
-    WayBack {
-        mark: bool,
-    },
-    TransparentSocket,
-    /// The state, as far as these bits; `u32::MAX`: anything about the connection.
-    Connection {
-        states: u32,
-    },
-}
-
-/// Reads one rule's expressions in their order.
-#[derive(Default)]
-struct Reader {
-    read: Read,
-    registers: BTreeMap<u32, Value>,
-}
-
-// NFT_CMP_*.
-const EQUAL: u32 = 0;
-const NOT_EQUAL: u32 = 1;
-const AT_MOST: u32 = 3;
-const AT_LEAST: u32 = 5;
-
-impl Reader {
-    fn expression(&mut self, expression: &[u8]) {
-        let Some(name) = wire::attribute(expression, 1).and_then(wire::string) else { return };
-        let data = wire::attribute(expression, 2).unwrap_or_default();
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let parts = &mut self.read.rule.parts;
-        match name {
-            "immediate" => self.immediate(data),
-            "meta" => self.meta(data),
-            "payload" => {
-                // The transport header's bytes 2 and 3 are the destination port.
-                let port = (number(2), number(3), number(4)) == (Some(2), Some(2), Some(2));
-                self.load(number(1), port.then_some(Value::DestinationPort));
-            }
-            "fib" => {
-                let (result, flags) = (number(2), number(3).unwrap_or(0));
-                // NFTA_FIB_F_SADDR, _DADDR, _MARK; NFT_FIB_RESULT_OIF 1, _OIFNAME 2, _ADDRTYPE 3.
-                let value = match result {
-                    Some(3) if flags & 2 != 0 => Some(Value::DestinationType),
-                    Some(1 | 2) if flags & 1 != 0 => Some(Value::WayBack { mark: flags & 4 != 0 }),
-                    _ => None,
-                };
-                self.load(number(1), value);
-            }
-            "socket" => self.load(number(2), (number(1) == Some(0)).then_some(Value::TransparentSocket)),
-            // NFT_CT_STATE is 0.
-            "ct" if number(1).is_some() && number(2) != Some(0) => self.load(number(1), None),
-            "ct" if number(1).is_some() => self.load(number(1), Some(Value::Connection { states: u32::MAX })),
-            "bitwise" => self.bitwise(data),
-            "cmp" => self.compare(data),
-            "range" => self.read.rule.parts.push(Part::OnlyIf(Condition::Other)),
-            "lookup" => self.lookup(data),
-            "tproxy" => self.tproxy(data),
-            "redir" => {
-                let to = self.constant(number(1)).as_deref().and_then(port);
-                self.read.rule.parts.push(Part::Redirect(to));
-            }
-            "masq" => parts.push(Part::TranslateSource),
-            // NFT_NAT_SNAT 0, NFT_NAT_DNAT 1.
-            "nat" if number(1) == Some(1) => {
-                let to = self.constant(number(3)).as_deref().and_then(address);
-                self.read.rule.parts.push(Part::TranslateDestination(to));
-            }
-            "nat" => parts.push(Part::TranslateSource),
-            "reject" => parts.push(Part::Verdict(Verdict::Drop)),
-            "queue" => parts.push(Part::Verdict(Verdict::Other)),
-            "match" => parts.extend(xtables::matched(xt_name(data), xt_info(data))),
-            "target" => parts.extend(xtables::target(xt_name(data), number(2).unwrap_or(0), xt_info(data))),
-            // These watch, and let pass.
-            "counter" | "log" | "notrack" | "objref" | "last" | "dup" | "dynset" | "exthdr" | "ct" | "byteorder" => {}
-            _ => parts.push(Part::OnlyIf(Condition::Other)),
-        }
-    }
-
-    fn immediate(&mut self, data: &[u8]) {
-        const ACCEPT: i32 = 1;
-        const DROP: i32 = 0;
-        const JUMP: i32 = -3;
-        const GOTO: i32 = -4;
-        const RETURN: i32 = -5;
-        let register = wire::attribute(data, 1).and_then(wire::be32);
-        let Some(value) = wire::attribute(data, 2) else { return };
-        if let Some(constant) = wire::attribute(value, 1) {
-            return self.load(register, Some(Value::Constant(constant.to_vec())));
-        }
-        let Some(verdict) = wire::attribute(value, 2) else { return };
-        let chain = || wire::attribute(verdict, 2).and_then(wire::string).unwrap_or_default().to_owned();
-        let verdict = match wire::attribute(verdict, 1).and_then(wire::be32).map(|code| code as i32) {
-            Some(ACCEPT) => Verdict::Accept,
-            Some(DROP) => Verdict::Drop,
-            Some(RETURN) => Verdict::Return,
-            Some(JUMP) => Verdict::Jump(chain()),
-            Some(GOTO) => Verdict::Goto(chain()),
-            _ => Verdict::Other,
-        };
-        self.read.rule.parts.push(Part::Verdict(verdict));
-    }
-
-    fn meta(&mut self, data: &[u8]) {
-        // NFT_META_MARK, _IIF, _IIFNAME, _NFPROTO, _L4PROTO.
-        const MARK: u32 = 3;
-        const IIF: u32 = 4;
-        const IIFNAME: u32 = 6;
-        const NFPROTO: u32 = 15;
-        const L4PROTO: u32 = 16;
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let key = number(2);
-        if let Some(source) = number(3) {
-            if key == Some(MARK) {
-                let (keep, set) = match self.registers.get(&register(source)) {
-                    Some(Value::Constant(bytes)) => (0, wire::u32_at(bytes, 0)),
-                    Some(Value::Mark { keep, flip }) => (*keep, Some(*flip)),
-                    _ => (0, None),
-                };
-                self.read.rule.parts.push(Part::SetMark { keep, set });
-            }
-            return;
-        }
-        let value = match key {
-            Some(MARK) => Some(Value::Mark { keep: u32::MAX, flip: 0 }),
-            Some(IIF) => Some(Value::InterfaceIndex),
-            Some(IIFNAME) => Some(Value::InterfaceName),
-            Some(NFPROTO) => Some(Value::Family),
-            Some(L4PROTO) => Some(Value::Protocol),
-            _ => None,
-        };
-        self.load(number(1), value);
-    }
-
-    fn bitwise(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let operand = |kind| wire::attribute(wire::attribute(data, kind)?, 1).and_then(|v| wire::u32_at(v, 0));
-        let value = number(1).and_then(|source| self.registers.get(&register(source)).cloned());
-        // NFT_BITWISE_MASK_XOR is 0; shifts and operations on two registers are too much.
-        let simple = number(6).unwrap_or(0) == 0;
-        let value = match (value, operand(4), operand(5)) {
-            (Some(Value::Mark { keep, flip }), Some(mask), Some(xor)) if simple => {
-                Some(Value::Mark { keep: keep & mask, flip: flip & mask ^ xor })
-            }
-            (Some(Value::Connection { .. }), Some(mask), _) => Some(Value::Connection { states: mask }),
-            _ => None,
-        };
-        self.load(number(2), value);
-    }
-
-    fn compare(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let constant = wire::attribute(data, 3).and_then(|value| wire::attribute(value, 1)).unwrap_or_default();
-        let operation = number(2);
-        let value = number(1).and_then(|source| self.registers.get(&register(source)));
-        let condition = value.and_then(|value| compared(value, operation?, constant));
-        let part = match (condition, operation) {
-            // `ct state new` is (state & 8) != 0.
-            (Some(condition @ Condition::Connection { .. }), _) => Part::OnlyIf(condition),
-            (Some(condition), Some(NOT_EQUAL)) => Part::OnlyIfNot(condition),
-            (Some(condition), _) => Part::OnlyIf(condition),
-            (None, _) => Part::OnlyIf(Condition::Other),
-        };
-        self.read.rule.parts.push(part);
-    }
-
-    fn lookup(&mut self, data: &[u8]) {
-        const INVERTED: u32 = 1;
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let value = number(2).and_then(|source| self.registers.get(&register(source)));
-        let condition = match value {
-            Some(Value::Connection { .. }) => Condition::Connection { states: None },
-            _ => Condition::Other,
-        };
-        let parts = &mut self.read.rule.parts;
-        if let (Some(Value::DestinationPort), Some(set)) = (value, wire::attribute(data, 1).and_then(wire::string)) {
-            self.read.port_sets.push((parts.len(), set.to_owned()));
-        }
-        let inverted = number(5).unwrap_or(0) & INVERTED != 0;
-        parts.push(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) });
-        match number(3) {
-            // A verdict map: who knows which.
-            Some(0) => parts.push(Part::Verdict(Verdict::Other)),
-            Some(to) => _ = self.registers.remove(&register(to)),
-            None => {}
-        }
-    }
-
-    fn tproxy(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let family = number(1).and_then(|n| family_of(u8::try_from(n).ok()?)).flatten();
-        let addr = number(2).and_then(|r| address(&self.constant(Some(r))?));
-        let Some(port) = self.constant(number(3)).as_deref().and_then(port) else { return };
-        self.read.rule.parts.push(Part::Tproxy { family, addr, port });
-    }
-
-    fn load(&mut self, to: Option<u32>, value: Option<Value>) {
-        let Some(to) = to.map(register) else { return };
-        match value {
-            Some(value) => _ = self.registers.insert(to, value),
-            None => _ = self.registers.remove(&to),
-        }
-    }
-
-    fn constant(&self, from: Option<u32>) -> Option<Vec<u8>> {
-        match self.registers.get(&register(from?))? {
-            Value::Constant(bytes) => Some(bytes.clone()),
-            _ => None,
-        }
-    }
-}
-
-/// Registers 1 to 4 of 16 bytes are the same as 8 to 23 of 4 bytes.
-fn register(number: u32) -> u32 {
-    if (1..=4).contains(&number) { 8 + (number - 1) * 4 } else { number }
-}
-
-fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition> {
-    if let (Value::DestinationPort, AT_MOST | AT_LEAST) = (value, operation) {
-        let port = port(constant)?;
-        return Some(Condition::Ports(vec![if operation == AT_MOST { (0, port) } else { (port, u16::MAX) }]));
-    }
-    if operation != EQUAL && operation != NOT_EQUAL {
-        return None;
-    }
-    Some(match value {
-        Value::Mark { keep, flip } => Condition::Mark { mask: *keep, value: wire::u32_at(constant, 0)? ^ flip },
-        Value::Protocol => Condition::Protocol(*constant.first()?),
-        Value::Family => Condition::Family(family_of(*constant.first()?)??),
-        Value::DestinationPort => {
-            let port = port(constant)?;
-            Condition::Ports(vec![(port, port)])
-        }
-        Value::InterfaceName if wire::string(constant)? == "lo" && constant.len() > 2 => Condition::Loopback,
-        Value::InterfaceIndex if wire::u32_at(constant, 0)? == 1 => Condition::Loopback,
-        Value::DestinationType if wire::u32_at(constant, 0)? == u32::from(libc::RTN_LOCAL) => {
-            Condition::DestinationIsLocal
-        }
-        Value::WayBack { mark } if constant.iter().all(|byte| *byte == 0) => Condition::NoWayBack { mark: *mark },
-        Value::Connection { states: u32::MAX } => Condition::Connection { states: wire::u32_at(constant, 0) },
-        Value::Connection { states } => Condition::Connection { states: Some(*states) },
-        Value::TransparentSocket if constant.first() == Some(&1) => Condition::TransparentSocket,
-        _ => return None,
-    })
-}
-
-fn port(bytes: &[u8]) -> Option<u16> {
-    Some(u16::from_be_bytes(bytes.get(..2)?.try_into().ok()?))
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
-}
-
-fn xt_name(data: &[u8]) -> &str {
-    wire::attribute(data, 1).and_then(wire::string).unwrap_or_default()
-}
-
-fn xt_info(data: &[u8]) -> &[u8] {
-    wire::attribute(data, 3).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::nft::object::{Object, Variant};
     use crate::backend::nft::statement::{Statement, Verdict as Ours};
+    use crate::backend::seen::filter::{Rule, Verdict};
     use crate::model::{Mark, Protocol};
     use crate::netlink::wire::Buffer;
     use proptest::prelude::*;
@@ -536,15 +255,6 @@ mod tests {
             parse_rule(&payload);
             parse_chain(&payload);
             parse_elements(&payload);
-            for name in ["immediate", "meta", "payload", "fib", "socket", "ct", "bitwise", "cmp", "lookup", "tproxy", "redir", "nat", "match", "target"] {
-                let mut buffer = Buffer::default();
-                buffer.message(1, 0, 1, &[], |a| {
-                    a.string(1, name);
-                    a.bytes(2, &payload);
-                });
-                let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
-                Reader::default().expression(message.payload);
-            }
         }
 
         #[test]

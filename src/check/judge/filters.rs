@@ -1,5 +1,7 @@
 //! Other people's packet filters, and what they do to what is intercepted.
 
+use std::cmp::Ordering;
+
 use super::{Scene, all_of};
 use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule};
 use crate::check::findings::{self, Finding, Kind, Severity};
@@ -18,6 +20,14 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
     found.extend(collisions(scene));
     found.extend(keep_port(scene));
     found
+}
+
+/// Whether a base chain sees packets before the rules that intercept them, or behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Before,
+    Behind,
+    Unknown,
 }
 
 /// One interception against every base chain of others.
@@ -54,9 +64,9 @@ impl Judged<'_> {
 
     /// The packet at a hook: until it meets the rules it is anybody's, from then on it has the mark and a socket.
     fn packet(&self, hook: Hook) -> Packet {
-        let Interception { family, protocol, ports, priority, mark, .. } = self.interception;
+        let Interception { family, protocol, ports, mark, .. } = self.interception;
         let met = match hook.place {
-            Place::Prerouting => hook.priority > *priority,
+            Place::Prerouting => self.is_behind(hook) != Order::Before,
             Place::Input => true,
             _ => false,
         };
@@ -67,6 +77,16 @@ impl Judged<'_> {
             port: ports.first().map(|(first, _)| *first).filter(|_| !replies),
             mark: mark.filter(|_| met).map_or(0, |mark| mark.value),
             transparent: (met || replies) && mark.is_some(),
+        }
+    }
+
+    /// Of two chains of one priority that comes first which was made last (`nf_hook_entries_grow`); nobody can see which.
+    fn is_behind(&self, hook: Hook) -> Order {
+        match hook.priority.cmp(&self.interception.priority) {
+            Ordering::Greater => Order::Behind,
+            // Chains by iptables are all in one, in an order of their own.
+            Ordering::Equal if self.interception.chain.origin == Origin::Nft => Order::Unknown,
+            _ => Order::Before,
         }
     }
 
@@ -89,7 +109,7 @@ impl Judged<'_> {
                 Some(self.finding(findings::INPUT_DROP, sure, words).cured_by(self.exempt(base, Some(chain), rule)))
             }
             Place::Prerouting => {
-                let cure = match hook.priority > self.interception.priority {
+                let cure = match self.is_behind(hook) == Order::Behind {
                     true => self.exempt(base, Some(chain), rule),
                     false => removal(chain, rule, self.interception.family),
                 };
@@ -106,7 +126,8 @@ impl Judged<'_> {
     }
 
     fn affected(&self, base: &Chain, hook: Hook, effect: &Effect<'_>) -> Option<Finding> {
-        let (family, after) = (self.interception.family, hook.priority > self.interception.priority);
+        let (family, order) = (self.interception.family, self.is_behind(hook));
+        let (after, sure) = (order != Order::Before, effect.sure && order == Order::Behind);
         let of = of_family(base);
         let rule = format!("rule {} of chain {}", effect.rule.handle, named(effect.chain));
         match (hook.place, effect.part) {
@@ -118,15 +139,12 @@ impl Judged<'_> {
                 };
                 let words = format!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}");
                 (!kept).then(|| {
-                    self.finding(findings::MARK_OVERWRITTEN, effect.sure, words).cured_by(self.exempt(base, None, None))
+                    self.finding(findings::MARK_OVERWRITTEN, sure, words).cured_by(self.exempt(base, None, None))
                 })
             }
             (Place::Prerouting, Part::Tproxy { port, .. }) if after => {
                 let words = format!("{rule} gives {of}packets that are intercepted to a listener on port {port}");
-                Some(
-                    self.finding(findings::TPROXY_ELSEWHERE, effect.sure, words)
-                        .cured_by(self.exempt(base, None, None)),
-                )
+                Some(self.finding(findings::TPROXY_ELSEWHERE, sure, words).cured_by(self.exempt(base, None, None)))
             }
             (Place::Prerouting, Part::TranslateDestination(_) | Part::Redirect(_)) => {
                 let words = format!("{rule} translates the destination of {of}packets that are to be intercepted");

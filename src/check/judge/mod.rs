@@ -70,3 +70,207 @@ fn flag(family: crate::model::Family) -> &'static str {
 fn all_of(commands: impl IntoIterator<Item = String>) -> String {
     commands.into_iter().collect::<Vec<_>>().join(" && ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::nft::table::{Place as At, Table};
+    use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+    use crate::backend::seen::routing::{self, Action, Interface, Route};
+    use crate::backend::seen::sockets::Listener;
+    use crate::check::findings::Severity;
+    use crate::check::procfs::Sysctls;
+    use crate::model::{Families, Family, Mark, Protocol};
+    use proptest::prelude::*;
+
+    fn family() -> impl Strategy<Value = Family> {
+        prop_oneof![Just(Family::V4), Just(Family::V6)]
+    }
+
+    fn mark() -> impl Strategy<Value = Mark> {
+        (prop_oneof![Just(0x2000), Just(1), any::<u32>()], prop_oneof![Just(0x3000), Just(u32::MAX), any::<u32>()])
+            .prop_map(|(value, mask)| Mark { value: value & mask, mask })
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just("divert".to_owned()),
+            Just("tp-tproxy-p".to_owned()),
+            Just("tp-é-".to_owned()),
+            Just("PREROUTING".to_owned()),
+            "[a-z]{0,2}"
+        ]
+    }
+
+    fn condition() -> impl Strategy<Value = Condition> {
+        prop_oneof![
+            family().prop_map(Condition::Family),
+            any::<u8>().prop_map(Condition::Protocol),
+            proptest::collection::vec(any::<(u16, u16)>(), 0..3).prop_map(Condition::Ports),
+            mark().prop_map(|Mark { value, mask }| Condition::Mark { mask, value }),
+            Just(Condition::Loopback),
+            Just(Condition::TransparentSocket),
+            any::<bool>().prop_map(|mark| Condition::NoWayBack { mark }),
+            any::<Option<u32>>().prop_map(|states| Condition::Connection { states }),
+            Just(Condition::Other),
+        ]
+    }
+
+    fn part() -> impl Strategy<Value = Part> {
+        prop_oneof![
+            condition().prop_map(Part::OnlyIf),
+            condition().prop_map(Part::OnlyIfNot),
+            any::<(u32, Option<u32>)>().prop_map(|(keep, set)| Part::SetMark { keep, set }),
+            (any::<Option<std::net::IpAddr>>(), any::<u16>()).prop_map(|(addr, port)| Part::Tproxy {
+                family: None,
+                addr,
+                port
+            }),
+            any::<Option<std::net::IpAddr>>().prop_map(Part::TranslateDestination),
+            any::<Option<u16>>().prop_map(Part::Redirect),
+            Just(Part::TranslateSource),
+            prop_oneof![
+                Just(Verdict::Accept),
+                Just(Verdict::Drop),
+                Just(Verdict::Return),
+                Just(Verdict::Other),
+                name().prop_map(Verdict::Jump),
+                name().prop_map(Verdict::Goto),
+            ]
+            .prop_map(Part::Verdict),
+        ]
+    }
+
+    fn chain() -> impl Strategy<Value = Chain> {
+        let hook = (0..5u32, -400..400i32)
+            .prop_map(|(place, priority)| Place::of_number(place).map(|place| Hook { place, priority }));
+        let origin = prop_oneof![Just(Origin::Nft), Just(Origin::IptablesNft), Just(Origin::IptablesLegacy)];
+        let rules = proptest::collection::vec(proptest::collection::vec(part(), 0..5), 0..5);
+        let table = prop_oneof![Just("libtproxy-tproxy".to_owned()), Just("mangle".to_owned()), name()];
+        (origin, proptest::option::of(family()), table, name(), prop_oneof![hook, Just(None)], any::<bool>(), rules)
+            .prop_map(|(origin, family, table, name, hook, drops, rules)| Chain {
+                origin,
+                family,
+                table,
+                name,
+                hook,
+                drops,
+                rules: rules.into_iter().zip(1..).map(|(parts, handle)| Rule { handle, parts }).collect(),
+            })
+    }
+
+    fn rule() -> impl Strategy<Value = routing::Rule> {
+        let number = || prop_oneof![Just(0), Just(200), Just(201), Just(7470), Just(254), Just(255), any::<u32>()];
+        let action = prop_oneof![
+            number().prop_map(Action::Lookup),
+            number().prop_map(Action::Goto),
+            Just(Action::Nop),
+            Just(Action::Refuse)
+        ];
+        let flags = any::<(bool, bool, bool)>();
+        let protocol = prop_oneof![Just(116u8), any::<u8>()];
+        (family(), number(), protocol, action, proptest::option::of(mark()), proptest::option::of("lo|eth0"), flags)
+            .prop_map(|(family, priority, protocol, action, mark, incoming, (conditional, inverted, by_interface))| {
+                routing::Rule {
+                    family,
+                    priority,
+                    protocol,
+                    action,
+                    mark,
+                    incoming,
+                    conditional,
+                    inverted,
+                    by_interface,
+                }
+            })
+    }
+
+    fn facts() -> impl Strategy<Value = Facts> {
+        let place = prop_oneof![Just((200, 7470)), any::<(u32, u32)>()];
+        let place = place.prop_map(|(priority, table)| At { priority, table });
+        let table = (place, any::<Option<u32>>()).prop_map(|(place, owner)| Table {
+            name: "libtproxy-tproxy".to_owned(),
+            place: Some(place),
+            owner,
+            persistent: true,
+        });
+        let route = (family(), prop_oneof![Just(7470), any::<u32>()], any::<Option<String>>(), any::<bool>())
+            .prop_map(|(family, table, destination, local)| Route { family, table, destination, local });
+        let listener = (family(), any::<Option<std::net::IpAddr>>(), any::<(u16, bool, Option<bool>, u32, u32)>())
+            .prop_map(|(family, addr, (port, v6_only, transparent, waiting, backlog))| Listener {
+                family,
+                protocol: Protocol::Tcp,
+                addr,
+                port,
+                v6_only,
+                transparent,
+                interface: 0,
+                waiting,
+                backlog,
+            });
+        let sysctl = (
+            "ipv4/ip_forward|ipv4/conf/(all|eth0)/(forwarding|rp_filter|src_valid_mark)|netfilter/nf_conntrack_(max|count)",
+            "[0-9]{1,3}| |x",
+        );
+        let several = 0..5usize;
+        (
+            proptest::collection::vec(chain(), several.clone()),
+            proptest::collection::vec(rule(), several.clone()),
+            proptest::collection::vec(route, several.clone()),
+            proptest::collection::vec(table, 0..2),
+            proptest::collection::vec(listener, several.clone()),
+            proptest::collection::btree_map(sysctl.0, sysctl.1, several),
+            any::<(u64, bool)>(),
+        )
+            .prop_map(|(chains, rules, routes, tables, listeners, sysctls, (filtered_by_rp, up))| Facts {
+                chains: Some(chains),
+                rules,
+                routes,
+                tables,
+                listeners: Some(listeners),
+                sysctls: Sysctls(sysctls),
+                filtered_by_rp,
+                routed: Families::ALL,
+                features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
+                interfaces: ["lo", "eth0"]
+                    .map(|name| Interface { index: 1, name: name.to_owned(), up, kind: "bridge".to_owned(), master: 0 })
+                    .to_vec(),
+                ..Facts::default()
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever a host has, there is no panic, no end that does not come, and no cure with a gap in it.
+        #[test]
+        fn every_host_can_be_judged(facts in facts()) {
+            for finding in judge(&facts) {
+                prop_assert!(!finding.found.is_empty());
+                prop_assert!(!finding.cure.contains("{table}") && !finding.cure.contains("{flag}"), "{:?}", finding);
+                prop_assert!(!finding.cure.contains("{pid}") && !finding.cure.contains("{chain}"), "{:?}", finding);
+                prop_assert!(finding.severity > Severity::Ok || finding.cure.is_empty());
+            }
+        }
+    }
+
+    /// Chains that lead to each other, without end.
+    #[test]
+    fn chains_in_a_circle_end() {
+        let chain = |name: &str, to: &str, hook| Chain {
+            origin: Origin::Nft,
+            family: None,
+            table: "t".to_owned(),
+            name: name.to_owned(),
+            hook,
+            drops: false,
+            rules: vec![Rule { handle: 1, parts: vec![Part::Verdict(Verdict::Jump(to.to_owned()))] }; 100],
+        };
+        let hook = Hook { place: Place::Input, priority: 0 };
+        let tproxy = Part::Tproxy { family: None, addr: None, port: 1 };
+        let mut recipe = chain("r", "r", Some(Hook { place: Place::Prerouting, priority: -150 }));
+        recipe.rules = vec![Rule { handle: 1, parts: vec![tproxy] }];
+        let chains = vec![chain("a", "b", Some(hook)), chain("b", "a", None), recipe];
+        judge(&Facts { chains: Some(chains), ..Facts::default() });
+    }
+}
