@@ -31,6 +31,22 @@ impl Family {
             Family::V6 => libc::AF_INET6 as u8,
         }
     }
+
+    /// The number of its control message protocol.
+    pub(crate) fn icmp_number(self) -> u8 {
+        match self {
+            Family::V4 => libc::IPPROTO_ICMP as u8,
+            Family::V6 => libc::IPPROTO_ICMPV6 as u8,
+        }
+    }
+
+    /// What `nft` and `iptables` call that protocol.
+    pub(crate) fn icmp_name(self) -> &'static str {
+        match self {
+            Family::V4 => "icmp",
+            Family::V6 => "ipv6-icmp",
+        }
+    }
 }
 
 impl fmt::Display for Family {

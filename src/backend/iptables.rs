@@ -190,6 +190,10 @@ impl Builder<'_> {
                 pre.extend(self.candidates(protocol, "s"));
             }
         }
+        if self.plan.mode != Mode::Redirect {
+            // What is said of a transparent socket's packets: `socket` looks for the one that an error quotes.
+            pre.push(format!("-p {} -m socket --transparent {}", self.family.icmp_name(), self.jump("d")));
+        }
         chains.push(self.chain("p", pre));
         Table { name: "mangle", chains, jumps }
     }

@@ -318,6 +318,7 @@ pub fn proxy_one(listener: &TcpListener, flags: u32) -> Seen {
     let server = connect_from(peer, orig_dst, flags).unwrap_or_else(|e| panic!("{peer} to {orig_dst}: {e}"));
     let server = TcpStream::from(server);
     server.set_read_timeout(Some(PATIENCE)).unwrap();
+    server.set_write_timeout(Some(PATIENCE)).unwrap();
     std::thread::scope(|scope| {
         for (mut from, mut to) in [(&client, &server), (&server, &client)] {
             scope.spawn(move || {

@@ -5,7 +5,8 @@
 //! ```text
 //! prerouting ─┬─ straight to a listener ──────────────── guarded, drop
 //!             ├─ has a transparent socket ── divert ──── mark, accept
-//!             └─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
+//!             ├─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
+//!             └─ an error about what a transparent socket sent ── divert
 //! output ─────┬─ from a transparent socket ───────────── accept
 //!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
 //! ```
@@ -108,7 +109,10 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     objects.extend(plan.guarded().map(|listener| guard(&listener, plan)));
     match plan.mode {
         Mode::Redirect => objects.extend(redirecting(plan)),
-        Mode::DivertOnly => objects.extend(diverting(plan)),
+        Mode::DivertOnly => {
+            objects.extend(diverting(plan));
+            objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
+        }
         Mode::Tproxy => objects.extend(proxying(plan)),
     }
     objects
@@ -154,6 +158,17 @@ fn diverting(plan: &Compiled<'_>) -> Vec<Object> {
     plan.protocols.iter().map(to_socket).collect()
 }
 
+/// What routers and hosts say of a transparent socket's packets: that they are too big, or refused. It comes for the
+/// address that the socket has, which is another host's, and would go on to that host; the socket would go on sending.
+///
+/// These are the last rules: what was decided before does not pay for them.
+fn errors(plan: &Compiled<'_>, hook: &'static str, verdict: Verdict) -> impl Iterator<Item = Object> {
+    plan.families.iter().map(move |family| {
+        let about = [Statement::Icmp(family), Statement::TransparentSocket, Statement::Verdict(verdict)];
+        rule(hook, "an error about what a transparent socket sent", about)
+    })
+}
+
 /// What comes in, and what the host itself sends, for the listeners.
 fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = diverting(plan);
@@ -164,6 +179,7 @@ fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
     objects.extend(plan.protocols.iter().map(|protocol| {
         rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
     }));
+    objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
     let Some(mark) = plan.output_mark else { return objects };
     // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
     let round = [Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
@@ -209,6 +225,10 @@ fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
                 let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
                 objects.push(rule(hook.0, "to be intercepted", selected));
             }
+        }
+        if incoming {
+            // Connection tracking would call an error about what it has not tracked invalid.
+            objects.extend(errors(plan, hook.0, Verdict::Goto(UNTRACK)));
         }
     }
     objects

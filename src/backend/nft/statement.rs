@@ -24,6 +24,8 @@ pub(crate) enum Statement {
     Family(Family),
     /// Only this transport protocol's packets.
     Protocol(Protocol),
+    /// Only this family's control messages: ICMP, or ICMPv6.
+    Icmp(Family),
     /// Only packets to this address; the family is matched before.
     Destination(IpAddr),
     /// Only packets to this port.
@@ -46,7 +48,9 @@ pub(crate) enum Statement {
     DestinationIsLocal,
     /// Only packets whose destination is of a type of this set.
     DestinationTypeIn(SetName),
-    /// Only packets for which there is a transparent socket.
+    /// Only packets for which there is a transparent socket, and errors about what one has sent: in control messages the
+    /// kernel looks for the socket of the packet that they quote, and in others than errors for none
+    /// (`nf_sk_lookup_slow_v4`, `_v6`).
     TransparentSocket,
     /// Only packets for which there is a socket that is bound to every
     /// address, or to one. Neither matches a connection that is being opened,
@@ -87,6 +91,7 @@ impl fmt::Display for Statement {
         match self {
             Statement::Family(family) => write!(f, "meta nfproto {}", nfproto(*family)),
             Statement::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
+            Statement::Icmp(family) => write!(f, "meta l4proto {}", family.icmp_name()),
             Statement::Destination(IpAddr::V4(addr)) => write!(f, "ip daddr {addr}"),
             Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
             Statement::DestinationPort(port) => write!(f, "th dport {port}"),
@@ -179,10 +184,8 @@ impl Statement {
     pub fn encode(&self, rule: &mut Expressions<'_, '_>) {
         match self {
             Statement::Family(family) => rule.only(*family),
-            Statement::Protocol(protocol) => {
-                rule.meta_load(META_L4PROTO, REG_1);
-                rule.compare(REG_1, &[protocol.number()]);
-            }
+            Statement::Protocol(protocol) => rule.only_protocol(protocol.number()),
+            Statement::Icmp(family) => rule.only_protocol(family.icmp_number()),
             Statement::Destination(addr) => rule.compare_destination(*addr),
             Statement::DestinationPort(port) => {
                 rule.load_destination_port(REG_1);
@@ -244,8 +247,7 @@ impl Statement {
             }
             Statement::TcpSyn => {
                 // RFC 9293, 3.1: the flags are the 14th byte; FIN 1, SYN 2, RST 4, ACK 16.
-                rule.meta_load(META_L4PROTO, REG_1);
-                rule.compare(REG_1, &[Protocol::Tcp.number()]);
+                rule.only_protocol(Protocol::Tcp.number());
                 rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
                 rule.and_xor(REG_1, &[0x17], &[0]);
                 rule.compare(REG_1, &[0x02]);
@@ -426,6 +428,11 @@ impl Expressions<'_, '_> {
     fn only(&mut self, family: Family) {
         self.meta_load(META_NFPROTO, REG_1);
         self.compare(REG_1, &[family.nfproto()]);
+    }
+
+    fn only_protocol(&mut self, number: u8) {
+        self.meta_load(META_L4PROTO, REG_1);
+        self.compare(REG_1, &[number]);
     }
 
     fn immediate_address(&mut self, register: u32, addr: IpAddr) {
