@@ -561,7 +561,8 @@ struct tp_rules_stats {
      */
     uint64_t intercepted_bytes;
     /**
-     * Given to a transparent socket that they belong to.
+     * Given to a transparent socket that they belong to; errors (ICMP) about
+     * what it sent are among them.
      */
     uint64_t diverted_packets;
     /**
@@ -725,7 +726,9 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * order, of one family; v4-mapped addresses are taken as IPv4, so what
  * accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
  * back to this host if it is on their way, and to the socket by the divert
- * rule that tp_install_rules installs (not with TP_RULES_REDIRECT).
+ * rule that tp_install_rules installs (not with TP_RULES_REDIRECT). So does
+ * what routers and hosts say of its packets (ICMP): that they are too big for
+ * a link, or refused.
  *
  * The port: without TP_KEEP_PORT any that is free for this destination; the
  * port in src does not count. With TP_KEEP_PORT the one in src, unless it is

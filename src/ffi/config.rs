@@ -193,7 +193,8 @@ pub struct tp_rules_stats {
     pub intercepted_packets: u64,
     /// Their bytes.
     pub intercepted_bytes: u64,
-    /// Given to a transparent socket that they belong to.
+    /// Given to a transparent socket that they belong to; errors (ICMP) about
+    /// what it sent are among them.
     pub diverted_packets: u64,
     /// Their bytes.
     pub diverted_bytes: u64,

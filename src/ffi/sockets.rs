@@ -141,7 +141,9 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// order, of one family; v4-mapped addresses are taken as IPv4, so what
 /// accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
 /// back to this host if it is on their way, and to the socket by the divert
-/// rule that tp_install_rules installs (not with TP_RULES_REDIRECT).
+/// rule that tp_install_rules installs (not with TP_RULES_REDIRECT). So does
+/// what routers and hosts say of its packets (ICMP): that they are too big for
+/// a link, or refused.
 ///
 /// The port: without TP_KEEP_PORT any that is free for this destination; the
 /// port in src does not count. With TP_KEEP_PORT the one in src, unless it is
