@@ -95,7 +95,7 @@ fn it_takes_less_than_a_tenth_of_a_second() {
         net.run(check);
         begin.elapsed()
     };
-    let best = (0..10).map(|_| measure()).min().unwrap();
+    let best = (0..30).map(|_| measure()).min().unwrap();
     println!("{best:?}");
     assert!(best < Duration::from_millis(100), "{best:?}");
 }

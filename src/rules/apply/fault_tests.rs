@@ -72,7 +72,9 @@ fn run(command: &str) -> String {
 fn state() -> String {
     let commands =
         ["nft -s list ruleset", "ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all"];
-    commands.map(run).join("--\n")
+    // Routes that the kernel makes by itself come when it gets round to it.
+    let ours = |text: String| text.lines().filter(|line| !line.contains("proto kernel")).collect::<Vec<_>>().join("\n");
+    commands.map(run).map(ours).join("--\n")
 }
 
 fn config() -> Config {
