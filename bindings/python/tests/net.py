@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import tproxy
 
@@ -234,7 +234,7 @@ def tcp_listener(port: int) -> socket.socket:
     return listener
 
 
-def plain(address: Union[tproxy.SockAddr, Any]) -> tuple[str, int]:
+def plain(address: tproxy.SockAddr) -> tuple[str, int]:
     """Host and port, an IPv4 address as such even if it came v4-mapped."""
     host = address[0]
     return (host[len("::ffff:") :] if host.startswith("::ffff:") else host, address[1])

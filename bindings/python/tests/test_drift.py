@@ -71,7 +71,9 @@ def test_structs(tmp_path: Path) -> None:
         ours.append(f"{struct} {ctypes.sizeof(cls)} {ctypes.alignment(cls)}")
         ours += [f"{struct}.{member} {getattr(cls, member).offset} {getattr(cls, member).size}" for member in members]
     assert ours == compiled(tmp_path, *statements)
-    declared = {name: value for name, value in vars(c).items() if isinstance(value, type) and name.startswith("tp_")}
+    declared: dict[str, Any] = {
+        name: value for name, value in vars(c).items() if isinstance(value, type) and name.startswith("tp_")
+    }
     assert sorted(declared) == sorted(name for name, _ in STRUCTS)
     for name, cls in declared.items():
         assert [field[0] for field in cls._fields_] == names[name], name

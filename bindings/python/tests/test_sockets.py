@@ -216,7 +216,7 @@ def test_orig_dst_by_redirect(lab: Lab, hosts: Hosts, dual: bool) -> None:
     assert len(fast) == (4 if dual or hosts.family == socket.AF_INET6 else 2)
 
 
-def by_the_library(sock: socket.socket) -> tproxy.SockAddr | None:
+def by_the_library(sock: socket.socket) -> tproxy.SockAddr:
     """tp_orig_dst, without the fast path."""
     from ctypes import byref
 
@@ -226,7 +226,9 @@ def by_the_library(sock: socket.socket) -> tproxy.SockAddr | None:
 
     place, size = c.sockaddr_storage(), c.socklen_t(128)
     checked(c.tp_orig_dst(sock.fileno(), byref(place), byref(size)))
-    return decode(place)
+    found = decode(place)
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -165,5 +165,5 @@ def ports(wanted: Iterable[PortRange]) -> ctypes.Array[c.tp_port_range]:
         # C has 16 bits for each, and would take another port for one that is too large.
         if not 1 <= first <= last <= 0xFFFF:
             raise ValueError(f"{item!r}: ports are 1 to 65535, the lower first")
-        ranges.append((first, last))
+        ranges.append(c.tp_port_range(first, last))
     return (c.tp_port_range * len(ranges))(*ranges)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import select
 import socket as _socket
 import threading
@@ -32,6 +33,9 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     """
     # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
     # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
+    # With a timeout Python waits whatever the flags say.
+    if flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
+        raise kernel_error(errno.EAGAIN, "receiving datagrams")
     try:
         data, control, _, client = sock.recvmsg(bufsize, 192, flags)
     except _socket.timeout:
@@ -44,6 +48,12 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
             # The address is of the sender's family.
             return data, client, known_address(body, kind == 20 and len(client) == 4)
     return data, client, None
+
+
+def _readable(sock: _socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Datagram:
@@ -127,8 +137,8 @@ class Datagram:
     @property
     def error(self) -> Error | None:
         """Why it was not sent, or ``None``."""
-        errno = self._struct.error
-        return kernel_error(errno, f"a datagram from {self.orig_dst} to {self.client}") if errno else None
+        number = self._struct.error
+        return kernel_error(number, f"a datagram from {self.orig_dst} to {self.client}") if number else None
 
     def __repr__(self) -> str:
         return f"<tproxy.Datagram of {self._struct.len} bytes, client={self.client}, orig_dst={self.orig_dst}>"
@@ -229,11 +239,11 @@ class Replier:
         with self._lock:
             store(one.client, client)
             store(one.orig_dst, orig_dst)
-            one.data, one.len = ctypes.cast(data, ctypes.c_void_p).value, len(data)
+            one.data, one.len = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value, len(data)
             if checked(c.tp_reply(self._open(), one, 1)) == 1:
                 return
-            errno = one.error
-        raise kernel_error(errno, f"a reply from {orig_dst} to {client}")
+            number = one.error
+        raise kernel_error(number, f"a reply from {orig_dst} to {client}")
 
     def send(self, datagrams: Iterable[Datagram]) -> int:
         """Sends datagrams, each from its orig_dst to its client; gives how many were sent.

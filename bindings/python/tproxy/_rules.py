@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from ctypes import byref
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from . import _ctypes as c
 from ._address import Address, PortRange, Prefix, encode, ports, prefixes
@@ -77,8 +77,9 @@ def config_struct(given: RulesConfig) -> c.tp_rules_config:
             f"rules have no {', '.join(sorted(unknown))}; there are {', '.join(RulesConfig.__annotations__)}"
         )
     config = c.tp_rules_config()
+    numbers = cast("dict[str, int]", given)
     for what in _NUMBERS:
-        setattr(config, what, uint32(what, given.get(what, 0)))  # type: ignore[call-overload]
+        setattr(config, what, uint32(what, numbers.get(what, 0)))
     name, listen_addr = given.get("name"), given.get("listen_addr")
     config.name = None if name is None else _text("name", name)
     if listen_addr is not None:
