@@ -17,7 +17,7 @@ OUT       := $(CARGO_DIR)/release
 LIBRARIES := $(addprefix $(LIBDIR)/,libtproxy.so libtproxy.so.0 libtproxy.so.$(VERSION) libtproxy.a)
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h
 
-.PHONY: all deps install uninstall demo check bench clean
+.PHONY: all deps install uninstall demo check bench bench-python clean
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a
 
@@ -63,6 +63,10 @@ check: deps
 bench: HOST_RUNNER = --config 'target.$(shell rustc -vV | sed -n 's/^host: //p').runner=["unshare", "--net"]'
 bench:
 	@$(CARGO) $(if $(filter 0,$(shell id -u)),$(HOST_RUNNER)) bench --quiet --bench rules
+
+# The fast paths of the Python package, beside the same by hand.
+bench-python: $(OUT)/libtproxy.so
+	@LIBTPROXY=$(CURDIR)/$< PYTHONPATH=$(CURDIR)/bindings/python python3 bindings/python/bench.py
 
 clean:
 	$(CARGO) clean

@@ -19,6 +19,10 @@ from ._sockets import Flags, bind_nonlocal, connect_from, listen, orig_dst, rais
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, SockAddr], Optional[Awaitable[None]]]
 
+# asyncio holds a handler by its connection, and a connection by the events that it waits for. That of a client that
+# has said all waits for none: without these references its handler would be garbage.
+_HANDLING: set[asyncio.Task[None]] = set()
+
 #: As much as asyncio's own streams.
 _LIMIT = 1 << 16
 
@@ -49,6 +53,18 @@ async def start_server(
         sock = listen(addr, backlog=backlog, flags=flags | SocketFlag.NONBLOCK)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        _HANDLING.add(task)
+        try:
+            await handle(reader, writer)
+        except asyncio.CancelledError:
+            # The loop ends. Some versions of asyncio complain about a handler that was cancelled.
+            writer.close()
+        finally:
+            _HANDLING.discard(task)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             to = orig_dst(writer.get_extra_info("socket"))
         except OSError as error:

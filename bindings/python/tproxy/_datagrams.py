@@ -34,7 +34,7 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
     # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
     # With a timeout Python waits whatever the flags say.
-    if flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
+    if flags and flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
         raise kernel_error(errno.EAGAIN, "receiving datagrams")
     try:
         data, control, _, client = sock.recvmsg(bufsize, 192, flags)
