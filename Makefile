@@ -21,7 +21,7 @@ COMPLETIONS := $(SHARE)/bash-completion/completions/tproxyctl $(SHARE)/zsh/site-
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h \
 	$(BINDIR)/tproxyctl $(SHARE)/man/man8/tproxyctl.8 $(COMPLETIONS)
 
-.PHONY: all deps install uninstall demo check bench fuzz clean
+.PHONY: all deps install uninstall demo check bench bench-python fuzz clean
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
@@ -90,6 +90,10 @@ fuzz:
 		-C llvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -C codegen-units=1 -C debug-assertions" \
 		$(CARGO) build --quiet --release --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir build/fuzz
 	build/fuzz/$(HOST)/release/control -runs=$(FUZZ_RUNS) -max_len=512 -print_final_stats=1 build/fuzz-corpus
+
+# The fast paths of the Python package, beside the same by hand.
+bench-python: $(OUT)/libtproxy.so
+	@LIBTPROXY=$(CURDIR)/$< PYTHONPATH=$(CURDIR)/bindings/python python3 bindings/python/bench.py
 
 clean:
 	$(CARGO) clean

@@ -55,6 +55,11 @@ bash tests/c/run.sh 2>&1 | tee "$work/c" | grep -v '^ok'
 counts=$(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p' "$work/c" | tail -n 1)
 count ${counts:-0 1}
 
+say 'Python: the package, with every version that there is'
+bash bindings/python/check.sh 2>&1 | tee "$work/python" | grep -v '^ok'
+counts=$(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p' "$work/python" | tail -n 1)
+count ${counts:-0 1}
+
 say 'demo'
 one 'make demo' make -s demo
 

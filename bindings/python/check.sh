@@ -1,0 +1,79 @@
+#!/bin/bash
+# Checks the Python package: lints, types, packaging, and its tests with every
+# Python that there is. Prints what is not ok, and a line that counts.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+work=$root/build/python
+tools=$work/tools/bin
+passed=0 failed=0
+sh "$root/tests/deps.sh" python || { echo "0 passed, 1 failed"; exit 1; }
+cd "$here" || exit 1
+
+# A command that is one check: it succeeds, or its output is shown.
+expect() {
+    local what=$1
+    shift
+    if "$@" > "$work/output" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $what"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $what: $*"
+        tail -n 40 "$work/output"
+    fi
+}
+
+expect 'ruff check' "$tools/ruff" check --no-cache .
+expect 'ruff format' "$tools/ruff" format --no-cache --check .
+expect 'mypy --strict' "$tools/mypy" --strict --cache-dir "$work/mypy"
+
+# A source distribution, and a wheel out of it alone: the wheel that the tests are run with.
+rm -rf "$work/dist" "$work/unpacked"
+build() { "$tools/python" -m build --no-isolation --outdir "$work/dist" "$@" .; }
+expect 'build: source distribution' build --sdist
+unpack() { mkdir -p "$work/unpacked" && tar -xzf "$work"/dist/tproxy-*.tar.gz -C "$work/unpacked" --strip-components 1; }
+expect 'build: wheel from the source distribution' eval 'unpack && (cd "$work/unpacked" && build --wheel)'
+expect 'twine check' "$tools/twine" check --strict "$work"/dist/*
+wheel=$(ls "$work"/dist/tproxy-*-py3-none-linux_*.whl)
+expect 'the wheel is for any Python 3 on this platform, and has the library' \
+    eval 'unzip_list=$("$tools/python" -m zipfile -l "$wheel") && grep -q "tproxy/libtproxy.so.0" <<< "$unzip_list" && grep -q py.typed <<< "$unzip_list"'
+pip() { "$tools/python" -m pip --quiet --disable-pip-version-check --python "$@"; }
+
+# As a user would, from the repository: installed, and editable.
+for way in --no-deps --editable; do
+    fresh=$work/fresh
+    rm -rf "$fresh" && "$tools/python" -m venv --without-pip "$fresh"
+    # Without isolation hatchling is the tools'; the rest is as `pip install ./bindings/python` does it.
+    install() { PYTHONPATH=$("$tools/python" -c 'import hatchling, pathlib; print(pathlib.Path(hatchling.__file__).parents[1])') pip "$fresh/bin/python" install --no-build-isolation $way "$here"; }
+    expect "pip install $way ./bindings/python" install
+    expect "and its library is there" env -C / "$fresh/bin/python" -W error -m tproxy version
+done
+
+# The suite, with every Python at once and in several processes each: it waits more than it works.
+pids=
+for python in "$work"/3.*/; do
+    version=$(basename "$python")
+    # What is tested is what was built, and not the folder beside the tests.
+    (
+        pip "${python}bin/python" install --force-reinstall --no-deps "$wheel" &&
+            cd / && timeout 240 "${python}bin/python" -m pytest -q -n 3 "$here/tests"
+    ) > "$work/$version.log" 2>&1 &
+    pids="$pids $version:$!"
+done
+for pair in $pids; do
+    version=${pair%:*}
+    wait "${pair#*:}"
+    status=$?
+    # pytest's last line: "1 failed, 202 passed, 1 error in 60.00s".
+    count() { tail -n 1 "$work/$version.log" | tr ',' '\n' | awk -v what="$1" '$2 ~ what { n = $1 } END { print n + 0 }'; }
+    good=$(count passed) bad=$(($(count failed) + $(count error)))
+    # A runner that breaks off has failed too, whatever it counted.
+    if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
+    echo "Python $version: $good passed, $bad failed"
+    [ "$bad" = 0 ] || tail -n 100 "$work/$version.log"
+    passed=$((passed + good)) failed=$((failed + bad))
+done
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

@@ -1,0 +1,148 @@
+"""The raw layer is what the C compiler makes of the header."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tproxy import _ctypes as c
+
+HEADER = Path(__file__).parents[3] / "include" / "tproxy.h"
+# Comments say names too.
+TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+
+CONSTANTS = re.findall(r"^#define (TP_\w+) ", TEXT, re.MULTILINE)
+STRUCTS = re.findall(r"^struct (tp_\w+) \{(.*?)^\};", TEXT, re.MULTILINE | re.DOTALL)
+FUNCTIONS = re.findall(r"^([a-z][\w ]*?[ *])(tp_\w+)\(([^;]*?)\);", TEXT, re.MULTILINE)
+
+
+def fields(body: str) -> list[str]:
+    return re.findall(r"(\w+)(?:\[\d+\])?;", body)
+
+
+def compiled(directory: Path, *statements: str) -> list[str]:
+    """What a C program prints that does this."""
+    source = directory / "probe.c"
+    includes = ["#include <stdio.h>", "#include <stddef.h>", f'#include "{HEADER}"']
+    source.write_text("\n".join([*includes, "int main(void) {", *statements, "return 0; }"]))
+    subprocess.run(["cc", "-std=c11", "-Wall", "-Werror", "-o", directory / "probe", source], check=True, timeout=60)
+    output = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True, timeout=60).stdout
+    return output.splitlines()
+
+
+def raw_function(name: str) -> Any:
+    """The declaration of a function, which has a '_' after it where a struct has the name."""
+    return getattr(c, name + "_") if name in dict(STRUCTS) else getattr(c, name)
+
+
+def test_the_header_is_read_right() -> None:
+    """The patterns above find what a reader sees."""
+    assert {"TP_NONBLOCK", "TP_FORMAT_IPTABLES"} <= set(CONSTANTS)
+    assert fields(dict(STRUCTS)["tp_port_range"]) == ["first", "last"]
+    assert fields(dict(STRUCTS)["tp_prefix"]) == ["family", "len", "reserved", "addr"]
+    exported = (HEADER.parents[1] / "tests/c/symbols.txt").read_text().split()
+    assert sorted(name for _, name, _ in FUNCTIONS) == exported
+
+
+def test_constants(tmp_path: Path) -> None:
+    values = compiled(tmp_path, *(f'printf("%lld\\n", (long long)({name}));' for name in CONSTANTS))
+    ours = {name: value for name, value in vars(c).items() if name.startswith("TP_")}
+    assert ours == dict(zip(CONSTANTS, map(int, values)))
+
+
+def test_structs(tmp_path: Path) -> None:
+    """Every size, offset and width; and that there is none too few or too many."""
+    names = {name: fields(body) for name, body in STRUCTS}
+    names["sockaddr_storage"] = ["ss_family"]
+    statements = []
+    for struct, members in names.items():
+        statements.append(f'printf("{struct} %zu %zu\\n", sizeof(struct {struct}), _Alignof(struct {struct}));')
+        for member in members:
+            place = f"offsetof(struct {struct}, {member}), sizeof(((struct {struct} *)0)->{member})"
+            statements.append(f'printf("{struct}.{member} %zu %zu\\n", {place});')
+    ours = []
+    for struct, members in names.items():
+        cls = getattr(c, struct)
+        ours.append(f"{struct} {ctypes.sizeof(cls)} {ctypes.alignment(cls)}")
+        ours += [f"{struct}.{member} {getattr(cls, member).offset} {getattr(cls, member).size}" for member in members]
+    assert ours == compiled(tmp_path, *statements)
+    declared: dict[str, Any] = {
+        name: value for name, value in vars(c).items() if isinstance(value, type) and name.startswith("tp_")
+    }
+    assert sorted(declared) == sorted(name for name, _ in STRUCTS)
+    for name, cls in declared.items():
+        assert [field[0] for field in cls._fields_] == names[name], name
+
+
+def test_the_names_of_constants_and_functions_are_all_there() -> None:
+    functions = {name for name, value in vars(c).items() if isinstance(value, ctypes._CFuncPtr)}  # type: ignore[attr-defined]
+    in_c = {name + "_" if name in dict(STRUCTS) else name for _, name, _ in FUNCTIONS}
+    assert functions == in_c
+
+
+# What _Generic has to say of a type, for each ctypes type that the raw layer uses.
+SCALARS = {
+    "int": ctypes.c_int,
+    "unsigned int": ctypes.c_uint32,
+    "long": ctypes.c_ssize_t,
+    "unsigned long": ctypes.c_size_t,
+}
+
+
+def c_type(text: str) -> str:
+    """An argument's type, without its name."""
+    return re.sub(
+        r"\b(const|struct)\b", r"\1", re.sub(r"(\w+)\s*$", "", text) if not text.endswith("*") else text
+    ).strip()
+
+
+@pytest.mark.parametrize(("result", "name", "arguments"), FUNCTIONS, ids=[name for _, name, _ in FUNCTIONS])
+def test_prototypes(tmp_path: Path, result: str, name: str, arguments: str) -> None:
+    """Results and arguments, by the kind and width that the compiler says they have."""
+    function = raw_function(name)
+    listed = [] if arguments.strip() == "void" else [c_type(" ".join(a.split())) for a in arguments.split(",")]
+    types = [" ".join(result.split()), *listed]
+    generic = ", ".join([*(f'{scalar}: "{scalar}"' for scalar in SCALARS), 'default: "pointer"'])
+    statements = [
+        'puts("void");' if text == "void" else f"{text} v{at} = 0; (void)v{at}; puts(_Generic(v{at}, {generic}));"
+        for at, text in enumerate(types)
+    ]
+    said = compiled(tmp_path, *statements)
+    assert len(function.argtypes) == len(listed)
+    for text, kind, ours in zip(types, said, [function.restype, *function.argtypes]):
+        if kind == "void":
+            assert ours is None
+        elif kind == "pointer":
+            check_pointer(text, ours)
+        else:
+            assert ours is SCALARS[kind], f"{name}: {text} is {kind}, and not {ours}"
+
+
+def check_pointer(text: str, ours: Any) -> None:
+    """A pointer of a kind that can be told is declared as that; bytes, addresses and handles as c_void_p."""
+    pointee = text.replace("const ", "").replace("struct ", "").replace(" ", "")
+    exact: dict[str, Any] = {
+        "char*": (ctypes.c_char_p, ctypes.c_void_p),
+        "size_t*": (ctypes.POINTER(ctypes.c_size_t),),
+        "socklen_t*": (ctypes.POINTER(c.socklen_t),),
+        "tp_rules**": (ctypes.POINTER(ctypes.c_void_p),),
+        "tp_replier**": (ctypes.POINTER(ctypes.c_void_p),),
+    }
+    for opaque in ("void*", "sockaddr*", "msghdr*", "tp_rules*", "tp_replier*"):
+        exact[opaque] = (ctypes.c_void_p,)
+    exact["tp_finding_fn"] = (c.tp_finding_fn,)
+    for struct, _ in STRUCTS:
+        exact[struct + "*"] = (ctypes.POINTER(getattr(c, struct)),)
+    assert ours in exact[pointee], f"{text} is not {ours}"
+
+
+def test_rejects_what_differs(tmp_path: Path) -> None:
+    """The comparison itself: a width that is wrong is seen."""
+    with pytest.raises(AssertionError):
+        check_pointer("struct tp_prefix *", ctypes.POINTER(c.tp_port_range))
+    assert compiled(tmp_path, 'puts(_Generic((uint32_t)0, unsigned int: "u32", default: "other"));') == ["u32"]

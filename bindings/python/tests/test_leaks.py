@@ -1,0 +1,164 @@
+"""Nothing is left behind: 10,000 calls of each kind, those that fail among them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import sys
+from typing import Any, Callable
+
+import pytest
+from net import Net
+
+import tproxy
+from tproxy import Batch, Datagram, Replier, RulesFlag
+
+CALLS = 10_000
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None:
+    """Descriptors, Python's objects and blocks of memory, and C's."""
+
+    def repeat() -> tuple[int, int, int, int]:
+        # The first calls fill what is remembered on purpose.
+        for _ in range(100):
+            call()
+        gc.collect()
+        before = (descriptors(), sys.getallocatedblocks(), len(gc.get_objects()), resident())
+        for _ in range(calls):
+            call()
+        gc.collect()
+        after = (descriptors(), sys.getallocatedblocks(), len(gc.get_objects()), resident())
+        return tuple(b - a for a, b in zip(before, after))  # type: ignore[return-value]
+
+    fds, blocks, objects, memory = net.run(repeat)
+    assert fds == 0, f"{fds} descriptors"
+    # One lost at every call would be as many as there were calls; the test runner has a few.
+    assert blocks < calls // 4, f"{blocks} blocks of memory"
+    assert objects < calls // 4, f"{objects} objects"
+    # 100 bytes a call, in C's memory too.
+    assert memory < 100 * CALLS, f"{memory} bytes"
+
+
+def failing(call: Callable[[], Any]) -> Callable[[], None]:
+    def expect() -> None:
+        with contextlib.suppress(tproxy.Error):
+            call()
+            raise AssertionError("it did not fail")
+
+    return expect
+
+
+def connected(net: Net, host: str) -> tuple[socket.socket, socket.socket, socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    def make() -> tuple[socket.socket, socket.socket, socket.socket]:
+        listener = tproxy.listen((host, 0))
+        client = socket.create_connection(listener.getsockname()[:2])
+        accepted, _ = listener.accept()
+        assert accepted.family == family
+        return listener, client, accepted
+
+    return net.run(make)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_orig_dst(net: Net, host: str) -> None:
+    listener, client, accepted = connected(net, host)
+    with listener, client, accepted:
+        before = sys.getrefcount(accepted)
+        leaks_nothing(net, lambda: tproxy.orig_dst(accepted))
+        leaks_nothing(net, failing(lambda: tproxy.orig_dst(client)))
+        assert sys.getrefcount(accepted) == before
+
+
+def test_many_addresses_are_remembered_within_bounds() -> None:
+    """The memory of addresses does not grow with the number of destinations."""
+    from tproxy import _sockets
+
+    for at in range(3 * _sockets._KNOWN_MOST):
+        body = b"\x02\x00" + at.to_bytes(2, "big") + at.to_bytes(4, "big") + bytes(8)
+        assert _sockets.known_address(body, False) == (socket.inet_ntoa(at.to_bytes(4, "big")), at & 0xFFFF)
+        assert len(_sockets._KNOWN[False]) <= _sockets._KNOWN_MOST
+
+
+def test_sockets(net: Net) -> None:
+    leaks_nothing(net, lambda: tproxy.socket(socket.AF_INET6, socket.SOCK_DGRAM).close())
+    leaks_nothing(net, lambda: tproxy.listen("127.0.0.1:0").close())
+    leaks_nothing(net, failing(lambda: tproxy.listen("127.0.0.1:0", flags=1 << 30)))
+    leaks_nothing(net, failing(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9")))
+    leaks_nothing(net, failing(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9", timeout=1)))
+    with net.run(lambda: socket.socket()) as sock:
+        leaks_nothing(net, lambda: tproxy.set_transparent(sock))
+        leaks_nothing(net, failing(lambda: tproxy.bind_nonlocal(sock, "[2001:db8::1]:80")))
+
+
+def test_connections(net: Net) -> None:
+    with net.run(lambda: tproxy.listen("[::1]:0", backlog=64)) as listener:
+        to = listener.getsockname()
+
+        def connect() -> None:
+            with tproxy.connect_from("::1", to) as sock, listener.accept()[0]:
+                # A reset leaves no port in TIME_WAIT.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+        leaks_nothing(net, connect)
+
+
+def test_datagrams(net: Net) -> None:
+    def make() -> socket.socket:
+        sock = tproxy.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("127.0.0.1", 0))
+        return sock
+
+    batch = Batch(4, 100)
+    with net.run(make) as sock, net.run(Replier) as replier:
+        to = sock.getsockname()
+
+        def receive_one() -> None:
+            sock.sendto(b"x", to)
+            tproxy.recvfrom(sock, 100)
+
+        def receive_batch() -> None:
+            sock.sendto(b"x", to)
+            for datagram in tproxy.recv_datagrams(sock, batch):
+                bytes(datagram.data), datagram.client, datagram.orig_dst
+
+        def reply() -> None:
+            replier.reply(b"x", to, ("192.0.2.1", 5300))
+            replier.send([Datagram(b"y", to, ("192.0.2.1", 5300))])
+            sock.recv(10)
+            sock.recv(10)
+
+        before = sys.getrefcount(sock), sys.getrefcount(batch)
+        for call in (receive_one, receive_batch, reply):
+            leaks_nothing(net, call)
+        leaks_nothing(net, failing(lambda: tproxy.recvfrom(sock, 100, socket.MSG_DONTWAIT)))
+        leaks_nothing(net, failing(lambda: tproxy.recv_datagrams(sock, batch, socket.MSG_DONTWAIT)))
+        leaks_nothing(net, failing(lambda: replier.reply(b"x", to, ("::1", 1))))
+        assert (sys.getrefcount(sock), sys.getrefcount(batch)) == before
+    leaks_nothing(net, lambda: Replier().close())
+    leaks_nothing(net, lambda: Batch(2, 10), 2000)
+
+
+def test_rules(net: Net) -> None:
+    """Each costs the kernel a grace period or two: fewer of those that install."""
+    config = tproxy.RulesConfig(listen_addr="[::]:3129", ports=[80, 443], dst=["10.0.0.0/8"], interfaces=["eth0"])
+    with net.run(lambda: tproxy.install_rules(**config)) as rules:
+        leaks_nothing(net, rules.stats, 2000)
+        leaks_nothing(net, failing(lambda: tproxy.install_rules(flags=1 << 30)))
+        leaks_nothing(net, failing(lambda: rules.update(9)))
+    leaks_nothing(net, lambda: tproxy.render_rules(**config))
+    leaks_nothing(net, lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY).remove(), 100)

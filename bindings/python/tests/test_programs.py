@@ -1,0 +1,352 @@
+"""The command, the examples, and how the library is found: each as a program of its own."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from net import PATIENCE, Hosts, Lab, Net, udp_client
+
+import tproxy
+from tproxy import Finding, Severity, __main__, _check, _library
+from tproxy import _ctypes as c
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LIBRARY = _library.BESIDE
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python that turns every warning into an error."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd="/",
+        env={**os.environ, **environment},
+    )
+
+
+# The command.
+
+
+def test_version() -> None:
+    done = python("-m", "tproxy", "version")
+    assert done.stdout.startswith(f"libtproxy {tproxy.version()} (")
+    assert done.returncode == 0
+
+
+def test_render_by_command() -> None:
+    options = [
+        "--listen",
+        "[::]:3129",
+        "--port",
+        "80",
+        "--port",
+        "8000-8100",
+        "--flag",
+        "local-output",
+        "--name",
+        "one",
+    ]
+    done = python("-m", "tproxy", "render", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = tproxy.render_rules(
+        listen_addr="[::]:3129", ports=[80, (8000, 8100)], flags=tproxy.RulesFlag.LOCAL_OUTPUT, name="one"
+    )
+    assert done.stdout == expected
+    more = [
+        "--format",
+        "iptables",
+        "--dst",
+        "10.0.0.0/8",
+        "--src",
+        "::/0",
+        "--bypass",
+        "10.1.0.0/16",
+        "--protocol",
+        "udp",
+    ]
+    done = python("-m", "tproxy", "render", "--listen", "[::]:3129", "--interface", "eth9", *more)
+    assert done.returncode == 0
+    for words in ("iptables-restore", "udp", "10.0.0.0/8", "10.1.0.0/16", "eth9"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ([], 2, "usage"),
+        (["render", "--port", "x"], 2, "port"),
+        (["render", "--listen", "nowhere", "--port", "80"], 2, "nowhere"),
+        (["render", "--dst", "10.0.0.0/99"], 2, "10.0.0.0/99"),
+        (["render", "--flag", "no-such"], 2, "NO_SUCH"),
+        (["render"], 1, "no listeners"),
+        (["purge", "no such/name"], 1, "name"),
+    ],
+)
+def test_command_that_fails(arguments: list[str], status: int, words: str) -> None:
+    done = python("-m", "tproxy", *arguments)
+    assert done.returncode == status
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_purge_by_command(net: Net) -> None:
+    """The routing that a killed process left."""
+    die = "import os, tproxy; rules = tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY); os._exit(0)"
+    assert net.run(lambda: python("-c", die)).returncode == 0
+    assert "7470" in net.command("ip", "rule")
+    done = net.run(lambda: python("-m", "tproxy", "purge"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "7470" not in net.command("ip", "rule")
+
+
+# The check. Its findings are the library's; what Python makes of them is looked at with findings of our own.
+
+FOUND = [
+    (0, b"kernel.nf_tables", b"nf_tables is there", b"", b""),
+    (
+        2,
+        b"sysctl.rp_filter",
+        b"stra\xc3\x9fe",
+        b"answers are dropped",
+        b"sysctl -w a=0\nsysctl -w b=0",
+    ),
+    (3, b"cap.net_admin", b"missing", b"no rules can be made", b"run as root"),
+]
+
+
+def finds(found: Sequence[tuple[int, bytes, bytes, bytes, bytes]], result: int) -> Any:
+    """In place of the library's call: calls back as it does."""
+
+    def tp_check(report: Any, context: Any) -> int:
+        for finding in found:
+            report(ctypes.pointer(c.tp_finding(*finding)), context)
+        return result
+
+    return ctypes.CFUNCTYPE(ctypes.c_int, c.tp_finding_fn, ctypes.c_void_p)(tp_check)
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(c, "tp_check", finds(FOUND, 1))
+    assert tproxy.check()[1] == Finding(
+        Severity.WARNING, "sysctl.rp_filter", "straße", "answers are dropped", "sysctl -w a=0\nsysctl -w b=0"
+    )
+    assert __main__.main(["check"]) == 1
+    table = capsys.readouterr().out
+    assert "\033" not in table
+    assert table.splitlines()[0] == "ok       kernel.nf_tables  nf_tables is there"
+    assert "         cure: sysctl -w b=0" in table.splitlines()
+    assert __main__.main(["check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[2] == {
+        "severity": "failure",
+        "id": "cap.net_admin",
+        "found": "missing",
+        "effect": "no rules can be made",
+        "cure": "run as root",
+    }
+    monkeypatch.setattr(c, "tp_check", finds(FOUND[:2], 0))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert __main__.main(["check"]) == 0
+    assert "\033[33mwarning\033[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert __main__.main(["check"]) == 0
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_check_with_the_library_that_is_there() -> None:
+    done = python("-m", "tproxy", "check", "--json")
+    assert done.returncode in (0, 1), done.stderr
+    findings = json.loads(done.stdout)
+    assert findings
+    assert all(set(finding) == set(Finding._fields) for finding in findings)
+
+
+# How the library is found.
+
+
+def load(*statements: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", "; ".join(["import tproxy._ctypes as c", *statements, "print(c.library._name)"]), **environment)
+
+
+def compiled(directory: Path, source: str, name: str = "other.so") -> str:
+    path = directory / name
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True, timeout=60
+    )
+    return str(path)
+
+
+def test_the_library_beside_the_package_or_a_named_one(tmp_path: Path) -> None:
+    assert load().stdout.strip() == str(LIBRARY)
+    copy = shutil.copy(LIBRARY, tmp_path / "libmine.so")
+    assert load(LIBTPROXY=str(copy)).stdout.strip() == str(copy)
+
+
+def test_an_installed_library(tmp_path: Path) -> None:
+    """Without one beside the package, the loader's; without that, every place that was tried is told."""
+    shutil.copytree(LIBRARY.parent, tmp_path / "tproxy", ignore=shutil.ignore_patterns("*.so*", "__pycache__"))
+    # This package is not where its own path file or an editable install has it.
+    alone = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = load(**alone)
+    installed = ctypes.util.find_library("tproxy")
+    if installed is None:
+        assert done.returncode == 1
+        for words in (
+            "$LIBTPROXY: not set",
+            "beside the package: nothing",
+            "libtproxy.so.0",
+            "find_library",
+            "make install",
+        ):
+            assert words in done.stderr
+    system = tmp_path / "lib"
+    system.mkdir()
+    shutil.copy(LIBRARY, system / "libtproxy.so.0")
+    assert load(**alone, LD_LIBRARY_PATH=str(system)).stdout.strip() == "libtproxy.so.0"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            'const char *tp_version(void) { return "1.4.2"; }',
+            "libtproxy 1.4.2, whose interface is another (libtproxy.so.1)",
+        ),
+        ("int something_else;", "is not libtproxy"),
+        ('const char *tp_version(void) { return "0.0.1"; }', "has no tp_socket: it is older"),
+    ],
+)
+def test_a_library_that_does_not_fit(tmp_path: Path, source: str, words: str) -> None:
+    done = load(LIBTPROXY=compiled(tmp_path, source))
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_named_library_that_is_not_there() -> None:
+    """Who names one means it: nothing else is taken."""
+    done = load(LIBTPROXY="/nowhere/libtproxy.so")
+    assert done.returncode == 1
+    assert "/nowhere/libtproxy.so" in done.stderr
+
+
+# The examples.
+
+
+class Program:
+    """An example that runs on a host, and the lines that it prints."""
+
+    def __init__(self, net: Net, *arguments: str | Path) -> None:
+        command = [sys.executable, "-W", "error", *arguments]
+        pipe = subprocess.PIPE
+        self.process = net.run(lambda: subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.put(line.strip())
+
+    def line(self) -> str:
+        return self.lines.get(timeout=PATIENCE)
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.reader.join(PATIENCE)
+        with self.process:
+            assert self.process.stderr
+            assert (self.process.wait(PATIENCE), self.process.stderr.read()) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["tcp_proxy.py", "dns_interceptor.py"])
+def test_examples_are_short(name: str) -> None:
+    assert len((EXAMPLES / name).read_text().splitlines()) < 60
+    done = python(EXAMPLES / name)
+    assert done.returncode == 1
+    assert "PORT" in done.stderr
+
+
+def test_example_tcp_proxy(lab: Lab, hosts: Hosts) -> None:
+    before = lab.proxy.state()
+    with lab.serving(80, 2) as server:
+        proxy = Program(lab.proxy, EXAMPLES / "tcp_proxy.py", "3129", "80")
+        assert proxy.line() == "listening"
+        for _ in range(2):
+            heard = lab.ask(hosts.server, 80)
+            assert heard.answer == f"seen {hosts.client}, heard who am I?"
+            assert proxy.line().endswith(
+                f"{hosts.client} port {heard.client[1]} -> " + mapped(hosts.server) + " port 80"
+            )
+        assert server.result() == [hosts.client] * 2
+    # The server is gone: the client's connection ends.
+    assert lab.client.run(lambda: hear(hosts.server, 80)) == b""
+    proxy.stop(signal.SIGTERM)
+    assert lab.proxy.state() == before
+
+
+def hear(host: str, port: int) -> bytes:
+    with socket.create_connection((host, port), PATIENCE) as stream:
+        return stream.recv(10)
+
+
+def mapped(host: str) -> str:
+    return host if ":" in host else "::ffff:" + host
+
+
+def dns_query(name: str, kind: int) -> bytes:
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return struct.pack("!6H", 0x1234, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!2H", kind, 1)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.53", "2001:db8:53::53"])
+def test_example_dns_interceptor(lab: Lab, hosts: Hosts, address: str) -> None:
+    """The client asks a server that does not exist, and hears it answer."""
+    before = lab.proxy.state()
+    interceptor = Program(lab.proxy, EXAMPLES / "dns_interceptor.py", "3053", "intercepted.example", address)
+    assert interceptor.line() == "listening"
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    kind, other = (28, 1) if ":" in address else (1, 28)
+
+    def ask(query: bytes) -> bytes:
+        return lab.client.run(lambda: udp_client(hosts.server, 53, query))[0]
+
+    query = dns_query("Intercepted.Example", kind)
+    answer = ask(query)
+    assert answer[:2] == query[:2]
+    assert struct.unpack("!5H", answer[2:12]) == (0x8400, 1, 1, 0, 0)
+    assert answer[12 : len(query)] == query[12:]
+    assert answer.endswith(socket.inet_pton(family, address))
+    assert struct.unpack("!5H", ask(dns_query("intercepted.example", other))[2:12]) == (0x8400, 1, 0, 0, 0)
+    assert struct.unpack("!5H", ask(dns_query("elsewhere.example", kind))[2:12]) == (0x8403, 1, 0, 0, 0)
+    # What is no query is passed over, and the next one answered.
+    for nonsense in (b"", b"\0" * 5, query[:20], b"\xff" * 40):
+        with pytest.raises(socket.timeout):
+            lab.client.run(lambda nonsense=nonsense: silent(hosts.server, nonsense))  # type: ignore[misc]
+    assert ask(query) == answer
+    interceptor.stop(signal.SIGINT)
+    assert lab.proxy.state() == before
+
+
+def silent(host: str, words: bytes) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.1)
+        sock.connect((host, 53))
+        sock.send(words)
+        sock.recv(100)

@@ -1,0 +1,342 @@
+"""Rules: what they take, what they do, and when they end."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import ipaddress
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from net import PATIENCE, V4, Hosts, Lab, Net, answer_one
+
+import tproxy
+from tproxy import AddressSet, Backend, Family, Format, Protocol, RulesFlag
+
+
+@contextmanager
+def proxy(lab: Lab, **config: object) -> Iterator[tuple[tproxy.Rules, socket.socket]]:
+    """A listener on the proxy's host that answers whom it intercepts, and its rules."""
+    listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
+    listener.settimeout(0.2)
+    enough = threading.Event()
+
+    def serve() -> None:
+        while not enough.is_set():
+            try:
+                stream, _ = listener.accept()
+            except socket.timeout:
+                continue
+            with stream:
+                stream.settimeout(PATIENCE)
+                stream.recv(100)
+                stream.sendall(b"intercepted")
+
+    serving = lab.proxy.start(serve)
+    try:
+        with lab.proxy.run(lambda: tproxy.install_rules(listeners=[listener], **config)) as rules:  # type: ignore[arg-type]
+            yield rules, listener
+    finally:
+        enough.set()
+        serving.result()
+        listener.close()
+
+
+def answer(lab: Lab, host: str, port: int) -> str:
+    """Who answers: the proxy, or the server."""
+    with lab.server.run(lambda: socket.create_server((host, port), family=family_of(host))) as server:
+        server.settimeout(PATIENCE)
+        serving = lab.server.start(lambda: answer_one(server))
+        heard = lab.ask(host, port).answer
+        if heard.startswith("seen"):
+            serving.result()
+            return "server"
+        # It waits still: let it go.
+        lab.server.run(lambda: socket.create_connection((host, port), PATIENCE).close())
+        serving.join()
+        return heard.replace("intercepted", "proxy")
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def test_ports_destinations_sources(lab: Lab, hosts: Hosts) -> None:
+    """Everything that can be said of ports and prefixes, in each of the ways in which Python has them."""
+    net = ipaddress.ip_network(hosts.server + ("/120" if ":" in hosts.server else "/24"), strict=False)
+    chosen = {
+        "ports": [80, (8000, 8010), range(9000, 9002)],
+        "dst": [net],
+        "src": [hosts.client, ipaddress.ip_network("192.0.2.0/24")],
+        "bypass": [str(ipaddress.ip_address(hosts.server) + 7)],
+        "interfaces": ["eth0", "eth7"],
+    }
+    with proxy(lab, **chosen) as (rules, _):
+        said = {port: answer(lab, hosts.server, port) for port in (80, 81, 8000, 8010, 8011, 9001, 9002)}
+        assert [port for port, who in said.items() if who == "proxy"] == [80, 8000, 8010, 9001]
+        stats = rules.stats()
+        assert stats.intercepted_packets > 0
+        assert stats.intercepted_bytes >= 20 * stats.intercepted_packets
+        assert stats.dropped_packets == stats.guarded_packets == 0
+
+
+def test_update(lab: Lab, hosts: Hosts) -> None:
+    """Sets of a living instance."""
+    host = ipaddress.ip_address(hosts.server)
+    with proxy(lab, ports=[80], dst=["192.0.2.0/24", "2001:db8:f::/48"]) as (rules, _):
+        assert answer(lab, hosts.server, 80) == "server"
+        rules.update(AddressSet.DST, add=[host])
+        assert answer(lab, hosts.server, 80) == "proxy"
+        rules.update(AddressSet.BYPASS, add=[hosts.server])
+        assert answer(lab, hosts.server, 80) == "server"
+        rules.update(AddressSet.BYPASS, remove=[host])
+        rules.update(AddressSet.DST, add=["192.0.2.0/30"], remove=[host])
+        assert answer(lab, hosts.server, 80) == "server"
+        with pytest.raises(FileNotFoundError):
+            rules.update(AddressSet.DST, remove=["10.9.8.0/24"])
+        with pytest.raises(tproxy.Error) as refused:
+            rules.update(7)
+        assert refused.value.errno == errno.EINVAL
+
+
+def test_replace(lab: Lab, hosts: Hosts) -> None:
+    with proxy(lab, ports=[81]) as (rules, listener):
+        assert answer(lab, hosts.server, 80) == "server"
+        lab.proxy.run(lambda: rules.replace(listeners=[listener], ports=[80]))
+        assert answer(lab, hosts.server, 80) == "proxy"
+        assert answer(lab, hosts.server, 81) == "server"
+        with pytest.raises(tproxy.Error):
+            lab.proxy.run(lambda: rules.replace(listeners=[listener], name="another"))
+        assert answer(lab, hosts.server, 80) == "proxy"
+
+
+def test_stats_of_what_is_dropped(lab: Lab) -> None:
+    """No listener, no traffic; and straight to the listener is guarded."""
+    listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
+    with lab.proxy.run(lambda: tproxy.install_rules(listeners=[listener], ports=[80])) as rules:
+        with pytest.raises(OSError, match="timed out"):
+            lab.client.run(lambda: socket.create_connection((V4.proxy, 3129), 0.3))
+        assert rules.stats().guarded_packets >= 1
+        listener.close()
+        with pytest.raises(OSError, match="timed out"):
+            lab.client.run(lambda: socket.create_connection((V4.server, 80), 0.3))
+        assert rules.stats().dropped_packets >= 1
+
+
+def test_they_end_with_the_block(net: Net) -> None:
+    before = net.state()
+    with net.run(lambda: tproxy.listen("[::]:3129")) as listener:
+        with net.run(lambda: tproxy.install_rules(listeners=[listener.fileno()], ports=[80])) as rules:
+            assert net.state() != before
+            with pytest.raises(tproxy.Error) as taken:
+                net.run(lambda: tproxy.install_rules(listeners=[listener], ports=[81]))
+            assert taken.value.errno == errno.EBUSY
+            with net.run(lambda: tproxy.install_rules(name="two", listeners=[listener], ports=[81])):
+                pass
+        assert net.state() == before
+        rules.remove()
+        for call in (
+            rules.stats,
+            lambda: rules.update(AddressSet.DST),
+            lambda: rules.replace(listeners=[listener]),
+        ):
+            with pytest.raises(ValueError, match="removed"):
+                call()
+
+
+def test_dropped_without_removal(net: Net) -> None:
+    """A ResourceWarning, and they are removed."""
+    before = net.state()
+
+    def install_and_forget() -> None:
+        tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY)
+
+    with pytest.warns(ResourceWarning, match="nobody removed"):
+        net.run(install_and_forget)
+        gc.collect()
+    assert net.state() == before
+
+
+def test_a_forked_child_leaves_them_alone(net: Net) -> None:
+    with net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY)) as rules:
+        there = net.state()
+        with warnings.catch_warnings():
+            # That this process has threads, which are not looked at.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                with rules:
+                    pass
+                rules.__del__()
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert net.state() == there
+
+
+def test_persistent_rules(net: Net) -> None:
+    """They stay when the handle goes, until they are purged."""
+    before = net.state()
+    with net.run(lambda: tproxy.listen("[::]:3129")) as listener:
+
+        def install_and_end() -> None:
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    tproxy.install_rules(listeners=[listener], ports=[80], flags=RulesFlag.PERSIST, name="kept")
+                    gc.collect()
+                    status = 0
+                finally:
+                    os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            net.run(install_and_end)
+        assert net.state() != before
+        # The kernel lets go of a dead process's table when it gets round to it.
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                net.run(lambda: tproxy.purge_rules("kept"))
+                break
+            except tproxy.Error as error:
+                assert error.errno == errno.EBUSY
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        net.run(tproxy.purge_rules)
+        assert net.state() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"ports": [0]}, ValueError),
+        ({"ports": [(90, 80)]}, ValueError),
+        ({"ports": [65536]}, ValueError),
+        ({"ports": [range(1, 10, 2)]}, ValueError),
+        ({"ports": [range(5, 5)]}, ValueError),
+        ({"ports": [(1, 2, 3)]}, ValueError),
+        ({"dst": ["10.0.0.0/33"]}, ValueError),
+        ({"dst": "10.0.0.0/8"}, TypeError),
+        ({"dst": ["example.org"]}, ValueError),
+        ({"interfaces": "eth0"}, TypeError),
+        ({"interfaces": ["eth\0"]}, ValueError),
+        ({"name": "a\0b"}, ValueError),
+        ({"mark": 1 << 32}, ValueError),
+        ({"flags": -1}, ValueError),
+        ({"port": [80]}, TypeError),
+        ({"listen_addr": "nowhere"}, ValueError),
+    ],
+)
+def test_bad_configurations(net: Net, config: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        net.run(lambda: tproxy.install_rules(**config))  # type: ignore[arg-type]
+
+
+def test_what_the_library_refuses(net: Net) -> None:
+    with pytest.raises(tproxy.Error, match="no listeners") as refused:
+        net.run(lambda: tproxy.install_rules(ports=[80]))
+    assert refused.value.errno == errno.EINVAL
+    with net.run(lambda: socket.create_server(("127.0.0.1", 0))) as ordinary:
+        with pytest.raises(tproxy.Error, match="transparent") as refused:
+            net.run(lambda: tproxy.install_rules(listeners=[ordinary]))
+        assert refused.value.errno == errno.EINVAL
+    with pytest.raises(tproxy.Error) as refused:
+        net.run(lambda: tproxy.install_rules(flags=1 << 31))
+    assert refused.value.errno == errno.EINVAL
+    with pytest.raises(tproxy.Error) as refused:
+        net.run(lambda: tproxy.purge_rules("no such/name"))
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_listener_of_another_process_and_numbers(net: Net) -> None:
+    """What the fields of the struct say arrives."""
+    with net.run(
+        lambda: tproxy.install_rules(
+            listen_addr=("::1", 3129),
+            protocols=Protocol.TCP | Protocol.UDP,
+            families=Family.IPV6,
+            backend=Backend.NFT,
+            mark=0x40,
+            mark_mask=0xC0,
+            table=4711,
+            priority=1234,
+            ports=[53],
+        )
+    ):
+        rules = net.command("ip", "-6", "rule")
+        assert "1234:" in rules
+        assert "0x40/0xc0" in rules
+        assert "4711" in rules
+        assert "0x40/0xc0" not in net.command("ip", "-4", "rule")
+
+
+def test_iptables(net: Net) -> None:
+    """Its programs run where the thread is that calls."""
+
+    def inside() -> None:
+        with tproxy.listen("[::]:3129") as listener:
+            with tproxy.install_rules(listeners=[listener], ports=[80], backend=Backend.IPTABLES) as rules:
+                assert "TPROXY" in net.command("iptables-save")
+                assert rules.stats().intercepted_packets == 0
+
+    net.run(inside)
+    assert "TPROXY" not in net.command("iptables-save")
+
+
+def test_render() -> None:
+    """A script, of either kind; with the ports, prefixes and names that were asked for. It needs no privilege."""
+    config = tproxy.RulesConfig(
+        listen_addr="[::]:3129", ports=[80, (8000, 8100)], dst=["10.0.0.0/8"], interfaces=["eth3"]
+    )
+    nft = tproxy.render_rules(**config)
+    assert nft.startswith("#!/bin/sh")
+    for words in ("nft", "ip ", "80", "8000-8100", "10.0.0.0", "eth3", "3129"):
+        assert words in nft
+    iptables = tproxy.render_rules(Format.IPTABLES, **config)
+    assert "iptables-restore" in iptables
+    assert "3129" in iptables
+    with pytest.raises(tproxy.Error) as refused:
+        tproxy.render_rules(9, **config)
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_a_rendered_script_works(lab: Lab, hosts: Hosts) -> None:
+    listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
+    script = tproxy.render_rules(listeners=[listener], ports=[80])
+    lab.proxy.command("sh", "-e", "-s", text=script)
+    with listener:
+        connecting = lab.client.start(lambda: socket.create_connection((hosts.server, 80), PATIENCE).close())
+        listener.settimeout(PATIENCE)
+        with listener.accept()[0] as stream:
+            assert tproxy.orig_dst(stream)[1] == 80
+        connecting.result()
+
+
+def test_a_thread_that_removes_and_others_that_ask(net: Net) -> None:
+    """Nobody crashes; who comes too late is told so."""
+    for _ in range(5):
+        rules = net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY))
+
+        def ask(rules: tproxy.Rules = rules) -> int:
+            count = 0
+            try:
+                while True:
+                    rules.stats()
+                    count += 1
+            except ValueError:
+                return count
+
+        asking = [net.start(ask) for _ in range(3)]
+        time.sleep(0.02)
+        rules.remove()
+        assert all(thread.result(PATIENCE) > 0 for thread in asking)

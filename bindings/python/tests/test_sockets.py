@@ -1,0 +1,428 @@
+"""Stream sockets: foreign addresses, original destinations, connections from anybody."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import ipaddress
+import pickle
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from net import PATIENCE, V4, Hosts, Lab, Net, plain, read_all, relay, udp_client
+
+import tproxy
+from tproxy import SocketFlag
+
+TRANSPARENT = (socket.SOL_IP, 19)
+FOREIGN = pytest.mark.parametrize("foreign", ["192.0.2.77", "2001:db8:ffff::77"])
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_socket_is_an_ordinary_one_that_is_transparent(net: Net, family: int, kind: int) -> None:
+    with net.run(lambda: tproxy.socket(family, kind)) as sock:
+        assert type(sock) is socket.socket
+        assert (sock.family, sock.type, sock.gettimeout()) == (family, kind, None)
+        assert sock.getsockopt(*TRANSPARENT) == 1
+        assert not sock.get_inheritable()
+        if family == socket.AF_INET6:
+            assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+
+
+def test_socket_that_does_not_block(net: Net) -> None:
+    with net.run(lambda: tproxy.socket(type=socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)) as sock:
+        assert sock.gettimeout() == 0
+        with pytest.raises(BlockingIOError):
+            tproxy.recvfrom(sock, 100)
+
+
+def test_default_timeout_is_heeded(net: Net) -> None:
+    socket.setdefaulttimeout(0.05)
+    try:
+        with net.run(lambda: tproxy.socket(type=socket.SOCK_DGRAM)) as sock:
+            assert sock.gettimeout() == 0.05
+            with pytest.raises(socket.timeout):
+                tproxy.recvfrom(sock, 100)
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+@FOREIGN
+def test_set_transparent_and_bind_nonlocal(net: Net, foreign: str) -> None:
+    with net.run(lambda: socket.socket(family_of(foreign))) as sock:
+        with pytest.raises(OSError, match="assign requested") as refused:
+            net.run(lambda: sock.bind((foreign, 8080)))
+        assert refused.value.errno == errno.EADDRNOTAVAIL
+        net.run(lambda: tproxy.set_transparent(sock))
+        assert sock.getsockopt(*TRANSPARENT) == 1
+        net.run(lambda: sock.bind((foreign, 8080)))
+    with net.run(lambda: socket.socket(family_of(foreign))) as sock:
+        net.run(lambda: tproxy.bind_nonlocal(sock.fileno(), (foreign, 8081)))
+        assert sock.getsockname()[:2] == (foreign, 8081)
+
+
+@FOREIGN
+def test_listen(net: Net, foreign: str) -> None:
+    with net.run(lambda: tproxy.listen((foreign, 0))) as listener:
+        assert type(listener) is socket.socket
+        assert (listener.family, listener.type) == (family_of(foreign), socket.SOCK_STREAM)
+        assert listener.getsockname()[0] == foreign
+        assert listener.getsockname()[1] != 0
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        assert listener.gettimeout() is None
+
+
+def test_listen_flags(net: Net) -> None:
+    flags = SocketFlag.NONBLOCK | SocketFlag.REUSEPORT
+    with net.run(lambda: tproxy.listen("0.0.0.0:3129", flags=flags)) as first:
+        with pytest.raises(BlockingIOError):
+            first.accept()
+        with net.run(lambda: tproxy.listen(("0.0.0.0", 3129), flags=flags, backlog=7)):
+            pass
+        with pytest.raises(tproxy.Error) as refused:
+            net.run(lambda: tproxy.listen("0.0.0.0:3129"))
+        assert refused.value.errno == errno.EADDRINUSE
+        assert "0.0.0.0:3129" in str(refused.value)
+
+
+ADDRESSES = [
+    ("127.0.0.1:80", ("127.0.0.1", 80)),
+    (("127.0.0.1", 80), ("127.0.0.1", 80)),
+    ((ipaddress.ip_address("127.0.0.1"), 80), ("127.0.0.1", 80)),
+    (ipaddress.ip_address("127.0.0.1"), ("127.0.0.1", 0)),
+    ("127.0.0.1", ("127.0.0.1", 0)),
+    ("[2001:db8::1]:80", ("2001:db8::1", 80, 0, 0)),
+    ("[2001:db8::1]", ("2001:db8::1", 0, 0, 0)),
+    ("2001:db8::1", ("2001:db8::1", 0, 0, 0)),
+    (("2001:db8::1", 80), ("2001:db8::1", 80, 0, 0)),
+    (("2001:db8::1", 80, 5, 0), ("2001:db8::1", 80, 5, 0)),
+    (("fe80::1", 80, 0, 1), ("fe80::1", 80, 0, 1)),
+    (("fe80::1%1", 80), ("fe80::1", 80, 0, 1)),
+    ("[fe80::1%7]:80", ("fe80::1", 80, 0, 7)),
+    ((ipaddress.IPv6Address("fe80::1%7"), 80), ("fe80::1", 80, 0, 7)),
+    (ipaddress.ip_address("2001:db8::1"), ("2001:db8::1", 0, 0, 0)),
+    ("::ffff:192.0.2.1", ("::ffff:192.0.2.1", 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), ADDRESSES)
+def test_addresses(given: tproxy.Address, meant: tproxy.SockAddr) -> None:
+    """There and back; and as Python's own sockets have them."""
+    from tproxy._address import decode, encode
+
+    place, size = encode(given)
+    assert decode(place) == meant
+    assert size == (16 if len(meant) == 2 else 28)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "localhost:80", "1.2.3.4:", "1.2.3.4:x", "1.2.3.4:65536", "[::1]80", "[::1", "", ("1.2.3.4", -1),
+        ("1.2.3.4", 65536), ("::1", 1, 1 << 20, 0), ("::1", 1, 0, -1), ("::1", 1, 2), ("1.2.3", 1),
+    ],
+)  # fmt: skip
+def test_bad_addresses(net: Net, bad: tproxy.Address) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        net.run(lambda: tproxy.listen(bad))
+
+
+@pytest.mark.parametrize("bad", [80, None, (80, 80), [("::1", 1)]])
+def test_what_is_no_address(net: Net, bad: tproxy.Address) -> None:
+    with pytest.raises(TypeError):
+        net.run(lambda: tproxy.listen(bad))
+
+
+def test_interception(lab: Lab, hosts: Hosts) -> None:
+    """The whole path: intercepted, original destination, onward as the client, with its own port."""
+
+    def proxy() -> tuple[tproxy.SockAddr, tproxy.SockAddr]:
+        with tproxy.listen("[::]:3129") as listener, tproxy.install_rules(listeners=[listener], ports=[80]):
+            ready.set()
+            listener.settimeout(PATIENCE)
+            client, source = listener.accept()
+            with client:
+                to = tproxy.orig_dst(client)
+                with tproxy.connect_from(source, to, flags=SocketFlag.KEEP_PORT, timeout=PATIENCE) as server:
+                    assert plain(server.getsockname()) == plain(source)
+                    relay(client, server)
+            return source, to
+
+    ready = threading.Event()
+    with lab.serving(80) as server:
+        proxied = lab.proxy.start(proxy)
+        assert ready.wait(PATIENCE)
+        heard = lab.ask(hosts.server, 80)
+        source, to = proxied.result()
+    assert heard.answer == f"seen {hosts.client}, heard who am I?"
+    assert server.result() == [hosts.client]
+    assert plain(source) == heard.client
+    assert plain(to) == (hosts.server, 80)
+    # Of the listener's family: v4-mapped, as accept() gives the client's.
+    assert len(source) == len(to) == 4
+
+
+def test_orig_dst_of_an_ipv4_listener(lab: Lab) -> None:
+    def proxy() -> tproxy.SockAddr:
+        with tproxy.listen("0.0.0.0:3129") as listener, tproxy.install_rules(listeners=[listener], ports=[80]):
+            ready.set()
+            listener.settimeout(PATIENCE)
+            with listener.accept()[0] as client:
+                client.sendall(b"hello")
+                return tproxy.orig_dst(client)
+
+    ready = threading.Event()
+    proxied = lab.proxy.start(proxy)
+    assert ready.wait(PATIENCE)
+    lab.client.run(lambda: socket.create_connection(("203.0.113.2", 80), PATIENCE).close())
+    assert proxied.result() == ("203.0.113.2", 80)
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["of its family", "dual-stack"])
+def test_orig_dst_by_redirect(lab: Lab, hosts: Hosts, dual: bool) -> None:
+    """An ordinary listener; connection tracking knows. And the fast path says what the library says."""
+    family, any_host = (socket.AF_INET6, "::") if dual else (hosts.family, hosts.any)
+
+    def proxy() -> list[tproxy.SockAddr]:
+        with socket.socket(family) as listener:
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind((any_host, 3129))
+            listener.listen()
+            with tproxy.install_rules(listeners=[listener], ports=[80], flags=tproxy.RulesFlag.REDIRECT):
+                ready.set()
+                listener.settimeout(PATIENCE)
+                with listener.accept()[0] as client:
+                    found = [tproxy.orig_dst(client), by_the_library(client)]
+                    relay_words = read_all(client)
+                    client.sendall(b"redirected " + relay_words)
+                    return found
+
+    ready = threading.Event()
+    proxied = lab.proxy.start(proxy)
+    assert ready.wait(PATIENCE)
+    assert lab.ask(hosts.server, 80).answer == "redirected who am I?"
+    fast, slow = proxied.result()
+    assert fast == slow
+    assert plain(fast) == (hosts.server, 80)
+    assert len(fast) == (4 if dual or hosts.family == socket.AF_INET6 else 2)
+
+
+def by_the_library(sock: socket.socket) -> tproxy.SockAddr:
+    """tp_orig_dst, without the fast path."""
+    from ctypes import byref
+
+    from tproxy import _ctypes as c
+    from tproxy._address import decode
+    from tproxy._errors import checked
+
+    place, size = c.sockaddr_storage(), c.socklen_t(128)
+    checked(c.tp_orig_dst(sock.fileno(), byref(place), byref(size)))
+    found = decode(place)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_orig_dst_errors(net: Net, host: str) -> None:
+    """The fast path fails as the library does: same errno, same sentence, whatever the socket."""
+    with net.run(lambda: socket.create_server((host, 0), family=family_of(host))) as listener:
+        client = net.run(lambda: socket.create_connection(listener.getsockname()[:2]))
+        accepted, _ = listener.accept()
+        wild = net.run(lambda: tproxy.listen(("::" if ":" in host else "0.0.0.0", 0)))
+        transparent = net.run(lambda: tproxy.listen((host, 0)))
+        fresh = net.run(lambda: tproxy.socket(family_of(host)))
+        left, right = socket.socketpair()
+        closed = socket.socket()
+        closed.close()
+        cases = (
+            (accepted, errno.ENOENT),
+            (client, errno.ENOENT),
+            (wild, errno.ENOTCONN),
+            (fresh, errno.ENOTCONN),
+            (left, errno.EAFNOSUPPORT),
+            (closed, errno.EBADF),
+        )
+        for sock, expected in cases:
+            with pytest.raises(tproxy.Error) as fast:
+                tproxy.orig_dst(sock)
+            with pytest.raises(tproxy.Error) as slow:
+                by_the_library(sock)
+            assert fast.value.args == slow.value.args
+            assert fast.value.errno == expected
+        with pytest.raises(FileNotFoundError, match="not intercepted"):
+            tproxy.orig_dst(accepted)
+        # A transparent socket on an address: both say that.
+        assert tproxy.orig_dst(transparent) == by_the_library(transparent) == transparent.getsockname()
+        for sock in (client, accepted, wild, transparent, fresh, left, right):
+            sock.close()
+
+
+def test_connect_from_needs_its_rule(lab: Lab, hosts: Hosts) -> None:
+    """From a foreign address that nobody intercepts: the divert rule brings the answers."""
+    with lab.serving(80) as server:
+
+        def connect() -> str:
+            with tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY):
+                with tproxy.connect_from(hosts.client, (hosts.server, 80), timeout=PATIENCE) as stream:
+                    assert stream.gettimeout() == PATIENCE
+                    stream.sendall(b"hello")
+                    stream.shutdown(socket.SHUT_WR)
+                    return read_all(stream).decode()
+
+        assert lab.proxy.run(connect) == f"seen {hosts.client}, heard hello"
+        assert server.result() == [hosts.client]
+
+
+def test_connect_from_datagram(lab: Lab, hosts: Hosts) -> None:
+    with lab.server.run(lambda: socket.socket(hosts.family, socket.SOCK_DGRAM)) as server:
+        server.bind((hosts.server, 53))
+        server.settimeout(PATIENCE)
+
+        def query() -> bytes:
+            with tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY, protocols=tproxy.Protocol.UDP):
+                flags = SocketFlag.DGRAM | SocketFlag.KEEP_PORT
+                with tproxy.connect_from((hosts.client, 4444), (hosts.server, 53), flags=flags) as sock:
+                    assert (sock.family, sock.type) == (hosts.family, socket.SOCK_DGRAM)
+                    sock.settimeout(PATIENCE)
+                    sock.send(b"query")
+                    return sock.recv(100)
+
+        asked = lab.proxy.start(query)
+        data, peer = server.recvfrom(100)
+        assert (data, peer[:2]) == (b"query", (hosts.client, 4444))
+        server.sendto(b"answer", peer)
+        assert asked.result() == b"answer"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connect_from_nonblocking(net: Net, host: str) -> None:
+    with net.run(lambda: tproxy.listen((host, 0))) as listener:
+        to = listener.getsockname()
+        with net.run(lambda: tproxy.connect_from(host, to, flags=SocketFlag.NONBLOCK)) as sock:
+            assert sock.gettimeout() == 0
+            listener.accept()[0].close()
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connect_from_refused(net: Net, host: str, timeout: float | None) -> None:
+    with pytest.raises(ConnectionRefusedError, match=r"refused") as refused:
+        net.run(lambda: tproxy.connect_from(host, (host, 9), timeout=timeout))
+    assert isinstance(refused.value, tproxy.Error)
+    assert refused.value.errno == errno.ECONNREFUSED
+
+
+def test_connect_from_times_out(lab: Lab, hosts: Hosts) -> None:
+    """Nobody answers: the server's host has no way back to this source."""
+    lab.server.ip("route del default", "route del default via 2001:db8:2::1")
+    began = time.monotonic()
+    with pytest.raises(socket.timeout):
+        lab.proxy.run(lambda: tproxy.connect_from(hosts.client, (hosts.server, 80), timeout=0.2))
+    assert 0.15 < time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(("src", "dst"), [("127.0.0.1", ("::1", 80)), ("::1", ("127.0.0.1", 80))])
+def test_connect_from_two_families(net: Net, src: str, dst: tuple[str, int]) -> None:
+    with pytest.raises(tproxy.Error) as refused:
+        net.run(lambda: tproxy.connect_from(src, dst))
+    assert refused.value.errno == errno.EAFNOSUPPORT
+
+
+@pytest.mark.parametrize("flags", [-1, 1 << 32])
+def test_flags_are_not_cut(net: Net, flags: int) -> None:
+    with pytest.raises(ValueError, match="flags"):
+        net.run(lambda: tproxy.listen("127.0.0.1", flags=flags))
+    with pytest.raises(ValueError, match="flags"):
+        net.run(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9", flags=flags))
+
+
+def test_errors_are_of_pythons_classes_too() -> None:
+    """Every errno has the class that OSError gives it, and travels."""
+    for number in errno.errorcode:
+        error = tproxy.Error(number, "a sentence")
+        assert isinstance(error, type(OSError(number, "")))
+        assert isinstance(error, tproxy.Error)
+        assert (error.errno, error.strerror) == (number, "a sentence")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.args) == (type(error), error.args)
+
+
+def test_unknown_flags_and_sentences(net: Net) -> None:
+    with pytest.raises(tproxy.Error) as refused:
+        net.run(lambda: tproxy.listen("127.0.0.1", flags=1 << 30))
+    assert refused.value.errno == errno.EINVAL
+    assert refused.value.strerror
+    assert "flag" in refused.value.strerror
+    with pytest.raises(tproxy.Error) as bad:
+        tproxy.set_transparent(-1)
+    assert bad.value.errno == errno.EBADF
+    with pytest.raises(tproxy.Error) as bad:
+        net.run(lambda: tproxy.socket(socket.AF_UNIX))
+    assert bad.value.errno == errno.EAFNOSUPPORT
+
+
+def test_no_privilege(net: Net) -> None:
+    """What an ordinary user gets: PermissionError, with the cure."""
+
+    def powerless() -> None:
+        # capset(2), version 3: nothing effective, permitted or inheritable. It is this thread's alone.
+        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, nothing) == 0
+        for call in (
+            tproxy.socket,
+            tproxy.Replier,
+            tproxy.purge_rules,
+            lambda: tproxy.listen("127.0.0.1"),
+            lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:1"),
+            lambda: tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY),
+        ):
+            with pytest.raises(PermissionError, match="CAP_NET_") as refused:
+                call()
+            assert isinstance(refused.value, tproxy.Error)
+
+    net.run(powerless)
+
+
+def test_the_gil_is_released_and_signals_are_heeded(lab: Lab) -> None:
+    """While a connect waits in C, other threads run; a handler that returns does not end it."""
+    lab.server.ip("route del default", "route del default via 2001:db8:2::1")
+    lab.proxy.sysctl("ipv4/tcp_syn_retries", "1")
+    seen = []
+    signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+    try:
+
+        def connect() -> float:
+            began = time.monotonic()
+            with pytest.raises(OSError, match=r"timed out|[Nn]o route"):
+                tproxy.connect_from(V4.client, (V4.server, 80))
+            return time.monotonic() - began
+
+        connecting = lab.proxy.start(connect)
+        turns = 0
+        while connecting.is_alive():
+            turns += 1
+            if turns == 10:
+                assert connecting.ident
+                signal.pthread_kill(connecting.ident, signal.SIGUSR1)
+            time.sleep(0.01)
+        waited = connecting.result()
+        assert waited > 0.5
+        assert turns > waited / 0.01 / 4
+        assert seen
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_udp_client_helper_hears_nobody_else(net: Net) -> None:
+    """The helper of these tests: a connected socket, so that an answer from a wrong source is not heard."""
+    with pytest.raises(ConnectionRefusedError):
+        net.run(lambda: udp_client("127.0.0.1", 9))

@@ -1,0 +1,74 @@
+"""Transparent proxying on Linux, by libtproxy.
+
+Sockets here are ordinary :class:`socket.socket` objects, and addresses are the
+tuples that those give. A transparent TCP proxy is::
+
+    listener = tproxy.listen("[::]:3129")
+    with tproxy.install_rules(listeners=[listener], ports=[80]):
+        while True:
+            client, source = listener.accept()
+            server = tproxy.connect_from(source, tproxy.orig_dst(client))
+            ...  # relay
+
+An error of the library is :class:`Error`, an :class:`OSError` whose message is
+the library's sentence. What is wrong already in Python (no valid address, a
+number out of range) is ValueError or TypeError.
+"""
+
+from ._address import Address, PortRange, Prefix, SockAddr
+from ._asyncio import DatagramEndpoint, open_connection_from, open_datagram_endpoint, start_server
+from ._check import Finding, Severity, check
+from ._ctypes import tp_version as _tp_version
+from ._datagrams import Batch, Datagram, Replier, ReplierStats, recv_datagrams, recvfrom
+from ._errors import Error
+from ._flags import AddressSet, Backend, DatagramFlag, Family, Format, Protocol, ReplierFlag, RulesFlag, SocketFlag
+from ._rules import Rules, RulesConfig, RulesStats, install_rules, purge_rules, render_rules
+from ._sockets import bind_nonlocal, connect_from, listen, orig_dst, set_transparent, socket
+
+__all__ = [
+    "Address",
+    "AddressSet",
+    "Backend",
+    "Batch",
+    "Datagram",
+    "DatagramEndpoint",
+    "DatagramFlag",
+    "Error",
+    "Family",
+    "Finding",
+    "Format",
+    "PortRange",
+    "Prefix",
+    "Protocol",
+    "Replier",
+    "ReplierFlag",
+    "ReplierStats",
+    "Rules",
+    "RulesConfig",
+    "RulesFlag",
+    "RulesStats",
+    "Severity",
+    "SockAddr",
+    "SocketFlag",
+    "bind_nonlocal",
+    "check",
+    "connect_from",
+    "install_rules",
+    "listen",
+    "open_connection_from",
+    "open_datagram_endpoint",
+    "orig_dst",
+    "purge_rules",
+    "recv_datagrams",
+    "recvfrom",
+    "render_rules",
+    "set_transparent",
+    "socket",
+    "start_server",
+    "version",
+]
+
+
+def version() -> str:
+    """The version of the library that was loaded."""
+    return str(_tp_version().decode())

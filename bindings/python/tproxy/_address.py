@@ -1,0 +1,169 @@
+"""Addresses, prefixes and ports: Python's, and C's."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable
+from typing import Any, Union
+
+from . import _ctypes as c
+
+#: An address as Python's socket module gives it: ``(host, port)`` for IPv4,
+#: ``(host, port, flowinfo, scope_id)`` for IPv6.
+SockAddr = Union[tuple[str, int], tuple[str, int, int, int]]
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+#: An address as it may be given: such a tuple, whose host may be an
+#: :mod:`ipaddress` object; ``"192.0.2.1:80"``, ``"[2001:db8::1]:80"``; or a host
+#: alone, whose port is 0. Numbers only: names are not looked up.
+Address = Union[tuple[Union[str, IPAddress], int], tuple[Union[str, IPAddress], int, int, int], str, IPAddress]
+
+#: A prefix: ``"10.0.0.0/8"``, a host, or an :mod:`ipaddress` object.
+Prefix = Union[str, IPAddress, IPNetwork]
+
+#: A port, or the first and the last of a range.
+PortRange = Union[int, tuple[int, int], range]
+
+# struct sockaddr_in and sockaddr_in6 after the family; scope_id is in host order.
+_IN = struct.Struct("!H4s")
+_IN6 = struct.Struct("!HI16s")
+_SCOPE = struct.Struct("=I")
+_SCOPE_AT = 2 + _IN6.size
+_IN_SIZE, _IN6_SIZE = 16, 28
+_FAMILY = struct.Struct("=H")
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+def _split(text: str) -> tuple[str, int]:
+    """A host, and a port if there is one."""
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            raise ValueError(f"{text!r}: an IPv6 address and port are written [ADDRESS]:PORT")
+        port = port[1:] if port else "0"
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    else:
+        host, port = text, "0"
+    if not (port.isascii() and port.isdigit()):
+        raise ValueError(f"{text!r}: {port!r} is no port")
+    return host, int(port)
+
+
+def _scope(name: str) -> int:
+    return int(name) if name.isdigit() else socket.if_nametoindex(name)
+
+
+def _parts(address: Address) -> tuple[IPAddress, int, int, int]:
+    """Host, port, flow information and scope, each of them valid."""
+    flow = scope = 0
+    host: object
+    if isinstance(address, tuple):
+        if len(address) == 2:
+            host, port = address
+        elif len(address) == 4:
+            host, port, flow, scope = address
+        else:
+            raise ValueError(f"{address!r}: an address is (host, port), or (host, port, flowinfo, scope_id)")
+    elif isinstance(address, str):
+        host, port = _split(address)
+    else:
+        host, port = address, 0
+    if isinstance(host, str):
+        host, percent, zone = host.partition("%")
+        if percent:
+            scope = _scope(zone)
+    elif isinstance(host, ipaddress.IPv6Address):
+        # Since Python 3.9 it may have a zone.
+        zone = host.scope_id or ""
+        host, scope = host.packed, _scope(zone) if zone else scope
+    elif not isinstance(host, ipaddress.IPv4Address):
+        raise TypeError(f"{address!r} is no address")
+    if not 0 <= port <= 0xFFFF:
+        raise ValueError(f"{address!r}: {port} is no port")
+    if not (0 <= flow <= 0xFFFFF and 0 <= scope <= 0xFFFFFFFF):
+        raise ValueError(f"{address!r}: no such flowinfo or scope_id")
+    return ipaddress.ip_address(host), port, flow, scope
+
+
+def store(place: c.sockaddr_storage, address: Address) -> int:
+    """Writes an address as C has it; gives its length."""
+    ip, port, flow, scope = _parts(address)
+    if isinstance(ip, ipaddress.IPv4Address):
+        place.ss_family = socket.AF_INET
+        _IN.pack_into(place, 2, port, ip.packed)
+        return _IN_SIZE
+    place.ss_family = socket.AF_INET6
+    _IN6.pack_into(place, 2, port, flow, ip.packed)
+    _SCOPE.pack_into(place, _SCOPE_AT, scope)
+    return _IN6_SIZE
+
+
+def encode(address: Address) -> tuple[c.sockaddr_storage, int]:
+    """An address as C has it, and its length."""
+    place = c.sockaddr_storage()
+    return place, store(place, address)
+
+
+def decode(data: Any, *, mapped: bool = False) -> SockAddr | None:
+    """The address in a ``struct sockaddr``; ``None`` if it is none of ours, or cut short.
+
+    mapped: for an AF_INET6 socket, which has IPv4 addresses v4-mapped.
+    """
+    size = len(data) if isinstance(data, bytes) else ctypes.sizeof(data)
+    if size < _FAMILY.size:
+        return None
+    (family,) = _FAMILY.unpack_from(data)
+    if family == socket.AF_INET and size >= _IN_SIZE:
+        port, ip = _IN.unpack_from(data, 2)
+        if mapped:
+            return socket.inet_ntop(socket.AF_INET6, _MAPPED + ip), port, 0, 0
+        return socket.inet_ntop(socket.AF_INET, ip), port
+    if family == socket.AF_INET6 and size >= _IN6_SIZE:
+        port, flow, ip = _IN6.unpack_from(data, 2)
+        (scope,) = _SCOPE.unpack_from(data, _SCOPE_AT)
+        return socket.inet_ntop(socket.AF_INET6, ip), port, flow, scope
+    return None
+
+
+def family_of(address: c.sockaddr_storage) -> socket.AddressFamily:
+    """The family, as an ``AF_`` constant."""
+    return socket.AddressFamily(address.ss_family)
+
+
+def prefixes(wanted: Iterable[Prefix]) -> ctypes.Array[c.tp_prefix]:
+    """An array of prefixes; bits of the host are dropped, as C drops them."""
+    if isinstance(wanted, str):
+        raise TypeError(f"{wanted!r}: a list of prefixes is needed, not one")
+    networks = [ipaddress.ip_network(prefix, strict=False) for prefix in wanted]
+    array = (c.tp_prefix * len(networks))()
+    for place, network in zip(array, networks):
+        packed = network.network_address.packed
+        place.family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+        place.len = network.prefixlen
+        place.addr[: len(packed)] = packed
+    return array
+
+
+def ports(wanted: Iterable[PortRange]) -> ctypes.Array[c.tp_port_range]:
+    """An array of port ranges. A Python :class:`range` excludes its end, a tuple includes it."""
+    ranges = []
+    for item in wanted:
+        if isinstance(item, int):
+            first = last = item
+        elif isinstance(item, range):
+            if item.step != 1 or not item:
+                raise ValueError(f"{item!r}: a range of ports has at least one, and every one")
+            first, last = item[0], item[-1]
+        else:
+            first, last = item
+        # C has 16 bits for each, and would take another port for one that is too large.
+        if not 1 <= first <= last <= 0xFFFF:
+            raise ValueError(f"{item!r}: ports are 1 to 65535, the lower first")
+        ranges.append(c.tp_port_range(first, last))
+    return (c.tp_port_range * len(ranges))(*ranges)

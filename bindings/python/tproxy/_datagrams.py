@@ -1,0 +1,296 @@
+"""Datagrams: received with their original destinations, answered from any source."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import select
+import socket as _socket
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from ctypes import byref
+from typing import Any, NamedTuple, Union, overload
+
+from . import _ctypes as c
+from ._address import Address, SockAddr, decode, store
+from ._errors import Error, checked, kernel_error, last_error
+from ._flags import DatagramFlag, ReplierFlag
+from ._sockets import known_address, uint32, wait_for
+
+#: Bytes that are sent.
+Buffer = Union[bytes, bytearray, memoryview]
+
+
+def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes, SockAddr, SockAddr | None]:
+    """Receives a datagram: its bytes, who sent it, and where it was going.
+
+    As ``sock.recvfrom``, of a socket by :func:`socket` or :func:`set_transparent`;
+    ``None`` if the kernel does not tell the original destination. An AF_INET6
+    socket gives IPv4 addresses v4-mapped. A timeout of the socket is heeded.
+    With UDP_GRO on the socket use :func:`recv_datagrams`.
+    """
+    # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
+    # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
+    # With a timeout Python waits whatever the flags say.
+    if flags and flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
+        raise kernel_error(errno.EAGAIN, "receiving datagrams")
+    try:
+        data, control, _, client = sock.recvmsg(bufsize, 192, flags)
+    except _socket.timeout:
+        raise
+    except OSError as error:
+        raise kernel_error(error.errno or 0, "receiving datagrams") from None
+    for level, kind, body in control:
+        # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
+        if (kind == 20 and level == 0) or (kind == 74 and level == 41):
+            # The address is of the sender's family.
+            return data, client, known_address(body, kind == 20 and len(client) == 4)
+    return data, client, None
+
+
+def _readable(sock: _socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Datagram:
+    """A datagram: a place for what is received, or what is to be sent.
+
+    A :class:`Batch` has many, to be used again and again. One by itself is made
+    to be sent: ``Datagram(data, client, orig_dst)``.
+    """
+
+    __slots__ = ("_buffer", "_struct")
+
+    def __init__(self, data: Buffer, client: Address, orig_dst: Address, *, segment_len: int = 0) -> None:
+        buffer = (ctypes.c_char * max(1, len(data)))()
+        self._place(c.tp_datagram(), memoryview(buffer).cast("B"), ctypes.addressof(buffer))
+        self.data = data
+        self.client = client
+        self.orig_dst = orig_dst
+        self.segment_len = segment_len
+
+    def _place(self, struct: c.tp_datagram, buffer: memoryview, address: int) -> None:
+        """Takes a struct, and memory whose owner the view keeps alive."""
+        self._struct, self._buffer = struct, buffer
+        struct.data, struct.capacity = address, len(buffer)
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes received, or to be sent: a view, valid until the place is used again.
+
+        To set it copies the bytes; ValueError if there is no room for them.
+        """
+        return self._buffer[: self._struct.len]
+
+    @data.setter
+    def data(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        if len(view) > len(self._buffer):
+            raise ValueError(f"{len(view)} bytes are too many for a place of {len(self._buffer)}")
+        self._buffer[: len(view)] = view
+        self._struct.len = len(view)
+        self._struct.segment_len = 0
+
+    @property
+    def client(self) -> SockAddr | None:
+        """Who sent it, and who gets the reply."""
+        return decode(self._struct.client)
+
+    @client.setter
+    def client(self, address: Address) -> None:
+        store(self._struct.client, address)
+
+    @property
+    def orig_dst(self) -> SockAddr | None:
+        """Where it was going, and where the reply comes from; ``None`` if the kernel did not tell."""
+        return decode(self._struct.orig_dst)
+
+    @orig_dst.setter
+    def orig_dst(self, address: Address) -> None:
+        store(self._struct.orig_dst, address)
+
+    @property
+    def segment_len(self) -> int:
+        """If less than the length: that of each datagram in data, but for the last (UDP_GRO, UDP_SEGMENT)."""
+        return int(self._struct.segment_len)
+
+    @segment_len.setter
+    def segment_len(self, value: int) -> None:
+        self._struct.segment_len = uint32("segment_len", value)
+
+    @property
+    def segments(self) -> Iterator[memoryview]:
+        """Each of the datagrams that data has: one, unless it was received by UDP_GRO."""
+        data = self.data
+        step = self.segment_len or max(1, len(data))
+        return (data[at : at + step] for at in range(0, max(1, len(data)), step))
+
+    @property
+    def flags(self) -> DatagramFlag:
+        """What is to be said of a received one."""
+        return DatagramFlag(self._struct.flags)
+
+    @property
+    def error(self) -> Error | None:
+        """Why it was not sent, or ``None``."""
+        number = self._struct.error
+        return kernel_error(number, f"a datagram from {self.orig_dst} to {self.client}") if number else None
+
+    def __repr__(self) -> str:
+        return f"<tproxy.Datagram of {self._struct.len} bytes, client={self.client}, orig_dst={self.orig_dst}>"
+
+
+class Batch(Sequence[Datagram]):
+    """Places for datagrams, allocated once, that :func:`recv_datagrams` fills again and again."""
+
+    def __init__(self, count: int = c.TP_BATCH_MAX, size: int = 2048) -> None:
+        """count: how many; a call receives at most 64. size: how many bytes each has room for (UDP_GRO: 65,535)."""
+        if count < 1 or size < 0:
+            raise ValueError(f"{count} datagrams of {size} bytes make no batch")
+        self._array = (c.tp_datagram * count)()
+        memory = (ctypes.c_char * (count * size or 1))()
+        view, address = memoryview(memory).cast("B"), ctypes.addressof(memory)
+        self._datagrams = []
+        for at in range(count):
+            datagram = Datagram.__new__(Datagram)
+            datagram._place(self._array[at], view[at * size : (at + 1) * size], address + at * size)
+            self._datagrams.append(datagram)
+
+    def __len__(self) -> int:
+        return len(self._datagrams)
+
+    @overload
+    def __getitem__(self, at: int) -> Datagram: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Datagram]: ...
+    def __getitem__(self, at: int | slice) -> Datagram | list[Datagram]:
+        return self._datagrams[at]
+
+
+def recv_datagrams(sock: _socket.socket, batch: Batch, flags: int = 0) -> list[Datagram]:
+    """Receives as many datagrams as there are into a batch, by one system call; gives those that were filled.
+
+    It waits for the first, as the socket's timeout says, and never for more.
+    flags: ``socket.MSG_DONTWAIT``. The datagrams are the batch's own: what they
+    hold is overwritten by the next call. One batch is for one thread at a time.
+    """
+    timeout = sock.gettimeout()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        count = c.tp_recv_datagrams(sock.fileno(), batch._array, len(batch), flags)
+        if count >= 0:
+            return batch._datagrams[:count]
+        error = last_error()
+        # A socket with a timeout is non-blocking for C; Python's own calls wait like this.
+        if isinstance(error, BlockingIOError) and timeout and deadline and not flags & _socket.MSG_DONTWAIT:
+            wait_for(sock, select.POLLIN, deadline)
+        elif not isinstance(error, InterruptedError):
+            raise error
+
+
+class ReplierStats(NamedTuple):
+    """What a replier has done since it was opened."""
+
+    #: Sockets that are open now.
+    sockets: int
+    #: How often there was a socket for a source port, in a batch.
+    hits: int
+    #: How often one had to be made.
+    misses: int
+    #: Datagrams sent by a raw socket, since their source port is another's.
+    raw: int
+    #: Sockets closed because there were too many.
+    evictions: int
+    #: Datagrams that were not sent.
+    errors: int
+    #: Datagrams that were sent.
+    sent: int
+
+
+class Replier:
+    """Sends datagrams from any address and port; a context manager.
+
+    There is one socket for each source port, and none for an address or a
+    client. Calls from several threads wait for each other: have one replier for
+    each thread.
+    """
+
+    def __init__(self, *, flags: int | ReplierFlag = 0, max_sockets: int = 0, idle_ms: int = 0) -> None:
+        """max_sockets: 0 is 256. idle_ms: after how long without use a socket is closed; 0 is a minute."""
+        self._handle: int | None = None
+        # Also while C is at work without the GIL, another thread must not close it.
+        self._lock = threading.Lock()
+        numbers = (uint32("flags", flags), uint32("max_sockets", max_sockets), uint32("idle_ms", idle_ms))
+        config = c.tp_replier_config(*numbers)
+        handle = ctypes.c_void_p()
+        checked(c.tp_replier_open(byref(config), ctypes.sizeof(config), byref(handle)))
+        self._handle = handle.value
+        self._one = c.tp_datagram()
+        self._many = (c.tp_datagram * c.TP_BATCH_MAX)()
+
+    def reply(self, data: Buffer, client: Address, orig_dst: Address) -> None:
+        """Sends a datagram to client that comes from orig_dst; an :class:`Error` says why it was not sent."""
+        data = data if isinstance(data, bytes) else bytes(data)
+        one = self._one
+        with self._lock:
+            store(one.client, client)
+            store(one.orig_dst, orig_dst)
+            one.data, one.len = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value, len(data)
+            if checked(c.tp_reply(self._open(), one, 1)) == 1:
+                return
+            number = one.error
+        raise kernel_error(number, f"a reply from {orig_dst} to {client}")
+
+    def send(self, datagrams: Iterable[Datagram]) -> int:
+        """Sends datagrams, each from its orig_dst to its client; gives how many were sent.
+
+        One that cannot be sent does not keep the others from it: see its
+        ``error``. Those of one flow and equal length leave in one pass through
+        the kernel (UDP_SEGMENT).
+        """
+        wanted = list(datagrams)
+        sent = 0
+        many = self._many
+        with self._lock:
+            for start in range(0, len(wanted), len(many)):
+                some = wanted[start : start + len(many)]
+                # What they point to stays with those that were given.
+                for at, datagram in enumerate(some):
+                    many[at] = datagram._struct
+                sent += checked(c.tp_reply(self._open(), many, len(some)))
+                for at, datagram in enumerate(some):
+                    datagram._struct.error = many[at].error
+        return sent
+
+    def stats(self) -> ReplierStats:
+        """What it has done so far."""
+        stats = c.tp_replier_stats()
+        with self._lock:
+            checked(c.tp_replier_stats_(self._open(), byref(stats), ctypes.sizeof(stats)))
+        return ReplierStats(*(getattr(stats, name) for name in ReplierStats._fields))
+
+    def _open(self) -> int:
+        if self._handle is None:
+            raise ValueError("the replier is closed")
+        return self._handle
+
+    def close(self) -> None:
+        """Closes its sockets. To close it twice is fine."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+            c.tp_replier_close(handle)
+
+    def __enter__(self) -> Replier:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()

@@ -1,0 +1,65 @@
+"""Finds the shared library and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+#: The interface that this package speaks. A library of another major version
+#: has another soname, and perhaps other structs under the same names.
+SONAME = "libtproxy.so.0"
+MAJOR = 0
+
+#: What the library is called beside the package, where a wheel has it.
+BESIDE = Path(__file__).with_name(SONAME)
+
+
+def _candidates() -> Iterator[tuple[str, str | None]]:
+    """Where the library may be, in order: what the place is called, and the path or name to load."""
+    chosen = os.environ.get("LIBTPROXY")
+    yield "$LIBTPROXY", chosen
+    # Who names a library means that one: another in its place would be found out late.
+    if chosen:
+        return
+    yield "beside the package", str(BESIDE) if BESIDE.exists() else None
+    yield "the loader", SONAME
+    yield "find_library", ctypes.util.find_library("tproxy")
+
+
+def load() -> ctypes.CDLL:
+    """The library; :class:`ImportError` says what was tried and what came of it."""
+    tried = []
+    for place, name in _candidates():
+        if not name:
+            tried.append(f"{place}: {'not set' if place.startswith('$') else 'nothing'}")
+            continue
+        try:
+            library = ctypes.CDLL(name, use_errno=True)
+        except OSError as error:
+            tried.append(f"{place}: {error}")
+            continue
+        _check_version(name, library)
+        return library
+    raise ImportError(
+        "libtproxy was not found:\n  "
+        + "\n  ".join(tried)
+        + "\nInstall it (`make install` in its source, then ldconfig), or set LIBTPROXY to the path of libtproxy.so"
+    )
+
+
+def _check_version(name: str, library: ctypes.CDLL) -> None:
+    try:
+        tp_version = library.tp_version
+    except AttributeError:
+        raise ImportError(f"{name} is not libtproxy: it has no tp_version") from None
+    tp_version.restype = ctypes.c_char_p
+    version = str(tp_version().decode())
+    major = version.partition(".")[0]
+    if major != str(MAJOR):
+        raise ImportError(
+            f"{name} is libtproxy {version}, whose interface is another (libtproxy.so.{major}); "
+            f"this package needs {SONAME}: install that, or a package of version {major}"
+        )

@@ -1,0 +1,191 @@
+"""Transparent stream sockets, and where an intercepted connection was going."""
+
+from __future__ import annotations
+
+import select
+import socket as _socket
+import time
+from ctypes import byref
+from typing import Protocol as _Protocol
+from typing import Union
+
+from . import _ctypes as c
+from ._address import Address, SockAddr, decode, encode, family_of
+from ._errors import checked, kernel_error, last_error
+from ._flags import SocketFlag
+
+#: IP_TRANSPARENT of linux/in.h and SO_ORIGINAL_DST of linux/netfilter_ipv4.h (IPv6's has the same number):
+#: Python's socket module has neither in every version.
+IP_TRANSPARENT = 19
+SO_ORIGINAL_DST = 80
+
+#: What is asked of arguments that go as flags: an enum's, or a number.
+Flags = Union[int, SocketFlag]
+
+
+class HasFileno(_Protocol):
+    """A socket, or what has the descriptor of one."""
+
+    def fileno(self) -> int: ...
+
+
+def descriptor(sock: HasFileno | int) -> int:
+    return sock if isinstance(sock, int) else sock.fileno()
+
+
+def uint32(what: str, value: int) -> int:
+    """ctypes would cut a larger number to another one."""
+    if not 0 <= value <= 0xFFFFFFFF:
+        raise ValueError(f"{what}: {value} is not a number of 32 bits")
+    return value
+
+
+def _owned(fd: int, family: int, kind: int, proto: int, flags: int = 0) -> _socket.socket:
+    sock = _socket.socket(family, kind, proto, fileno=fd)
+    if flags & c.TP_NONBLOCK:
+        sock.setblocking(False)
+    return sock
+
+
+def socket(family: int = _socket.AF_INET, type: int = _socket.SOCK_STREAM, proto: int = 0) -> _socket.socket:  # noqa: A002
+    """A socket that can be bound to, listen on and send from foreign addresses.
+
+    An AF_INET6 socket is dual-stack. A SOCK_DGRAM socket also reports the
+    original destination of every datagram (:func:`recvfrom`).
+    """
+    return _owned(checked(c.tp_socket(family, type, proto)), family, type, proto)
+
+
+def set_transparent(sock: HasFileno | int) -> None:
+    """Makes a socket transparent that the program has already; as :func:`socket` does, before it is bound."""
+    checked(c.tp_set_transparent(descriptor(sock)))
+
+
+def bind_nonlocal(sock: HasFileno | int, addr: Address) -> None:
+    """Binds a socket to any address, whether this host owns it or not; makes it transparent first."""
+    place, size = encode(addr)
+    checked(c.tp_bind_nonlocal(descriptor(sock), byref(place), size))
+
+
+def listen(addr: Address, *, backlog: int = -1, flags: Flags = 0) -> _socket.socket:
+    """A transparent stream socket that listens on any address: the listener for :func:`install_rules`.
+
+    ``::`` serves IPv6 and IPv4, ``0.0.0.0`` IPv4; ``127.0.0.1`` and ``::1`` are
+    reached by interception alone. A negative backlog asks for the most that the
+    system allows. flags: NONBLOCK, REUSEPORT.
+    """
+    place, size = encode(addr)
+    fd = checked(c.tp_listen(byref(place), size, max(-1, min(backlog, 0x7FFFFFFF)), uint32("flags", flags)))
+    return _owned(fd, family_of(place), _socket.SOCK_STREAM, 0, flags)
+
+
+def connect_from(src: Address, dst: Address, *, flags: Flags = 0, timeout: float | None = None) -> _socket.socket:
+    """Connects to dst so that the server sees the connection come from src, which may be anybody's address.
+
+    v4-mapped addresses are taken as IPv4: what ``accept`` and :func:`orig_dst`
+    gave can be passed on as it is. flags: KEEP_PORT, NONBLOCK (the connection
+    may still be under way), DGRAM (a UDP socket that is connected to dst).
+
+    timeout: how many seconds to wait for the connection, and for what is done
+    with the socket later, as for :func:`socket.create_connection`; ``None``:
+    as long as the kernel tries.
+    """
+    (src_place, src_size), (dst_place, dst_size) = encode(src), encode(dst)
+    flags = uint32("flags", flags)
+    if timeout is not None:
+        flags |= c.TP_NONBLOCK
+    while True:
+        fd = c.tp_connect_from(byref(src_place), src_size, byref(dst_place), dst_size, flags)
+        if fd >= 0:
+            break
+        error = last_error()
+        # A signal whose handler did not raise is no reason to fail (PEP 475).
+        if not isinstance(error, InterruptedError):
+            raise error
+    # Of which family the library decides: a v4-mapped address is taken as IPv4.
+    sock = _socket.socket(fileno=fd)
+    try:
+        if timeout is not None:
+            _wait_connected(sock, timeout, dst)
+        sock.settimeout(0 if flags & c.TP_NONBLOCK and timeout is None else timeout)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _wait_connected(sock: _socket.socket, timeout: float, dst: Address) -> None:
+    wait_for(sock, select.POLLOUT, time.monotonic() + timeout)
+    raise_pending(sock, dst)
+
+
+def raise_pending(sock: _socket.socket, dst: Address) -> None:
+    """Raises what became of a connection that was under way, if it failed."""
+    errno = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
+    if errno:
+        raise kernel_error(errno, f"connect() to {dst}")
+
+
+def wait_for(sock: HasFileno, events: int, deadline: float) -> None:
+    """Waits until a socket is ready, as Python's own calls do when it has a timeout."""
+    poll = select.poll()
+    poll.register(sock, events)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _socket.timeout("timed out")
+
+
+def orig_dst(sock: _socket.socket) -> SockAddr:
+    """Where an accepted connection was going before it was intercepted, by TPROXY or by REDIRECT.
+
+    The address is of the socket's family: an IPv4 connection of an AF_INET6
+    listener gives it v4-mapped. FileNotFoundError: it was not intercepted.
+    """
+    # What tp_orig_dst does, by Python's own calls, which take half the time of a call by ctypes. In any case but
+    # the two that are wanted the library is asked, and has the last word.
+    try:
+        if sock.getsockopt(0, 19):  # SOL_IP, IP_TRANSPARENT: TPROXY
+            name: SockAddr = sock.getsockname()
+            host = name[0]
+            if host != "::" and host != "0.0.0.0" and host != "::ffff:0.0.0.0" and name[1]:
+                return name
+        else:
+            found = _before_nat(sock)
+            if found:
+                return found
+    except OSError:
+        pass
+    place, size = c.sockaddr_storage(), c.socklen_t(128)
+    checked(c.tp_orig_dst(sock.fileno(), byref(place), byref(size)))
+    decoded = decode(place)
+    assert decoded, "the library gives IPv4 and IPv6 addresses alone"
+    return decoded
+
+
+def _before_nat(sock: _socket.socket) -> SockAddr | None:
+    """What connection tracking says, if that is another address than the socket's own."""
+    name: SockAddr = sock.getsockname()
+    # The level follows the address, not the socket: a v4-mapped connection is IPv4's.
+    mapped = name[0].startswith("::ffff:")
+    if len(name) == 2 or mapped:
+        data = sock.getsockopt(_socket.SOL_IP, SO_ORIGINAL_DST, 16)
+    else:
+        data = sock.getsockopt(_socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
+    found = known_address(data, mapped)
+    return found if found != name else None
+
+
+# Decoding costs more than the system call that brings an address, and destinations are few: a bounded memory of both
+# kinds of sockets (v4-mapped or not).
+_KNOWN: tuple[dict[bytes, SockAddr | None], dict[bytes, SockAddr | None]] = ({}, {})
+_KNOWN_MOST = 4096
+
+
+def known_address(data: bytes, mapped: bool) -> SockAddr | None:
+    """:func:`decode`, remembered."""
+    known = _KNOWN[mapped]
+    try:
+        return known[data]
+    except KeyError:
+        if len(known) >= _KNOWN_MOST:
+            known.clear()
+        return known.setdefault(data, decode(data, mapped=mapped))
