@@ -72,7 +72,9 @@ def test_structs(tmp_path: Path) -> None:
         ours += [f"{struct}.{member} {getattr(cls, member).offset} {getattr(cls, member).size}" for member in members]
     assert ours == compiled(tmp_path, *statements)
     declared: dict[str, Any] = {
-        name: value for name, value in vars(c).items() if isinstance(value, type) and name.startswith("tp_")
+        name: value
+        for name, value in vars(c).items()
+        if isinstance(value, type) and issubclass(value, ctypes.Structure) and name.startswith("tp_")
     }
     assert sorted(declared) == sorted(name for name, _ in STRUCTS)
     for name, cls in declared.items():

@@ -21,7 +21,7 @@ import pytest
 from net import PATIENCE, Hosts, Lab, Net, udp_client
 
 import tproxy
-from tproxy import Finding, Severity, __main__, _check, _library
+from tproxy import Finding, Severity, __main__, _library
 from tproxy import _ctypes as c
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

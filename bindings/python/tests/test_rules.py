@@ -327,16 +327,21 @@ def test_a_thread_that_removes_and_others_that_ask(net: Net) -> None:
     for _ in range(5):
         rules = net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY))
 
-        def ask(rules: tproxy.Rules = rules) -> int:
+        asked = threading.Semaphore(0)
+
+        def ask(rules: tproxy.Rules = rules, asked: threading.Semaphore = asked) -> int:
             count = 0
             try:
                 while True:
                     rules.stats()
+                    if count == 0:
+                        asked.release()
                     count += 1
             except ValueError:
                 return count
 
         asking = [net.start(ask) for _ in range(3)]
-        time.sleep(0.02)
+        for _ in asking:
+            assert asked.acquire(timeout=PATIENCE)
         rules.remove()
         assert all(thread.result(PATIENCE) > 0 for thread in asking)
