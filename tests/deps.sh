@@ -45,11 +45,16 @@ python_environments() {
     fi
     for version in 3.9 3.10 3.11 3.12 3.13; do
         [ ! -e "$environments/$version/installed" ] || continue
-        "python$version" -c 'import ctypes, venv' 2> /dev/null || continue
-        rm -rf "$environments/$version"
-        "python$version" -m venv --without-pip "$environments/$version"
-        "$environments/tools/bin/pip" --python "$environments/$version/bin/python" install -q --disable-pip-version-check pytest
-        touch "$environments/$version/installed"
+        # In PATH, or one of pyenv's.
+        for python in "python$version" "$(pyenv root 2> /dev/null)/versions/$version".*/bin/python3; do
+            "$python" -c 'import ctypes, venv' 2> /dev/null || continue
+            rm -rf "$environments/$version"
+            "$python" -m venv --without-pip "$environments/$version"
+            "$environments/tools/bin/pip" --python "$environments/$version/bin/python" install -q --disable-pip-version-check \
+                pytest pytest-xdist
+            touch "$environments/$version/installed"
+            break
+        done
     done
 }
 if [ -n "$missing" ]; then
