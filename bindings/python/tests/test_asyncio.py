@@ -119,6 +119,7 @@ def test_a_handler_that_is_a_function_and_a_redirect_listener(lab: Lab) -> None:
         seen: asyncio.Future[Any] = loop.create_future()
 
         def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tproxy.SockAddr) -> None:
+            writer.write(b"hello")
             writer.close()
             seen.set_result(to)
 
@@ -129,8 +130,10 @@ def test_a_handler_that_is_a_function_and_a_redirect_listener(lab: Lab) -> None:
                 listeners=server.sockets, ports=[80], flags=RulesFlag.REDIRECT | RulesFlag.ALLOW_DIRECT
             ):
                 ready.set()
+                await asyncio.to_thread(heard.wait)
                 return await seen, complaints
 
+    heard = threading.Event()
     proxied = start(lab.proxy, proxy)
     assert ready.wait(PATIENCE)
 
@@ -139,7 +142,8 @@ def test_a_handler_that_is_a_function_and_a_redirect_listener(lab: Lab) -> None:
             return sock.recv(10)
 
     assert lab.client.run(lambda: connect(V4.proxy, 3129)) == b""
-    assert lab.client.run(lambda: connect(V4.server, 80)) == b""
+    assert lab.client.run(lambda: connect(V4.server, 80)) == b"hello"
+    heard.set()
     to, complaints = proxied.result()
     assert to == (V4.server, 80)
     assert [type(complaint) for complaint in complaints] == [type(tproxy.Error(errno.ENOENT, ""))]

@@ -103,22 +103,22 @@ def c_type(text: str) -> str:
     ).strip()
 
 
-@pytest.mark.parametrize(("result", "name", "arguments"), FUNCTIONS, ids=[name for _, name, _ in FUNCTIONS])
-def test_prototypes(tmp_path: Path, result: str, name: str, arguments: str) -> None:
+def test_prototypes(tmp_path: Path) -> None:
     """Results and arguments, by the kind and width that the compiler says they have."""
-    function = raw_function(name)
-    listed = [] if arguments.strip() == "void" else [c_type(" ".join(a.split())) for a in arguments.split(",")]
-    types = [" ".join(result.split()), *listed]
     generic = ", ".join([*(f'{scalar}: "{scalar}"' for scalar in SCALARS), 'default: "pointer"'])
-    statements = [
-        'puts("void");' if text == "void" else f"{text} v{at} = 0; (void)v{at}; puts(_Generic(v{at}, {generic}));"
-        for at, text in enumerate(types)
-    ]
-    said = compiled(tmp_path, *statements)
-    assert len(function.argtypes) == len(listed)
-    for text, kind, ours in zip(types, said, [function.restype, *function.argtypes]):
+    statements, expected = [], []
+    for result, name, arguments in FUNCTIONS:
+        function = raw_function(name)
+        listed = [] if arguments.strip() == "void" else [c_type(" ".join(a.split())) for a in arguments.split(",")]
+        assert len(function.argtypes) == len(listed), name
+        for text, ours in zip([" ".join(result.split()), *listed], [function.restype, *function.argtypes]):
+            value = "puts" if text == "void" else f"{text} v = 0; (void)v; puts"
+            kind = '"void"' if text == "void" else f"_Generic(v, {generic})"
+            statements.append(f"{{ {value}({kind}); }}")
+            expected.append((name, text, ours))
+    for (name, text, ours), kind in zip(expected, compiled(tmp_path, *statements)):
         if kind == "void":
-            assert ours is None
+            assert ours is None, name
         elif kind == "pointer":
             check_pointer(text, ours)
         else:

@@ -17,6 +17,8 @@ from tproxy import Batch, Datagram, Replier, RulesFlag
 
 CALLS = 10_000
 
+pytestmark = pytest.mark.costly
+
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))

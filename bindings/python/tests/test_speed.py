@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from net import Net
 
 
@@ -19,6 +20,7 @@ def load_bench() -> ModuleType:
     return module
 
 
+@pytest.mark.costly
 def test_orig_dst_and_recvfrom(net: Net) -> None:
     bench = load_bench()
     net.ip("route add 192.0.2.0/24 dev lo", "route add 2001:db8::/64 dev lo")
