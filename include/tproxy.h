@@ -611,8 +611,9 @@ struct tp_finding {
     const char *effect;
     /**
      * The command that cures it, for sh(1). Empty: nothing is to be cured, or
-     * no command does. Read it before you run it: some cures end the process
-     * that the rules belong to, or delete a rule that somebody else made.
+     * no command does. Names that others gave are quoted in it. Read it before
+     * you run it: some cures end the process that the rules belong to, or
+     * delete a rule that somebody else made.
      */
     const char *cure;
 };

@@ -266,7 +266,7 @@ kinds! {
         "What is intercepted works, everything else that comes in by one interface does not",
         "Forwarding is on for the host, and off for an interface.",
         "Packets that come in by it and are not intercepted are dropped.",
-        "sysctl -w net.ipv4.conf.{interface}.forwarding=1";
+        "sysctl -w net/ipv4/conf/{interface}/forwarding=1";
     BRIDGE_V4 = "sysctl.bridge_nf_call_iptables",
         "Connections of hosts behind a bridge are refused or time out (containers, virtual machines)",
         "bridge-nf-call-iptables is 1, and there is a bridge: packets meet the rules in the bridge, and not again as IP packets.",

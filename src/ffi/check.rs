@@ -32,8 +32,9 @@ pub struct tp_finding {
     /// What it does to traffic, for people.
     pub effect: *const c_char,
     /// The command that cures it, for sh(1). Empty: nothing is to be cured, or
-    /// no command does. Read it before you run it: some cures end the process
-    /// that the rules belong to, or delete a rule that somebody else made.
+    /// no command does. Names that others gave are quoted in it. Read it before
+    /// you run it: some cures end the process that the rules belong to, or
+    /// delete a rule that somebody else made.
     pub cure: *const c_char,
 }
 
@@ -126,8 +127,8 @@ unsafe fn tell_all(
 /// # Safety
 /// `report` may be called with a finding and this context.
 unsafe fn tell(report: unsafe extern "C" fn(*const tp_finding, *mut c_void), context: *mut c_void, finding: &Finding) {
-    // Names that other programs gave may have anything in them, but no NUL.
-    let text = |text: &str| CString::new(text.replace('\0', "?")).unwrap_or_default();
+    // Names that other programs gave may have anything in them, for a terminal too.
+    let text = |text: &str| CString::new(text.replace(char::is_control, "?")).unwrap_or_default();
     let [id, found, effect, cure] = [finding.kind.id, &finding.found, finding.kind.effect, &finding.cure].map(text);
     let finding = tp_finding {
         severity: match finding.severity {

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use super::{Scene, all_of};
+use super::{Scene, all_of, is_plain};
 use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule};
 use crate::check::findings::{self, Finding, Kind, Severity};
 use crate::check::instances::{self, Interception};
@@ -261,6 +261,11 @@ pub(super) fn named(chain: &Chain) -> String {
     }
 }
 
+/// Its names can be part of a command.
+fn can_be_named(chain: &Chain) -> bool {
+    is_plain(&chain.table) && is_plain(&chain.name)
+}
+
 fn nft_family(chain: &Chain) -> &'static str {
     match chain.family {
         None => "inet",
@@ -281,6 +286,7 @@ fn program(origin: Origin, family: Family) -> &'static str {
 /// The command that puts a rule first in a chain: what matches (in nft's words, and in iptables') leaves it accepted.
 fn insertion(chain: &Chain, family: Family, by_nft: &str, by_iptables: &str) -> String {
     match chain.origin {
+        _ if !can_be_named(chain) => String::new(),
         Origin::Nft => format!("nft insert rule {} {by_nft} accept", named(chain)),
         origin => format!("{} -t {} -I {} {by_iptables} -j ACCEPT", program(origin, family), chain.table, chain.name),
     }
@@ -289,6 +295,7 @@ fn insertion(chain: &Chain, family: Family, by_nft: &str, by_iptables: &str) -> 
 /// The command that removes a rule; without one, a chain's policy.
 pub(super) fn removal(chain: &Chain, rule: Option<&Rule>, family: Family) -> String {
     match (chain.origin, rule) {
+        _ if !can_be_named(chain) => String::new(),
         (Origin::Nft, Some(rule)) => format!("nft delete rule {} handle {}", named(chain), rule.handle),
         (Origin::Nft, None) => format!("nft 'chain {} {{ policy accept; }}'", named(chain)),
         (origin, Some(rule)) => {

@@ -1,6 +1,6 @@
 //! The process, the kernel, and what could not be seen.
 
-use super::Scene;
+use super::{Scene, quoted};
 use crate::check::findings::{self, Finding, Severity};
 use crate::check::procfs::{self, Capabilities};
 
@@ -24,7 +24,7 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
             findings::NET_ADMIN,
             format!("this process has no CAP_NET_ADMIN in effect (it is in {namespace})"),
         )
-        .with("program", &facts.program),
+        .with("program", quoted(&facts.program)),
         false => good(findings::NET_ADMIN, format!("CAP_NET_ADMIN is in effect, in {namespace}")),
     });
     if missing(Capabilities::NET_BIND_SERVICE) {
@@ -38,7 +38,7 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
                 Finding::new(Severity::Note, findings::FAMILY, format!("{family}: {e}"))
             }
             Err(e) => Finding::new(Severity::Failure, findings::TRANSPARENT, format!("{family}: {e}"))
-                .with("program", &facts.program),
+                .with("program", quoted(&facts.program)),
         });
     }
     for (kind, outcome) in &facts.features {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Scene, all_of, filters, flag, host};
+use super::{Scene, all_of, filters, flag, host, quoted};
 use crate::backend::nft::table;
 use crate::backend::seen::filter::{Origin, Part, Verdict};
 use crate::backend::seen::sockets::Listener;
@@ -30,7 +30,7 @@ fn owners(scene: &Scene<'_>, instance: &Instance) -> Vec<Finding> {
     let Some(pid) = instance.owner else {
         let rules = scene.facts.rules.iter().filter(|rule| rule.protocol == super::routing::PROTOCOL);
         let own = rules.filter(|rule| (place.priority..place.priority + 4).contains(&rule.priority));
-        let delete = format!("nft delete table inet {table}");
+        let delete = format!("nft delete table inet {}", quoted(table));
         let commands = own.map(|rule| format!("ip {} rule del pref {} protocol 116", flag(rule.family), rule.priority));
         let words = format!("instance {name} (table inet {table}) persists, and no process owns it");
         let cure = all_of(std::iter::once(delete).chain(commands));

@@ -68,7 +68,17 @@ fn flag(family: crate::model::Family) -> &'static str {
 
 /// Commands that are all to be done.
 fn all_of(commands: impl IntoIterator<Item = String>) -> String {
-    commands.into_iter().collect::<Vec<_>>().join(" && ")
+    commands.into_iter().filter(|command| !command.is_empty()).collect::<Vec<_>>().join(" && ")
+}
+
+/// A name that means itself, to a shell and to `nft`. Whoever named it may have had something else in mind.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./@+".contains(&b))
+}
+
+/// A name as a word for a shell.
+fn quoted(name: &str) -> String {
+    if is_plain(name) { name.to_owned() } else { format!("'{}'", name.replace('\'', "'\\''")) }
 }
 
 #[cfg(test)]
@@ -252,6 +262,33 @@ mod tests {
                 prop_assert!(finding.severity > Severity::Ok || finding.cure.is_empty());
             }
         }
+    }
+
+    #[test]
+    fn names_of_others_are_no_commands() {
+        assert_eq!(quoted("eth0.7"), "eth0.7");
+        assert_eq!(quoted("$(reboot)"), "'$(reboot)'");
+        assert_eq!(quoted("a'b"), "'a'\\''b'");
+        let interface = Interface { index: 2, name: "a;reboot".to_owned(), up: true, kind: String::new(), master: 0 };
+        let sysctls = [("ipv4/ip_forward", "1"), ("ipv4/conf/a;reboot/forwarding", "0")];
+        let facts = Facts {
+            interfaces: vec![interface],
+            sysctls: Sysctls(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+            ..Facts::default()
+        };
+        let found = judge(&facts);
+        let cure = &found.iter().find(|finding| finding.kind.id == "sysctl.forwarding_interface").unwrap().cure;
+        assert_eq!(cure, "sysctl -w net/ipv4/conf/'a;reboot'/forwarding=1");
+        let chain = Chain {
+            origin: Origin::Nft,
+            family: None,
+            table: "t;reboot".to_owned(),
+            name: "c".to_owned(),
+            hook: None,
+            drops: false,
+            rules: Vec::new(),
+        };
+        assert_eq!(filters::removal(&chain, None, Family::V4), "");
     }
 
     /// Chains that lead to each other, without end.

@@ -1,6 +1,6 @@
 //! Where marked packets are led.
 
-use super::{Scene, all_of, flag};
+use super::{Scene, all_of, flag, quoted};
 use crate::backend::seen::filter::{Condition, Part};
 use crate::backend::seen::routing::{Action, Rule};
 use crate::check::findings::{self, Finding, Kind, Severity};
@@ -360,7 +360,7 @@ fn shown(rule: &Rule) -> String {
 fn selector(rule: &Rule) -> String {
     let mut words = Vec::new();
     if let Some(name) = &rule.incoming {
-        words.push(format!("iif {name}"));
+        words.push(format!("iif {}", quoted(name)));
     }
     if let Some(mark) = rule.mark {
         words.push(format!("fwmark {mark}"));

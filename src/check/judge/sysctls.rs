@@ -1,6 +1,6 @@
 //! Switches of the kernel.
 
-use super::Scene;
+use super::{Scene, quoted};
 use crate::backend::seen::filter::Part;
 use crate::check::findings::{self, Finding, Kind, Severity};
 use crate::model::Family;
@@ -52,7 +52,7 @@ fn forwarding(scene: &Scene<'_>) -> Vec<Finding> {
     for name in outside.map(|interface| &interface.name) {
         if sysctls.number(&format!("ipv4/conf/{name}/forwarding")) == Some(0) {
             let words = format!("net.ipv4.conf.{name}.forwarding is 0");
-            found.push(finding(findings::FORWARDING_INTERFACE, words).with("interface", name));
+            found.push(finding(findings::FORWARDING_INTERFACE, words).with("interface", quoted(name)));
         }
     }
     found
