@@ -28,6 +28,8 @@ fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
             "{}",
             kind.id
         );
+        let bare: String = kind.cure.split('\'').step_by(2).collect();
+        assert!(!bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']), "a shell would misread {}", kind.cure);
         for text in [kind.cause, kind.effect] {
             assert!(text.ends_with('.'), "{}: {text:?}", kind.id);
         }

@@ -302,23 +302,23 @@ kinds! {
         "Connections time out, and the rules count nothing, or no more than the first packet",
         "A chain of somebody else drops, before routing, what is to be intercepted.",
         "The packets never reach the listener.",
-        "nft insert rule {chain} meta mark and {mask} == {value} accept";
+        "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     INPUT_DROP = "filter.input_drop",
         "Connections time out, though the rules count packets as intercepted",
         "The host's firewall drops in its input chain what it does not know. What is intercepted comes by there, with the \
          port that the client asked for.",
         "The packets never reach the listener.",
-        "nft insert rule {chain} meta mark and {mask} == {value} accept";
+        "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     OUTPUT_DROP = "filter.output_drop",
         "Connections time out, and the proxy's answers are not seen on the wire",
         "The host's firewall drops in its output chain what it does not know. The proxy's packets have other hosts' addresses.",
         "Answers to clients, and connections to servers, are dropped.",
-        "nft insert rule {chain} socket transparent 1 accept";
+        "nft 'insert rule {chain} socket transparent 1 accept'";
     MARK_OVERWRITTEN = "filter.mark_overwritten",
         "Traffic passes by the proxy, though the rules count packets as intercepted",
         "A chain of somebody else, after ours, sets the packet's mark without regard to our bits.",
         "The packets are routed as if they had not been intercepted.",
-        "nft insert rule {chain} meta mark and {mask} == {value} accept";
+        "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     MARK_COLLISION = "filter.mark_collision",
         "Traffic that is not to be intercepted is refused, or vanishes",
         "A rule of somebody else gives packets the mark that means \"for a local socket\".",
@@ -328,12 +328,12 @@ kinds! {
         "Connections reach another proxy",
         "A chain of somebody else, after ours, gives the same packets to another listener.",
         "The other listener gets them.",
-        "nft insert rule {chain} meta mark and {mask} == {value} accept";
+        "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     NAT = "filter.nat",
         "tp_orig_dst gives an address that the client did not ask for, or connections time out",
         "A chain of somebody else translates the destination of what is to be intercepted.",
         "The original destination is lost, or the packets never reach the rules.",
-        "nft insert rule {chain} meta mark and {mask} == {value} accept";
+        "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     RPFILTER = "filter.rpfilter",
         "Connections time out with firewalld or another rpfilter rule",
         "A rule drops packets that have no way back by the interface they came in by, and looks at the mark; a TPROXY \
@@ -344,7 +344,7 @@ kinds! {
         "Servers see the proxy's address, not the client's",
         "A chain translates the sources of what leaves this host, connections of tp_connect_from too.",
         "Servers see this host as the client.",
-        "nft insert rule {chain} meta skuid >= 0 fib saddr type != local accept";
+        "nft 'insert rule {chain} meta skuid >= 0 fib saddr type != local accept'";
     KEEP_PORT = "conntrack.keep_port",
         "Connections that keep the client's port (TP_KEEP_PORT) time out or are reset now and then",
         "Connection tracking is active: both halves of a proxied connection have the same addresses and ports, and are one \

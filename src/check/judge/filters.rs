@@ -287,7 +287,7 @@ fn program(origin: Origin, family: Family) -> &'static str {
 fn insertion(chain: &Chain, family: Family, by_nft: &str, by_iptables: &str) -> String {
     match chain.origin {
         _ if !can_be_named(chain) => String::new(),
-        Origin::Nft => format!("nft insert rule {} {by_nft} accept", named(chain)),
+        Origin::Nft => format!("nft 'insert rule {} {by_nft} accept'", named(chain)),
         origin => format!("{} -t {} -I {} {by_iptables} -j ACCEPT", program(origin, family), chain.table, chain.name),
     }
 }

@@ -259,6 +259,9 @@ mod tests {
                 prop_assert!(!finding.found.is_empty());
                 prop_assert!(!finding.cure.contains("{table}") && !finding.cure.contains("{flag}"), "{:?}", finding);
                 prop_assert!(!finding.cure.contains("{pid}") && !finding.cure.contains("{chain}"), "{:?}", finding);
+                // Outside quotes nothing that a shell takes for its own, but for what joins commands.
+                let bare: String = finding.cure.split('\'').step_by(2).collect();
+                prop_assert!(!bare.replace(" && ", "").contains(['<', '>', '|', ';', '&', '$', '`', '*', '(', '#']), "{}", bare);
                 prop_assert!(finding.severity > Severity::Ok || finding.cure.is_empty());
             }
         }
