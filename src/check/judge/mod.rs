@@ -204,7 +204,9 @@ mod tests {
             owner,
             persistent: true,
         });
-        let route = (family(), prop_oneof![Just(7470), any::<u32>()], any::<Option<String>>(), any::<bool>())
+        // A destination is our own text for the kernel's numbers.
+        let destination = proptest::option::of("[0-9a-f:.]{1,39}/[0-9]{1,3}");
+        let route = (family(), prop_oneof![Just(7470), any::<u32>()], destination, any::<bool>())
             .prop_map(|(family, table, destination, local)| Route { family, table, destination, local });
         let listener = (family(), any::<Option<std::net::IpAddr>>(), any::<(u16, bool, Option<bool>, u32, u32)>())
             .prop_map(|(family, addr, (port, v6_only, transparent, waiting, backlog))| Listener {
