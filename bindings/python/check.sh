@@ -33,21 +33,25 @@ rm -rf "$work/dist" "$work/unpacked"
 build() { "$tools/python" -m build --no-isolation --outdir "$work/dist" "$@" .; }
 expect 'build: source distribution' build --sdist
 unpack() { mkdir -p "$work/unpacked" && tar -xzf "$work"/dist/tproxy-*.tar.gz -C "$work/unpacked" --strip-components 1; }
-expect 'build: wheel from the source distribution' eval 'unpack && (cd "$work/unpacked" && build --wheel)'
+build_alone() { unpack && (cd "$work/unpacked" && build --wheel); }
+expect 'build: wheel from the source distribution' build_alone
 expect 'twine check' "$tools/twine" check --strict "$work"/dist/*
 wheel=$(ls "$work"/dist/tproxy-*-py3-none-linux_*.whl)
-expect 'the wheel is for any Python 3 on this platform, and has the library' \
-    eval 'unzip_list=$("$tools/python" -m zipfile -l "$wheel") && grep -q "tproxy/libtproxy.so.0" <<< "$unzip_list" && grep -q py.typed <<< "$unzip_list"'
+has_its_files() {
+    "$tools/python" -m zipfile -l "$wheel" > "$work/files"
+    for file in libtproxy.so.0 py.typed LICENSE-MIT LICENSE-APACHE; do grep -q "^tproxy/$file " "$work/files" || return 1; done
+}
+expect 'the wheel is for any Python 3, and has the library' has_its_files
 pip() { "$tools/python" -m pip --quiet --disable-pip-version-check --python "$@"; }
 
-# As a user would, from the repository: installed, and editable.
+# From the repository as a user would, but for the isolation of the build: hatchling is the tools', and not downloaded again.
+packages=$("$tools/python" -c 'import hatchling, pathlib; print(pathlib.Path(hatchling.__file__).parents[1])')
+fresh=$work/fresh/bin/python
 for way in --no-deps --editable; do
-    fresh=$work/fresh
-    rm -rf "$fresh" && "$tools/python" -m venv --without-pip "$fresh"
-    # Without isolation hatchling is the tools'; the rest is as `pip install ./bindings/python` does it.
-    install() { PYTHONPATH=$("$tools/python" -c 'import hatchling, pathlib; print(pathlib.Path(hatchling.__file__).parents[1])') pip "$fresh/bin/python" install --no-build-isolation $way "$here"; }
+    rm -rf "$work/fresh" && "$tools/python" -m venv --without-pip "$work/fresh"
+    install() { PYTHONPATH=$packages pip "$fresh" install --no-build-isolation "$way" "$here"; }
     expect "pip install $way ./bindings/python" install
-    expect "and its library is there" env -C / "$fresh/bin/python" -W error -m tproxy version
+    expect 'and its library is there' env -C / "$fresh" -W error -m tproxy version
 done
 
 # The suite, with every Python at once and in several processes each: it waits more than it works. What counts 10,000
@@ -62,7 +66,7 @@ for version in $versions; do
     # What is tested is what was built, and not the folder beside the tests.
     (
         pip "$python" install --force-reinstall --no-deps "$wheel" &&
-            cd / && timeout 240 "$python" -m pytest -q -n 3 -m "$which" "$here/tests"
+            cd / && timeout 600 "$python" -m pytest -q -n 3 -m "$which" "$here/tests"
     ) > "$work/$version.log" 2>&1 &
     pids="$pids $version:$!"
 done

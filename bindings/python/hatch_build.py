@@ -6,7 +6,6 @@ it below, in `rust`.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,8 +17,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SONAME = "libtproxy.so.0"
-#: What cargo needs to build the library, and what its licences ask for.
-RUST = ("Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", "LICENSE-MIT", "LICENSE-APACHE")
+LICENCES = ("LICENSE-MIT", "LICENSE-APACHE")
+#: What cargo needs to build the library.
+RUST = ("Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", *LICENCES)
 
 
 def rust_source(root: str) -> Path:
@@ -48,6 +48,8 @@ class Library(BuildHookInterface[Any]):
         # No compiled extension: any Python 3, but this machine's system and processor.
         platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
         build_data.update(tag=f"py3-none-{platform}", pure_python=False)
+        for name in LICENCES:
+            build_data["force_include"][str(source / name)] = f"tproxy/{name}"
         library = self.build(source)
         if version == "editable":
             shutil.copy(library, Path(self.root, "tproxy", SONAME))
@@ -60,5 +62,5 @@ class Library(BuildHookInterface[Any]):
         # Where `make` builds it, so that nothing is built twice.
         target = source / "build" / "cargo"
         command = ["cargo", "rustc", "--release", "--lib", "--crate-type", "cdylib", "--locked"]
-        subprocess.run([*command, "--target-dir", target], cwd=source, env={**os.environ}, check=True)
+        subprocess.run([*command, "--target-dir", target], cwd=source, check=True)
         return target / "release" / "libtproxy.so"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +17,9 @@ _INSIDE = "TPROXY_TESTS_INSIDE"
 def pytest_cmdline_main() -> None:
     if _INSIDE not in os.environ:
         os.environ[_INSIDE] = "1"
-        # Mounts too: /sys and the lock of iptables are then those of our namespaces.
-        new = ["unshare", "--map-root-user", "--net", "--mount"]
+        # The legacy iptables locks a file that only root may open; one of our own serves as well in our networks.
+        os.environ["XTABLES_LOCKFILE"] = os.path.join(tempfile.gettempdir(), f"xtables-{os.getpid()}.lock")
+        new = ["unshare", "--map-root-user", "--net"]
         os.execvp(new[0], [*new, sys.executable, "-m", "pytest", *sys.argv[1:]])
 
 

@@ -14,9 +14,7 @@ from ._address import Address, SockAddr, decode, encode, family_of
 from ._errors import checked, kernel_error, last_error
 from ._flags import SocketFlag
 
-#: IP_TRANSPARENT of linux/in.h and SO_ORIGINAL_DST of linux/netfilter_ipv4.h (IPv6's has the same number):
-#: Python's socket module has neither in every version.
-IP_TRANSPARENT = 19
+# linux/netfilter_ipv4.h; IPv6's has the same number.
 SO_ORIGINAL_DST = 80
 
 #: What is asked of arguments that go as flags: an enum's, or a number.
@@ -143,7 +141,8 @@ def orig_dst(sock: _socket.socket) -> SockAddr:
     # What tp_orig_dst does, by Python's own calls, which take half the time of a call by ctypes. In any case but
     # the two that are wanted the library is asked, and has the last word.
     try:
-        if sock.getsockopt(0, 19):  # SOL_IP, IP_TRANSPARENT: TPROXY
+        # SOL_IP, IP_TRANSPARENT: by TPROXY.
+        if sock.getsockopt(0, 19):
             name: SockAddr = sock.getsockname()
             host = name[0]
             if host != "::" and host != "0.0.0.0" and host != "::ffff:0.0.0.0" and name[1]:
