@@ -277,10 +277,13 @@ def test_replies_from_anybody(net: Net) -> None:
             with pytest.raises(tproxy.Error) as refused:
                 net.run(call)
             assert refused.value.errno == number
-        net.run(lambda: replier.reply(memoryview(bytearray(b"any buffer")), to, "192.0.2.1:53"))
-        assert tproxy.recvfrom(sock, 100) == (b"any buffer", ("192.0.2.1", 53), to)
+        # Any buffer, of items of any size.
+        for data in (bytearray(b"four"), memoryview(b"four"), memoryview(b"four").cast("H")):
+            net.run(lambda data=data: replier.reply(data, to, "192.0.2.1:53"))  # type: ignore[misc]
+            net.run(lambda data=data: replier.send([Datagram(data, to, "192.0.2.1:53")]))  # type: ignore[misc]
+            assert tproxy.recvfrom(sock, 100) == tproxy.recvfrom(sock, 100) == (b"four", ("192.0.2.1", 53), to)
         stats = replier.stats()
-        assert (stats.sent, stats.errors) == (151, 5)
+        assert (stats.sent, stats.errors) == (156, 5)
 
 
 def test_replier_flags(lab: Lab) -> None:

@@ -66,7 +66,7 @@ class Datagram:
     __slots__ = ("_buffer", "_struct")
 
     def __init__(self, data: Buffer, client: Address, orig_dst: Address, *, segment_len: int = 0) -> None:
-        buffer = (ctypes.c_char * max(1, len(data)))()
+        buffer = (ctypes.c_char * max(1, memoryview(data).nbytes))()
         self._place(c.tp_datagram(), memoryview(buffer).cast("B"), ctypes.addressof(buffer))
         self.data = data
         self.client = client
