@@ -438,11 +438,11 @@ fn masquerading_hides_the_client_from_the_server() {
         let found = lab.proxy.run(check);
         let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
         cures.for_each(|finding| lab.proxy.sh(&finding.cure));
-        for hosts in [v4(), v6()] {
+        for (hosts, port) in [(v4(), 84), (v6(), 85)] {
             assert_eq!(seen_by_server(&lab, hosts, 0).unwrap().ip(), hosts.client, "{spoil}");
             // What the router forwards is translated as before.
-            let server = lab.serve(84);
-            lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 84), PATIENCE)).unwrap();
+            let server = lab.serve(port);
+            lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, port), PATIENCE)).unwrap();
             assert_ne!(accept(&server).1.ip(), hosts.client, "{spoil}");
         }
     }
