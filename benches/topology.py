@@ -1,0 +1,164 @@
+"""The rivals of the relay benchmark, on the demo's three hosts: how each is started, and what it used."""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples-c"))
+import demo  # noqa: E402
+
+LISTEN = 3129
+CONGESTION_CONTROL = "reno"
+SERVER = "203.0.113.2"
+SERVER6 = "2001:db8:2::2"
+
+# What the textbooks say, for those who bring no rules of their own.
+TEXTBOOK = f"""
+table inet textbook {{
+    chain prerouting {{
+        type filter hook prerouting priority mangle
+        meta l4proto tcp socket transparent 1 socket wildcard 0 meta mark set 1 accept
+        tcp dport {demo.PORT} iifname "eth0" tproxy to :{LISTEN} meta mark set 1 accept
+    }}
+}}
+"""
+ROUTING = [f"-{family} {what}" for family in (4, 6) for what in ("rule add fwmark 1 lookup 100", "route add local default dev lo table 100")]
+
+HAPROXY = f"""
+global
+    nbthread %d
+defaults
+    mode tcp
+    timeout connect 30s
+    timeout client 600s
+    timeout server 600s
+    option splice-request
+    option splice-response
+listen relay
+    bind :::{LISTEN} v4v6 transparent
+    option transparent
+    source 0.0.0.0 usesrc clientip
+"""
+
+
+class Rules:
+    """The textbook's rules on the proxy's host, while they are needed."""
+
+    def __enter__(self):
+        subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=TEXTBOOK, text=True, check=True)
+        for line in ROUTING:
+            demo.run("ip", "-n", "proxy", *line.split())
+
+    def __exit__(self, *_):
+        for line in ROUTING:
+            demo.run("ip", "-n", "proxy", *line.replace(" add ", " del ").split())
+        demo.run(*demo.on("proxy", "nft", "delete", "table", "inet", "textbook"))
+
+
+class Rival:
+    """Something between client and server, while it is measured."""
+
+    name, rules = "plain forwarding", False
+    process = None
+
+    def __init__(self, threads=1):
+        self.threads = threads
+
+    def command(self):
+        return None
+
+    def __enter__(self):
+        self.textbook = Rules() if self.rules else None
+        if self.textbook:
+            self.textbook.__enter__()
+        command = self.command()
+        if command:
+            self.process = subprocess.Popen(demo.on("proxy", *command), stdout=subprocess.DEVNULL)
+            self.wait()
+        return self
+
+    def wait(self):
+        """Until it listens."""
+        deadline = time.monotonic() + demo.PATIENCE
+        while f":{LISTEN} " not in demo.run(*demo.on("proxy", "ss", "-Hltn")):
+            assert self.process.poll() is None and time.monotonic() < deadline, f"{self.name} does not start"
+            time.sleep(0.02)
+        # Rules come after the listener.
+        time.sleep(0.2)
+
+    def __exit__(self, *_):
+        if self.process:
+            self.process.terminate()
+            self.process.wait(demo.PATIENCE)
+            self.process = None
+        if self.textbook:
+            self.textbook.__exit__()
+
+    def cpu(self):
+        """Seconds that its threads have run."""
+        total = 0
+        for path in glob.glob(f"/proc/{self.process.pid}/task/*/schedstat") if self.process else []:
+            with open(path, encoding="ascii") as file:
+                total += int(file.read().split()[0])
+        return total / 1e9
+
+    def memory(self):
+        """Bytes of memory that are its own."""
+        with open(f"/proc/{self.process.pid}/smaps_rollup", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("Pss_Anon:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+
+class Relay(Rival):
+    """examples-c/relay.c: with the library, or with its calls by hand."""
+
+    def __init__(self, name, program, rules, threads=1):
+        super().__init__(threads)
+        self.name, self.program, self.rules = name, program, rules
+
+    def command(self):
+        return [self.program, "-t", str(self.threads), "-d", "0", str(LISTEN), str(demo.PORT)]
+
+
+class HAProxy(Rival):
+    name, rules = "HAProxy", True
+
+    def command(self):
+        self.config = tempfile.NamedTemporaryFile("w", suffix=".cfg")
+        self.config.write(HAPROXY % self.threads)
+        self.config.flush()
+        return ["haproxy", "-db", "-f", self.config.name]
+
+
+class Load:
+    """Clients that measure and the server that they ask, on hosts that nobody has used before."""
+
+    def __init__(self, program):
+        self.program, self.server = program, None
+
+    def __enter__(self):
+        # What the last one left (TIME_WAIT, neighbours) is not to change what the next one does.
+        if os.path.isdir("/run/netns"):
+            demo.run("umount", "-R", "/run")
+        demo.build_network()
+        # What every kernel lets a namespace have. A machine may have BBR, and its pacing would be what is measured.
+        for host in demo.HOSTS:
+            demo.run(*demo.on(host, "sysctl", "-qw", f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}"))
+        self.server = demo.Program("server", self.program, "serve")
+        assert self.server.expect("listening") != "nothing", "the server does not start"
+        return self
+
+    def __exit__(self, *_):
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def run(self, mode, clients, seconds, address=SERVER):
+        command = demo.on("client", self.program, mode, str(clients), str(seconds), address)
+        outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60)
+        return json.loads(outcome.stdout)
