@@ -2,6 +2,7 @@
 
 mod reader;
 
+use std::collections::HashMap;
 use std::io;
 
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
@@ -23,6 +24,13 @@ const GET_ELEMENTS: u16 = 13;
 pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
     let mut chains: Vec<(u8, Chain)> =
         channel.dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), |_| {})?.iter().filter_map(|p| parse_chain(p)).collect();
+    // A host of Kubernetes has thousands of chains.
+    let whereabouts = |(family, chain): &(u8, Chain)| Whereabouts {
+        family: *family,
+        table: chain.table.clone(),
+        chain: chain.name.clone(),
+    };
+    let numbers: HashMap<Whereabouts, usize> = chains.iter().map(whereabouts).zip(0..).collect();
     let mut found = Vec::new();
     for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), |_| {})? {
         if let Some((place, rule)) = parse_rule(&payload) {
@@ -41,10 +49,8 @@ pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
                 };
             }
         }
-        let is_its = |(family, chain): &&mut (u8, Chain)| {
-            *family == place.family && chain.table == place.table && chain.name == place.chain
-        };
-        if let Some((_, chain)) = chains.iter_mut().find(is_its) {
+        let of = numbers.get(&place).and_then(|number| chains.get_mut(*number));
+        if let Some((_, chain)) = of {
             chain.rules.push(read.rule);
         }
     }
@@ -101,7 +107,7 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
 }
 
 /// The chain that a rule is in.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 struct Whereabouts {
     family: u8,
     table: String,
