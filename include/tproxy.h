@@ -530,7 +530,10 @@ struct tp_rules_config {
      */
     size_t n_src;
     /**
-     * Destinations never to intercept, whatever dst says.
+     * Destinations never to intercept, whatever dst says. Nor are their
+     * answers: where ports (none, or some above 1023) and interfaces (none)
+     * would choose these too, connection tracking tells them from the rest,
+     * and so is active, with TP_RULES_NOTRACK for what comes from there.
      */
     const struct tp_prefix *bypass;
     /**

@@ -275,6 +275,16 @@ impl Plan {
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
     }
 
+    /// The answers of destinations that are left alone, packets for other hosts as they are, may be chosen too.
+    ///
+    /// Not where interfaces are named, those of clients: answers come in by others. Nor where the ports are those of
+    /// services: answers go to a client's, which are above 1023.
+    pub fn may_choose_answers(&self) -> bool {
+        const FIRST_OF_CLIENTS: u16 = 1024;
+        let ports = self.ports.is_empty() || self.ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS);
+        self.mode == Mode::Tproxy && self.bypass.is_some() && self.interfaces.is_empty() && ports
+    }
+
     /// The family over which a protocol is served, if there is but one.
     pub fn family_of(&self, protocol: Protocol) -> Option<Family> {
         let serves = |family: Family| {

@@ -109,6 +109,13 @@ impl Builder<'_> {
             None => vec![self.jump(destinations)],
         };
         let mut to = self.plan.bypass.as_ref().map_or(Vec::new(), |bypass| prefixes(bypass, "-d", "-j RETURN"));
+        if let Some(bypass) = &self.plan.bypass
+            && self.plan.may_choose_answers()
+            && then == "i"
+        {
+            // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
+            to.extend(prefixes(bypass, "-m conntrack --ctdir REPLY -s", "-j RETURN"));
+        }
         match &self.plan.dst {
             Some(dst) => to.extend(prefixes(dst, "-d", &self.jump(then))),
             None => {

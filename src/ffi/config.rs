@@ -171,7 +171,10 @@ pub struct tp_rules_config {
     pub src: *const tp_prefix,
     /// How many prefixes. 0: every source.
     pub n_src: usize,
-    /// Destinations never to intercept, whatever dst says.
+    /// Destinations never to intercept, whatever dst says. Nor are their
+    /// answers: where ports (none, or some above 1023) and interfaces (none)
+    /// would choose these too, connection tracking tells them from the rest,
+    /// and so is active, with TP_RULES_NOTRACK for what comes from there.
     pub bypass: *const tp_prefix,
     /// How many prefixes.
     pub n_bypass: usize,

@@ -221,6 +221,12 @@ fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
         for protocol in plan.protocols.iter() {
             let of_socket = socket_of(plan, protocol, Verdict::Goto(UNTRACK));
             objects.push(rule(hook.0, "of a transparent socket", of_socket));
+            if incoming {
+                // Connection tracking has to see answers to know them.
+                objects.extend(answers(plan).map(|from| {
+                    rule(hook.0, ANSWER, [Statement::Protocol(protocol), from, Statement::Verdict(Verdict::Return)])
+                }));
+            }
             if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
                 let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
                 objects.push(rule(hook.0, "to be intercepted", selected));
@@ -317,6 +323,9 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
             rule(name, "to be left alone", [bypass, leave.clone()])
         }));
     }
+    if name == SELECT {
+        objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
+    }
     match plan.dst {
         Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
             let (first, goto) = (&first, &goto);
@@ -335,6 +344,23 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
         }
     }
     objects
+}
+
+const ANSWER: &str = "an answer of what is left alone";
+
+/// Whose answers are to be left alone: one statement for each set.
+///
+/// That they come from there does not make them answers: clients may be among what is left alone, as private networks
+/// are, and packets of theirs that have lost their socket (the proxy was started anew) must not go on to the server. Nor
+/// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
+/// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
+/// client sends past the proxy.
+fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
+    let bypass = each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers());
+    bypass.flat_map(|(bypass, family)| {
+        let sets = Which::Bypass.sets(bypass, family, plan.variant);
+        sets.map(move |set| Statement::SourceIn { family, set })
+    })
 }
 
 /// A set of prefixes with each of the families, if there is one.

@@ -239,7 +239,10 @@ mod tests {
         let rule = read_back(vec![Statement::Redirect { port: 1 }]);
         assert_eq!(rule.parts, [Part::Redirect(Some(1))]);
         let rule = read_back(vec![Statement::Dnat { addr: [127, 0, 0, 1].into(), port: 1 }, Statement::NotTranslated]);
-        assert_eq!(rule.parts[0], Part::TranslateDestination(Some([127, 0, 0, 1].into())));
+        let tracked = only(Condition::Connection { states: None });
+        assert_eq!(rule.parts, [Part::TranslateDestination(Some([127, 0, 0, 1].into())), tracked.clone()]);
+        let rule = read_back(vec![Statement::Answer, Statement::Verdict(Ours::Return)]);
+        assert_eq!(rule.parts, [tracked, Part::Verdict(Verdict::Return)]);
         let set = crate::backend::nft::object::SetName { base: "ports", len: None, variant: Variant::First };
         let rule = read_back(vec![Statement::DestinationPortIn(set), Statement::Verdict(Ours::Jump("j"))]);
         assert_eq!(rule.parts, [only(Condition::Other), Part::Verdict(Verdict::Jump("j".to_owned()))]);
