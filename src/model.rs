@@ -15,7 +15,7 @@ pub struct Families {
 }
 
 /// An address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
     /// IPv4.
     V4,

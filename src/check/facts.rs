@@ -75,9 +75,8 @@ impl Facts {
             let listeners = sockets::listeners(&mut channel);
             facts.listeners = facts.seen("listening sockets", listeners);
         }
-        let names: Vec<&str> = facts.interfaces.iter().map(|interface| interface.name.as_str()).collect();
-        facts.sysctls = Sysctls::read(&names);
-        if facts.sysctls.0.is_empty() {
+        facts.sysctls = Sysctls::read(&facts.interfaces);
+        if facts.sysctls.text("ipv4/ip_forward").is_none() {
             facts.unseen.push("sysctls: /proc/sys/net cannot be read".to_owned());
         }
         let counted = fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();

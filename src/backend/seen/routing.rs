@@ -149,7 +149,13 @@ pub(crate) struct Interface {
     pub kind: String,
     /// The index of the bridge or bond that it is a port of.
     pub master: u32,
+    /// IPv4's switches (net.ipv4.conf.NAME), those of [`SWITCHES`]; none if it has no IPv4.
+    pub switches: Vec<(&'static str, u32)>,
 }
+
+/// IPV4_DEVCONF_*, less one, and the names of their sysctls. A read of one from /proc takes as long as this whole dump.
+const SWITCHES: [(usize, &str); 5] =
+    [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
 pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
     Ok(channel
@@ -160,19 +166,26 @@ pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
 }
 
 fn parse_interface(payload: &[u8]) -> Option<Interface> {
-    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND; `struct ifinfomsg`: index, flags.
+    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_AF_SPEC, AF_INET, IFLA_INET_CONF (numbers in the order
+    /// of IPV4_DEVCONF_*); `struct ifinfomsg`: index, flags.
     const NAME: u16 = 3;
     const MASTER: u16 = 10;
     const LINK_INFO: u16 = 18;
     const KIND: u16 = 1;
+    const BY_FAMILY: u16 = 26;
+    const IPV4: u16 = libc::AF_INET as u16;
+    const CONF: u16 = 1;
     let attrs = payload.get(16..)?;
     let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string(wire::attribute(info, KIND)?));
+    let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
+    let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
         name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
         kind: kind.unwrap_or_default().to_owned(),
         master: wire::attribute(attrs, MASTER).and_then(|v| wire::u32_at(v, 0)).unwrap_or(0),
+        switches: SWITCHES.into_iter().filter_map(switch).collect(),
     })
 }
 

@@ -9,10 +9,12 @@ mod sysctls;
 use super::facts::Facts;
 use super::findings::Finding;
 use super::instances::{self, Instance, Interception};
+use super::walk::Chains;
 
 /// Who intercepts what, on the host that the facts are of.
 struct Scene<'a> {
     facts: &'a Facts,
+    chains: Chains<'a>,
     instances: Vec<Instance>,
     interceptions: Vec<Interception>,
 }
@@ -22,6 +24,7 @@ pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
     let chains = facts.chains.as_deref().unwrap_or_default();
     let scene = Scene {
         facts,
+        chains: Chains::new(chains),
         instances: instances::instances(&facts.tables, chains),
         interceptions: instances::interceptions(chains),
     };
@@ -245,7 +248,14 @@ mod tests {
                 routed: Families::ALL,
                 features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
                 interfaces: ["lo", "eth0"]
-                    .map(|name| Interface { index: 1, name: name.to_owned(), up, kind: "bridge".to_owned(), master: 0 })
+                    .map(|name| Interface {
+                        index: 1,
+                        name: name.to_owned(),
+                        up,
+                        kind: "bridge".to_owned(),
+                        master: 0,
+                        switches: Vec::new(),
+                    })
                     .to_vec(),
                 ..Facts::default()
             })
@@ -274,7 +284,14 @@ mod tests {
         assert_eq!(quoted("eth0.7"), "eth0.7");
         assert_eq!(quoted("$(reboot)"), "'$(reboot)'");
         assert_eq!(quoted("a'b"), "'a'\\''b'");
-        let interface = Interface { index: 2, name: "a;reboot".to_owned(), up: true, kind: String::new(), master: 0 };
+        let interface = Interface {
+            index: 2,
+            name: "a;reboot".to_owned(),
+            up: true,
+            kind: String::new(),
+            master: 0,
+            switches: Vec::new(),
+        };
         let sysctls = [("ipv4/ip_forward", "1"), ("ipv4/conf/a;reboot/forwarding", "0")];
         let facts = Facts {
             interfaces: vec![interface],
