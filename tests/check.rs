@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -57,23 +60,34 @@ fn a_healthy_host_gives_no_warning_and_stays_as_it_is() {
 #[test]
 fn the_trial_transaction_is_never_committed() {
     let net = Net::new();
-    let mut monitor = net.run(|| {
-        std::process::Command::new("timeout")
-            .args(["2", "nft", "monitor"])
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap()
+    let mut monitor =
+        net.run(|| Command::new("nft").arg("monitor").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let (send, events) = mpsc::channel();
+    let lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
+    let reader = std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| send.send(line)));
+    // It listens from some moment on.
+    let mut made = 0;
+    let first = (0..100).find_map(|number| {
+        net.nft(&format!("add table ip before{number}"));
+        made += 1;
+        events.recv_timeout(Duration::from_millis(100)).ok()
     });
-    std::thread::sleep(Duration::from_millis(300));
+    assert!(first.is_some(), "nft monitor says nothing");
     net.run(check);
     net.nft("add table ip seen");
-    let mut seen = String::new();
-    std::io::Read::read_to_string(monitor.stdout.as_mut().unwrap(), &mut seen).unwrap();
+    // The generation comes behind what it is of.
+    let mut seen = vec![String::new()];
+    while seen[seen.len() - 1] != "add table ip seen" {
+        seen.push(events.recv_timeout(PATIENCE).unwrap());
+    }
+    let generation = events.recv_timeout(PATIENCE).unwrap();
+    monitor.kill().unwrap();
     monitor.wait().unwrap();
-    let lines: Vec<&str> = seen.lines().filter(|line| !line.starts_with('#')).collect();
-    assert_eq!(lines, ["add table ip seen"]);
+    let _ = reader.join();
+    seen.retain(|line| !line.is_empty() && !line.starts_with('#') && !line.contains("before"));
+    assert_eq!(seen, ["add table ip seen"]);
     // The first transaction of this network is number 2.
-    assert!(seen.contains("# new generation 2 "), "{seen}");
+    assert!(generation.starts_with(&format!("# new generation {} ", made + 2)), "{generation}");
 }
 
 #[test]

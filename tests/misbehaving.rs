@@ -109,6 +109,11 @@ fn answered(lab: &Lab, hosts: Hosts) -> bool {
     lab.client.run(|| said(at(hosts.server, 80))).is_ok()
 }
 
+/// The same, on a machine that may be too busy for the first try.
+fn answered_at_last(lab: &Lab, hosts: Hosts) -> bool {
+    (0..5).any(|_| answered(lab, hosts))
+}
+
 #[test]
 fn rules_and_their_process() {
     if let Ok(how) = std::env::var(HOLD) {
@@ -125,7 +130,7 @@ fn rules_and_their_process() {
             assert!(!answered(lab, hosts()), "{id}: it works");
             cured(&lab.proxy, id, TP_FAILURE);
             child.wait().unwrap();
-            assert!(answered(lab, hosts()), "{id}: not cured");
+            assert!(answered_at_last(lab, hosts()), "{id}: not cured");
         });
     }
 }
@@ -133,11 +138,11 @@ fn rules_and_their_process() {
 #[test]
 fn a_process_that_is_stopped() {
     held("serve", |lab, child| {
-        assert!(answered(lab, v4()));
+        assert!(answered_at_last(lab, v4()));
         lab.proxy.sh(&format!("kill -STOP {}", child.id()));
         assert!(!answered(lab, v4()));
         cured(&lab.proxy, "owner.stopped", TP_FAILURE);
-        assert!(answered(lab, v4()) && answered(lab, v6()));
+        assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
     });
 }
 
@@ -145,12 +150,12 @@ fn a_process_that_is_stopped() {
 fn rules_that_outlive_their_process() {
     for (how, id) in [("persist", "instance.orphaned"), ("iptables", "instance.iptables_orphaned")] {
         held(how, |lab, child| {
-            assert!(answered(lab, v4()) && answered(lab, v6()));
+            assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
             child.kill().unwrap();
             child.wait().unwrap();
             assert!(!answered(lab, v4()) && !answered(lab, v6()), "{id}: it works");
             cured(&lab.proxy, id, TP_FAILURE);
-            assert!(answered(lab, v4()) && answered(lab, v6()), "{id}: not cured");
+            assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()), "{id}: not cured");
             let left = lab.proxy.run(check);
             if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
                 lab.proxy.sh(&routing.cure);
@@ -180,7 +185,7 @@ fn a_process_with_few_descriptors() {
         output.read_line(&mut line).unwrap();
         lab.proxy.sh(line.strip_prefix("cure: ").unwrap());
         // The connection that waited is served first, to nobody.
-        assert!(answered(lab, v4()) && answered(lab, v6()));
+        assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
         child.stdout = Some(output.into_inner());
     });
 }
