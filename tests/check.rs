@@ -114,6 +114,46 @@ fn it_takes_less_than_a_tenth_of_a_second() {
     assert!(best < Duration::from_millis(100), "{best:?}");
 }
 
+/// Root of a user namespace in the network of another.
+#[test]
+fn capabilities_over_another_network_are_none() {
+    const ALONE: &str = "TPROXY_TEST_POWERLESS";
+    if std::env::var_os(ALONE).is_some() {
+        let found = check();
+        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.found, f.cure));
+        return;
+    }
+    let test = std::env::current_exe().unwrap();
+    let name = "capabilities_over_another_network_are_none";
+    let output = Net::new().command(
+        "unshare",
+        &["--map-root-user", "env", &format!("{ALONE}=1"), test.to_str().unwrap(), "--exact", name, "--nocapture"],
+    );
+    for expected in [
+        "finding 2 privilege.net_admin CAP_NET_ADMIN is in effect in a user namespace, and this network belongs to another | \n",
+        "finding 3 privilege.transparent IPv4",
+        "finding 1 check.unseen nf_tables",
+    ] {
+        assert!(output.contains(expected), "{expected}: {output}");
+    }
+    assert!(!output.contains(" kernel.nf") && !output.contains("| setcap"), "{output}");
+}
+
+/// Facts that are no trouble.
+#[test]
+fn what_does_no_harm_is_a_note() {
+    let net = Net::new();
+    net.sh("sysctl -qw net.ipv4.ip_early_demux=0 net.ipv4.conf.lo.accept_local=1
+        ip rule add pref 300 fwmark 7 lookup 50; ip rule add pref 301 fwmark 7 lookup 50");
+    let found = net.run(check);
+    assert_eq!(troubles(&found), [] as [&Found; 0]);
+    for id in ["sysctl.ip_early_demux", "sysctl.accept_local", "kernel.version", "iptables.variants"] {
+        assert!(found.iter().any(|f| f.id == id && f.cure.is_empty()), "{id}: {found:#?}");
+    }
+    cured(&net, "rule.duplicate", TP_NOTE);
+    assert!(net.ip("rule").contains("300:") && !net.ip("rule").contains("301:"));
+}
+
 /// In a process of its own, without capabilities: another tests this by starting it.
 #[test]
 fn without_privileges_it_says_what_it_cannot_see() {

@@ -183,7 +183,10 @@ fn a_process_with_few_descriptors() {
         let mut output = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
-        lab.proxy.sh(line.strip_prefix("cure: ").unwrap());
+        let found = lab.proxy.run(check);
+        let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING).unwrap();
+        assert_eq!(line, format!("cure: {}\n", named.cure), "the process itself says the same");
+        cured(&lab.proxy, "limit.descriptors", TP_WARNING);
         // The connection that waited is served first, to nobody.
         assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
         child.stdout = Some(output.into_inner());

@@ -26,9 +26,10 @@ pub(super) struct Facts {
     pub capabilities: Capabilities,
     pub initial_user_namespace: bool,
     pub program: String,
-    pub pid: u32,
-    /// The descriptors that this process may have: soft and hard limit.
-    pub descriptors: Option<(u64, u64)>,
+    /// The capabilities are no good here: they are of another user namespace than this network's.
+    pub powerless: bool,
+    /// Of this process, and of the owners of our tables.
+    pub descriptors: Vec<Descriptors>,
     pub kernel: String,
     /// By family, whether a socket was made transparent.
     pub transparent: Vec<(Family, Result<(), Error>)>,
@@ -59,9 +60,26 @@ pub(super) struct Facts {
     pub unseen: Vec<String>,
 }
 
+/// The descriptors that a process may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Descriptors {
+    pub pid: u32,
+    pub soft: u64,
+    pub hard: u64,
+    /// How many it has; `None`: the kernel does not say (before 6.2), or not to us.
+    pub used: Option<u64>,
+}
+
+impl Descriptors {
+    fn of(pid: u32, soft: u64, hard: u64) -> Descriptors {
+        let used = fs::metadata(format!("/proc/{pid}/fd")).map(|data| data.len()).ok().filter(|used| *used > 0);
+        Descriptors { pid, soft, hard, used }
+    }
+}
+
 impl Facts {
     pub fn gather() -> Facts {
-        let mut facts = Facts { pid: std::process::id(), ..Facts::default() };
+        let mut facts = Facts::default();
         facts.look_at_process();
         facts.transparent = [Family::V4, Family::V6].map(|family| (family, probes::transparent(family))).to_vec();
         if let Some(mut channel) = facts.open(libc::NETLINK_ROUTE, "routing") {
@@ -102,7 +120,8 @@ impl Facts {
         self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
         let program = fs::read_link("/proc/self/exe").unwrap_or_else(|_| "PROGRAM".into());
         self.program = program.to_string_lossy().into_owned();
-        self.descriptors = sys::descriptor_limits();
+        let own = sys::descriptor_limits().map(|(soft, hard)| Descriptors::of(std::process::id(), soft, hard));
+        self.descriptors.extend(own);
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         self.kernel = kernel.trim().to_owned();
     }
@@ -158,6 +177,12 @@ impl Facts {
             return;
         }
         self.features = probes::nf_tables(channel);
+        if self.features.iter().any(|(_, outcome)| outcome.as_ref().is_err_and(|e| e.errno() == libc::EPERM)) {
+            self.powerless = true;
+            self.features.clear();
+            self.unseen.push("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN here".to_owned());
+            return;
+        }
         self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
         match table::list(channel) {
             Ok((_, tables)) => self.tables = tables,
@@ -174,10 +199,17 @@ impl Facts {
         if let Some(channel) = &mut channel {
             self.read_routes(channel, tables);
         }
-        let stopped = |pid: &u32| {
-            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| procfs::state_of(&stat) == Some('T'))
-        };
-        self.stopped = self.tables.iter().filter_map(|table| table.owner).filter(stopped).collect();
+        for owner in self.tables.iter().filter_map(|table| table.owner) {
+            let read = |what: &str| fs::read_to_string(format!("/proc/{owner}/{what}")).unwrap_or_default();
+            if procfs::state_of(&read("stat")) == Some('T') {
+                self.stopped.push(owner);
+            }
+            if self.descriptors.iter().all(|known| known.pid != owner)
+                && let Some((soft, hard)) = procfs::descriptors(&read("limits"))
+            {
+                self.descriptors.push(Descriptors::of(owner, soft, hard));
+            }
+        }
     }
 
     fn look_at_iptables(&mut self) {

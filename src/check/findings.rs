@@ -358,7 +358,7 @@ kinds! {
         "sysctl -w net.netfilter.nf_conntrack_max={max}";
     DESCRIPTORS = "limit.descriptors",
         "accept fails with EMFILE, and clients wait",
-        "The process may have few descriptors, and a proxy needs two for each connection.",
+        "The process may have few descriptors, or has nearly all that it may; a proxy needs two for each connection.",
         "Further connections wait in the listener's queue.",
         "prlimit --pid {pid} --nofile={limit}";
 

@@ -34,6 +34,16 @@ pub(super) fn state_of(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
+/// The descriptors that a process may have, by /proc/PID/limits: soft and hard limit.
+pub(super) fn descriptors(limits: &str) -> Option<(u64, u64)> {
+    let mut words = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace();
+    let mut number = || match words.next()? {
+        "unlimited" => Some(u64::MAX),
+        word => word.parse().ok(),
+    };
+    Some((number()?, number()?))
+}
+
 /// A counter of /proc/net/netstat: a line of names, and a line of numbers.
 pub(super) fn netstat(text: &str, group: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(':'));
@@ -143,6 +153,8 @@ mod tests {
         assert!(is_initial_user_namespace("         0          0 4294967295\n"));
         assert!(!is_initial_user_namespace("         0       1000          1\n"));
         assert_eq!(state_of("12 (a) b) T 1 2 3"), Some('T'));
+        let limits = "Limit      Soft Limit  Hard Limit  Units\nMax open files      1024      unlimited      files\n";
+        assert_eq!(descriptors(limits), Some((1024, u64::MAX)));
         let text = "TcpExt: A B IPReversePathFilter\nTcpExt: 1 2 37\nIpExt: A\nIpExt: 4\n";
         assert_eq!(netstat(text, "TcpExt", "IPReversePathFilter"), Some(37));
         assert_eq!(netstat(text, "TcpExt", "C"), None);
@@ -171,6 +183,7 @@ mod tests {
             Capabilities::parse(&text);
             is_initial_user_namespace(&text);
             state_of(&text);
+            descriptors(&format!("Max open files{text}"));
             netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
             version(&text);
             availability(&text, &text, &text, &a, &b);

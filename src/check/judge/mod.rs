@@ -91,6 +91,7 @@ mod tests {
     use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
     use crate::backend::seen::routing::{self, Action, Interface, Route};
     use crate::backend::seen::sockets::Listener;
+    use crate::check::facts::Descriptors;
     use crate::check::findings::Severity;
     use crate::check::procfs::Sysctls;
     use crate::model::{Families, Family, Mark, Protocol};
@@ -311,6 +312,36 @@ mod tests {
             rules: Vec::new(),
         };
         assert_eq!(filters::removal(&chain, None, Family::V4), "");
+    }
+
+    /// What cannot be made in a network of our own, or not soon.
+    #[test]
+    fn what_is_nearly_used_up_is_named() {
+        let tracked = |count: &str| {
+            let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
+            Facts {
+                sysctls: Sysctls(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+                ..Facts::default()
+            }
+        };
+        let named = |facts: &Facts, id: &str| {
+            let found = judge(facts);
+            found.into_iter().find(|finding| finding.kind.id == id).map(|finding| (finding.severity, finding.cure))
+        };
+        let cure = "sysctl -w net.netfilter.nf_conntrack_max=2000".to_owned();
+        assert_eq!(named(&tracked("900"), "conntrack.full"), None);
+        assert_eq!(named(&tracked("950"), "conntrack.full"), Some((Severity::Warning, cure.clone())));
+        assert_eq!(named(&tracked("1000"), "conntrack.full"), Some((Severity::Failure, cure)));
+        let having = |soft, hard, used| {
+            let descriptors = vec![Descriptors { pid: 7, soft, hard, used }];
+            named(&Facts { descriptors, ..Facts::default() }, "limit.descriptors").unwrap()
+        };
+        let warned = |limit: &str| (Severity::Warning, format!("prlimit --pid 7 --nofile={limit}"));
+        assert_eq!(having(1024, 4096, Some(500)), (Severity::Ok, String::new()));
+        assert_eq!(having(1024, 4096, Some(1000)), warned("4096:4096"));
+        assert_eq!(having(1000, u64::MAX, None), warned("65536:unlimited"));
+        assert_eq!(having(100_000, 100_000, Some(99_000)), warned("200000:200000"));
+        assert_eq!(having(12, 1 << 20, None), warned("65536:1048576"));
     }
 
     /// Chains that lead to each other, without end.
