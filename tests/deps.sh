@@ -22,6 +22,7 @@ strace:strace
 dnsmasq:dnsmasq-base
 dig:bind9-dnsutils
 sysctl:procps
+zsh:zsh
 '
 
 PATH=$PATH:/usr/sbin:/sbin
