@@ -40,9 +40,9 @@ case $command in
     self-test) own=($rules '--all[what is fine, too]') ;;
     install) own=($rules) ;;
     render) own=($rules '--format[the commands]:format:(nft iptables)') ;;
-    purge) own=('2:instance:') ;;
-    stats) own=('--watch[again and again; --watch=SECONDS, less often]' '2:instance:') ;;
+    purge) own=('2::instance:()') ;;
+    stats) own=('--watch[again and again; --watch=SECONDS, less often]' '2::instance:()') ;;
     *) own=("1:command:{_describe command commands}") ;;
 esac
-[[ -n $command ]] && own+=('1:command:')
+[[ -n $command ]] && own+=('1:command:()')
 _arguments $every $own
