@@ -207,6 +207,37 @@ pub(crate) fn be64(value: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*value.first_chunk()?))
 }
 
+/// For the properties of everything that reads answers.
+#[cfg(test)]
+pub(crate) mod odd {
+    use proptest::prelude::*;
+
+    /// An answer that is well formed as far as its attributes go, which are of any kind, length and depth, and some cut
+    /// off: bytes alone would mostly end at the first.
+    pub(crate) fn answer(header: usize) -> impl Strategy<Value = Vec<u8>> {
+        let value = proptest::collection::vec(prop_oneof![0..4u8, any::<u8>()], 0..20);
+        let value = prop_oneof![value, Just(b"lo\0".to_vec()), Just(b"c\0".to_vec())];
+        let attributes = value.prop_recursive(4, 60, 8, |inner| {
+            proptest::collection::vec((prop_oneof![0..8u16, 0..40u16], inner), 0..8).prop_map(|attributes| {
+                let mut bytes = Vec::new();
+                for (kind, value) in attributes {
+                    bytes.extend((value.len() as u16 + 4).to_ne_bytes());
+                    bytes.extend(kind.to_ne_bytes());
+                    bytes.extend(value);
+                    bytes.resize(bytes.len().next_multiple_of(4), 0);
+                }
+                bytes
+            })
+        });
+        let header = proptest::collection::vec(prop_oneof![Just(2u8), Just(10), 0..4u8, any::<u8>()], header);
+        (header, attributes, prop_oneof![Just(0usize), 0..200usize]).prop_map(|(mut bytes, attributes, cut)| {
+            bytes.extend(attributes);
+            bytes.truncate(bytes.len().saturating_sub(cut));
+            bytes
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
