@@ -194,7 +194,36 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// An interface as kernels tell of it, with so many bytes of switches.
+    fn interface(switches: usize) -> Vec<u8> {
+        let mut buffer = crate::netlink::wire::Buffer::default();
+        buffer.message(1, 0, 1, &[0; 16], |a| {
+            a.string(3, "eth0");
+            a.nest(26, |a| a.nest(2, |a| a.bytes(1, &(0..switches).map(|n| (n / 4) as u8).collect::<Vec<_>>())));
+        });
+        wire::messages(buffer.bytes().unwrap()).next().unwrap().payload.to_vec()
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn switches_are_those_of_the_kernel() {
+        let named = |number: u32| number * 0x0101_0101;
+        let all =
+            [("forwarding", 0), ("rp_filter", 7), ("accept_local", 22), ("src_valid_mark", 23), ("route_localnet", 25)];
+        let expected = all.map(|(name, number)| (name, named(number)));
+        assert_eq!(parse_interface(&interface(33 * 4)).unwrap().switches, expected);
+        // Older kernels have fewer.
+        assert_eq!(parse_interface(&interface(23 * 4)).unwrap().switches, expected[..3]);
+    }
+
     proptest! {
+        #[test]
+        fn an_interface_is_read_as_far_as_it_goes(switches in 0..140usize, cut in 0..200usize) {
+            let whole = interface(switches);
+            let seen = parse_interface(whole.get(..cut.min(whole.len())).unwrap());
+            prop_assert!(seen.is_none_or(|seen| seen.switches.len() <= SWITCHES.len()));
+        }
+
         #[test]
         fn no_dump_panics(payload in prop_oneof![wire::odd::answer(12), wire::odd::answer(16)]) {
             for family in [Family::V4, Family::V6] {
