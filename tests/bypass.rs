@@ -171,3 +171,62 @@ fn packets_of_dead_connections_of_clients_that_are_left_alone_do_not_leak() {
         nothing_leaks(hosts, TP_RULES_NOTRACK, TP_BACKEND_NFT);
     }
 }
+
+/// The host is a server too: what it answers is not to be intercepted, though its own connections are.
+#[test]
+fn the_hosts_own_services_answer() {
+    for backend in BACKENDS {
+        let lab = Lab::new();
+        let own = lab.proxy.run(|| TcpListener::bind("[::]:22").unwrap());
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        let sockets = [listener.as_raw_fd()];
+        let _rules = lab.proxy.run(|| leave_alone(&sockets, &[], TP_RULES_LOCAL_OUTPUT, backend));
+        let enough = AtomicBool::new(false);
+        let heard = std::thread::scope(|scope| {
+            for (listener, words) in [(&own, "own"), (&listener, "proxy")] {
+                scope.spawn(|| answer_all(listener, words, &enough));
+            }
+            let ask = |net: &Net, to| net.run(|| said(at(to, 22)).map_err(|e| e.to_string()));
+            let heard = [v4(), v6()].map(|hosts| (ask(&lab.client, hosts.proxy), ask(&lab.proxy, hosts.server)));
+            enough.store(true, Ordering::Relaxed);
+            heard
+        });
+        assert_eq!(heard, [(); 2].map(|()| (Ok("own".to_owned()), Ok("proxy".to_owned()))), "backend {backend}");
+    }
+}
+
+/// Who knocks at a port from which this host connects to him later does not make that connection an answer.
+#[test]
+fn knocking_first_does_not_get_past_the_proxy() {
+    const KNOCKED: u16 = 4321;
+    let bound = |to: std::net::SocketAddr, from| {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&std::net::SocketAddr::into(from)).unwrap();
+        socket
+    };
+    for backend in BACKENDS {
+        let lab = Lab::new();
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        let _rules = lab.proxy.run(|| leave_alone(&[listener.as_raw_fd()], &[], TP_RULES_LOCAL_OUTPUT, backend));
+        lab.server.nft(
+            "table inet seen { counter seen { }; chain c { type filter hook prerouting priority 0; \
+                        tcp sport 4321 tcp flags & (syn | rst) == 0 counter name seen; }; }",
+        );
+        for hosts in [v4(), v6()] {
+            let (own, other) = (at(hosts.proxy, KNOCKED), at(hosts.server, 80));
+            let knock = lab.server.run(|| bound(own, other).connect_timeout(&own.into(), NEVER));
+            assert!(knock.is_err());
+            let stream = lab.proxy.run(|| {
+                let socket = bound(other, own);
+                socket.connect_timeout(&other.into(), PATIENCE).unwrap();
+                TcpStream::from(socket)
+            });
+            let (mut accepted, _) = accept(&listener);
+            (&stream).write_all(b"?").unwrap();
+            accepted.read_exact(&mut [0]).unwrap();
+        }
+        let seen = lab.server.nft("list counter inet seen seen");
+        assert!(seen.contains("packets 0 "), "backend {backend}: {seen}");
+    }
+}

@@ -326,6 +326,9 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
     if name == SELECT {
         objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
     }
+    if name == SELECT_LOCAL && plan.may_choose_own_answers() {
+        objects.extend(own_answers(name, plan));
+    }
     match plan.dst {
         Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
             let (first, goto) = (&first, &goto);
@@ -361,6 +364,21 @@ fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
         let sets = Which::Bypass.sets(bypass, family, plan.variant);
         sets.map(move |set| Statement::SourceIn { family, set })
     })
+}
+
+/// What this host's own services answer, by TCP, is no connection of its own.
+///
+/// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
+/// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
+/// service here has accepted. UDP has no such thing, and is intercepted.
+fn own_answers(name: &'static str, plan: &Compiled<'_>) -> Vec<Object> {
+    if !plan.protocols.tcp {
+        return Vec::new();
+    }
+    let leave = Statement::Verdict(Verdict::Return);
+    let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave.clone()];
+    let accepting = [Statement::TcpSynAck, Statement::Answer, leave];
+    vec![rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
 }
 
 /// A set of prefixes with each of the families, if there is one.

@@ -46,6 +46,8 @@ pub(crate) enum Statement {
     NotTranslated,
     /// Only answers, as connection tracking knows them.
     Answer,
+    /// Only packets of connections that both sides have agreed to.
+    Assured,
     /// Only packets from an address of this host.
     SourceIsLocal,
     /// Only packets to an address of this host.
@@ -62,6 +64,8 @@ pub(crate) enum Statement {
     WildcardSocket(bool),
     /// Only the first packet of a TCP connection.
     TcpSyn,
+    /// Only the first answer of a TCP connection.
+    TcpSynAck,
     /// Sets our bits of the packet's mark, and leaves the rest.
     SetMark(Mark),
     /// Gives the packet to the listener at this address and port; the rule ends here without one.
@@ -118,12 +122,14 @@ impl fmt::Display for Statement {
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
             Statement::Answer => f.write_str("ct direction reply"),
+            Statement::Assured => f.write_str("ct status & assured == assured"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
             Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
             Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
             Statement::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
+            Statement::TcpSynAck => f.write_str("tcp flags & (syn | ack) == syn | ack"),
             Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
             Statement::SetMark(mark) => {
                 write!(f, "meta mark set meta mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
@@ -243,6 +249,11 @@ impl Statement {
                 rule.connection_load(CT_DIRECTION, REG_1);
                 rule.compare(REG_1, &[REPLY]);
             }
+            Statement::Assured => {
+                rule.connection_load(CT_STATUS, REG_1);
+                rule.and_xor(REG_1, &ASSURED.to_ne_bytes(), &0u32.to_ne_bytes());
+                rule.compare(REG_1, &ASSURED.to_ne_bytes());
+            }
             Statement::SourceIsLocal => {
                 rule.load_address_type(FIB_SOURCE, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
@@ -269,6 +280,12 @@ impl Statement {
                 rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
                 rule.and_xor(REG_1, &[0x17], &[0]);
                 rule.compare(REG_1, &[0x02]);
+            }
+            Statement::TcpSynAck => {
+                rule.only_protocol(Protocol::Tcp.number());
+                rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
+                rule.and_xor(REG_1, &[0x12], &[0]);
+                rule.compare(REG_1, &[0x12]);
             }
             Statement::SetMark(mark) => {
                 if mark.mask == u32::MAX {
@@ -321,8 +338,9 @@ const META_L4PROTO: u32 = 16;
 /// NFT_CT_DIRECTION, and IP_CT_DIR_REPLY.
 const CT_DIRECTION: u32 = 1;
 const REPLY: u8 = 1;
-/// NFT_CT_STATUS, and IPS_DST_NAT.
+/// NFT_CT_STATUS, IPS_ASSURED and IPS_DST_NAT.
 const CT_STATUS: u32 = 2;
+const ASSURED: u32 = 0x4;
 const DESTINATION_TRANSLATED: u32 = 0x20;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;

@@ -204,7 +204,6 @@ mod tests {
         wire::messages(buffer.bytes().unwrap()).next().unwrap().payload.to_vec()
     }
 
-    #[cfg(target_endian = "little")]
     #[test]
     fn switches_are_those_of_the_kernel() {
         let named = |number: u32| number * 0x0101_0101;
