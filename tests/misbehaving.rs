@@ -17,6 +17,11 @@ const HOLD: &str = "TPROXY_TEST_HOLD";
 
 /// What a process does that has rules, until it is killed.
 fn hold(how: &str) {
+    if how == "report" {
+        let port = listen("[::]:3129".parse().unwrap(), 0);
+        println!("listens: {}", port.is_ok());
+        return check().iter().filter(|f| f.severity >= TP_WARNING).for_each(|f| println!("\n{} {}", f.id, f.cure));
+    }
     let flags = if how == "persist" { TP_RULES_PERSIST } else { 0 };
     let backend = if how == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
     let port = tp_port_range { first: 80, last: 80 };
@@ -76,15 +81,21 @@ fn hold(how: &str) {
 
 /// A process that holds rules in a lab, in which a server answers too.
 fn held(how: &str, test: impl FnOnce(&Lab, &mut Child)) {
+    held_by(&[std::env::current_exe().unwrap().to_str().unwrap()], how, test);
+}
+
+/// What makes this program do something.
+fn arguments<'a>(program: &[&'a str]) -> Vec<&'a str> {
+    [program, &["--exact", "rules_and_their_process", "--nocapture"]].concat()
+}
+
+/// The same, by a program and its first arguments.
+fn held_by(program: &[&str], how: &str, test: impl FnOnce(&Lab, &mut Child)) {
     let lab = Lab::new();
     let server = lab.serve(80);
+    let arguments = arguments(program);
     let mut child = lab.proxy.run(|| {
-        Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "rules_and_their_process", "--nocapture"])
-            .env(HOLD, how)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap()
+        Command::new(arguments[0]).args(&arguments[1..]).env(HOLD, how).stdout(Stdio::piped()).spawn().unwrap()
     });
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -191,4 +202,32 @@ fn a_process_with_few_descriptors() {
         assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
         child.stdout = Some(output.into_inner());
     });
+}
+
+#[test]
+fn a_program_without_capabilities() {
+    let copy = format!("{}/without-capabilities-{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
+    let net = Net::new();
+    // By a process of its own: a descriptor in the hands of another test's child would keep the copy from being started.
+    net.command("cp", &[std::env::current_exe().unwrap().to_str().unwrap(), &copy]);
+    // Its root is a user like others, who has what the program's file gives.
+    let program = ["setpriv", "--securebits=+noroot", "--inh-caps=-all", "--", &copy];
+    let variable = format!("{HOLD}=report");
+    let report = || net.command("env", &[&[variable.as_str()], &arguments(&program)[..]].concat());
+    let before = report();
+    assert!(before.contains("listens: false\n"), "{before}");
+    for id in ["privilege.net_admin", "privilege.transparent"] {
+        let cure = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
+        assert!(cure.starts_with("setcap "), "{id}: {before}");
+        net.sh(cure);
+    }
+    let after = report();
+    assert!(after.contains("listens: true\n") && !after.contains("\nprivilege."), "{after}");
+    held_by(&program, "serve", |lab, _| {
+        for hosts in [v4(), v6()] {
+            let ask = |_| lab.client.run(|| said(at(hosts.server, 80))).ok();
+            assert_eq!((0..5).find_map(ask).as_deref(), Some("proxy"));
+        }
+    });
+    std::fs::remove_file(copy).unwrap();
 }
