@@ -56,6 +56,22 @@ fn a_healthy_host_gives_no_warning_and_stays_as_it_is() {
     assert!(!ids(&found).contains(&"check.unseen"), "{found:#?}");
 }
 
+/// Who listens on one interface, and intercepts what comes in by it, has what he wants.
+#[test]
+fn a_listener_of_the_interface_that_the_rules_name_is_fine() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    lab.proxy.run(|| socket2::SockRef::from(&listener).bind_device(Some(b"eth0")).unwrap());
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
+    let install = || {
+        let interface = c"eth0".as_ptr();
+        let wish = tp_rules_config { listeners: &raw const fd, n_listeners: 1, ..config() };
+        Rules::install(&tp_rules_config { interfaces: &raw const interface, n_interfaces: 1, ..wish }).unwrap()
+    };
+    let _rules = lab.proxy.run(install);
+    assert_eq!(troubles(&lab.proxy.run(check)), [] as [&Found; 0]);
+}
+
 /// Nothing in nf_tables has happened: no event, and the generation is the same.
 #[test]
 fn the_trial_transaction_is_never_committed() {

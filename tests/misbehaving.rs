@@ -47,6 +47,9 @@ fn hold(how: &str) {
         "gone" => replaced(|| TcpListener::bind("[::]:3130").unwrap(), listener),
         _ => listener,
     };
+    if how == "bound" {
+        socket2::SockRef::from(&listener).bind_device(Some(b"eth1")).unwrap();
+    }
     if how == "full" {
         // SAFETY: a listening socket of ours; the number of connections that may wait is made smaller.
         assert_eq!(unsafe { libc::listen(fd, 1) }, 0);
@@ -136,6 +139,8 @@ fn rules_and_their_process() {
         ("plain", "listener.not_transparent", v4),
         ("plain", "listener.not_transparent", v6),
         ("loopback", "listener.unreachable", v4),
+        ("bound", "listener.bound_to_interface", v4),
+        ("bound", "listener.bound_to_interface", v6),
     ] {
         held(how, |lab, child| {
             assert!(!answered(lab, hosts()), "{id}: it works");
