@@ -154,20 +154,24 @@ impl Facts {
                 tables.push((rule.family, table));
             }
         }
-        self.read_routes(channel, tables);
+        self.read_routes(tables);
         let interfaces = routing::interfaces(channel);
         self.interfaces = self.seen("interfaces", interfaces).unwrap_or_default();
     }
 
-    fn read_routes(&mut self, channel: &mut Channel, mut tables: Vec<(Family, u32)>) {
+    fn read_routes(&mut self, mut tables: Vec<(Family, u32)>) {
         if tables.len() > TABLES_MAX {
             self.unseen.push(format!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
             tables.truncate(TABLES_MAX);
         }
         for (family, table) in tables {
-            let routes = routing::routes(channel, family, table);
-            let routes = self.seen(&format!("{family} routes of table {table}"), routes);
-            self.routes.extend(routes.unwrap_or_default());
+            let what = format!("{family} routes of table {table}");
+            let routes = routing::routes(family, table);
+            let Some((routes, all)) = self.seen(&what, routes) else { continue };
+            if !all {
+                self.unseen.push(format!("{what}: all but the first {}", routes.len()));
+            }
+            self.routes.extend(routes);
         }
     }
 
@@ -190,15 +194,16 @@ impl Facts {
         }
         let chains = nft::chains(channel);
         self.chains = self.seen("nf_tables rules", chains);
-        // Tables whose rules were all deleted by others have their place still.
-        let mut channel = Channel::open(libc::NETLINK_ROUTE).ok();
-        let read = |facts: &Facts, table: u32| facts.routes.iter().any(|route| route.table == table);
-        let places: Vec<u32> = self.tables.iter().filter_map(|table| Some(table.place?.table)).collect();
-        let unread = places.into_iter().filter(|table| !read(self, *table));
-        let tables: Vec<(Family, u32)> = unread.flat_map(|t| Families::ALL.iter().map(move |f| (f, t))).collect();
-        if let Some(channel) = &mut channel {
-            self.read_routes(channel, tables);
-        }
+        self.look_at_instances();
+    }
+
+    /// The places of our tables, and their owners.
+    fn look_at_instances(&mut self) {
+        // Where others have deleted all rules that lead there, the routes have not been read.
+        let places = self.tables.iter().filter_map(|table| Some(table.place?.table));
+        let unread = places.filter(|table| self.routes.iter().all(|route| route.table != *table));
+        let tables = unread.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
+        self.read_routes(tables);
         for owner in self.tables.iter().filter_map(|table| table.owner) {
             let read = |what: &str| fs::read_to_string(format!("/proc/{owner}/{what}")).unwrap_or_default();
             if procfs::state_of(&read("stat")) == Some('T') {

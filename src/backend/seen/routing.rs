@@ -103,17 +103,23 @@ pub(crate) struct Route {
     pub local: bool,
 }
 
-/// The routes of a table.
-pub(crate) fn routes(channel: &mut Channel, family: Family, table: u32) -> io::Result<Vec<Route>> {
+/// So many routes of a table are read: the default route is among the first, and the Internet has a million.
+const ROUTES_MAX: usize = 1000;
+
+/// The first routes of a table, and whether they are all.
+pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool)> {
     const ROUTE_TABLE: u16 = 15;
     let mut header = [0; 12];
     header[0] = family.nfproto();
-    let dumped = match channel.dump(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table)) {
+    let channel = Channel::open(libc::NETLINK_ROUTE)?;
+    let (dumped, all) = match channel.dump_first(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table), ROUTES_MAX)
+    {
         // A table that has never had a route.
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (Vec::new(), true),
         dumped => dumped?,
     };
-    Ok(dumped.iter().filter_map(|payload| parse_route(family, payload)).filter(|route| route.table == table).collect())
+    let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
+    Ok((parsed.filter(|route| route.table == table).collect(), all))
 }
 
 fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
