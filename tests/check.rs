@@ -115,7 +115,8 @@ fn it_takes_less_than_a_tenth_of_a_second() {
     net.nft("add table inet fw; add chain inet fw c { type filter hook input priority 0; policy accept; }");
     // In pieces that a user namespace's socket takes.
     for hundred in 10..20 {
-        let rule = |port| format!("add rule inet fw c tcp dport {port} ip saddr 192.0.2.{} accept\n", port % 250);
+        let rule =
+            |port| format!("add rule inet fw c tcp dport {{ {port}, 9 }} ip saddr 192.0.2.{} accept\n", port % 250);
         net.nft(&(hundred * 100..(hundred + 1) * 100).map(rule).collect::<String>());
     }
     (0..30).for_each(|number| net.sh(&format!("ip link add v{number}a type veth peer name v{number}b")));
