@@ -156,6 +156,17 @@ fn a_process_that_is_stopped() {
     held("serve", |lab, child| {
         assert!(answered_at_last(lab, v4()));
         lab.proxy.sh(&format!("kill -STOP {}", child.id()));
+        // Each of its threads stops when it is its turn to run.
+        let running = || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+            let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap();
+            tasks.map(Result::unwrap).map(stat).any(|stat| !stat.rsplit_once(") ").unwrap().1.starts_with('T'))
+        };
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while running() {
+            assert!(std::time::Instant::now() < deadline, "it goes on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert!(!answered(lab, v4()));
         cured(&lab.proxy, "owner.stopped", TP_FAILURE);
         assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
