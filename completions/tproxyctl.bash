@@ -4,6 +4,9 @@ _tproxyctl() {
     local rules='--listen --port --dst --src --bypass --interface --tcp --udp -4 -6 --redirect --divert-only --local-output
         --fail-open --allow-direct --notrack --persist --name --mark --table --priority --backend'
     local every='--json --color --help --version'
+    # --color=auto comes as three words.
+    [[ $cur == = ]] && cur=
+    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}
     case $prev in
         --backend) COMPREPLY=($(compgen -W 'auto nft iptables' -- "$cur")); return ;;
         --format) COMPREPLY=($(compgen -W 'nft iptables' -- "$cur")); return ;;

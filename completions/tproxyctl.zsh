@@ -1,5 +1,6 @@
 #compdef tproxyctl
-local -a commands rules every
+local -a commands rules every own
+local command word
 commands=(
     'check:what breaks transparent proxying here, and what cures it'
     'self-test:send probes through rules'
@@ -28,16 +29,20 @@ rules=(
     '--name[the instance]:name:' '--mark[packet mark]:mark:' '--table[routing table]:number:'
     '--priority[of the first routing rule]:number:' '--backend[what carries it out]:backend:(auto nft iptables)'
 )
-if (( CURRENT == 2 )); then
-    _describe command commands
-    _arguments $every
-    return
-fi
-case $words[2] in
-    check) _arguments $every '--all[what is fine, too]' ;;
-    self-test) _arguments $every $rules '--all[what is fine, too]' '1:command:' ;;
-    install) _arguments $every $rules '1:command:' ;;
-    render) _arguments $every $rules '--format[the commands]:format:(nft iptables)' '1:command:' ;;
-    purge) _arguments $every '1:command:' '2:instance:' ;;
-    stats) _arguments $every '--watch=-[again and again]::seconds:' '1:command:' '2:instance:' ;;
+# Options may come before the command, too.
+for word in ${words[2,CURRENT-1]}; do
+    case $word in
+        check | self-test | install | render | purge | stats) command=$word; break ;;
+    esac
+done
+case $command in
+    check) own=('--all[what is fine, too]') ;;
+    self-test) own=($rules '--all[what is fine, too]') ;;
+    install) own=($rules) ;;
+    render) own=($rules '--format[the commands]:format:(nft iptables)') ;;
+    purge) own=('2::instance:()') ;;
+    stats) own=('--watch[again and again; --watch=SECONDS, less often]' '2::instance:()') ;;
+    *) own=("1:command:{_describe command commands}") ;;
 esac
+[[ -n $command ]] && own+=('1:command:()')
+_arguments $every $own

@@ -156,6 +156,12 @@ typedef struct tp_replier tp_replier;
  * Intercept the host's own traffic too. What comes from transparent sockets
  * is exempt: a proxy whose sockets towards servers are transparent
  * (tp_connect_from, tp_set_transparent) does not intercept itself.
+ *
+ * What the host's own TCP services answer is left alone: where ports would
+ * choose it too (none are given, or some above 1023), connection tracking
+ * tells it, and so is active. Not so UDP services, nor any with
+ * TP_RULES_NOTRACK: choose ports, dst or src so that their answers are not
+ * among what is intercepted.
  */
 #define TP_RULES_LOCAL_OUTPUT 4
 
@@ -530,7 +536,10 @@ struct tp_rules_config {
      */
     size_t n_src;
     /**
-     * Destinations never to intercept, whatever dst says.
+     * Destinations never to intercept, whatever dst says. Nor are their
+     * answers: where ports (none, or some above 1023) and interfaces (none)
+     * would choose these too, connection tracking tells them from the rest,
+     * and so is active, with TP_RULES_NOTRACK for what comes from there.
      */
     const struct tp_prefix *bypass;
     /**

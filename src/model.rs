@@ -15,7 +15,7 @@ pub struct Families {
 }
 
 /// An address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
     /// IPv4.
     V4,
@@ -273,6 +273,28 @@ impl Plan {
     pub fn guarded(&self) -> impl Iterator<Item = Intercept> {
         let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
+    }
+
+    /// The answers of destinations that are left alone, packets for other hosts as they are, may be chosen too.
+    ///
+    /// Not where interfaces are named, those of clients: answers come in by others.
+    pub fn may_choose_answers(&self) -> bool {
+        self.bypass.is_some() && self.interfaces.is_empty() && self.chooses_ports_of_clients()
+    }
+
+    /// What this host answers to others may be chosen, along with its own connections.
+    ///
+    /// What is not tracked cannot be told from these.
+    pub fn may_choose_own_answers(&self) -> bool {
+        self.output_mark.is_some() && !self.notrack && self.chooses_ports_of_clients()
+    }
+
+    /// Answers go to a client's port, which is above 1023; where the ports are those of services, none is chosen. Nor is
+    /// one with NAT, which looks at the first packets of connections alone.
+    fn chooses_ports_of_clients(&self) -> bool {
+        const FIRST_OF_CLIENTS: u16 = 1024;
+        let ports = self.ports.is_empty() || self.ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS);
+        self.mode == Mode::Tproxy && ports
     }
 
     /// The family over which a protocol is served, if there is but one.

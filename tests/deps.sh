@@ -22,6 +22,8 @@ strace:strace
 dnsmasq:dnsmasq-base
 dig:bind9-dnsutils
 sysctl:procps
+setcap:libcap2-bin
+zsh:zsh
 '
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -105,6 +105,50 @@ fn the_rendered_script_does_the_same() {
     assert_eq!(routing(&net), routing(&theirs));
 }
 
+/// Where answers could be chosen: connection tracking tells them.
+#[test]
+fn answers_are_told_by_the_rendered_scripts_too() {
+    let with_answers = |backend, body: &dyn Fn(&tp_rules_config) -> Option<Rules>| {
+        let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let fd = listener.as_raw_fd();
+        let bypass = prefixes(&["198.51.100.7/32", "2001:db8::/32"]);
+        body(&tp_rules_config {
+            listeners: &raw const fd,
+            n_listeners: 1,
+            flags: TP_RULES_LOCAL_OUTPUT,
+            backend,
+            bypass: bypass.as_ptr(),
+            n_bypass: bypass.len(),
+            ..config()
+        })
+    };
+    let iptables = |net: &Net| {
+        let saved = ["iptables-nft-save", "ip6tables-nft-save"].map(|program| net.command(program, &["-t", "mangle"]));
+        saved.concat().lines().filter(|line| line.starts_with("-A")).map(|line| format!("{line}\n")).collect::<String>()
+    };
+    for (backend, format) in [(TP_BACKEND_NFT, TP_FORMAT_NFT), (TP_BACKEND_IPTABLES, TP_FORMAT_IPTABLES)] {
+        let (ours, theirs) = (host(), host());
+        let _rules = ours.run(|| with_answers(backend, &|config| Some(Rules::install(config).unwrap())));
+        let script = std::sync::Mutex::new(String::new());
+        Net::new().run(|| {
+            with_answers(backend, &|config| {
+                *script.lock().unwrap() = render(config, format);
+                None
+            })
+        });
+        let script = script.into_inner().unwrap();
+        theirs.command("sh", &["-c", &script]);
+        let words = if backend == TP_BACKEND_NFT {
+            assert_eq!(nf_tables(&ours), nf_tables(&theirs));
+            ["ct direction reply ip6 saddr @bypass6 return", "ct direction reply ct status & assured == assured return"]
+        } else {
+            assert_eq!(iptables(&ours), iptables(&theirs));
+            ["-m conntrack --ctdir REPLY -s 198.51.100.7/32 -j RETURN", "--ctdir REPLY --ctstatus ASSURED -j RETURN"]
+        };
+        assert!(words.iter().all(|words| script.contains(words)), "{script}");
+    }
+}
+
 /// Scattered prefixes of two lengths of each family, and a few of others.
 fn many_prefixes() -> Vec<String> {
     let hundred = (0..100).flat_map(|n| {

@@ -5,7 +5,7 @@ mod common;
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use common::*;
 use tproxy::ffi::*;
@@ -77,6 +77,11 @@ impl World<'_> {
             Own(hosts) => (at(hosts().proxy, 82), "own"),
         };
         self.lab.client.run(|| said(to)).is_ok_and(|answer| answer == words)
+    }
+
+    /// The same, on a machine that may be too busy for the first try.
+    fn works_at_last(&self, flow: Flow) -> bool {
+        (0..5).any(|_| self.works(flow))
     }
 }
 
@@ -153,7 +158,7 @@ fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
         true => Ok(()),
         false => Err(format!("{} ({}): {what} {:#?}", row.id, row.spoil, troubles(found))),
     };
-    must(world.works(row.broken), "it never worked", &[])?;
+    must(world.works_at_last(row.broken), "it never worked", &[])?;
     let before = proxy.run(check);
     must(troubles(&before).is_empty(), "a healthy host is warned", &before)?;
     proxy.sh(row.spoil);
@@ -166,7 +171,7 @@ fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
         proxy.sh(&finding.cure);
     }
     let after = proxy.run(check);
-    must(world.works(row.broken), "not cured by these; left is", &[found, after.clone()].concat())?;
+    must(world.works_at_last(row.broken), "not cured by these; left is", &[found, after.clone()].concat())?;
     must(troubles(&after).iter().all(|finding| finding.id != row.id), "still found", &after)
 }
 
@@ -411,14 +416,13 @@ fn few_local_ports_are_few_connections_onward() {
     });
 }
 
-/// Whom the server sees when the proxy connects onward as the client.
-fn seen_by_server(lab: &Lab, hosts: Hosts, flags: u32) -> Option<SocketAddr> {
+/// Whom the server sees when the proxy connects onward as the client, from a port that no connection has been from.
+fn seen_by_server(lab: &Lab, hosts: Hosts, flags: u32) -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(4000);
     let server = lab.serve(83);
-    let from = at(hosts.client, 4000);
-    let onward = lab.proxy.run(|| connect_from(from, at(hosts.server, 83), flags | TP_NONBLOCK));
-    let (_, peer) = accept_within(&server, SOON)?;
-    drop(onward);
-    Some(peer)
+    let from = at(hosts.client, NEXT.fetch_add(1, Ordering::Relaxed));
+    let _onward = lab.proxy.run(|| connect_from(from, at(hosts.server, 83), flags | TP_NONBLOCK)).unwrap();
+    accept(&server).1
 }
 
 #[test]
@@ -433,13 +437,13 @@ fn masquerading_hides_the_client_from_the_server() {
         let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
         lab.proxy.sh(spoil);
         for hosts in [v4(), v6()] {
-            assert_ne!(seen_by_server(&lab, hosts, 0).unwrap().ip(), hosts.client, "{spoil}");
+            assert_ne!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
         }
         let found = lab.proxy.run(check);
         let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
         cures.for_each(|finding| lab.proxy.sh(&finding.cure));
         for (hosts, port) in [(v4(), 84), (v6(), 85)] {
-            assert_eq!(seen_by_server(&lab, hosts, 0).unwrap().ip(), hosts.client, "{spoil}");
+            assert_eq!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
             // What the router forwards is translated as before.
             let server = lab.serve(port);
             lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, port), PATIENCE)).unwrap();
@@ -457,9 +461,10 @@ fn connection_tracking_is_named_and_spared() {
     let entries = || lab.proxy.run(|| std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap());
     lab.proxy
         .sh("nft 'table inet fw { chain in { type filter hook input priority filter; ct state invalid drop\n}\n}'");
-    assert!(seen_by_server(&lab, v4(), TP_KEEP_PORT).is_some() && entries() != "0\n", "nothing is tracked");
+    seen_by_server(&lab, v4(), TP_KEEP_PORT);
+    assert_ne!(entries(), "0\n", "nothing is tracked");
     cured(&lab.proxy, "conntrack.keep_port", TP_NOTE);
     let before = entries();
-    assert!(seen_by_server(&lab, v6(), TP_KEEP_PORT).is_some());
+    seen_by_server(&lab, v6(), TP_KEEP_PORT);
     assert_eq!(entries(), before, "the connection is tracked");
 }

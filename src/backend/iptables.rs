@@ -109,6 +109,13 @@ impl Builder<'_> {
             None => vec![self.jump(destinations)],
         };
         let mut to = self.plan.bypass.as_ref().map_or(Vec::new(), |bypass| prefixes(bypass, "-d", "-j RETURN"));
+        if let Some(bypass) = &self.plan.bypass
+            && self.plan.may_choose_answers()
+            && then == "i"
+        {
+            // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
+            to.extend(prefixes(bypass, "-m conntrack --ctdir REPLY -s", "-j RETURN"));
+        }
         match &self.plan.dst {
             Some(dst) => to.extend(prefixes(dst, "-d", &self.jump(then))),
             None => {
@@ -151,6 +158,11 @@ impl Builder<'_> {
     fn own_output(&self, then: &str) -> Vec<String> {
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         let mut rules = vec![format!("-m mark --mark {} -j RETURN", self.plan.mark)];
+        if self.plan.may_choose_own_answers() && self.plan.protocols.tcp {
+            // As in the nf_tables rules: data has to be of a connection that was accepted.
+            rules.push("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN".to_owned());
+            rules.push("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN".to_owned());
+        }
         for protocol in self.protocols() {
             let ports = self.ports(protocol);
             rules.extend(ports.iter().map(|p| format!("{p} -m addrtype --src-type LOCAL {}", self.jump(then))));

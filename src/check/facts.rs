@@ -26,9 +26,10 @@ pub(super) struct Facts {
     pub capabilities: Capabilities,
     pub initial_user_namespace: bool,
     pub program: String,
-    pub pid: u32,
-    /// The descriptors that this process may have: soft and hard limit.
-    pub descriptors: Option<(u64, u64)>,
+    /// The capabilities are no good here: they are of another user namespace than this network's.
+    pub powerless: bool,
+    /// Of this process, and of the owners of our tables.
+    pub descriptors: Vec<Descriptors>,
     pub kernel: String,
     /// By family, whether a socket was made transparent.
     pub transparent: Vec<(Family, Result<(), Error>)>,
@@ -59,9 +60,26 @@ pub(super) struct Facts {
     pub unseen: Vec<String>,
 }
 
+/// The descriptors that a process may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Descriptors {
+    pub pid: u32,
+    pub soft: u64,
+    pub hard: u64,
+    /// How many it has; `None`: the kernel does not say (before 6.2), or not to us.
+    pub used: Option<u64>,
+}
+
+impl Descriptors {
+    fn of(pid: u32, soft: u64, hard: u64) -> Descriptors {
+        let used = fs::metadata(format!("/proc/{pid}/fd")).map(|data| data.len()).ok().filter(|used| *used > 0);
+        Descriptors { pid, soft, hard, used }
+    }
+}
+
 impl Facts {
     pub fn gather() -> Facts {
-        let mut facts = Facts { pid: std::process::id(), ..Facts::default() };
+        let mut facts = Facts::default();
         facts.look_at_process();
         facts.transparent = [Family::V4, Family::V6].map(|family| (family, probes::transparent(family))).to_vec();
         if let Some(mut channel) = facts.open(libc::NETLINK_ROUTE, "routing") {
@@ -75,9 +93,8 @@ impl Facts {
             let listeners = sockets::listeners(&mut channel);
             facts.listeners = facts.seen("listening sockets", listeners);
         }
-        let names: Vec<&str> = facts.interfaces.iter().map(|interface| interface.name.as_str()).collect();
-        facts.sysctls = Sysctls::read(&names);
-        if facts.sysctls.0.is_empty() {
+        facts.sysctls = Sysctls::read(&facts.interfaces);
+        if facts.sysctls.text("ipv4/ip_forward").is_none() {
             facts.unseen.push("sysctls: /proc/sys/net cannot be read".to_owned());
         }
         let counted = fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
@@ -103,7 +120,8 @@ impl Facts {
         self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
         let program = fs::read_link("/proc/self/exe").unwrap_or_else(|_| "PROGRAM".into());
         self.program = program.to_string_lossy().into_owned();
-        self.descriptors = sys::descriptor_limits();
+        let own = sys::descriptor_limits().map(|(soft, hard)| Descriptors::of(std::process::id(), soft, hard));
+        self.descriptors.extend(own);
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         self.kernel = kernel.trim().to_owned();
     }
@@ -136,20 +154,24 @@ impl Facts {
                 tables.push((rule.family, table));
             }
         }
-        self.read_routes(channel, tables);
+        self.read_routes(tables);
         let interfaces = routing::interfaces(channel);
         self.interfaces = self.seen("interfaces", interfaces).unwrap_or_default();
     }
 
-    fn read_routes(&mut self, channel: &mut Channel, mut tables: Vec<(Family, u32)>) {
+    fn read_routes(&mut self, mut tables: Vec<(Family, u32)>) {
         if tables.len() > TABLES_MAX {
             self.unseen.push(format!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
             tables.truncate(TABLES_MAX);
         }
         for (family, table) in tables {
-            let routes = routing::routes(channel, family, table);
-            let routes = self.seen(&format!("{family} routes of table {table}"), routes);
-            self.routes.extend(routes.unwrap_or_default());
+            let what = format!("{family} routes of table {table}");
+            let routes = routing::routes(family, table);
+            let Some((routes, all)) = self.seen(&what, routes) else { continue };
+            if !all {
+                self.unseen.push(format!("{what}: all but the first {}", routes.len()));
+            }
+            self.routes.extend(routes);
         }
     }
 
@@ -159,6 +181,12 @@ impl Facts {
             return;
         }
         self.features = probes::nf_tables(channel);
+        if self.features.iter().any(|(_, outcome)| outcome.as_ref().is_err_and(|e| e.errno() == libc::EPERM)) {
+            self.powerless = true;
+            self.features.clear();
+            self.unseen.push("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN here".to_owned());
+            return;
+        }
         self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
         match table::list(channel) {
             Ok((_, tables)) => self.tables = tables,
@@ -166,19 +194,27 @@ impl Facts {
         }
         let chains = nft::chains(channel);
         self.chains = self.seen("nf_tables rules", chains);
-        // Tables whose rules were all deleted by others have their place still.
-        let mut channel = Channel::open(libc::NETLINK_ROUTE).ok();
-        let read = |facts: &Facts, table: u32| facts.routes.iter().any(|route| route.table == table);
-        let places: Vec<u32> = self.tables.iter().filter_map(|table| Some(table.place?.table)).collect();
-        let unread = places.into_iter().filter(|table| !read(self, *table));
-        let tables: Vec<(Family, u32)> = unread.flat_map(|t| Families::ALL.iter().map(move |f| (f, t))).collect();
-        if let Some(channel) = &mut channel {
-            self.read_routes(channel, tables);
+        self.look_at_instances();
+    }
+
+    /// The places of our tables, and their owners.
+    fn look_at_instances(&mut self) {
+        // Where others have deleted all rules that lead there, the routes have not been read.
+        let places = self.tables.iter().filter_map(|table| Some(table.place?.table));
+        let unread = places.filter(|table| self.routes.iter().all(|route| route.table != *table));
+        let tables = unread.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
+        self.read_routes(tables);
+        for owner in self.tables.iter().filter_map(|table| table.owner) {
+            let read = |what: &str| fs::read_to_string(format!("/proc/{owner}/{what}")).unwrap_or_default();
+            if procfs::state_of(&read("stat")) == Some('T') {
+                self.stopped.push(owner);
+            }
+            if self.descriptors.iter().all(|known| known.pid != owner)
+                && let Some((soft, hard)) = procfs::descriptors(&read("limits"))
+            {
+                self.descriptors.push(Descriptors::of(owner, soft, hard));
+            }
         }
-        let stopped = |pid: &u32| {
-            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| procfs::state_of(&stat) == Some('T'))
-        };
-        self.stopped = self.tables.iter().filter_map(|table| table.owner).filter(stopped).collect();
     }
 
     fn look_at_iptables(&mut self) {

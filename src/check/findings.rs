@@ -150,6 +150,11 @@ kinds! {
          every address, or on the address of the interface that the packet came in by: never one on loopback.",
         "What would be intercepted is dropped.",
         "kill {pid}";
+    BOUND = "listener.bound_to_interface",
+        "Connections of some clients time out, and those of others do not",
+        "The listener is bound to an interface (SO_BINDTODEVICE), and the rule gives it what comes in by any.",
+        "What comes in by another interface is dropped.",
+        "kill {pid}";
     LISTENER_FULL = "listener.full",
         "New connections take seconds, or time out, when there are many",
         "The listener's queue is full: the program does not accept as fast as clients connect.",
@@ -358,7 +363,7 @@ kinds! {
         "sysctl -w net.netfilter.nf_conntrack_max={max}";
     DESCRIPTORS = "limit.descriptors",
         "accept fails with EMFILE, and clients wait",
-        "The process may have few descriptors, and a proxy needs two for each connection.",
+        "The process may have few descriptors, or has nearly all that it may; a proxy needs two for each connection.",
         "Further connections wait in the listener's queue.",
         "prlimit --pid {pid} --nofile={limit}";
 

@@ -187,11 +187,24 @@ const MANGLE: i32 = -150;
 
 /// The ports in an instance's base chains: not that of the listener, which is guarded there.
 fn ports_of_instance(chains: &[Chain], instance: &str) -> Option<Vec<(u16, u16)>> {
-    let own = chains.iter().filter(|chain| owner_of(chain) == Some(instance));
-    let leading_on = |rule: &&Rule| {
+    let ports: Vec<_> = leading_on(chains, instance).filter_map(ports_of).flatten().collect();
+    (!ports.is_empty()).then_some(ports)
+}
+
+/// The rules of an instance that lead from one chain to another.
+fn leading_on<'a>(chains: &'a [Chain], instance: &str) -> impl Iterator<Item = &'a Rule> {
+    let own = chains.iter().filter(move |chain| owner_of(chain) == Some(instance));
+    own.flat_map(|chain| &chain.rules).filter(|rule| {
         let on = |part: &Part| matches!(part, Part::Verdict(filter::Verdict::Goto(_) | filter::Verdict::Jump(_)));
         rule.parts.iter().any(on)
-    };
-    let ports: Vec<_> = own.flat_map(|chain| &chain.rules).filter(leading_on).filter_map(ports_of).flatten().collect();
-    (!ports.is_empty()).then_some(ports)
+    })
+}
+
+/// Packets are chosen by what is not told here, such as interfaces.
+pub(super) fn chooses_otherwise(chains: &[Chain], interception: &Interception) -> bool {
+    let otherwise = |rule: &Rule| rule.parts.contains(&Part::OnlyIf(Condition::Other));
+    match &interception.instance {
+        Some(name) => leading_on(chains, name).any(otherwise),
+        None => otherwise(&interception.rule),
+    }
 }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::backend::seen::routing::Interface;
+
 /// What this process may do (capabilities(7)).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Capabilities(u64);
@@ -30,6 +32,16 @@ pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
 /// The letter of a process's state in /proc/PID/stat; its name, in brackets, may have brackets and blanks in it.
 pub(super) fn state_of(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// The descriptors that a process may have, by /proc/PID/limits: soft and hard limit.
+pub(super) fn descriptors(limits: &str) -> Option<(u64, u64)> {
+    let mut words = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace();
+    let mut number = || match words.next()? {
+        "unlimited" => Some(u64::MAX),
+        word => word.parse().ok(),
+    };
+    Some((number()?, number()?))
 }
 
 /// A counter of /proc/net/netstat: a line of names, and a line of numbers.
@@ -72,38 +84,35 @@ pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str,
 pub(super) struct Sysctls(pub BTreeMap<String, String>);
 
 impl Sysctls {
-    /// Those that are asked for and can be read; interfaces by name.
-    pub fn read(interfaces: &[&str]) -> Sysctls {
-        const SINGLE: [&str; 10] = [
+    /// Those that are asked for and can be read, and what was seen of interfaces.
+    pub fn read(interfaces: &[Interface]) -> Sysctls {
+        const PATHS: [&str; 15] = [
             "ipv4/ip_forward",
             "ipv4/ip_early_demux",
             "ipv4/tcp_fwmark_accept",
             "ipv4/ip_local_port_range",
+            "ipv4/conf/all/forwarding",
+            "ipv4/conf/all/rp_filter",
+            "ipv4/conf/all/accept_local",
+            "ipv4/conf/all/src_valid_mark",
+            "ipv4/conf/all/route_localnet",
+            "ipv6/conf/all/forwarding",
+            "ipv6/conf/lo/disable_ipv6",
             "bridge/bridge-nf-call-iptables",
             "bridge/bridge-nf-call-ip6tables",
             "netfilter/nf_conntrack_count",
             "netfilter/nf_conntrack_max",
-            "ipv6/conf/lo/disable_ipv6",
-            "ipv4/conf/lo/accept_local",
         ];
-        const V4: [&str; 5] = ["forwarding", "rp_filter", "src_valid_mark", "accept_local", "route_localnet"];
-        let mut found = Sysctls::default();
-        SINGLE.into_iter().for_each(|path| found.add(path.to_owned()));
-        for interface in interfaces.iter().copied().chain(["all"]) {
-            // A name such as "." or with a slash would be another path.
-            if interface.contains('/') || interface.starts_with('.') {
-                continue;
-            }
-            V4.into_iter().for_each(|name| found.add(format!("ipv4/conf/{interface}/{name}")));
-            found.add(format!("ipv6/conf/{interface}/forwarding"));
-        }
-        found
-    }
-
-    fn add(&mut self, path: String) {
-        if let Ok(text) = std::fs::read_to_string(Path::new("/proc/sys/net").join(&path)) {
-            self.0.insert(path, text.trim().to_owned());
-        }
+        let read = |path: &str| {
+            let text = std::fs::read_to_string(Path::new("/proc/sys/net").join(path)).ok()?;
+            Some((path.to_owned(), text.trim().to_owned()))
+        };
+        let of_interface = |interface: &Interface| {
+            let name = interface.name.clone();
+            let named = move |(switch, value): &(&str, u32)| (format!("ipv4/conf/{name}/{switch}"), value.to_string());
+            interface.switches.iter().map(named).collect::<Vec<_>>()
+        };
+        Sysctls(PATHS.into_iter().filter_map(read).chain(interfaces.iter().flat_map(of_interface)).collect())
     }
 
     pub fn text(&self, path: &str) -> Option<&str> {
@@ -144,6 +153,8 @@ mod tests {
         assert!(is_initial_user_namespace("         0          0 4294967295\n"));
         assert!(!is_initial_user_namespace("         0       1000          1\n"));
         assert_eq!(state_of("12 (a) b) T 1 2 3"), Some('T'));
+        let limits = "Limit      Soft Limit  Hard Limit  Units\nMax open files      1024      unlimited      files\n";
+        assert_eq!(descriptors(limits), Some((1024, u64::MAX)));
         let text = "TcpExt: A B IPReversePathFilter\nTcpExt: 1 2 37\nIpExt: A\nIpExt: 4\n";
         assert_eq!(netstat(text, "TcpExt", "IPReversePathFilter"), Some(37));
         assert_eq!(netstat(text, "TcpExt", "C"), None);
@@ -172,6 +183,7 @@ mod tests {
             Capabilities::parse(&text);
             is_initial_user_namespace(&text);
             state_of(&text);
+            descriptors(&format!("Max open files{text}"));
             netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
             version(&text);
             availability(&text, &text, &text, &a, &b);

@@ -1,5 +1,7 @@
 //! A packet's way through other people's rules, as far as it can be told without the packet: what is sure, what may be.
 
+use std::collections::HashMap;
+
 use crate::backend::seen::filter::{Chain, Condition, Part, Rule, Verdict};
 use crate::backend::seen::routing::{self, Action, Route};
 use crate::model::{Family, Mark};
@@ -68,8 +70,28 @@ pub(super) struct Outcome<'a> {
     pub effects: Vec<Effect<'a>>,
 }
 
+/// Chains by their names: a host of Kubernetes has thousands, and as many jumps.
+#[derive(Debug)]
+pub(super) struct Chains<'a>(HashMap<(&'a str, &'a str, Option<Family>), Vec<&'a Chain>>);
+
+impl<'a> Chains<'a> {
+    pub fn new(chains: &'a [Chain]) -> Chains<'a> {
+        let mut named: HashMap<_, Vec<_>> = HashMap::new();
+        for chain in chains {
+            named.entry((chain.table.as_str(), chain.name.as_str(), chain.family)).or_default().push(chain);
+        }
+        Chains(named)
+    }
+
+    /// Where a jump leads. Tables of one name may be of both variants of iptables.
+    fn called(&self, name: &str, from: &Chain) -> Option<&'a Chain> {
+        let same = |other: &&&Chain| other.origin == from.origin || from.hook.is_none() || other.hook.is_none();
+        self.0.get(&(from.table.as_str(), name, from.family))?.iter().find(same).copied()
+    }
+}
+
 /// Sends a packet through a base chain.
-pub(super) fn through<'a>(chains: &'a [Chain], base: &'a Chain, packet: Packet) -> Outcome<'a> {
+pub(super) fn through<'a>(chains: &Chains<'a>, base: &'a Chain, packet: Packet) -> Outcome<'a> {
     let mut walk = Walk { chains, packet, may_be_accepted: false, effects: Vec::new(), steps: 0 };
     let dropped = match walk.chain(base, true, 0) {
         End::Dropped(chain, rule) => Some((chain, Some(rule), !walk.may_be_accepted)),
@@ -79,8 +101,8 @@ pub(super) fn through<'a>(chains: &'a [Chain], base: &'a Chain, packet: Packet) 
     Outcome { dropped, effects: walk.effects }
 }
 
-struct Walk<'a> {
-    chains: &'a [Chain],
+struct Walk<'a, 'c> {
+    chains: &'c Chains<'a>,
     packet: Packet,
     /// A rule that may apply accepts.
     may_be_accepted: bool,
@@ -94,7 +116,7 @@ enum End<'a> {
     Fallen,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> Walk<'a, '_> {
     fn chain(&mut self, chain: &'a Chain, sure: bool, depth: usize) -> End<'a> {
         if depth > DEPTH_MAX {
             return End::Fallen;
@@ -126,11 +148,7 @@ impl<'a> Walk<'a> {
                     Verdict::Return if sure => return End::Fallen,
                     Verdict::Return => {}
                     Verdict::Jump(name) | Verdict::Goto(name) => {
-                        let target = self.chains.iter().find(|other| {
-                            other.name == *name
-                                && (&other.table, other.family) == (&chain.table, chain.family)
-                                && (other.origin == chain.origin || chain.hook.is_none() || other.hook.is_none())
-                        });
+                        let target = self.chains.called(name, chain);
                         let end = target.map_or(End::Fallen, |target| self.chain(target, sure, depth + 1));
                         match (end, verdict) {
                             (End::Fallen, Verdict::Goto(_)) if sure => return End::Fallen,

@@ -22,6 +22,12 @@ pub const TP_RULES_REDIRECT: u32 = 0x2;
 /// Intercept the host's own traffic too. What comes from transparent sockets
 /// is exempt: a proxy whose sockets towards servers are transparent
 /// (tp_connect_from, tp_set_transparent) does not intercept itself.
+///
+/// What the host's own TCP services answer is left alone: where ports would
+/// choose it too (none are given, or some above 1023), connection tracking
+/// tells it, and so is active. Not so UDP services, nor any with
+/// TP_RULES_NOTRACK: choose ports, dst or src so that their answers are not
+/// among what is intercepted.
 pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
 /// Let traffic pass by while there is no listener; the default is to drop it.
 /// Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
@@ -171,7 +177,10 @@ pub struct tp_rules_config {
     pub src: *const tp_prefix,
     /// How many prefixes. 0: every source.
     pub n_src: usize,
-    /// Destinations never to intercept, whatever dst says.
+    /// Destinations never to intercept, whatever dst says. Nor are their
+    /// answers: where ports (none, or some above 1023) and interfaces (none)
+    /// would choose these too, connection tracking tells them from the rest,
+    /// and so is active, with TP_RULES_NOTRACK for what comes from there.
     pub bypass: *const tp_prefix,
     /// How many prefixes.
     pub n_bypass: usize,

@@ -164,8 +164,26 @@ impl Channel {
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
     pub fn dump(&mut self, kind: u16, header: &[u8], filter: impl Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header, &filter)? {
+            if let Some(found) = self.dump_once(kind, header, &filter, usize::MAX)? {
                 return Ok(found);
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+
+    /// The first so many objects of a kind, or a few more, and whether these are all: of a list that may be very long. It
+    /// takes the channel, on which the kernel would go on.
+    pub fn dump_first(
+        mut self,
+        kind: u16,
+        header: &[u8],
+        filter: impl Fn(&mut Attrs<'_>),
+        most: usize,
+    ) -> io::Result<(Vec<Vec<u8>>, bool)> {
+        for _ in 0..DUMP_TRIES {
+            if let Some(found) = self.dump_once(kind, header, &filter, most)? {
+                let all = found.len() < most;
+                return Ok((found, all));
             }
         }
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
@@ -177,6 +195,7 @@ impl Channel {
         kind: u16,
         header: &[u8],
         filter: impl Fn(&mut Attrs<'_>),
+        most: usize,
     ) -> io::Result<Option<Vec<Vec<u8>>>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
@@ -194,10 +213,11 @@ impl Channel {
                 kind if kind >= FIRST_OF_FAMILY => found.push(message.payload.to_vec()),
                 _ => {}
             }
-            done.is_some()
+            done.is_some() || found.len() >= most
         })?;
         match done {
             _ if interrupted => Ok(None),
+            None if found.len() >= most => Ok(Some(found)),
             Some(0) => Ok(Some(found)),
             Some(errno) => Err(io::Error::from_raw_os_error(errno)),
             None => Err(io::Error::from_raw_os_error(libc::EPROTO)),

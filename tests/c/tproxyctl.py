@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -175,6 +176,34 @@ def self_test():
     assert done.returncode == 3 and "CAP_SYS_ADMIN" in done.stderr, done
 
 
+def zsh_completed(lines):
+    """What zsh makes of command lines when Tab is pressed behind them; Ctrl-X shows what the line has become."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "xterm"})
+
+    def heard(mark):
+        text = ""
+        while mark not in text:
+            assert select.select([terminal], [], [], 20)[0], (mark, text)
+            text += os.read(terminal, 65536).decode()
+        return text
+
+    # What is typed is echoed: the marks are put together first.
+    setup = (f"fpath=({stage}/share/zsh/site-functions $fpath); autoload -Uz compinit; compinit -u -D; unsetopt beep;"
+             " show() { print -r -- \"<<<\"$BUFFER\">>>\"; BUFFER= }; zle -N show; bindkey '^X' show; print REA''DY\n")
+    os.write(terminal, setup.encode())
+    heard("READY")
+    found = []
+    for line in lines:
+        os.write(terminal, f"tproxyctl {line}\t\x18".encode())
+        found.append(re.search(r"<<<tproxyctl (.*?)>>>", heard(">>>"))[1])
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return found
+
+
 def completion():
     script = (f"source {stage}/share/bash-completion/completions/tproxyctl; COMP_WORDS=(tproxyctl \"$@\");"
               " COMP_CWORD=$#; _tproxyctl; echo ${COMPREPLY[*]}")
@@ -184,9 +213,12 @@ def completion():
 
     assert completed("st") == ["stats"] and completed("stats", "--w") == ["--watch"]
     assert completed("render", "--format", "") == ["nft", "iptables"]
+    assert completed("check", "--color", "=") == ["auto", "always", "never"] and completed("check", "--color", "=", "al") == ["always"]
     offered = set(completed("install", "-")) | set(completed("render", "-")) | set(completed("check", "-")) | set(completed("stats", "-"))
     options = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*|-[46])\b", out("--help")))
     assert options <= offered, options - offered
+    assert zsh_completed(["st", "check --al", "--json ch", "render --format i", "stats --wa", "install --interface l"]) == [
+        "stats ", "check --all ", "--json check ", "render --format iptables ", "stats --watch ", "install --interface lo "]
     zsh = open(f"{stage}/share/zsh/site-functions/_tproxyctl").read()
     manual = open(f"{stage}/share/man/man8/tproxyctl.8").read().replace("\\-", "-")
     assert all(option in zsh and option in manual for option in options)

@@ -221,6 +221,12 @@ fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
         for protocol in plan.protocols.iter() {
             let of_socket = socket_of(plan, protocol, Verdict::Goto(UNTRACK));
             objects.push(rule(hook.0, "of a transparent socket", of_socket));
+            if incoming {
+                // Connection tracking has to see answers to know them.
+                objects.extend(answers(plan).map(|from| {
+                    rule(hook.0, ANSWER, [Statement::Protocol(protocol), from, Statement::Verdict(Verdict::Return)])
+                }));
+            }
             if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
                 let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
                 objects.push(rule(hook.0, "to be intercepted", selected));
@@ -317,6 +323,12 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
             rule(name, "to be left alone", [bypass, leave.clone()])
         }));
     }
+    if name == SELECT {
+        objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
+    }
+    if name == SELECT_LOCAL && plan.may_choose_own_answers() {
+        objects.extend(own_answers(name, plan));
+    }
     match plan.dst {
         Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
             let (first, goto) = (&first, &goto);
@@ -335,6 +347,38 @@ fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, fir
         }
     }
     objects
+}
+
+const ANSWER: &str = "an answer of what is left alone";
+
+/// Whose answers are to be left alone: one statement for each set.
+///
+/// That they come from there does not make them answers: clients may be among what is left alone, as private networks
+/// are, and packets of theirs that have lost their socket (the proxy was started anew) must not go on to the server. Nor
+/// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
+/// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
+/// client sends past the proxy.
+fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
+    let bypass = each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers());
+    bypass.flat_map(|(bypass, family)| {
+        let sets = Which::Bypass.sets(bypass, family, plan.variant);
+        sets.map(move |set| Statement::SourceIn { family, set })
+    })
+}
+
+/// What this host's own services answer, by TCP, is no connection of its own.
+///
+/// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
+/// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
+/// service here has accepted. UDP has no such thing, and is intercepted.
+fn own_answers(name: &'static str, plan: &Compiled<'_>) -> Vec<Object> {
+    if !plan.protocols.tcp {
+        return Vec::new();
+    }
+    let leave = Statement::Verdict(Verdict::Return);
+    let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave.clone()];
+    let accepting = [Statement::TcpSynAck, Statement::Answer, leave];
+    vec![rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
 }
 
 /// A set of prefixes with each of the families, if there is one.

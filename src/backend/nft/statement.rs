@@ -32,6 +32,8 @@ pub(crate) enum Statement {
     DestinationPort(u16),
     /// Only packets to a port of this set.
     DestinationPortIn(SetName),
+    /// Only packets of this family from an address of this set.
+    SourceIn { family: Family, set: SetName },
     /// Only packets of this family whose source is in none of these sets.
     SourceInNone { family: Family, sets: Vec<SetName> },
     /// Only packets to an address of this set.
@@ -42,6 +44,10 @@ pub(crate) enum Statement {
     MarkIs(Mark),
     /// Only packets whose destination was not translated.
     NotTranslated,
+    /// Only answers, as connection tracking knows them.
+    Answer,
+    /// Only packets of connections that both sides have agreed to.
+    Assured,
     /// Only packets from an address of this host.
     SourceIsLocal,
     /// Only packets to an address of this host.
@@ -58,6 +64,8 @@ pub(crate) enum Statement {
     WildcardSocket(bool),
     /// Only the first packet of a TCP connection.
     TcpSyn,
+    /// Only the first answer of a TCP connection.
+    TcpSynAck,
     /// Sets our bits of the packet's mark, and leaves the rest.
     SetMark(Mark),
     /// Gives the packet to the listener at this address and port; the rule ends here without one.
@@ -96,6 +104,9 @@ impl fmt::Display for Statement {
             Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
             Statement::DestinationPort(port) => write!(f, "th dport {port}"),
             Statement::DestinationPortIn(set) => write!(f, "th dport @{set}"),
+            Statement::SourceIn { family, set } => {
+                write!(f, "{} saddr{} @{set}", header(*family), Masked(*family, set.len))
+            }
             Statement::SourceInNone { family, sets } => {
                 for (index, set) in sets.iter().enumerate() {
                     let space = if index > 0 { " " } else { "" };
@@ -110,12 +121,15 @@ impl fmt::Display for Statement {
             Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
+            Statement::Answer => f.write_str("ct direction reply"),
+            Statement::Assured => f.write_str("ct status & assured == assured"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
             Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
             Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
             Statement::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
+            Statement::TcpSynAck => f.write_str("tcp flags & (syn | ack) == syn | ack"),
             Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
             Statement::SetMark(mark) => {
                 write!(f, "meta mark set meta mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
@@ -195,6 +209,12 @@ impl Statement {
                 rule.load_destination_port(REG_1);
                 rule.lookup(*set, REG_1);
             }
+            Statement::SourceIn { family, set } => {
+                rule.only(*family);
+                rule.load_source(*family, REG_1);
+                rule.mask_address(*family, set.len, REG_1);
+                rule.lookup(*set, REG_1);
+            }
             Statement::SourceInNone { family, sets } => {
                 rule.only(*family);
                 for set in sets {
@@ -225,6 +245,15 @@ impl Statement {
                 rule.and_xor(REG_1, &DESTINATION_TRANSLATED.to_ne_bytes(), &0u32.to_ne_bytes());
                 rule.compare(REG_1, &0u32.to_ne_bytes());
             }
+            Statement::Answer => {
+                rule.connection_load(CT_DIRECTION, REG_1);
+                rule.compare(REG_1, &[REPLY]);
+            }
+            Statement::Assured => {
+                rule.connection_load(CT_STATUS, REG_1);
+                rule.and_xor(REG_1, &ASSURED.to_ne_bytes(), &0u32.to_ne_bytes());
+                rule.compare(REG_1, &ASSURED.to_ne_bytes());
+            }
             Statement::SourceIsLocal => {
                 rule.load_address_type(FIB_SOURCE, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
@@ -251,6 +280,12 @@ impl Statement {
                 rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
                 rule.and_xor(REG_1, &[0x17], &[0]);
                 rule.compare(REG_1, &[0x02]);
+            }
+            Statement::TcpSynAck => {
+                rule.only_protocol(Protocol::Tcp.number());
+                rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
+                rule.and_xor(REG_1, &[0x12], &[0]);
+                rule.compare(REG_1, &[0x12]);
             }
             Statement::SetMark(mark) => {
                 if mark.mask == u32::MAX {
@@ -300,8 +335,12 @@ const META_IIFNAME: u32 = 6;
 const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
-/// NFT_CT_STATUS, and IPS_DST_NAT.
+/// NFT_CT_DIRECTION, and IP_CT_DIR_REPLY.
+const CT_DIRECTION: u32 = 1;
+const REPLY: u8 = 1;
+/// NFT_CT_STATUS, IPS_ASSURED and IPS_DST_NAT.
 const CT_STATUS: u32 = 2;
+const ASSURED: u32 = 0x4;
 const DESTINATION_TRANSLATED: u32 = 0x20;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;

@@ -169,6 +169,11 @@ mod tests {
         }
 
         #[test]
+        fn no_answer_panics(attrs in wire::odd::answer(0)) {
+            parse(&attrs);
+        }
+
+        #[test]
         fn no_comment_panics(comment: String) {
             Place::parse(&comment);
             Place::parse(&format!("libtproxy: {comment}"));

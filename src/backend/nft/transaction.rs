@@ -169,6 +169,7 @@ fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32,
                 }
                 "tproxy" => "the kernel needs CONFIG_NFT_TPROXY (`modprobe nft_tproxy`)",
                 "fib" => "the kernel needs CONFIG_NFT_FIB_INET (`modprobe nft_fib_inet`)",
+                "ct" => "the kernel needs CONFIG_NFT_CT (`modprobe nft_ct`), to know the answers of what is left alone",
                 _ => "the kernel needs CONFIG_NF_TABLES_INET and the modules of nf_tables",
             };
             (libc::EOPNOTSUPP, Some(cure))

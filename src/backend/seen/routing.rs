@@ -103,17 +103,23 @@ pub(crate) struct Route {
     pub local: bool,
 }
 
-/// The routes of a table.
-pub(crate) fn routes(channel: &mut Channel, family: Family, table: u32) -> io::Result<Vec<Route>> {
+/// So many routes of a table are read: the default route is among the first, and the Internet has a million.
+const ROUTES_MAX: usize = 1000;
+
+/// The first routes of a table, and whether they are all.
+pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool)> {
     const ROUTE_TABLE: u16 = 15;
     let mut header = [0; 12];
     header[0] = family.nfproto();
-    let dumped = match channel.dump(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table)) {
+    let channel = Channel::open(libc::NETLINK_ROUTE)?;
+    let (dumped, all) = match channel.dump_first(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table), ROUTES_MAX)
+    {
         // A table that has never had a route.
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (Vec::new(), true),
         dumped => dumped?,
     };
-    Ok(dumped.iter().filter_map(|payload| parse_route(family, payload)).filter(|route| route.table == table).collect())
+    let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
+    Ok((parsed.filter(|route| route.table == table).collect(), all))
 }
 
 fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
@@ -149,7 +155,13 @@ pub(crate) struct Interface {
     pub kind: String,
     /// The index of the bridge or bond that it is a port of.
     pub master: u32,
+    /// IPv4's switches (net.ipv4.conf.NAME), those of [`SWITCHES`]; none if it has no IPv4.
+    pub switches: Vec<(&'static str, u32)>,
 }
+
+/// IPV4_DEVCONF_*, less one, and the names of their sysctls. A read of one from /proc takes as long as this whole dump.
+const SWITCHES: [(usize, &str); 5] =
+    [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
 pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
     Ok(channel
@@ -160,19 +172,26 @@ pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
 }
 
 fn parse_interface(payload: &[u8]) -> Option<Interface> {
-    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND; `struct ifinfomsg`: index, flags.
+    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_AF_SPEC, AF_INET, IFLA_INET_CONF (numbers in the order
+    /// of IPV4_DEVCONF_*); `struct ifinfomsg`: index, flags.
     const NAME: u16 = 3;
     const MASTER: u16 = 10;
     const LINK_INFO: u16 = 18;
     const KIND: u16 = 1;
+    const BY_FAMILY: u16 = 26;
+    const IPV4: u16 = libc::AF_INET as u16;
+    const CONF: u16 = 1;
     let attrs = payload.get(16..)?;
     let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string(wire::attribute(info, KIND)?));
+    let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
+    let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
         name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
         kind: kind.unwrap_or_default().to_owned(),
         master: wire::attribute(attrs, MASTER).and_then(|v| wire::u32_at(v, 0)).unwrap_or(0),
+        switches: SWITCHES.into_iter().filter_map(switch).collect(),
     })
 }
 
@@ -181,9 +200,37 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// An interface as kernels tell of it, with so many bytes of switches.
+    fn interface(switches: usize) -> Vec<u8> {
+        let mut buffer = crate::netlink::wire::Buffer::default();
+        buffer.message(1, 0, 1, &[0; 16], |a| {
+            a.string(3, "eth0");
+            a.nest(26, |a| a.nest(2, |a| a.bytes(1, &(0..switches).map(|n| (n / 4) as u8).collect::<Vec<_>>())));
+        });
+        wire::messages(buffer.bytes().unwrap()).next().unwrap().payload.to_vec()
+    }
+
+    #[test]
+    fn switches_are_those_of_the_kernel() {
+        let named = |number: u32| number * 0x0101_0101;
+        let all =
+            [("forwarding", 0), ("rp_filter", 7), ("accept_local", 22), ("src_valid_mark", 23), ("route_localnet", 25)];
+        let expected = all.map(|(name, number)| (name, named(number)));
+        assert_eq!(parse_interface(&interface(33 * 4)).unwrap().switches, expected);
+        // Older kernels have fewer.
+        assert_eq!(parse_interface(&interface(23 * 4)).unwrap().switches, expected[..3]);
+    }
+
     proptest! {
         #[test]
-        fn no_dump_panics(payload in proptest::collection::vec(any::<u8>(), 0..120)) {
+        fn an_interface_is_read_as_far_as_it_goes(switches in 0..140usize, cut in 0..200usize) {
+            let whole = interface(switches);
+            let seen = parse_interface(whole.get(..cut.min(whole.len())).unwrap());
+            prop_assert!(seen.is_none_or(|seen| seen.switches.len() <= SWITCHES.len()));
+        }
+
+        #[test]
+        fn no_dump_panics(payload in prop_oneof![wire::odd::answer(12), wire::odd::answer(16)]) {
             for family in [Family::V4, Family::V6] {
                 parse_rule(family, &payload);
                 parse_route(family, &payload);

@@ -102,7 +102,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_panics(payload in proptest::collection::vec(any::<u8>(), 0..120)) {
+        fn no_answer_panics(payload in wire::odd::answer(72)) {
             if let Some(listener) = parse(Protocol::Tcp, &payload) {
                 listener.serves(Family::V4);
             }

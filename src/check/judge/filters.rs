@@ -47,7 +47,7 @@ impl Judged<'_> {
             if other_family || base.origin == Origin::Nft && instances::is_ours(base) {
                 continue;
             }
-            let outcome = walk::through(chains, base, self.packet(hook));
+            let outcome = walk::through(&self.scene.chains, base, self.packet(hook));
             if let Some((chain, rule, sure)) = outcome.dropped.filter(|(chain, ..)| !instances::is_ours(chain)) {
                 found.extend(self.dropped(base, hook, chain, rule, sure));
             }

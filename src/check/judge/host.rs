@@ -1,6 +1,7 @@
 //! The process, the kernel, and what could not be seen.
 
 use super::{Scene, quoted};
+use crate::check::facts::Descriptors;
 use crate::check::findings::{self, Finding, Severity};
 use crate::check::procfs::{self, Capabilities};
 
@@ -25,6 +26,10 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
             format!("this process has no CAP_NET_ADMIN in effect (it is in {namespace})"),
         )
         .with("program", quoted(&facts.program)),
+        false if facts.powerless => {
+            let words = format!("CAP_NET_ADMIN is in effect in {namespace}, and this network belongs to another");
+            Finding::new(Severity::Warning, findings::NET_ADMIN, words).cured_by("")
+        }
         false => good(findings::NET_ADMIN, format!("CAP_NET_ADMIN is in effect, in {namespace}")),
     });
     if missing(Capabilities::NET_BIND_SERVICE) {
@@ -36,6 +41,10 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
             Ok(()) => good(findings::TRANSPARENT, format!("an {family} socket was made transparent")),
             Err(e) if e.errno() == libc::EAFNOSUPPORT => {
                 Finding::new(Severity::Note, findings::FAMILY, format!("{family}: {e}"))
+            }
+            // What has a capability that is no good here gets none by another command.
+            Err(e) if facts.powerless => {
+                Finding::new(Severity::Failure, findings::TRANSPARENT, format!("{family}: {e}")).cured_by("")
             }
             Err(e) => Finding::new(Severity::Failure, findings::TRANSPARENT, format!("{family}: {e}"))
                 .with("program", quoted(&facts.program)),
@@ -56,28 +65,31 @@ pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
         found.push(good(findings::RULE_TABLES, format!("{family} has routing policy rules")));
     }
     found.push(Finding::new(Severity::Note, findings::IPTABLES, iptables(scene)));
-    if let Some((soft, hard)) = facts.descriptors {
-        found.push(match soft < DESCRIPTORS {
-            true => Finding::new(
-                Severity::Warning,
-                findings::DESCRIPTORS,
-                format!("this process may have {soft} descriptors: some {} connections", soft / 2),
-            )
-            .with("pid", facts.pid)
-            .with("limit", wanted(hard)),
-            false => good(findings::DESCRIPTORS, format!("this process may have {soft} descriptors")),
-        });
-    }
+    found.extend(facts.descriptors.iter().map(descriptors));
     found.extend(facts.unseen.iter().map(|what| Finding::new(Severity::Note, findings::UNSEEN, what)));
     found
 }
 
+/// Few are a proxy's end, and so are many when it has them all.
+fn descriptors(of: &Descriptors) -> Finding {
+    let Descriptors { pid, soft, hard, used } = *of;
+    let whose = if pid == std::process::id() { "this process".to_owned() } else { format!("process {pid}") };
+    let exhausted = used.filter(|used| *used >= soft - soft / 10);
+    let words = match exhausted {
+        Some(used) => format!("{whose} has {used} of the {soft} descriptors that it may have"),
+        None if soft < DESCRIPTORS => format!("{whose} may have {soft} descriptors: some {} connections", soft / 2),
+        None => return good(findings::DESCRIPTORS, format!("{whose} may have {soft} descriptors")),
+    };
+    Finding::new(Severity::Warning, findings::DESCRIPTORS, words).with("pid", pid).with("limit", wanted(soft, hard))
+}
+
 /// As many as the hard limit lets; only the administrator of the whole host can raise that one.
-fn wanted(hard: u64) -> String {
+fn wanted(soft: u64, hard: u64) -> String {
+    let wanted = DESCRIPTORS_WANTED.max(soft.saturating_mul(2));
     match hard {
-        0..DESCRIPTORS => format!("{DESCRIPTORS_WANTED}:{DESCRIPTORS_WANTED}"),
-        u64::MAX => format!("{DESCRIPTORS_WANTED}:unlimited"),
-        hard => format!("{}:{hard}", hard.min(DESCRIPTORS_WANTED)),
+        u64::MAX => format!("{wanted}:unlimited"),
+        hard if hard < DESCRIPTORS || hard <= soft => format!("{wanted}:{wanted}"),
+        hard => format!("{}:{hard}", hard.min(wanted)),
     }
 }
 

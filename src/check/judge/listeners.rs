@@ -7,7 +7,7 @@ use crate::backend::nft::table;
 use crate::backend::seen::filter::{Origin, Part, Verdict};
 use crate::backend::seen::sockets::Listener;
 use crate::check::findings::{self, Finding, Kind, Severity};
-use crate::check::instances::{Instance, Interception};
+use crate::check::instances::{self, Instance, Interception};
 use crate::model::Protocol;
 
 pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
@@ -89,6 +89,14 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
     }
     if reached.iter().all(|listener| listener.transparent == Some(false)) {
         return finding(findings::NOT_TRANSPARENT, "the listener is not transparent".to_owned());
+    }
+    let interface = |index: u32| scene.facts.interfaces.iter().find(|interface| interface.index == index);
+    if reached.iter().all(|listener| listener.interface != 0)
+        && !instances::chooses_otherwise(scene.facts.chains.as_deref().unwrap_or_default(), interception)
+    {
+        let named = |l: &&&Listener| interface(l.interface).map_or("one that is gone".to_owned(), |i| i.name.clone());
+        let names: Vec<String> = reached.iter().map(named).collect();
+        return finding(findings::BOUND, format!("the listener is bound to an interface ({})", names.join(", ")));
     }
     // sk_acceptq_is_full: more than the backlog.
     let full = reached.iter().find(|l| l.protocol == Protocol::Tcp && l.waiting > l.backlog)?;

@@ -9,10 +9,12 @@ mod sysctls;
 use super::facts::Facts;
 use super::findings::Finding;
 use super::instances::{self, Instance, Interception};
+use super::walk::Chains;
 
 /// Who intercepts what, on the host that the facts are of.
 struct Scene<'a> {
     facts: &'a Facts,
+    chains: Chains<'a>,
     instances: Vec<Instance>,
     interceptions: Vec<Interception>,
 }
@@ -22,6 +24,7 @@ pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
     let chains = facts.chains.as_deref().unwrap_or_default();
     let scene = Scene {
         facts,
+        chains: Chains::new(chains),
         instances: instances::instances(&facts.tables, chains),
         interceptions: instances::interceptions(chains),
     };
@@ -88,6 +91,7 @@ mod tests {
     use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
     use crate::backend::seen::routing::{self, Action, Interface, Route};
     use crate::backend::seen::sockets::Listener;
+    use crate::check::facts::Descriptors;
     use crate::check::findings::Severity;
     use crate::check::procfs::Sysctls;
     use crate::model::{Families, Family, Mark, Protocol};
@@ -245,7 +249,14 @@ mod tests {
                 routed: Families::ALL,
                 features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
                 interfaces: ["lo", "eth0"]
-                    .map(|name| Interface { index: 1, name: name.to_owned(), up, kind: "bridge".to_owned(), master: 0 })
+                    .map(|name| Interface {
+                        index: 1,
+                        name: name.to_owned(),
+                        up,
+                        kind: "bridge".to_owned(),
+                        master: 0,
+                        switches: Vec::new(),
+                    })
                     .to_vec(),
                 ..Facts::default()
             })
@@ -274,7 +285,14 @@ mod tests {
         assert_eq!(quoted("eth0.7"), "eth0.7");
         assert_eq!(quoted("$(reboot)"), "'$(reboot)'");
         assert_eq!(quoted("a'b"), "'a'\\''b'");
-        let interface = Interface { index: 2, name: "a;reboot".to_owned(), up: true, kind: String::new(), master: 0 };
+        let interface = Interface {
+            index: 2,
+            name: "a;reboot".to_owned(),
+            up: true,
+            kind: String::new(),
+            master: 0,
+            switches: Vec::new(),
+        };
         let sysctls = [("ipv4/ip_forward", "1"), ("ipv4/conf/a;reboot/forwarding", "0")];
         let facts = Facts {
             interfaces: vec![interface],
@@ -294,6 +312,36 @@ mod tests {
             rules: Vec::new(),
         };
         assert_eq!(filters::removal(&chain, None, Family::V4), "");
+    }
+
+    /// What cannot be made in a network of our own, or not soon.
+    #[test]
+    fn what_is_nearly_used_up_is_named() {
+        let tracked = |count: &str| {
+            let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
+            Facts {
+                sysctls: Sysctls(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+                ..Facts::default()
+            }
+        };
+        let named = |facts: &Facts, id: &str| {
+            let found = judge(facts);
+            found.into_iter().find(|finding| finding.kind.id == id).map(|finding| (finding.severity, finding.cure))
+        };
+        let cure = "sysctl -w net.netfilter.nf_conntrack_max=2000".to_owned();
+        assert_eq!(named(&tracked("900"), "conntrack.full"), None);
+        assert_eq!(named(&tracked("950"), "conntrack.full"), Some((Severity::Warning, cure.clone())));
+        assert_eq!(named(&tracked("1000"), "conntrack.full"), Some((Severity::Failure, cure)));
+        let having = |soft, hard, used| {
+            let descriptors = vec![Descriptors { pid: 7, soft, hard, used }];
+            named(&Facts { descriptors, ..Facts::default() }, "limit.descriptors").unwrap()
+        };
+        let warned = |limit: &str| (Severity::Warning, format!("prlimit --pid 7 --nofile={limit}"));
+        assert_eq!(having(1024, 4096, Some(500)), (Severity::Ok, String::new()));
+        assert_eq!(having(1024, 4096, Some(1000)), warned("4096:4096"));
+        assert_eq!(having(1000, u64::MAX, None), warned("65536:unlimited"));
+        assert_eq!(having(100_000, 100_000, Some(99_000)), warned("200000:200000"));
+        assert_eq!(having(12, 1 << 20, None), warned("65536:1048576"));
     }
 
     /// Chains that lead to each other, without end.
