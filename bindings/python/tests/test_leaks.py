@@ -13,7 +13,7 @@ import pytest
 from net import Net
 
 import tproxy
-from tproxy import Batch, Datagram, Replier, RulesFlag
+from tproxy import AddressSet, Batch, Datagram, Replier, RulesFlag
 
 CALLS = 10_000
 
@@ -86,16 +86,6 @@ def test_orig_dst(net: Net, host: str) -> None:
         assert sys.getrefcount(accepted) == before
 
 
-def test_many_addresses_are_remembered_within_bounds() -> None:
-    """The memory of addresses does not grow with the number of destinations."""
-    from tproxy import _sockets
-
-    for at in range(3 * _sockets._KNOWN_MOST):
-        body = b"\x02\x00" + at.to_bytes(2, "big") + at.to_bytes(4, "big") + bytes(8)
-        assert _sockets.known_address(body, False) == (socket.inet_ntoa(at.to_bytes(4, "big")), at & 0xFFFF)
-        assert len(_sockets._KNOWN[False]) <= _sockets._KNOWN_MOST
-
-
 def test_sockets(net: Net) -> None:
     leaks_nothing(net, lambda: tproxy.socket(socket.AF_INET6, socket.SOCK_DGRAM).close())
     leaks_nothing(net, lambda: tproxy.listen("127.0.0.1:0").close())
@@ -160,7 +150,18 @@ def test_rules(net: Net) -> None:
     config = tproxy.RulesConfig(listen_addr="[::]:3129", ports=[80, 443], dst=["10.0.0.0/8"], interfaces=["eth0"])
     with net.run(lambda: tproxy.install_rules(**config)) as rules:
         leaks_nothing(net, rules.stats, 2000)
+        leaks_nothing(net, tproxy.read_stats, 2000)
+        leaks_nothing(net, failing(lambda: tproxy.read_stats("nobody")))
+
+        def update() -> None:
+            rules.update(AddressSet.BYPASS, add=["10.1.0.0/16"])
+            rules.update(AddressSet.BYPASS, remove=["10.1.0.0/16"])
+
+        leaks_nothing(net, update, 100)
         leaks_nothing(net, failing(lambda: tproxy.install_rules(flags=1 << 30)))
         leaks_nothing(net, failing(lambda: rules.update(9)))
     leaks_nothing(net, lambda: tproxy.render_rules(**config))
+    leaks_nothing(net, tproxy.check, 200)
+    leaks_nothing(net, failing(tproxy.self_test))
+    leaks_nothing(net, lambda: tproxy.self_test(**config), 100)
     leaks_nothing(net, lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY).remove(), 100)
