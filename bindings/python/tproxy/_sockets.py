@@ -142,7 +142,9 @@ def orig_dst(sock: _socket.socket) -> SockAddr:
         # SOL_IP, IP_TRANSPARENT: by TPROXY, and the address is the socket's own.
         if sock.getsockopt(0, 19):
             name: SockAddr = sock.getsockname()
-            if name[0] not in {"::", "0.0.0.0", "::ffff:0.0.0.0"} and name[1]:
+            host = name[0]
+            # One after the other: a set hashes first, which costs more, and varies with the seed of hashes.
+            if host != "::" and host != "0.0.0.0" and host != "::ffff:0.0.0.0" and name[1]:
                 return name
         else:
             # By REDIRECT, and connection tracking has another address than the socket's own. It is asked by the level
