@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net import PATIENCE, Hosts, Lab, Net, udp_client
+from net import PATIENCE, Hosts, Lab, Net, tcp_listener, udp_client
 
 import tproxy
 from tproxy import Finding, Severity, __main__, _library
@@ -297,7 +297,12 @@ def test_example_tcp_proxy(lab: Lab, hosts: Hosts) -> None:
         assert server.result() == [hosts.client] * 2
     # The server is gone: the client's connection ends.
     assert lab.client.run(lambda: hear(hosts.server, 80)) == b""
-    proxy.stop(signal.SIGTERM)
+    # It does not wait for connections that are open.
+    with lab.server.run(lambda: tcp_listener(80)) as listener:
+        with lab.client.run(lambda: socket.create_connection((hosts.server, 80), PATIENCE)) as client:
+            with listener.accept()[0]:
+                proxy.stop(signal.SIGTERM)
+            assert client.recv(1) == b""
     assert lab.proxy.state() == before
 
 

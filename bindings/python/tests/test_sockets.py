@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import ipaddress
 import pickle
@@ -12,7 +11,7 @@ import threading
 import time
 
 import pytest
-from net import PATIENCE, V4, Hosts, Lab, Net, plain, read_all, relay, udp_client
+from net import PATIENCE, V4, Hosts, Lab, Net, drop_capabilities, plain, read_all, relay, udp_client
 
 import tproxy
 from tproxy import SocketFlag
@@ -375,9 +374,7 @@ def test_no_privilege(net: Net) -> None:
     """What an ordinary user gets: PermissionError, with the cure."""
 
     def powerless() -> None:
-        # capset(2), version 3: nothing effective, permitted or inheritable. It is this thread's alone.
-        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        assert ctypes.CDLL(None).capset(header, nothing) == 0
+        drop_capabilities()
         for call in (
             tproxy.socket,
             tproxy.Replier,
