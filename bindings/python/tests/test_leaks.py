@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
 import socket
 import sys
-from typing import Any, Callable
+from collections.abc import Coroutine
+from typing import Any, Callable, TypeVar
 
 import pytest
 from net import Net
@@ -16,6 +18,8 @@ import tproxy
 from tproxy import AddressSet, Batch, Datagram, Replier, RulesFlag
 
 CALLS = 10_000
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.costly
 
@@ -143,6 +147,48 @@ def test_datagrams(net: Net) -> None:
         assert (sys.getrefcount(sock), sys.getrefcount(batch)) == before
     leaks_nothing(net, lambda: Replier().close())
     leaks_nothing(net, lambda: Batch(2, 10), 2000)
+
+
+def test_asyncio(net: Net) -> None:
+    """Connections between a server and a client of ours, and datagrams there and back."""
+
+    async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter, __: tproxy.SockAddr) -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    async def connect() -> None:
+        _, writer = await tproxy.open_connection_from("127.0.0.1", server.sockets[0].getsockname())
+        # A reset leaves no port in TIME_WAIT.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.close()
+        await writer.wait_closed()
+
+    async def cancel() -> None:
+        waiting = asyncio.ensure_future(endpoint.recv())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    async def echo() -> None:
+        endpoint.socket.sendto(b"x", endpoint.socket.getsockname())
+        data, client, _ = await endpoint.recv()
+        await endpoint.reply(data, client, "192.0.2.1:5300")
+        assert (await endpoint.recv())[1] == ("192.0.2.1", 5300)
+
+    loop = asyncio.new_event_loop()
+
+    def in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+        return loop.run_until_complete(coroutine)
+
+    with contextlib.closing(loop):
+        endpoint = net.run(lambda: in_loop(tproxy.open_datagram_endpoint("127.0.0.1:0", batch=4, size=100)))
+        for call in (echo, cancel):
+            leaks_nothing(net, lambda call=call: in_loop(call()))  # type: ignore[misc]
+        endpoint.close()
+        server = net.run(lambda: in_loop(tproxy.start_server(handle, "127.0.0.1:0")))
+        leaks_nothing(net, lambda: in_loop(connect()))
+        server.close()
+        net.run(lambda: in_loop(server.wait_closed()))
 
 
 def test_rules(net: Net) -> None:

@@ -184,11 +184,10 @@ def load(*statements: str, **environment: str) -> subprocess.CompletedProcess[st
     return python("-c", "; ".join(["import tproxy._ctypes as c", *statements, "print(c.library._name)"]), **environment)
 
 
-def compiled(directory: Path, source: str, name: str = "other.so") -> str:
+def compiled(directory: Path, source: str, name: str = "other.so", *options: str) -> str:
     path = directory / name
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True, timeout=60
-    )
+    command = ["cc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", path]
+    subprocess.run(command, input=source, text=True, check=True, timeout=60)
     return str(path)
 
 
@@ -217,6 +216,9 @@ def test_an_installed_library(tmp_path: Path) -> None:
             assert words in done.stderr
     system = tmp_path / "lib"
     system.mkdir()
+    # By another name than the loader is asked for, it is found by find_library.
+    compiled(system, 'const char *tp_version(void) { return "9.0"; }', "libtproxy.so", "-Wl,-soname,libtproxy.so")
+    assert "libtproxy.so is libtproxy 9.0" in load(**alone, LD_LIBRARY_PATH=str(system)).stderr
     shutil.copy(LIBRARY, system / "libtproxy.so.0")
     assert load(**alone, LD_LIBRARY_PATH=str(system)).stdout.strip() == "libtproxy.so.0"
 
