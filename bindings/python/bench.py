@@ -51,7 +51,7 @@ def orig_dst_by_hand(sock: socket.socket) -> Any:
 
 
 def recvfrom_by_hand(sock: socket.socket, size: int) -> Any:
-    data, control, _, client = sock.recvmsg(size, 192)
+    data, control, _, client = sock.recvmsg(size, 512)
     for level, kind, body in control:
         if level == socket.SOL_IP and kind == IP_ORIGDSTADDR:
             port, ip = IN.unpack(body)

@@ -186,7 +186,7 @@ def load(*statements: str, **environment: str) -> subprocess.CompletedProcess[st
 
 def compiled(directory: Path, source: str, name: str = "other.so", *options: str) -> str:
     path = directory / name
-    command = ["cc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", path]
+    command = ["cc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(path)]
     subprocess.run(command, input=source, text=True, check=True, timeout=60)
     return str(path)
 

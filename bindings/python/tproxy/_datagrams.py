@@ -34,12 +34,12 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     """
     # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
     # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
-    # 192 bytes are room for that, and for other things that the program may have asked for. Numbers, as names cost too.
+    # 512 bytes are room for that, and for other things that the program may have asked for. Numbers, as names cost too.
     try:
         if flags:
             data, control, _, client = _recvmsg(sock, bufsize, flags)
         else:
-            data, control, _, client = sock.recvmsg(bufsize, 192)
+            data, control, _, client = sock.recvmsg(bufsize, 512)
     except _socket.timeout:
         raise
     except OSError as error:
@@ -47,8 +47,7 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     try:
         [(level, kind, body)] = control
     except ValueError:
-        # There is none, or the program asked for other things too.
-        level, kind, body = next((item for item in control if item[:2] in ((0, 20), (41, 74))), (0, 0, b""))
+        level, kind, body = _orig_dst_among(control)
     # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
     if kind == 20 and level == 0:
         port, ip = unpack_in(body)
@@ -66,7 +65,15 @@ def _recvmsg(sock: _socket.socket, bufsize: int, flags: int) -> tuple[bytes, lis
     # With a timeout Python waits whatever the flags say.
     if flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
         raise kernel_error(errno.EAGAIN, "receiving datagrams")
-    return sock.recvmsg(bufsize, 192, flags)
+    return sock.recvmsg(bufsize, 512, flags)
+
+
+def _orig_dst_among(control: list[tuple[int, int, bytes]]) -> tuple[int, int, bytes]:
+    """There is none, or the program asked for other things too: for so many that this one was cut, perhaps."""
+    for level, kind, body in control:
+        if (level, kind, len(body)) in ((0, 20, 16), (41, 74, 28)):
+            return level, kind, body
+    return 0, 0, b""
 
 
 def _readable(sock: _socket.socket) -> bool:
