@@ -16,7 +16,8 @@ import tproxy
 
 T = TypeVar("T")
 
-PATIENCE = 5.0
+# For what comes at once, but on a machine that is busy.
+PATIENCE = 20.0
 CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,7 +50,7 @@ class Running(threading.Thread):
         except BaseException as error:  # It is raised where the result is wanted.
             self._error = error
 
-    def result(self, timeout: float = 60) -> Any:
+    def result(self, timeout: float = 120) -> Any:
         self.join(timeout)
         if self.is_alive():
             raise AssertionError(f"not done within {timeout} s")

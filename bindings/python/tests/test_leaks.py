@@ -49,7 +49,7 @@ def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None
         after = (descriptors(), sys.getallocatedblocks(), len(gc.get_objects()), resident())
         return tuple(b - a for a, b in zip(before, after))  # type: ignore[return-value]
 
-    fds, blocks, objects, memory = net.run(repeat)
+    fds, blocks, objects, memory = net.start(repeat).result(300)
     assert fds == 0, f"{fds} descriptors"
     # One lost at every call would be as many as there were calls; the test runner has a few.
     assert blocks < calls // 4, f"{blocks} blocks of memory"

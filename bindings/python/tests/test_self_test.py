@@ -53,15 +53,13 @@ def test_what_is_lost_and_others_work_meanwhile(net: Net) -> None:
     config = tproxy.RulesConfig(
         listen_addr="127.0.0.1:3129", flags=RulesFlag.REDIRECT | RulesFlag.LOCAL_OUTPUT, protocols=Protocol.TCP
     )
-    began = time.monotonic()
     testing = net.start(lambda: tproxy.self_test(**config))
     turns = 0
     while testing.is_alive():
         turns += 1
         time.sleep(0.001)
-    waited = time.monotonic() - began
-    assert waited > 0.1
-    assert turns > waited / 0.001 / 10
+    # One or two, if this thread had waited with the other.
+    assert turns > 20
     lost = testing.result()[0]
     assert lost.severity == Severity.FAILURE
     assert "lost; last seen at hook prerouting" in lost.found

@@ -416,7 +416,8 @@ def test_the_gil_is_released_and_signals_are_heeded(lab: Lab) -> None:
             time.sleep(0.01)
         waited = connecting.result()
         assert waited > 0.5
-        assert turns > waited / 0.01 / 4
+        # One or two, if this thread had waited with the other.
+        assert turns > 20
         assert seen
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
