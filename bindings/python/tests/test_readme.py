@@ -9,15 +9,16 @@ import inspect
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from net import PATIENCE, V4, V6, Lab, Running, drop_capabilities, plain, udp_client
 
 import tproxy
+from tproxy import install_rules
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -34,7 +35,14 @@ class Example:
     def __init__(self, words: str, **given: Any) -> None:
         (self.text,) = (block for block in BLOCKS if words in block)
         self.names: dict[str, Any] = {"tproxy": tproxy, "contextlib": contextlib, "answer": answer, **given}
+        self.installed = threading.Event()
         self.stopped = threading.Event()
+
+    def install_rules(self, **config: Any) -> tproxy.Rules:
+        """In place of the package's: the test learns that they are there."""
+        rules = install_rules(**config)
+        self.installed.set()
+        return rules
 
     def run(self) -> None:
         """To its end; one of asyncio is cancelled when the test has stopped it."""
@@ -56,17 +64,10 @@ class Example:
 def running(lab: Lab, example: Example) -> Iterator[Running]:
     """While the block runs, from when its rules are there; they are gone at its end."""
     before = lab.proxy.state()
-    thread = lab.proxy.start(example.run)
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            lab.proxy.run(tproxy.read_stats)
-            break
-        except FileNotFoundError:
-            assert thread.is_alive(), thread.result()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    yield thread
+    with mock.patch.object(tproxy, "install_rules", example.install_rules):
+        thread = lab.proxy.start(example.run)
+        assert example.installed.wait(PATIENCE)
+        yield thread
     assert lab.proxy.state() == before
 
 
