@@ -48,6 +48,11 @@ python_environments() {
         "$environments/tools/bin/pip" install -q --disable-pip-version-check $tools
         echo "$tools" > "$environments/tools/installed"
     fi
+    # What building the package takes, for pip to do it in isolation without asking PyPI again.
+    if [ ! -e "$environments/wheels/downloaded" ]; then
+        "$environments/tools/bin/pip" download -q --disable-pip-version-check -d "$environments/wheels" hatchling editables
+        touch "$environments/wheels/downloaded"
+    fi
     for version in 3.9 3.10 3.11 3.12 3.13; do
         [ ! -e "$environments/$version/installed" ] || continue
         # In PATH, or one of pyenv's.

@@ -44,12 +44,12 @@ has_its_files() {
 expect 'the wheel is for any Python 3, and has the library' has_its_files
 pip() { "$tools/python" -m pip --quiet --disable-pip-version-check --python "$@"; }
 
-# From the repository as a user would, but for the isolation of the build: hatchling is the tools', and not downloaded again.
-packages=$("$tools/python" -c 'import hatchling, pathlib; print(pathlib.Path(hatchling.__file__).parents[1])')
+# From the repository as a user would, in isolation: what pyproject.toml says that building needs is all there is.
+# It is not downloaded again.
 fresh=$work/fresh/bin/python
 for way in --no-deps --editable; do
     rm -rf "$work/fresh" && "$tools/python" -m venv --without-pip "$work/fresh"
-    install() { PYTHONPATH=$packages pip "$fresh" install --no-build-isolation "$way" "$here"; }
+    install() { PIP_NO_INDEX=1 PIP_FIND_LINKS=$work/wheels pip "$fresh" install "$way" "$here"; }
     expect "pip install $way ./bindings/python" install
     expect 'and its library is there' env -C / "$fresh" -W error -m tproxy version
 done

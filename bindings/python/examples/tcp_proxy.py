@@ -40,7 +40,8 @@ async def main(port: int, ports: list[int]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with await tproxy.start_server(handle, ("::", port)) as server:
+    # Its end does not wait for the clients: they are cut off when the loop ends.
+    with contextlib.closing(await tproxy.start_server(handle, ("::", port))) as server:
         with tproxy.install_rules(listeners=server.sockets, ports=ports):
             print("listening", flush=True)
             await stop.wait()

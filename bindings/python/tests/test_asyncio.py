@@ -8,6 +8,7 @@ import errno
 import gc
 import os
 import socket
+import ssl
 import threading
 import weakref
 from collections.abc import Coroutine
@@ -203,6 +204,54 @@ def test_a_connection_is_cancelled(lab: Lab, hosts: Hosts) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
     run(lab.proxy, main)
+
+
+def test_cancelled_at_every_step(net: Net) -> None:
+    """However far it has come: nothing is left, and the loop does not take another socket for one that it had."""
+
+    async def nothing(*_: object) -> None:
+        raise AssertionError("nobody connects")
+
+    async def cancelled_after(steps: int, to: tuple[str, int]) -> int:
+        done = 0
+        for coroutine in (
+            tproxy.start_server(nothing, ("127.0.0.1", 0)),
+            tproxy.open_connection_from("127.0.0.1", to),
+            tproxy.open_connection_from("127.0.0.1", to, ssl=ssl.create_default_context(), server_hostname="x.example"),
+        ):
+            task: asyncio.Task[Any] = asyncio.ensure_future(coroutine)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if task.done():
+                done += 1
+                result = task.result()
+                server_or_writer = result[1] if isinstance(result, tuple) else result
+                server_or_writer.close()
+                await server_or_writer.wait_closed()
+                continue
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return done
+
+    async def main() -> None:
+        # It accepts, and says nothing.
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            to = silent.getsockname()
+            before = len(os.listdir("/proc/self/fd"))
+            most = 0
+            for steps in range(12):
+                most = max(most, await cancelled_after(steps, to))
+                # Sockets that have the numbers of those that were closed.
+                connections = [await tproxy.open_connection_from("127.0.0.1", to) for _ in range(3)]
+                for _, writer in connections:
+                    writer.close()
+                    await writer.wait_closed()
+            assert most == 2, "the handshake alone waits for good"
+            await asyncio.sleep(0.01)
+            assert len(os.listdir("/proc/self/fd")) == before
+
+    run(net, main)
 
 
 def test_datagrams(lab: Lab, hosts: Hosts) -> None:

@@ -81,6 +81,44 @@ def test_structs(tmp_path: Path) -> None:
         assert [field[0] for field in cls._fields_] == names[name], name
 
 
+# What a member of a struct is, for each type that the header uses; an array is seen as a pointer.
+MEMBERS: dict[str, Any] = {
+    "unsigned char": ctypes.c_uint8,
+    "unsigned char *": ctypes.c_uint8,
+    "unsigned short": ctypes.c_uint16,
+    "int": ctypes.c_int,
+    "unsigned int": ctypes.c_uint32,
+    "unsigned long": ctypes.c_size_t,
+    "void *": ctypes.c_void_p,
+    "const char *": ctypes.c_char_p,
+    "const char *const *": ctypes.POINTER(ctypes.c_char_p),
+    "const int *": ctypes.POINTER(ctypes.c_int),
+    "const struct sockaddr *": ctypes.POINTER(c.sockaddr_storage),
+    "const struct tp_port_range *": ctypes.POINTER(c.tp_port_range),
+    "const struct tp_prefix *": ctypes.POINTER(c.tp_prefix),
+    "struct sockaddr_storage": c.sockaddr_storage,
+}
+
+
+def test_members(tmp_path: Path) -> None:
+    """Their types: a sign or a pointee that is another has the same size."""
+    generic = ", ".join(f'{kind}: "{kind}"' for kind in MEMBERS)
+    places = [(struct, member) for struct, body in STRUCTS for member in fields(body)]
+    kinds = compiled(tmp_path, *(f"puts(_Generic(((struct {s} *)0)->{m}, {generic}));" for s, m in places))
+    assert len(kinds) == len(places)
+    for (struct, member), kind in zip(places, kinds):
+        ours = dict(getattr(c, struct)._fields_)[member]
+        ours = ours._type_ if issubclass(ours, ctypes.Array) else ours
+        assert ours is MEMBERS[kind], f"{struct}.{member} is {kind}, and not {ours}"
+
+
+def test_the_callback(tmp_path: Path) -> None:
+    prototype = "void (*)(const struct tp_finding *, void *)"
+    assert compiled(tmp_path, f'puts(_Generic((tp_finding_fn)0, {prototype}: "same", default: "other"));') == ["same"]
+    assert c.tp_finding_fn._restype_ is None
+    assert list(c.tp_finding_fn._argtypes_) == [ctypes.POINTER(c.tp_finding), ctypes.c_void_p]
+
+
 def test_the_names_of_constants_and_functions_are_all_there() -> None:
     functions = {name for name, value in vars(c).items() if isinstance(value, ctypes._CFuncPtr)}  # type: ignore[attr-defined]
     in_c = {name + "_" if name in dict(STRUCTS) else name for _, name, _ in FUNCTIONS}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
 import socket
 import sys
-from typing import Any, Callable
+from collections.abc import Coroutine
+from typing import Any, Callable, TypeVar
 
 import pytest
 from net import Net
 
 import tproxy
-from tproxy import Batch, Datagram, Replier, RulesFlag
+from tproxy import AddressSet, Batch, Datagram, Replier, RulesFlag
 
 CALLS = 10_000
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.costly
 
@@ -45,7 +49,7 @@ def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None
         after = (descriptors(), sys.getallocatedblocks(), len(gc.get_objects()), resident())
         return tuple(b - a for a, b in zip(before, after))  # type: ignore[return-value]
 
-    fds, blocks, objects, memory = net.run(repeat)
+    fds, blocks, objects, memory = net.start(repeat).result(300)
     assert fds == 0, f"{fds} descriptors"
     # One lost at every call would be as many as there were calls; the test runner has a few.
     assert blocks < calls // 4, f"{blocks} blocks of memory"
@@ -84,16 +88,6 @@ def test_orig_dst(net: Net, host: str) -> None:
         leaks_nothing(net, lambda: tproxy.orig_dst(accepted))
         leaks_nothing(net, failing(lambda: tproxy.orig_dst(client)))
         assert sys.getrefcount(accepted) == before
-
-
-def test_many_addresses_are_remembered_within_bounds() -> None:
-    """The memory of addresses does not grow with the number of destinations."""
-    from tproxy import _sockets
-
-    for at in range(3 * _sockets._KNOWN_MOST):
-        body = b"\x02\x00" + at.to_bytes(2, "big") + at.to_bytes(4, "big") + bytes(8)
-        assert _sockets.known_address(body, False) == (socket.inet_ntoa(at.to_bytes(4, "big")), at & 0xFFFF)
-        assert len(_sockets._KNOWN[False]) <= _sockets._KNOWN_MOST
 
 
 def test_sockets(net: Net) -> None:
@@ -155,12 +149,65 @@ def test_datagrams(net: Net) -> None:
     leaks_nothing(net, lambda: Batch(2, 10), 2000)
 
 
+def test_asyncio(net: Net) -> None:
+    """Connections between a server and a client of ours, and datagrams there and back."""
+
+    async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter, __: tproxy.SockAddr) -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    async def connect() -> None:
+        _, writer = await tproxy.open_connection_from("127.0.0.1", server.sockets[0].getsockname())
+        # A reset leaves no port in TIME_WAIT.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.close()
+        await writer.wait_closed()
+
+    async def cancel() -> None:
+        waiting = asyncio.ensure_future(endpoint.recv())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    async def echo() -> None:
+        endpoint.socket.sendto(b"x", endpoint.socket.getsockname())
+        data, client, _ = await endpoint.recv()
+        await endpoint.reply(data, client, "192.0.2.1:5300")
+        assert (await endpoint.recv())[1] == ("192.0.2.1", 5300)
+
+    loop = asyncio.new_event_loop()
+
+    def in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+        return loop.run_until_complete(coroutine)
+
+    with contextlib.closing(loop):
+        endpoint = net.run(lambda: in_loop(tproxy.open_datagram_endpoint("127.0.0.1:0", batch=4, size=100)))
+        for call in (echo, cancel):
+            leaks_nothing(net, lambda call=call: in_loop(call()))  # type: ignore[misc]
+        endpoint.close()
+        server = net.run(lambda: in_loop(tproxy.start_server(handle, "127.0.0.1:0")))
+        leaks_nothing(net, lambda: in_loop(connect()))
+        server.close()
+        net.run(lambda: in_loop(server.wait_closed()))
+
+
 def test_rules(net: Net) -> None:
     """Each costs the kernel a grace period or two: fewer of those that install."""
     config = tproxy.RulesConfig(listen_addr="[::]:3129", ports=[80, 443], dst=["10.0.0.0/8"], interfaces=["eth0"])
     with net.run(lambda: tproxy.install_rules(**config)) as rules:
         leaks_nothing(net, rules.stats, 2000)
+        leaks_nothing(net, tproxy.read_stats, 2000)
+        leaks_nothing(net, failing(lambda: tproxy.read_stats("nobody")))
+
+        def update() -> None:
+            rules.update(AddressSet.BYPASS, add=["10.1.0.0/16"])
+            rules.update(AddressSet.BYPASS, remove=["10.1.0.0/16"])
+
+        leaks_nothing(net, update, 100)
         leaks_nothing(net, failing(lambda: tproxy.install_rules(flags=1 << 30)))
         leaks_nothing(net, failing(lambda: rules.update(9)))
     leaks_nothing(net, lambda: tproxy.render_rules(**config))
+    leaks_nothing(net, tproxy.check, 200)
+    leaks_nothing(net, failing(tproxy.self_test))
+    leaks_nothing(net, lambda: tproxy.self_test(**config), 100)
     leaks_nothing(net, lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY).remove(), 100)

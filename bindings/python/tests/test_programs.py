@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net import PATIENCE, Hosts, Lab, Net, udp_client
+from net import PATIENCE, Hosts, Lab, Net, tcp_listener, udp_client
 
 import tproxy
 from tproxy import Finding, Severity, __main__, _library
@@ -35,7 +35,7 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         cwd="/",
         env={**os.environ, **environment},
     )
@@ -184,11 +184,10 @@ def load(*statements: str, **environment: str) -> subprocess.CompletedProcess[st
     return python("-c", "; ".join(["import tproxy._ctypes as c", *statements, "print(c.library._name)"]), **environment)
 
 
-def compiled(directory: Path, source: str, name: str = "other.so") -> str:
+def compiled(directory: Path, source: str, name: str = "other.so", *options: str) -> str:
     path = directory / name
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True, timeout=60
-    )
+    command = ["cc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(path)]
+    subprocess.run(command, input=source, text=True, check=True, timeout=60)
     return str(path)
 
 
@@ -217,6 +216,9 @@ def test_an_installed_library(tmp_path: Path) -> None:
             assert words in done.stderr
     system = tmp_path / "lib"
     system.mkdir()
+    # By another name than the loader is asked for, it is found by find_library.
+    compiled(system, 'const char *tp_version(void) { return "9.0"; }', "libtproxy.so", "-Wl,-soname,libtproxy.so")
+    assert "libtproxy.so is libtproxy 9.0" in load(**alone, LD_LIBRARY_PATH=str(system)).stderr
     shutil.copy(LIBRARY, system / "libtproxy.so.0")
     assert load(**alone, LD_LIBRARY_PATH=str(system)).stdout.strip() == "libtproxy.so.0"
 
@@ -249,7 +251,7 @@ def test_a_named_library_that_is_not_there() -> None:
 
 
 class Program:
-    """An example that runs on a host, and the lines that it prints."""
+    """An example that runs on a host, and the lines that it prints. It ends with the block, if not before."""
 
     def __init__(self, net: Net, *arguments: str | Path) -> None:
         command = [sys.executable, "-W", "error", *arguments]
@@ -267,12 +269,18 @@ class Program:
     def line(self) -> str:
         return self.lines.get(timeout=PATIENCE)
 
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.reader.join()
+        self.process.__exit__(None, None, None)
+
     def stop(self, number: int) -> None:
         self.process.send_signal(number)
-        self.reader.join(PATIENCE)
-        with self.process:
-            assert self.process.stderr
-            assert (self.process.wait(PATIENCE), self.process.stderr.read()) == (0, "")
+        assert self.process.stderr
+        assert (self.process.wait(PATIENCE), self.process.stderr.read()) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["tcp_proxy.py", "dns_interceptor.py"])
@@ -285,19 +293,23 @@ def test_examples_are_short(name: str) -> None:
 
 def test_example_tcp_proxy(lab: Lab, hosts: Hosts) -> None:
     before = lab.proxy.state()
-    with lab.serving(80, 2) as server:
-        proxy = Program(lab.proxy, EXAMPLES / "tcp_proxy.py", "3129", "80")
+    with Program(lab.proxy, EXAMPLES / "tcp_proxy.py", "3129", "80") as proxy:
         assert proxy.line() == "listening"
-        for _ in range(2):
-            heard = lab.ask(hosts.server, 80)
-            assert heard.answer == f"seen {hosts.client}, heard who am I?"
-            assert proxy.line().endswith(
-                f"{hosts.client} port {heard.client[1]} -> " + mapped(hosts.server) + " port 80"
-            )
-        assert server.result() == [hosts.client] * 2
-    # The server is gone: the client's connection ends.
-    assert lab.client.run(lambda: hear(hosts.server, 80)) == b""
-    proxy.stop(signal.SIGTERM)
+        with lab.serving(80, 2) as server:
+            for _ in range(2):
+                heard = lab.ask(hosts.server, 80)
+                assert heard.answer == f"seen {hosts.client}, heard who am I?"
+                way = f"{hosts.client} port {heard.client[1]} -> {mapped(hosts.server)} port 80"
+                assert proxy.line().endswith(way)
+            assert server.result() == [hosts.client] * 2
+        # The server is gone: the client's connection ends.
+        assert lab.client.run(lambda: hear(hosts.server, 80)) == b""
+        # It does not wait for connections that are open.
+        with lab.server.run(lambda: tcp_listener(80)) as listener:
+            with lab.client.run(lambda: socket.create_connection((hosts.server, 80), PATIENCE)) as client:
+                with listener.accept()[0]:
+                    proxy.stop(signal.SIGTERM)
+                assert client.recv(1) == b""
     assert lab.proxy.state() == before
 
 
@@ -319,28 +331,29 @@ def dns_query(name: str, kind: int) -> bytes:
 def test_example_dns_interceptor(lab: Lab, hosts: Hosts, address: str) -> None:
     """The client asks a server that does not exist, and hears it answer."""
     before = lab.proxy.state()
-    interceptor = Program(lab.proxy, EXAMPLES / "dns_interceptor.py", "3053", "intercepted.example", address)
-    assert interceptor.line() == "listening"
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    kind, other = (28, 1) if ":" in address else (1, 28)
+    arguments = ["3053", "intercepted.example", address]
+    with Program(lab.proxy, EXAMPLES / "dns_interceptor.py", *arguments) as interceptor:
+        assert interceptor.line() == "listening"
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        kind, other = (28, 1) if ":" in address else (1, 28)
 
-    def ask(query: bytes) -> bytes:
-        return lab.client.run(lambda: udp_client(hosts.server, 53, query))[0]
+        def ask(query: bytes) -> bytes:
+            return lab.client.run(lambda: udp_client(hosts.server, 53, query))[0]
 
-    query = dns_query("Intercepted.Example", kind)
-    answer = ask(query)
-    assert answer[:2] == query[:2]
-    assert struct.unpack("!5H", answer[2:12]) == (0x8400, 1, 1, 0, 0)
-    assert answer[12 : len(query)] == query[12:]
-    assert answer.endswith(socket.inet_pton(family, address))
-    assert struct.unpack("!5H", ask(dns_query("intercepted.example", other))[2:12]) == (0x8400, 1, 0, 0, 0)
-    assert struct.unpack("!5H", ask(dns_query("elsewhere.example", kind))[2:12]) == (0x8403, 1, 0, 0, 0)
-    # What is no query is passed over, and the next one answered.
-    for nonsense in (b"", b"\0" * 5, query[:20], b"\xff" * 40):
-        with pytest.raises(socket.timeout):
-            lab.client.run(lambda nonsense=nonsense: silent(hosts.server, nonsense))  # type: ignore[misc]
-    assert ask(query) == answer
-    interceptor.stop(signal.SIGINT)
+        query = dns_query("Intercepted.Example", kind)
+        answer = ask(query)
+        assert answer[:2] == query[:2]
+        assert struct.unpack("!5H", answer[2:12]) == (0x8400, 1, 1, 0, 0)
+        assert answer[12 : len(query)] == query[12:]
+        assert answer.endswith(socket.inet_pton(family, address))
+        assert struct.unpack("!5H", ask(dns_query("intercepted.example", other))[2:12]) == (0x8400, 1, 0, 0, 0)
+        assert struct.unpack("!5H", ask(dns_query("elsewhere.example", kind))[2:12]) == (0x8403, 1, 0, 0, 0)
+        # What is no query is passed over, and the next one answered.
+        for nonsense in (b"", b"\0" * 5, query[:20], b"\xff" * 40):
+            with pytest.raises(socket.timeout):
+                lab.client.run(lambda nonsense=nonsense: silent(hosts.server, nonsense))  # type: ignore[misc]
+        assert ask(query) == answer
+        interceptor.stop(signal.SIGINT)
     assert lab.proxy.state() == before
 
 

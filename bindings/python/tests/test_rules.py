@@ -7,6 +7,7 @@ import gc
 import ipaddress
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -127,6 +128,32 @@ def test_stats_of_what_is_dropped(lab: Lab) -> None:
         with pytest.raises(OSError, match="timed out"):
             lab.client.run(lambda: socket.create_connection((V4.server, 80), 0.3))
         assert rules.stats().dropped_packets >= 1
+
+
+def test_stats_by_name(lab: Lab) -> None:
+    """What one process has installed, another can read; of a name that nobody has, FileNotFoundError."""
+    with proxy(lab, ports=[80], name="mine") as (rules, _):
+        before = lab.proxy.run(lambda: tproxy.read_stats("mine"))
+        assert before.intercepted_packets == 0
+        assert answer(lab, V4.server, 80) == "proxy"
+        seen = lab.proxy.run(lambda: tproxy.read_stats("mine"))
+        assert isinstance(seen, tproxy.RulesStats)
+        assert seen.intercepted_packets > 0
+        command = "import tproxy; print(tproxy.read_stats('mine').intercepted_packets > 0)"
+        assert lab.proxy.command(sys.executable, "-c", command) == "True\n"
+        assert rules.stats().intercepted_packets >= seen.intercepted_packets
+        with pytest.raises(FileNotFoundError, match="no rules of this name") as absent:
+            lab.proxy.run(tproxy.read_stats)
+        assert isinstance(absent.value, tproxy.Error)
+        with pytest.raises(tproxy.Error) as refused:
+            lab.proxy.run(lambda: tproxy.read_stats("no such/name"))
+        assert refused.value.errno == errno.EINVAL
+        with pytest.raises(ValueError, match="NUL"):
+            tproxy.read_stats("a\0b")
+    with lab.proxy.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY)):
+        assert lab.proxy.run(tproxy.read_stats) == (0,) * 8
+    with pytest.raises(FileNotFoundError):
+        lab.proxy.run(lambda: tproxy.read_stats("mine"))
 
 
 def test_they_end_with_the_block(net: Net) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import ipaddress
 import pickle
@@ -12,7 +11,7 @@ import threading
 import time
 
 import pytest
-from net import PATIENCE, V4, Hosts, Lab, Net, plain, read_all, relay, udp_client
+from net import PATIENCE, V4, Hosts, Lab, Net, drop_capabilities, plain, read_all, relay, udp_client
 
 import tproxy
 from tproxy import SocketFlag
@@ -375,18 +374,18 @@ def test_no_privilege(net: Net) -> None:
     """What an ordinary user gets: PermissionError, with the cure."""
 
     def powerless() -> None:
-        # capset(2), version 3: nothing effective, permitted or inheritable. It is this thread's alone.
-        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        assert ctypes.CDLL(None).capset(header, nothing) == 0
+        drop_capabilities()
         for call in (
             tproxy.socket,
             tproxy.Replier,
             tproxy.purge_rules,
+            tproxy.read_stats,
+            lambda: tproxy.self_test(flags=tproxy.RulesFlag.DIVERT_ONLY),
             lambda: tproxy.listen("127.0.0.1"),
             lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:1"),
             lambda: tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY),
         ):
-            with pytest.raises(PermissionError, match="CAP_NET_") as refused:
+            with pytest.raises(PermissionError, match=r"CAP_(NET|SYS)_") as refused:
                 call()
             assert isinstance(refused.value, tproxy.Error)
 
@@ -417,7 +416,8 @@ def test_the_gil_is_released_and_signals_are_heeded(lab: Lab) -> None:
             time.sleep(0.01)
         waited = connecting.result()
         assert waited > 0.5
-        assert turns > waited / 0.01 / 4
+        # One or two, if this thread had waited with the other.
+        assert turns > 20
         assert seen
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)

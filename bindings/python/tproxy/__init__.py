@@ -17,12 +17,12 @@ number out of range) is ValueError or TypeError.
 
 from ._address import Address, PortRange, Prefix, SockAddr
 from ._asyncio import DatagramEndpoint, open_connection_from, open_datagram_endpoint, start_server
-from ._check import Finding, Severity, check
+from ._check import Finding, Severity, check, self_test
 from ._ctypes import tp_version as _tp_version
 from ._datagrams import Batch, Datagram, Replier, ReplierStats, recv_datagrams, recvfrom
 from ._errors import Error
 from ._flags import AddressSet, Backend, DatagramFlag, Family, Format, Protocol, ReplierFlag, RulesFlag, SocketFlag
-from ._rules import Rules, RulesConfig, RulesStats, install_rules, purge_rules, render_rules
+from ._rules import Rules, RulesConfig, RulesStats, install_rules, purge_rules, read_stats, render_rules
 from ._sockets import bind_nonlocal, connect_from, listen, orig_dst, set_transparent, socket
 
 __all__ = [
@@ -59,9 +59,11 @@ __all__ = [
     "open_datagram_endpoint",
     "orig_dst",
     "purge_rules",
+    "read_stats",
     "recv_datagrams",
     "recvfrom",
     "render_rules",
+    "self_test",
     "set_transparent",
     "socket",
     "start_server",

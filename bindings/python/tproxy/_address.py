@@ -7,7 +7,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Iterable
-from typing import Any, Union
+from typing import Union
 
 from . import _ctypes as c
 
@@ -29,14 +29,13 @@ Prefix = Union[str, IPAddress, IPNetwork]
 #: A port, or the first and the last of a range.
 PortRange = Union[int, tuple[int, int], range]
 
-# struct sockaddr_in and sockaddr_in6 after the family; scope_id is in host order.
-_IN = struct.Struct("!H4s")
-_IN6 = struct.Struct("!HI16s")
-_SCOPE = struct.Struct("=I")
-_SCOPE_AT = 2 + _IN6.size
-_IN_SIZE, _IN6_SIZE = 16, 28
-_FAMILY = struct.Struct("=H")
-_MAPPED = b"\0" * 10 + b"\xff\xff"
+# struct sockaddr_in, sockaddr_in6, without their family. All but scope_id is in network byte order.
+_IN = struct.Struct("!2xH4s8x")
+_IN6 = struct.Struct("!2xHI16sI")
+
+# For those to whom it matters what a call costs: (port, host), (port, flowinfo, host, scope_id before ntohl).
+unpack_in = _IN.unpack
+unpack_in6 = _IN6.unpack
 
 
 def _split(text: str) -> tuple[str, int]:
@@ -95,13 +94,12 @@ def store(place: c.sockaddr_storage, address: Address) -> int:
     """Writes an address as C has it; gives its length."""
     ip, port, flow, scope = _parts(address)
     if isinstance(ip, ipaddress.IPv4Address):
+        _IN.pack_into(place, 0, port, ip.packed)
         place.ss_family = socket.AF_INET
-        _IN.pack_into(place, 2, port, ip.packed)
-        return _IN_SIZE
+        return _IN.size
+    _IN6.pack_into(place, 0, port, flow, ip.packed, socket.htonl(scope))
     place.ss_family = socket.AF_INET6
-    _IN6.pack_into(place, 2, port, flow, ip.packed)
-    _SCOPE.pack_into(place, _SCOPE_AT, scope)
-    return _IN6_SIZE
+    return _IN6.size
 
 
 def encode(address: Address) -> tuple[c.sockaddr_storage, int]:
@@ -110,24 +108,14 @@ def encode(address: Address) -> tuple[c.sockaddr_storage, int]:
     return place, store(place, address)
 
 
-def decode(data: Any, *, mapped: bool = False) -> SockAddr | None:
-    """The address in a ``struct sockaddr``; ``None`` if it is none of ours, or cut short.
-
-    mapped: for an AF_INET6 socket, which has IPv4 addresses v4-mapped.
-    """
-    size = len(data) if isinstance(data, bytes) else ctypes.sizeof(data)
-    if size < _FAMILY.size:
-        return None
-    (family,) = _FAMILY.unpack_from(data)
-    if family == socket.AF_INET and size >= _IN_SIZE:
-        port, ip = _IN.unpack_from(data, 2)
-        if mapped:
-            return socket.inet_ntop(socket.AF_INET6, _MAPPED + ip), port, 0, 0
-        return socket.inet_ntop(socket.AF_INET, ip), port
-    if family == socket.AF_INET6 and size >= _IN6_SIZE:
-        port, flow, ip = _IN6.unpack_from(data, 2)
-        (scope,) = _SCOPE.unpack_from(data, _SCOPE_AT)
-        return socket.inet_ntop(socket.AF_INET6, ip), port, flow, scope
+def decode(place: c.sockaddr_storage) -> SockAddr | None:
+    """The address that C wrote; ``None`` if it wrote none."""
+    if place.ss_family == socket.AF_INET:
+        port, ip = _IN.unpack_from(place)
+        return socket.inet_ntoa(ip), port
+    if place.ss_family == socket.AF_INET6:
+        port, flow, ip, scope = _IN6.unpack_from(place)
+        return socket.inet_ntop(socket.AF_INET6, ip), port, flow, socket.ntohl(scope)
     return None
 
 

@@ -81,8 +81,11 @@ async def start_server(
             connected, sock=sock, backlog=backlog, limit=limit, ssl=ssl, start_serving=start_serving
         )
     except BaseException:
-        if addr is not None and sock is not None:
-            sock.close()
+        if sock is not None:
+            # Cancelled, it may serve already: the loop forgets the listener before another socket has its number.
+            asyncio.get_running_loop().remove_reader(sock)
+            if addr is not None:
+                sock.close()
         raise
 
 

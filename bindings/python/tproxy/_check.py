@@ -1,13 +1,18 @@
-"""What keeps this host from intercepting traffic, as the library finds it."""
+"""What keeps this host, or this kernel, from intercepting traffic, as the library finds it."""
 
 from __future__ import annotations
 
 import ctypes
+from ctypes import byref
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _ctypes as c
 from ._errors import checked
+from ._rules import RulesConfig, config_struct
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Severity(IntEnum):
@@ -34,14 +39,38 @@ class Finding(NamedTuple):
 
 
 def check() -> list[Finding]:
-    """Asks the library for its findings; nothing is changed, and little privilege is needed."""
-    findings: list[Finding] = []
+    """Asks the library for its findings; nothing is changed, and little privilege is needed.
 
+    It looks at what is there: this process, its network, everybody's rules.
+    """
+    return _findings(c.tp_check)
+
+
+def self_test(**config: Unpack[RulesConfig]) -> list[Finding]:
+    """Tries whether rules work on this kernel, by a connection and a datagram of each family that go through them.
+
+    The keywords are those of :func:`install_rules`. All of it happens in a
+    network that exists only during the call, with listeners made there;
+    nothing of the host is changed. It takes milliseconds, at most three
+    seconds. PermissionError: it needs CAP_SYS_ADMIN too, which ``unshare -r``
+    gives to anybody.
+    """
+    struct = config_struct(config)
+    return _findings(c.tp_self_test, byref(struct), ctypes.sizeof(struct))
+
+
+def _findings(function: Any, *arguments: Any) -> list[Finding]:
+    """What a function of the library reports."""
+    findings: list[tuple[int, list[bytes | None]]] = []
+
+    # An exception in here would be printed and forgotten: it takes what there is, and no more. The texts are the
+    # library's, and gone after this call; ctypes copies them.
     def report(finding: ctypes._Pointer[c.tp_finding], _: object) -> None:
-        # The texts are the library's, and may be gone after this call.
         it = finding.contents
-        texts = [(getattr(it, name) or b"").decode("utf-8", "replace") for name in Finding._fields[1:]]
-        findings.append(Finding(Severity(it.severity), *texts))
+        findings.append((it.severity, [it.id, it.found, it.effect, it.cure]))
 
-    checked(c.tp_check(c.tp_finding_fn(report), None))
-    return findings
+    checked(function(*arguments, c.tp_finding_fn(report), None))
+    return [
+        Finding(Severity(severity), *((text or b"").decode("utf-8", "replace") for text in texts))
+        for severity, texts in findings
+    ]

@@ -11,13 +11,14 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes import byref
+from socket import AF_INET6, inet_ntoa, inet_ntop, ntohl
 from typing import Any, NamedTuple, Union, overload
 
 from . import _ctypes as c
-from ._address import Address, SockAddr, decode, store
+from ._address import Address, SockAddr, decode, store, unpack_in, unpack_in6
 from ._errors import Error, checked, kernel_error, last_error
 from ._flags import DatagramFlag, ReplierFlag
-from ._sockets import known_address, uint32, wait_for
+from ._sockets import uint32, wait_for
 
 #: Bytes that are sent.
 Buffer = Union[bytes, bytearray, memoryview]
@@ -33,21 +34,46 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     """
     # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
     # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
-    # With a timeout Python waits whatever the flags say.
-    if flags and flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
-        raise kernel_error(errno.EAGAIN, "receiving datagrams")
+    # 512 bytes are room for that, and for other things that the program may have asked for. Numbers, as names cost too.
     try:
-        data, control, _, client = sock.recvmsg(bufsize, 192, flags)
+        if flags:
+            data, control, _, client = _recvmsg(sock, bufsize, flags)
+        else:
+            data, control, _, client = sock.recvmsg(bufsize, 512)
     except _socket.timeout:
         raise
     except OSError as error:
         raise kernel_error(error.errno or 0, "receiving datagrams") from None
-    for level, kind, body in control:
-        # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
-        if (kind == 20 and level == 0) or (kind == 74 and level == 41):
-            # The address is of the sender's family.
-            return data, client, known_address(body, kind == 20 and len(client) == 4)
+    try:
+        [(level, kind, body)] = control
+    except ValueError:
+        level, kind, body = _orig_dst_among(control)
+    # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
+    if kind == 20 and level == 0:
+        port, ip = unpack_in(body)
+        # The address is of the sender's family.
+        if len(client) == 2:
+            return data, client, (inet_ntoa(ip), port)
+        return data, client, ("::ffff:" + inet_ntoa(ip), port, 0, 0)
+    if kind == 74 and level == 41:
+        port, flow, ip, scope = unpack_in6(body)
+        return data, client, (inet_ntop(AF_INET6, ip), port, flow, scope and ntohl(scope))
     return data, client, None
+
+
+def _recvmsg(sock: _socket.socket, bufsize: int, flags: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+    # With a timeout Python waits whatever the flags say.
+    if flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
+        raise kernel_error(errno.EAGAIN, "receiving datagrams")
+    return sock.recvmsg(bufsize, 512, flags)
+
+
+def _orig_dst_among(control: list[tuple[int, int, bytes]]) -> tuple[int, int, bytes]:
+    """There is none, or the program asked for other things too: for so many that this one was cut, perhaps."""
+    for level, kind, body in control:
+        if (level, kind, len(body)) in ((0, 20, 16), (41, 74, 28)):
+            return level, kind, body
+    return 0, 0, b""
 
 
 def _readable(sock: _socket.socket) -> bool:

@@ -69,6 +69,10 @@ def _text(what: str, text: str) -> bytes:
     return text.encode()
 
 
+def _name(name: str | None) -> bytes | None:
+    return None if name is None else _text("name", name)
+
+
 def config_struct(given: RulesConfig) -> c.tp_rules_config:
     """What is asked for as C has it. The arrays live as long as the struct."""
     unknown = given.keys() - RulesConfig.__annotations__.keys()
@@ -81,7 +85,7 @@ def config_struct(given: RulesConfig) -> c.tp_rules_config:
     for what in _NUMBERS:
         setattr(config, what, uint32(what, numbers.get(what, 0)))
     name, listen_addr = given.get("name"), given.get("listen_addr")
-    config.name = None if name is None else _text("name", name)
+    config.name = _name(name)
     if listen_addr is not None:
         place, config.listen_addrlen = encode(listen_addr)
         config.listen_addr = ctypes.pointer(place)
@@ -120,6 +124,10 @@ class RulesStats(NamedTuple):
     #: Dropped, because they were sent straight to a listener.
     guarded_packets: int
     guarded_bytes: int
+
+
+def _stats(stats: c.tp_rules_stats) -> RulesStats:
+    return RulesStats(*(getattr(stats, name) for name in RulesStats._fields))
 
 
 class Rules:
@@ -166,7 +174,7 @@ class Rules:
         stats = c.tp_rules_stats()
         with self._lock:
             checked(c.tp_rules_stats_(self._installed(), byref(stats), ctypes.sizeof(stats)))
-        return RulesStats(*(getattr(stats, name) for name in RulesStats._fields))
+        return _stats(stats)
 
     def remove(self) -> None:
         """Removes them. To remove them twice is fine."""
@@ -218,6 +226,17 @@ def render_rules(format: Format | int = Format.NFT, **config: Unpack[RulesConfig
     return text.value.decode()
 
 
+def read_stats(name: str | None = None) -> RulesStats:
+    """What the rules of an instance have done, whatever process they belong to.
+
+    name: the instance's; ``None``: "tproxy". FileNotFoundError: there are no
+    rules of this name. PermissionError: no CAP_NET_ADMIN over this network.
+    """
+    stats = c.tp_rules_stats()
+    checked(c.tp_read_stats(_name(name), byref(stats), ctypes.sizeof(stats)))
+    return _stats(stats)
+
+
 def purge_rules(name: str | None = None) -> None:
     """Removes what a dead or persistent instance left, or all of them; never what a living process has."""
-    checked(c.tp_purge_rules(None if name is None else _text("name", name)))
+    checked(c.tp_purge_rules(_name(name)))

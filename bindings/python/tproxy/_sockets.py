@@ -6,16 +6,14 @@ import select
 import socket as _socket
 import time
 from ctypes import byref
+from socket import AF_INET6, inet_ntoa, inet_ntop, ntohl
 from typing import Protocol as _Protocol
 from typing import Union
 
 from . import _ctypes as c
-from ._address import Address, SockAddr, decode, encode, family_of
+from ._address import Address, SockAddr, decode, encode, family_of, unpack_in, unpack_in6
 from ._errors import checked, kernel_error, last_error
 from ._flags import SocketFlag
-
-# linux/netfilter_ipv4.h; IPv6's has the same number.
-SO_ORIGINAL_DST = 80
 
 #: What is asked of arguments that go as flags: an enum's, or a number.
 Flags = Union[int, SocketFlag]
@@ -138,18 +136,31 @@ def orig_dst(sock: _socket.socket) -> SockAddr:
     The address is of the socket's family: an IPv4 connection of an AF_INET6
     listener gives it v4-mapped. FileNotFoundError: it was not intercepted.
     """
-    # What tp_orig_dst does, by Python's own calls, which take half the time of a call by ctypes. In any case but
-    # the two that are wanted the library is asked, and has the last word.
+    # What tp_orig_dst does, by Python's own calls, which take half the time of a call by ctypes; numbers, because
+    # names cost too. In any case but the two that are wanted the library is asked, and has the last word.
     try:
-        # SOL_IP, IP_TRANSPARENT: by TPROXY.
+        # SOL_IP, IP_TRANSPARENT: by TPROXY, and the address is the socket's own.
         if sock.getsockopt(0, 19):
             name: SockAddr = sock.getsockname()
             host = name[0]
+            # One after the other: a set hashes first, which costs more, and varies with the seed of hashes.
             if host != "::" and host != "0.0.0.0" and host != "::ffff:0.0.0.0" and name[1]:
                 return name
         else:
-            found = _before_nat(sock)
-            if found:
+            # By REDIRECT, and connection tracking has another address than the socket's own. It is asked by the level
+            # of the address, not of the socket: SOL_IP or SOL_IPV6, SO_ORIGINAL_DST.
+            name = sock.getsockname()
+            found: SockAddr
+            if len(name) == 2:
+                port, ip = unpack_in(sock.getsockopt(0, 80, 16))
+                found = inet_ntoa(ip), port
+            elif name[0].startswith("::ffff:"):
+                port, ip = unpack_in(sock.getsockopt(0, 80, 16))
+                found = "::ffff:" + inet_ntoa(ip), port, 0, 0
+            else:
+                port, flow, ip, scope = unpack_in6(sock.getsockopt(41, 80, 28))
+                found = inet_ntop(AF_INET6, ip), port, flow, scope and ntohl(scope)
+            if found != name:
                 return found
     except OSError:
         pass
@@ -158,33 +169,3 @@ def orig_dst(sock: _socket.socket) -> SockAddr:
     decoded = decode(place)
     assert decoded, "the library gives IPv4 and IPv6 addresses alone"
     return decoded
-
-
-def _before_nat(sock: _socket.socket) -> SockAddr | None:
-    """What connection tracking says, if that is another address than the socket's own."""
-    name: SockAddr = sock.getsockname()
-    # The level follows the address, not the socket: a v4-mapped connection is IPv4's.
-    mapped = name[0].startswith("::ffff:")
-    if len(name) == 2 or mapped:
-        data = sock.getsockopt(_socket.SOL_IP, SO_ORIGINAL_DST, 16)
-    else:
-        data = sock.getsockopt(_socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
-    found = known_address(data, mapped)
-    return found if found != name else None
-
-
-# Decoding costs more than the system call that brings an address, and destinations are few: a bounded memory of both
-# kinds of sockets (v4-mapped or not).
-_KNOWN: tuple[dict[bytes, SockAddr | None], dict[bytes, SockAddr | None]] = ({}, {})
-_KNOWN_MOST = 4096
-
-
-def known_address(data: bytes, mapped: bool) -> SockAddr | None:
-    """:func:`decode`, remembered."""
-    known = _KNOWN[mapped]
-    try:
-        return known[data]
-    except KeyError:
-        if len(known) >= _KNOWN_MOST:
-            known.clear()
-        return known.setdefault(data, decode(data, mapped=mapped))
