@@ -14,6 +14,7 @@ use crate::sys;
 /// A transparent socket (TPROXY) has it as its own local address. Any other
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
+#[inline(always)]
 pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
     let transparent =
         sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(|e| match e.raw_os_error() {

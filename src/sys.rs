@@ -28,6 +28,7 @@ pub(crate) fn coarse_ms() -> u64 {
 }
 
 /// `getsockopt` of an `int`.
+#[inline(always)]
 pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
     let mut value: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
@@ -45,6 +46,7 @@ pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer
 }
 
 /// `setsockopt` of an `int`.
+#[inline(always)]
 pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     // SAFETY: value is valid for reads of the length given.
     let rc = unsafe {
