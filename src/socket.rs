@@ -40,8 +40,13 @@ pub struct ConnectOptions {
 /// An IPv6 stream or datagram socket is dual-stack; a datagram socket also
 /// reports original destinations (`IP_RECVORIGDSTADDR`,
 /// `IPV6_RECVORIGDSTADDR`).
-#[inline(always)]
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+    make(domain, kind, protocol)
+}
+
+/// As [`socket()`], for the caller to whom its time matters.
+#[inline(always)]
+pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     if domain != Domain::IPV4 && domain != Domain::IPV6 {
         return Err(Error::new(
             libc::EAFNOSUPPORT,

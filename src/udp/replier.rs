@@ -188,7 +188,7 @@ impl Replier {
                 continue;
             }
             match self.sources.raw(v6) {
-                Ok(fd) => batch.send(fd, group, true, &mut errors),
+                Ok(fd) => batch.send_raw(fd, group, &mut errors),
                 Err(error) => group.iter().for_each(|number| errors[number] = error.errno()),
             }
             self.raw += group.iter().filter(|number| errors[*number] == 0).count() as u64;
@@ -198,6 +198,11 @@ impl Replier {
 }
 
 impl Batch<'_, '_> {
+    #[inline(never)]
+    fn send_raw(&self, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
+        self.send(fd, group, true, errors);
+    }
+
     /// Sends some datagrams by one socket.
     #[inline(always)]
     fn send(&self, fd: BorrowedFd<'_>, group: &Group, raw: bool, errors: &mut [i32; BATCH]) {
@@ -221,7 +226,7 @@ impl Batch<'_, '_> {
             };
             for data in pieces(data, most) {
                 if outbox.is_full() {
-                    self.flush(&mut outbox, fd, group, errors);
+                    self.flush_midway(&mut outbox, fd, group, errors);
                 }
                 if !raw && outbox.join(flow, data) {
                     continue;
@@ -232,6 +237,11 @@ impl Batch<'_, '_> {
             }
         }
         self.flush(&mut outbox, fd, group, errors);
+    }
+
+    #[inline(never)]
+    fn flush_midway(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
+        self.flush(outbox, fd, group, errors);
     }
 
     #[inline(always)]
