@@ -59,7 +59,7 @@ const DESTINATION_PORT: u16 = 24;
 /// The rules of a family, in the order in which they are asked.
 pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let dumped = channel.dump(libc::RTM_GETRULE, &header, |_| {})?;
+    let dumped = channel.dump(libc::RTM_GETRULE, &header, &|_| {})?;
     Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).collect())
 }
 
@@ -108,7 +108,7 @@ pub(crate) fn routes(channel: &mut Channel, family: Family, table: u32) -> io::R
     const ROUTE_TABLE: u16 = 15;
     let mut header = [0; 12];
     header[0] = family.nfproto();
-    let dumped = match channel.dump(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table)) {
+    let dumped = match channel.dump(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table)) {
         // A table that has never had a route.
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
         dumped => dumped?,
@@ -153,7 +153,7 @@ pub(crate) struct Interface {
 
 pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
     Ok(channel
-        .dump(libc::RTM_GETLINK, &[0; 16], |_| {})?
+        .dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?
         .iter()
         .filter_map(|payload| parse_interface(payload))
         .collect())
