@@ -10,7 +10,7 @@ CARGO   ?= cargo
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libtproxy.so.0
-SOURCES := Makefile Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
+SOURCES := Makefile .cargo/config.toml Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
 # A target directory of its own: what `cargo build` leaves in the usual one has no LTO.
 CARGO_DIR := build/cargo
 OUT       := $(CARGO_DIR)/release
@@ -25,9 +25,9 @@ INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
-# One crate type at a time: along with an rlib, cargo skips LTO without a word.
+# One crate type at a time: along with an rlib, cargo skips LTO without a word. The flags are in .cargo/config.toml.
 $(OUT)/libtproxy.so: $(SOURCES)
-	$(CARGO) rustc --release --lib --crate-type cdylib --target-dir $(CARGO_DIR)
+	CARGO_TARGET_DIR=$(CARGO_DIR) $(CARGO) shared
 	@touch $@
 
 # rustc says what a program that links the archive needs besides.

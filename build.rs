@@ -1,9 +1,28 @@
 //! Gives the shared library its soname. cargo-c (feature `capi`) sets one of
 //! its own, and two would be an error.
 
+use std::env;
+use std::process::Command;
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    if std::env::var_os("CARGO_FEATURE_CAPI").is_none() {
+    if env::var_os("CARGO_FEATURE_CAPI").is_none() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libtproxy.so.0");
     }
+    if packs_relocations() {
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,pack-relative-relocs");
+    }
+}
+
+/// Relative relocations (15 KB of them) can be a bitmap, which glibc reads since 2.36.
+fn packs_relocations() -> bool {
+    let var = |name| env::var(name).unwrap_or_default();
+    let native = var("HOST") == var("TARGET") && var("CARGO_CFG_TARGET_ENV") == "gnu";
+    let Some(output) = Command::new("getconf").arg("GNU_LIBC_VERSION").output().ok().filter(|_| native) else {
+        return false;
+    };
+    // "glibc 2.36"
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split([' ', '.']).skip(1).map_while(|number| number.trim().parse::<u32>().ok());
+    version.collect::<Vec<_>>() >= vec![2, 36]
 }

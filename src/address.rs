@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 /// A `struct sockaddr_in` or `sockaddr_in6`, by the family that it names;
 /// `None` if it is another's or too short.
+#[inline(always)]
 pub(crate) fn decode(bytes: &[u8]) -> Option<SocketAddr> {
     let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok();
     let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
@@ -56,6 +57,7 @@ pub(crate) fn family(bytes: &[u8]) -> Option<i32> {
 }
 
 /// The IPv4 address that a v4-mapped one stands for; any other address as it is.
+#[inline(always)]
 pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr {
         SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {

@@ -31,6 +31,7 @@ mod prefix;
 pub mod rules;
 mod self_test;
 pub mod socket;
+mod sort;
 #[allow(unsafe_code)]
 mod sys;
 pub mod udp;

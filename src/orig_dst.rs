@@ -15,6 +15,12 @@ use crate::sys;
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
 pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+    find(fd)
+}
+
+/// As [`orig_dst`], for the caller to whom its time matters.
+#[inline(always)]
+pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
     let transparent =
         sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(|e| match e.raw_os_error() {
             Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT) => {

@@ -41,6 +41,12 @@ pub struct ConnectOptions {
 /// reports original destinations (`IP_RECVORIGDSTADDR`,
 /// `IPV6_RECVORIGDSTADDR`).
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+    make(domain, kind, protocol)
+}
+
+/// As [`socket()`], for the caller to whom its time matters.
+#[inline(always)]
+pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     if domain != Domain::IPV4 && domain != Domain::IPV6 {
         return Err(Error::new(
             libc::EAFNOSUPPORT,
@@ -234,6 +240,7 @@ pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
 }
 
 /// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
+#[inline(always)]
 fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
     let failed = |e: io::Error| Error::socket(Step::ReportOrigDst, Ends::default(), &e);
     if domain == Domain::IPV6 {
@@ -248,6 +255,7 @@ pub(crate) fn bind(socket: &Socket, addr: SocketAddr) -> Result<()> {
 }
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
+#[inline(always)]
 fn bind_without_port(socket: &Socket, addr: SocketAddr) -> Result<()> {
     match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
         // Linux before 4.2: the port is chosen at once, from fewer.

@@ -1,9 +1,11 @@
 //! The few system calls that `std` and `socket2` do not wrap.
 
+use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::ptr;
 
 use socket2::SockAddr;
 
@@ -28,6 +30,7 @@ pub(crate) fn coarse_ms() -> u64 {
 }
 
 /// `getsockopt` of an `int`.
+#[inline(always)]
 pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
     let mut value: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
@@ -45,6 +48,7 @@ pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer
 }
 
 /// `setsockopt` of an `int`.
+#[inline(always)]
 pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     // SAFETY: value is valid for reads of the length given.
     let rc = unsafe {
@@ -126,6 +130,83 @@ pub(crate) fn file_of(text: &str) -> io::Result<File> {
     Ok(file)
 }
 
+/// What a program left behind.
+pub(crate) struct Outcome {
+    /// It ended by itself, with status 0.
+    pub success: bool,
+    pub output: Vec<u8>,
+    pub errors: Vec<u8>,
+}
+
+/// Runs a program, sought in PATH unless there is a slash in its name, and waits for its end.
+///
+/// What it reads and writes are files in memory, not pipes: one that ends
+/// early does not end this process with SIGPIPE, and nothing waits for a full
+/// pipe. (`std::process::Command` brings several times the code.)
+pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outcome> {
+    let words: Vec<CString> =
+        std::iter::once(&program).chain(args).map(|word| CString::new(*word)).collect::<Result<_, _>>()?;
+    let mut argv: Vec<*mut libc::c_char> = words.iter().map(|word| word.as_ptr().cast_mut()).collect();
+    argv.push(ptr::null_mut());
+    let mut files = [file_of(input)?, file_of("")?, file_of("")?];
+    let pid = spawn(&argv, &files)?;
+    let mut status = 0;
+    // SAFETY: status is valid for writes.
+    while unsafe { libc::waitpid(pid, &raw mut status, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    let [_, output, errors] = &mut files;
+    let read = |file: &mut File| {
+        let mut bytes = Vec::new();
+        file.rewind()?;
+        file.read_to_end(&mut bytes)?;
+        io::Result::Ok(bytes)
+    };
+    let success = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
+    Ok(Outcome { success, output: read(output)?, errors: read(errors)? })
+}
+
+/// Starts a program with these for its standard input, output and error, and
+/// with no signal blocked or, for SIGPIPE, ignored. The arguments end with NULL.
+fn spawn(argv: &[*mut libc::c_char], files: &[File; 3]) -> io::Result<libc::pid_t> {
+    unsafe extern "C" {
+        static environ: *const *mut libc::c_char;
+    }
+    let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) };
+    let mut pid = 0;
+    // SAFETY: both are initialised before anything else is done with them, and destroyed at the end; the arguments are
+    // NUL-terminated and the last is NULL; environ is the C library's.
+    unsafe {
+        let mut actions = std::mem::zeroed();
+        let mut attributes = std::mem::zeroed();
+        let mut signals = std::mem::zeroed();
+        done(libc::posix_spawn_file_actions_init(&raw mut actions))?;
+        let started = done(libc::posix_spawnattr_init(&raw mut attributes)).and_then(|()| {
+            libc::sigemptyset(&raw mut signals);
+            let mut outcome = libc::posix_spawnattr_setsigmask(&raw mut attributes, &raw const signals);
+            libc::sigaddset(&raw mut signals, libc::SIGPIPE);
+            outcome |= libc::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const signals);
+            let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
+            outcome |= libc::posix_spawnattr_setflags(&raw mut attributes, flags as _);
+            for (number, file) in (0..).zip(files) {
+                outcome |= libc::posix_spawn_file_actions_adddup2(&raw mut actions, file.as_raw_fd(), number);
+            }
+            if outcome == 0 {
+                let (actions, attributes) = (&raw const actions, &raw const attributes);
+                outcome = libc::posix_spawnp(&raw mut pid, argv[0], actions, attributes, argv.as_ptr(), environ);
+            }
+            libc::posix_spawnattr_destroy(&raw mut attributes);
+            done(outcome)
+        });
+        libc::posix_spawn_file_actions_destroy(&raw mut actions);
+        started?;
+    }
+    Ok(pid)
+}
+
 /// An errno value that displays as the C library describes it, without allocating.
 pub(crate) struct Describe(pub i32);
 
@@ -142,5 +223,51 @@ impl fmt::Display for Describe {
             Ok(text) if !text.is_empty() => f.write_str(text),
             _ => write!(f, "errno {}", self.0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, input: &str) -> Outcome {
+        run("sh", &["-c", script], input).unwrap()
+    }
+
+    #[test]
+    fn a_program_reads_its_input_and_both_outputs_are_kept() {
+        let outcome = shell("cat; echo complaint >&2; exit 3", "some words\n");
+        assert_eq!(
+            (outcome.success, outcome.output, outcome.errors),
+            (false, b"some words\n".into(), b"complaint\n".into())
+        );
+        assert!(shell("exit 0", "").success);
+        assert!(!shell("kill -KILL $$", "").success);
+    }
+
+    #[test]
+    fn more_than_a_pipe_holds_comes_and_goes() {
+        let long = "x".repeat(1 << 20);
+        assert_eq!(shell("cat", &long).output, long.as_bytes());
+        // It ends before it has read anything.
+        assert!(shell("exit 0", &long).success);
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_not_found() {
+        for name in ["no-such-program-anywhere", "/usr/sbin/no-such-program"] {
+            assert_eq!(run(name, &[], "").err().unwrap().kind(), io::ErrorKind::NotFound);
+        }
+    }
+
+    #[test]
+    fn a_program_starts_with_no_signal_blocked_and_dies_by_sigpipe() {
+        let signals = "sed -n 's/^Sig\\(Blk\\|Ign\\):\\s*0*//p' /proc/self/status";
+        // Rust's runtime ignores SIGPIPE, 13.
+        let outcome = without_signals(|| shell(signals, ""));
+        let lines = String::from_utf8(outcome.output).unwrap();
+        let masks: Vec<u64> = lines.lines().map(|mask| u64::from_str_radix(mask, 16).unwrap_or(0)).collect();
+        assert_eq!(masks.first(), Some(&0));
+        assert_eq!(masks[1] & 1 << 12, 0);
     }
 }

@@ -6,6 +6,7 @@ it below, in `rust`.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 SONAME = "libtproxy.so.0"
 LICENCES = ("LICENSE-MIT", "LICENSE-APACHE")
 #: What cargo needs to build the library.
-RUST = ("Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", *LICENCES)
+RUST = (".cargo/config.toml", "Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", *LICENCES)
 
 
 def rust_source(root: str) -> Path:
@@ -61,6 +62,6 @@ class Library(BuildHookInterface[Any]):
             raise RuntimeError("cargo is missing: building libtproxy needs Rust, 1.88 or newer")
         # Where `make` builds it, so that nothing is built twice.
         target = source / "build" / "cargo"
-        command = ["cargo", "rustc", "--release", "--lib", "--crate-type", "cdylib", "--locked"]
-        subprocess.run([*command, "--target-dir", target], cwd=source, check=True)
+        environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
+        subprocess.run(["cargo", "--locked", "shared"], cwd=source, env=environment, check=True)
         return target / "release" / "libtproxy.so"

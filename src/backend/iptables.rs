@@ -5,13 +5,12 @@
 //! tproxy.rst): `-m socket`, MARK and ACCEPT for what has a socket, TPROXY for
 //! what is to be intercepted. TPROXY without a listener drops, always.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::process::Command;
 
 use crate::error::{Error, Result};
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
 use crate::prefix::PrefixSet;
+use crate::{sort, sys};
 
 /// Rules are looked at one by one: more prefixes than this would cost every packet too much.
 const PREFIXES_MAX: usize = 1000;
@@ -244,9 +243,9 @@ impl Builder<'_> {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Found {
     /// Table and chain.
-    chains: BTreeSet<(String, String)>,
+    chains: Vec<(String, String)>,
     /// Table, and the rule behind `-A`.
-    jumps: BTreeSet<(String, String)>,
+    jumps: Vec<(String, String)>,
 }
 
 impl Found {
@@ -261,14 +260,16 @@ impl Found {
             } else if let Some(chain) = line.strip_prefix(':').and_then(|rest| rest.split(' ').next()) {
                 // No other instance's: the parts have no '-' in them.
                 if chain.strip_prefix(&prefix).is_some_and(|part| !part.contains('-')) {
-                    found.chains.insert((table.clone(), chain.to_owned()));
+                    found.chains.push((table.clone(), chain.to_owned()));
                 }
             } else if let Some(rule) = line.strip_prefix("-A ")
                 && rule.contains(&marker)
             {
-                found.jumps.insert((table.clone(), rule.to_owned()));
+                found.jumps.push((table.clone(), rule.to_owned()));
             }
         }
+        sort::unique(&mut found.chains);
+        sort::unique(&mut found.jumps);
         found
     }
 
@@ -281,12 +282,13 @@ impl Found {
 /// the instance), whatever they held of it.
 fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
     let mut text = String::new();
-    let mut names: BTreeSet<&str> = wanted.iter().map(|table| table.name).collect();
-    names.extend(found.chains.iter().chain(&found.jumps).map(|(table, _)| table.as_str()));
+    let found_in = found.chains.iter().chain(&found.jumps).map(|(table, _)| table.clone());
+    let mut names: Vec<String> = wanted.iter().map(|table| table.name.to_owned()).chain(found_in).collect();
+    sort::unique(&mut names);
     for table_name in names {
         // Writing to a String does not fail.
         let _ = writeln!(text, "*{table_name}");
-        let stale = found.chains.iter().filter(|(table, _)| table == table_name).map(|(_, chain)| chain);
+        let stale = found.chains.iter().filter(|(table, _)| *table == table_name).map(|(_, chain)| chain);
         let table = wanted.iter().find(|table| table.name == table_name);
         let chains = table.map_or(&[][..], |table| &table.chains);
         let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).collect();
@@ -294,7 +296,7 @@ fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
         for chain in chains.iter().map(|chain| &chain.name).chain(gone.iter().copied()) {
             let _ = writeln!(text, ":{chain} - [0:0]");
         }
-        for (_, jump) in found.jumps.iter().filter(|(table, _)| table == table_name) {
+        for (_, jump) in found.jumps.iter().filter(|(table, _)| *table == table_name) {
             let _ = writeln!(text, "-D {jump}");
         }
         for chain in chains {
@@ -361,10 +363,12 @@ impl Tool {
     }
 
     /// The instances that have rules here: those whose jumps say so. A chain's name alone may be anybody's.
-    pub fn instances(&self) -> Result<BTreeSet<String>> {
+    pub fn instances(&self) -> Result<Vec<String>> {
         let marker = format!("--comment \"{}", comment(""));
         let name = |line: &str| Some(line.split_once(&marker)?.1.split_once('"')?.0.to_owned());
-        Ok(self.saved()?.lines().filter_map(name).collect())
+        let mut names = self.saved()?.lines().filter_map(name).collect();
+        sort::unique(&mut names);
+        Ok(names)
     }
 
     /// The packets and bytes of the instance's rules: chain, rule, and the two numbers.
@@ -392,20 +396,16 @@ impl Tool {
             let cure = if missing { "; install the package iptables" } else { "" };
             Error::new(errno, format!("{program}: {e}{cure}"))
         };
-        // By a file, not by a pipe: a program that ends early must not end this one with SIGPIPE.
-        let output = ["", "/usr/sbin/", "/sbin/"]
+        let outcome = ["", "/usr/sbin/", "/sbin/"]
             .iter()
-            .map(|directory| {
-                let input = crate::sys::file_of(input)?;
-                Command::new(format!("{directory}{program}")).args(args).stdin(input).output()
-            })
+            .map(|directory| sys::run(&format!("{directory}{program}"), args, input))
             .find(|outcome| !matches!(outcome, Err(e) if e.kind() == std::io::ErrorKind::NotFound))
             .unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
             .map_err(failed)?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        if outcome.success {
+            return Ok(String::from_utf8_lossy(&outcome.output).into_owned());
         }
-        let words = String::from_utf8_lossy(&output.stderr);
+        let words = String::from_utf8_lossy(&outcome.errors);
         let words = words.trim();
         let errno = match words {
             words if words.contains("Permission denied") || words.contains("must be root") => libc::EPERM,

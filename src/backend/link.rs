@@ -43,7 +43,7 @@ pub(crate) fn add_pair(channel: &mut Channel, here: (&str, Mac), there: (&str, M
         a.u32(LINK_NAMESPACE_FD, there.2.as_raw_fd() as u32);
     });
     let peer = peer.bytes().and_then(|bytes| bytes.get(MESSAGE_HEADER..)).unwrap_or_default();
-    act(channel, "link add type veth", libc::RTM_NEWLINK, &[0; 16], |a| {
+    act(channel, "link add type veth", libc::RTM_NEWLINK, &[0; 16], &|a| {
         end(a, here.0, here.1);
         a.nest(LINK_INFO, |a| {
             a.string(INFO_KIND, "veth");
@@ -60,7 +60,7 @@ pub(crate) fn set_up(channel: &mut Channel, index: u32) -> Result<()> {
     header[8..12].copy_from_slice(&up);
     header[12..16].copy_from_slice(&up);
     // Nothing is made: an interface of this index is changed.
-    act(channel, "link set up", libc::RTM_NEWLINK, &header, |_| {})
+    act(channel, "link set up", libc::RTM_NEWLINK, &header, &|_| {})
 }
 
 fn octets(addr: IpAddr) -> Vec<u8> {
@@ -84,7 +84,7 @@ pub(crate) fn add_address(channel: &mut Channel, index: u32, addr: IpAddr) -> Re
     const AT_ONCE: u32 = 2;
     let [a, b, c, d] = index.to_ne_bytes();
     let header = [family_of(addr), bits_of(addr), 0, 0, a, b, c, d];
-    act(channel, "address add", libc::RTM_NEWADDR, &header, |attrs| {
+    act(channel, "address add", libc::RTM_NEWADDR, &header, &|attrs| {
         attrs.bytes(ADDRESS_LOCAL, &octets(addr));
         attrs.bytes(ADDRESS_ADDRESS, &octets(addr));
         attrs.u32(ADDRESS_FLAGS, AT_ONCE);
@@ -99,7 +99,7 @@ pub(crate) fn add_route(channel: &mut Channel, index: u32, to: IpAddr, everythin
     let [f0, f1, f2, f3] = if everything { ON_LINK } else { 0 }.to_ne_bytes();
     let (len, scope) = if everything { (0, libc::RT_SCOPE_UNIVERSE) } else { (bits_of(to), libc::RT_SCOPE_LINK) };
     let header = [family_of(to), len, 0, 0, libc::RT_TABLE_MAIN, STATIC, scope, libc::RTN_UNICAST, f0, f1, f2, f3];
-    act(channel, "route add", libc::RTM_NEWROUTE, &header, |attrs| {
+    act(channel, "route add", libc::RTM_NEWROUTE, &header, &|attrs| {
         attrs.u32(ROUTE_OIF, index);
         attrs.bytes(if everything { ROUTE_GATEWAY } else { ROUTE_DESTINATION }, &octets(to));
     })
@@ -112,14 +112,14 @@ pub(crate) fn add_neighbour(channel: &mut Channel, index: u32, addr: IpAddr, mac
     let [a, b, c, d] = index.to_ne_bytes();
     let [s0, s1] = PERMANENT.to_ne_bytes();
     let header = [family_of(addr), 0, 0, 0, a, b, c, d, s0, s1, 0, 0];
-    act(channel, "neighbour add", libc::RTM_NEWNEIGH, &header, |attrs| {
+    act(channel, "neighbour add", libc::RTM_NEWNEIGH, &header, &|attrs| {
         attrs.bytes(NEIGHBOUR_DESTINATION, &octets(addr));
         attrs.bytes(NEIGHBOUR_LINK_ADDRESS, &mac);
     })
 }
 
 /// One change, which the kernel must acknowledge.
-fn act(channel: &mut Channel, what: &str, kind: u16, header: &[u8], attrs: impl FnOnce(&mut Attrs<'_>)) -> Result<()> {
+fn act(channel: &mut Channel, what: &str, kind: u16, header: &[u8], attrs: &dyn Fn(&mut Attrs<'_>)) -> Result<()> {
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
     let seq = channel.next_seq();
     let mut message = Buffer::default();

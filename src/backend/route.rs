@@ -103,7 +103,7 @@ pub(crate) enum Entry {
 pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<FoundRule>> {
     let mut found = Vec::new();
     for family in Families::ALL.iter() {
-        let dumped = match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), |_| {}) {
+        let dumped = match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), &|_| {}) {
             Ok(dumped) => dumped,
             Err(_) if !needed.contains(family) || needed == Families::ALL && family == Family::V6 => continue,
             Err(e) => {
@@ -124,7 +124,7 @@ pub(crate) fn has_ipv6(channel: &mut Channel) -> bool {
     const ANY: [u8; 8] = [libc::AF_INET6 as u8, 0, 0, 0, 0, 0, 0, 0];
     // Without IPv6 in the kernel the dump is of every other family (`rtnl_dump_all`).
     let is_v6 = |address: &Vec<u8>| address.first() == Some(&ANY[0]);
-    channel.dump(libc::RTM_GETADDR, &ANY, |_| {}).is_ok_and(|addresses| addresses.iter().any(is_v6))
+    channel.dump(libc::RTM_GETADDR, &ANY, &|_| {}).is_ok_and(|addresses| addresses.iter().any(is_v6))
 }
 
 /// The local route needs `lo`: what is routed to it is dropped while it is down.
@@ -184,7 +184,7 @@ fn has_route(channel: &mut Channel, family: Family, table: u32) -> bool {
         // `struct rtmsg`: the destination's length, the protocol, the type.
         matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, libc::RTN_LOCAL, ..]) && number(ROUTE_TABLE) == Some(table)
     };
-    channel.dump(libc::RTM_GETROUTE, &any, |a| a.u32(ROUTE_TABLE, table)).is_ok_and(|routes| routes.iter().any(ours))
+    channel.dump(libc::RTM_GETROUTE, &any, &|a| a.u32(ROUTE_TABLE, table)).is_ok_and(|routes| routes.iter().any(ours))
 }
 
 /// Adds all or nothing.

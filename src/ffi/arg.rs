@@ -69,6 +69,7 @@ pub(super) struct AddressOut {
 }
 
 impl AddressOut {
+    #[inline(always)]
     pub(super) fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<AddressOut> {
         if addr.is_null() {
             return Err(null(what));

@@ -62,17 +62,27 @@ fn remember(error: &dyn fmt::Display) {
 /// -1, errno (last of all) and the sentence.
 pub(super) fn guard<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
     let errno = sys::errno();
-    let error = match quietly(body) {
+    match quietly(body) {
         Ok(Ok(value)) => {
             sys::set_errno(errno);
             return value;
         }
-        Ok(Err(error)) => error,
-        Err(()) => Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"),
-    };
-    remember(&error);
-    sys::set_errno(error.errno());
+        Ok(Err(error)) => fail(error),
+        Err(()) => {
+            fail(Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"));
+        }
+    }
     T::from(-1)
+}
+
+/// errno is written last.
+#[cold]
+#[inline(never)]
+fn fail(error: Error) {
+    let errno = error.errno();
+    remember(&error);
+    drop(error);
+    sys::set_errno(errno);
 }
 
 /// What reported panics before us. Nothing here allocates: a program's first

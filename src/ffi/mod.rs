@@ -14,6 +14,8 @@ mod config;
 mod datagrams;
 mod diagnosis;
 mod guard;
+#[cfg(tproxy_shared)]
+mod lean;
 mod rules;
 mod sockets;
 

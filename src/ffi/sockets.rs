@@ -8,6 +8,7 @@ use socket2::{Domain, Protocol, Type};
 
 use super::arg::{self, AddressOut};
 use super::guard::guard;
+use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
 
 /// The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
@@ -45,7 +46,7 @@ pub const TP_DGRAM: u32 = 0x8;
 pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_int {
     guard(|| {
         let protocol = (protocol != 0).then(|| Protocol::from(protocol));
-        Ok(socket::socket(Domain::from(domain), Type::from(r#type), protocol)?.into_raw_fd())
+        Ok(socket::make(Domain::from(domain), Type::from(r#type), protocol)?.into_raw_fd())
     })
 }
 
@@ -232,7 +233,7 @@ pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *m
     guard(|| {
         let out = AddressOut::new("addr", addr, addrlen)?;
         // SAFETY: the caller's descriptor, open during the call.
-        let found = crate::orig_dst(unsafe { arg::fd(fd) }?)?;
+        let found = orig_dst::find(unsafe { arg::fd(fd) }?)?;
         // SAFETY: by the caller's word.
         unsafe { out.write(found) }?;
         Ok(0)

@@ -128,7 +128,7 @@ impl Channel {
     pub fn exchange(&mut self, messages: &Buffer, last: u32) -> io::Result<Answers> {
         self.send(messages)?;
         let mut answers = Answers::default();
-        self.drain(|message| {
+        self.drain(&mut |message| {
             if message.kind == ERROR {
                 match parse_error(message) {
                     Some(failure) if failure.errno != 0 => answers.failures.push(failure),
@@ -147,7 +147,7 @@ impl Channel {
         request.message(kind, libc::NLM_F_REQUEST as u16, seq, header, |_| {});
         self.send(&request)?;
         let mut found = Ok(None);
-        self.drain(|message| {
+        self.drain(&mut |message| {
             if message.seq != seq {
                 return false;
             }
@@ -162,9 +162,9 @@ impl Channel {
     }
 
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
-    pub fn dump(&mut self, kind: u16, header: &[u8], filter: impl Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
+    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header, &filter, usize::MAX)? {
+            if let Some(found) = self.dump_once(kind, header, filter, usize::MAX)? {
                 return Ok(found);
             }
         }
@@ -177,11 +177,11 @@ impl Channel {
         mut self,
         kind: u16,
         header: &[u8],
-        filter: impl Fn(&mut Attrs<'_>),
+        filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
     ) -> io::Result<(Vec<Vec<u8>>, bool)> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header, &filter, most)? {
+            if let Some(found) = self.dump_once(kind, header, filter, most)? {
                 let all = found.len() < most;
                 return Ok((found, all));
             }
@@ -194,7 +194,7 @@ impl Channel {
         &mut self,
         kind: u16,
         header: &[u8],
-        filter: impl Fn(&mut Attrs<'_>),
+        filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
     ) -> io::Result<Option<Vec<Vec<u8>>>> {
         let seq = self.next_seq();
@@ -202,7 +202,7 @@ impl Channel {
         request.message(kind, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, seq, header, filter);
         self.send(&request)?;
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
-        self.drain(|message| {
+        self.drain(&mut |message| {
             if message.seq != seq {
                 return false;
             }
@@ -231,7 +231,7 @@ impl Channel {
 
     /// Receives until `each` says that a message was the last, or nothing is left: the answers are there when `send`
     /// returns.
-    fn drain(&mut self, mut each: impl FnMut(&wire::Message<'_>) -> bool) -> io::Result<()> {
+    fn drain(&mut self, each: &mut dyn FnMut(&wire::Message<'_>) -> bool) -> io::Result<()> {
         let mut received = [0; RECEIVE_BUFFER];
         loop {
             match self.transport.receive(&mut received) {
@@ -345,12 +345,12 @@ mod tests {
 
     #[test]
     fn a_dump_that_never_ends_is_an_error() {
-        assert_eq!(channel(vec![]).dump(1, &[], |_| {}).unwrap_err().raw_os_error(), Some(libc::EPROTO));
+        assert_eq!(channel(vec![]).dump(1, &[], &|_| {}).unwrap_err().raw_os_error(), Some(libc::EPROTO));
     }
 
     #[test]
     fn a_dump_that_the_kernel_refuses_gives_its_errno() {
-        let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], |_| {}).unwrap_err();
+        let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], &|_| {}).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     }
 
@@ -359,7 +359,7 @@ mod tests {
         fn no_answer_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
             let _ = channel(datagrams.clone()).exchange(&Buffer::default(), 1);
             let _ = channel(datagrams.clone()).get(1, &[]);
-            let _ = channel(datagrams).dump(1, &[], |_| {});
+            let _ = channel(datagrams).dump(1, &[], &|_| {});
         }
     }
 }

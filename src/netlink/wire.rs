@@ -29,6 +29,12 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// Appends a message: its family's own header, then its attributes.
     pub fn message(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8], attrs: impl FnOnce(&mut Attrs<'_>)) {
+        let start = self.begin(kind, flags, seq, header);
+        attrs(&mut Attrs { buffer: self });
+        self.end(start);
+    }
+
+    fn begin(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8]) -> usize {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(&[0; 4]);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -37,7 +43,10 @@ impl Buffer {
         self.bytes.extend_from_slice(&[0; 4]);
         self.bytes.extend_from_slice(header);
         self.bytes.resize(align(self.bytes.len()), 0);
-        attrs(&mut Attrs { buffer: self });
+        start
+    }
+
+    fn end(&mut self, start: usize) {
         match u32::try_from(self.bytes.len() - start) {
             Ok(len) => self.write_at(start, &len.to_ne_bytes()),
             Err(_) => self.overflow = true,
@@ -103,10 +112,19 @@ impl Attrs<'_> {
     }
 
     fn attribute(&mut self, kind: u16, value: impl FnOnce(&mut Buffer)) {
+        let start = self.begin(kind);
+        value(self.buffer);
+        self.end(start);
+    }
+
+    fn begin(&mut self, kind: u16) -> usize {
         let start = self.buffer.bytes.len();
         self.buffer.bytes.extend_from_slice(&[0; 2]);
         self.buffer.bytes.extend_from_slice(&kind.to_ne_bytes());
-        value(self.buffer);
+        start
+    }
+
+    fn end(&mut self, start: usize) {
         match u16::try_from(self.buffer.bytes.len() - start) {
             Ok(len) => self.buffer.write_at(start, &len.to_ne_bytes()),
             Err(_) => self.buffer.overflow = true,

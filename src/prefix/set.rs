@@ -7,12 +7,13 @@
 //! of a set of their own, which is asked for a packet's address without the
 //! bits of the host. All the others become ranges.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
 use crate::model::{Families, Family};
+use crate::sort;
 
 /// Fewer prefixes of a length than this cost no more among ranges: a search takes some 25 ns for each doubling of the
 /// set, a look-up of its own, with what cuts off the bits of the host, some 50 ns, whatever is in it.
@@ -35,11 +36,11 @@ pub(crate) struct PrefixSet {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Half {
     /// The lengths with a set of their own, and the networks of each.
-    hashed: Vec<(u8, BTreeSet<IpAddr>)>,
+    hashed: Vec<(u8, BTreeSet<Prefix>)>,
     /// The others,
     rest: BTreeSet<Prefix>,
-    /// and how many of them are of each length that is there.
-    counts: BTreeMap<u8, usize>,
+    /// and how many of them are of each length that is there, in the order of lengths.
+    counts: Vec<(u8, usize)>,
 }
 
 /// What the kernel's sets of one family hold, or some of it.
@@ -78,9 +79,7 @@ impl PrefixSet {
 
     pub fn of(&self, family: Family) -> impl Iterator<Item = Prefix> {
         let half = self.half(family);
-        let network = |len: u8| move |addr: &IpAddr| Prefix { addr: *addr, len };
-        let hashed = half.hashed.iter().flat_map(move |(len, networks)| networks.iter().map(network(*len)));
-        hashed.chain(half.rest.iter().copied())
+        half.hashed.iter().flat_map(|(_, networks)| networks).chain(&half.rest).copied()
     }
 
     /// The lengths of a family that have a set of their own.
@@ -91,7 +90,8 @@ impl PrefixSet {
     /// What the kernel's sets of a family shall hold.
     pub fn contents(&self, family: Family) -> Contents {
         let half = self.half(family);
-        let networks = half.hashed.iter().map(|(len, networks)| (*len, networks.iter().copied().collect()));
+        let networks =
+            half.hashed.iter().map(|(len, networks)| (*len, networks.iter().map(|prefix| prefix.addr).collect()));
         Contents { networks: networks.collect(), ranges: merged(half.rest.iter().map(Prefix::range)) }
     }
 
@@ -137,15 +137,14 @@ impl PrefixSet {
 
 impl Half {
     fn new<'a>(prefixes: impl Iterator<Item = &'a Prefix> + Clone, many: usize) -> Half {
-        let mut counts: BTreeMap<u8, usize> = BTreeMap::new();
-        prefixes.clone().for_each(|prefix| *counts.entry(prefix.len).or_default() += 1);
-        let mut lengths: Vec<(u8, usize)> = counts.iter().map(|(len, count)| (*len, *count)).collect();
+        let mut lengths: Vec<(u8, usize)> = Vec::new();
+        prefixes.clone().for_each(|prefix| *count_of(&mut lengths, prefix.len) += 1);
         lengths.retain(|(_, count)| *count >= many);
-        lengths.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        sort::by_key(&mut lengths, |(len, count)| (std::cmp::Reverse(*count), *len));
         lengths.truncate(LENGTHS);
         let hashed = lengths.iter().map(|(len, _)| {
-            let networks = prefixes.clone().filter(|prefix| prefix.len == *len).map(|prefix| prefix.addr);
-            (*len, networks.collect())
+            let networks = prefixes.clone().filter(|prefix| prefix.len == *len);
+            (*len, networks.copied().collect())
         });
         let mut half = Half { hashed: hashed.collect(), ..Half::default() };
         prefixes
@@ -160,27 +159,25 @@ impl Half {
 
     fn has(&self, prefix: &Prefix) -> bool {
         match self.hashed.iter().find(|(len, _)| *len == prefix.len) {
-            Some((_, networks)) => networks.contains(&prefix.addr),
+            Some((_, networks)) => networks.contains(prefix),
             None => self.rest.contains(prefix),
         }
     }
 
     fn insert(&mut self, prefix: &Prefix) {
         match self.hashed.iter_mut().find(|(len, _)| *len == prefix.len) {
-            Some((_, networks)) => _ = networks.insert(prefix.addr),
-            None if self.rest.insert(*prefix) => *self.counts.entry(prefix.len).or_default() += 1,
+            Some((_, networks)) => _ = networks.insert(*prefix),
+            None if self.rest.insert(*prefix) => *count_of(&mut self.counts, prefix.len) += 1,
             None => {}
         }
     }
 
     fn remove(&mut self, prefix: &Prefix) {
         match self.hashed.iter_mut().find(|(len, _)| *len == prefix.len) {
-            Some((_, networks)) => _ = networks.remove(&prefix.addr),
+            Some((_, networks)) => _ = networks.remove(prefix),
             None if self.rest.remove(prefix) => {
-                if let Some(count) = self.counts.get_mut(&prefix.len) {
-                    *count -= 1;
-                }
-                self.counts.retain(|_, count| *count > 0);
+                *count_of(&mut self.counts, prefix.len) -= 1;
+                self.counts.retain(|(_, count)| *count > 0);
             }
             None => {}
         }
@@ -246,7 +243,7 @@ impl Half {
 
     /// The widest prefix that an address lies in.
     fn covering(&self, family: Family, number: u128) -> Option<Range> {
-        self.counts.keys().find_map(|len| {
+        self.counts.iter().find_map(|(len, _)| {
             let prefix = Prefix { addr: address(family, number & !host_mask(family, *len)), len: *len };
             self.rest.contains(&prefix).then(|| prefix.range())
         })
@@ -268,10 +265,22 @@ impl Half {
 
     /// A length should have a set of its own, and there is room for one, or another has become rare beside it.
     fn is_outgrown(&self) -> bool {
-        let most = self.counts.values().copied().max().unwrap_or(0);
+        let most = self.counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
         let least = self.hashed.iter().map(|(_, networks)| networks.len()).min().unwrap_or(0);
         most >= MANY && (self.hashed.len() < LENGTHS || most >= 2 * least)
     }
+}
+
+/// The count of a length, in a list that is in the order of lengths.
+fn count_of(counts: &mut Vec<(u8, usize)>, len: u8) -> &mut usize {
+    let at = match counts.binary_search_by_key(&len, |(len, _)| *len) {
+        Ok(at) => at,
+        Err(at) => {
+            counts.insert(at, (len, 0));
+            at
+        }
+    };
+    &mut counts[at].1
 }
 
 #[cfg(test)]

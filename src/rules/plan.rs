@@ -7,6 +7,7 @@ use super::config::{Config, Listener};
 use crate::error::{Error, Result};
 use crate::model::{Families, Family, Intercept, Mark, Mode, Plan, PortRange, Protocol, Protocols};
 use crate::prefix::{Prefix, PrefixSet};
+use crate::sort;
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
@@ -140,8 +141,7 @@ fn interfaces(names: &[String]) -> Result<Vec<String>> {
         return Err(Error::invalid(format!("interfaces: {bad:?} cannot be an interface's name")));
     }
     let mut names = names.to_vec();
-    names.sort();
-    names.dedup();
+    sort::unique(&mut names);
     Ok(names)
 }
 
@@ -266,7 +266,7 @@ fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
         )));
     }
     let mut sorted = ports.to_vec();
-    sorted.sort_by_key(|range| range.first);
+    sort::by_key(&mut sorted, |range| range.first);
     let mut merged: Vec<PortRange> = Vec::new();
     for range in sorted {
         match merged.last_mut() {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::backend::link::{self, Mac};
 use crate::backend::seen::routing::{self, Interface};
@@ -59,7 +59,7 @@ impl Network {
     /// The kernel takes a moment to notice that a link's other end is up (`linkwatch_event`), and drops till then what is
     /// sent, without a word. So: until both have heard each other.
     fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
-        const PATIENCE: Duration = Duration::from_millis(500);
+        const PATIENCE: u64 = 500; // ms
         let failed = |e: io::Error| {
             Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("a veth pair that was just made: {e}"))
         };
@@ -71,10 +71,10 @@ impl Network {
         let near = open(gateway).map_err(failed)?;
         let far = self.outside(|| open(client))?.map_err(failed)?;
         let (near_addr, far_addr) = (near.local_addr().map_err(failed)?, far.local_addr().map_err(failed)?);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = sys::coarse_ms() + PATIENCE;
         let (mut near_heard, mut far_heard) = (false, false);
         while !(near_heard && far_heard) {
-            if Instant::now() > deadline {
+            if sys::coarse_ms() > deadline {
                 return Err(failed(io::ErrorKind::TimedOut.into()));
             }
             // What is not sent now is sent next time.

@@ -1,9 +1,9 @@
 //! The probes: a connection and a datagram, what they are sent to, and what became of each.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -17,16 +17,20 @@ use crate::orig_dst::orig_dst;
 use crate::prefix::Prefix;
 use crate::rules::{Config, Listener, Rules};
 use crate::socket::{self, ListenOptions};
+use crate::sys;
 
-/// The first packet of a connection is sent again after a second.
-const PATIENCE: Duration = Duration::from_millis(1300);
+/// In milliseconds. The first packet of a connection is sent again after a second.
+const PATIENCE: u64 = 1300;
 /// A datagram is sent again by nobody else.
-const REPEAT: Duration = Duration::from_millis(300);
+const REPEAT: u64 = 300;
 const PAUSE: Duration = Duration::from_millis(2);
+/// An address of each family.
+type Pair = (Ipv4Addr, Ipv6Addr);
 /// Who asks, and whom, unless the wish says otherwise (RFC 5737, RFC 3849).
-const CLIENTS: [&str; 2] = ["198.51.100.2", "2001:db8:1::2"];
-const SERVERS: [&str; 2] = ["203.0.113.2", "2001:db8:2::2"];
-const GATEWAYS: [&str; 2] = ["192.0.2.1", "2001:db8:ffff::1"];
+const CLIENTS: Pair = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
+const SERVERS: Pair = (Ipv4Addr::new(203, 0, 113, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
+const ELSEWHERE: Pair = (Ipv4Addr::new(198, 18, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 2));
+const GATEWAYS: Pair = (Ipv4Addr::new(192, 0, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1));
 const PORT: u16 = 80;
 
 /// What became of a probe.
@@ -84,8 +88,7 @@ impl Probe {
 pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
     let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
     let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
-    let elsewhere = ["198.18.0.2", "2001:db8:3::2"];
-    let more = config.dst.is_empty().then(|| sample(elsewhere, family));
+    let more = config.dst.is_empty().then(|| sample(ELSEWHERE, family));
     candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
 }
 
@@ -93,9 +96,8 @@ fn of_family(prefixes: &[Prefix], family: Family) -> impl Iterator<Item = &Prefi
     prefixes.iter().filter(move |prefix| prefix.family() == family)
 }
 
-fn sample([v4, v6]: [&str; 2], family: Family) -> IpAddr {
-    let text = if family == Family::V4 { v4 } else { v6 };
-    text.parse().unwrap_or(IpAddr::from([192, 0, 2, 1]))
+fn sample((v4, v6): Pair, family: Family) -> IpAddr {
+    if family == Family::V4 { v4.into() } else { v6.into() }
 }
 
 /// Makes listeners, installs the rules, sends all probes at once, and waits until each has met its fate.
@@ -138,11 +140,11 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     let mut tracer = Tracer::start(&mut nft).ok();
     let _rules = Rules::install(&config)?;
     network.outside(|| probes.iter_mut().for_each(send))?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = sys::coarse_ms() + PATIENCE;
     let mut steps = Vec::new();
-    let mut again = Instant::now() + REPEAT;
-    while probes.iter().any(|probe| !probe.settled) && Instant::now() < deadline {
-        if Instant::now() > again {
+    let mut again = sys::coarse_ms() + REPEAT;
+    while probes.iter().any(|probe| !probe.settled) && sys::coarse_ms() < deadline {
+        if sys::coarse_ms() > again {
             probes.iter().for_each(Probe::repeat);
             again += REPEAT;
         }

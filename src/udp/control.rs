@@ -68,6 +68,7 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     /// `IP_PKTINFO` with `ipi_spec_dst`, or `IPV6_PKTINFO`: the source address, and its scope.
+    #[inline(always)]
     pub(super) fn new(source: IpAddr, scope: u32, segment_len: Option<u16>) -> Outgoing {
         let mut outgoing = Outgoing { bytes: [0; OUTGOING], len: 0 };
         match source {
@@ -89,6 +90,7 @@ impl Outgoing {
     }
 
     /// Appends a header, and gives the place of its `N` bytes.
+    #[inline(always)]
     fn push<const N: usize>(&mut self, level: i32, kind: i32) -> &mut [u8; N] {
         const LEN: usize = size_of::<usize>();
         let message = &mut self.bytes[self.len..];
@@ -99,6 +101,7 @@ impl Outgoing {
         message[HEADER..].first_chunk_mut().expect("room for both messages")
     }
 
+    #[inline(always)]
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }

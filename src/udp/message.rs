@@ -178,6 +178,7 @@ impl<'d> Message<'d> {
     }
 
     /// Whether one more datagram can be cut off its end.
+    #[inline(always)]
     fn takes(&self, flow: &Flow, data: &[u8]) -> bool {
         self.flow == flow
             && self.header.is_none()
@@ -188,6 +189,7 @@ impl<'d> Message<'d> {
     }
 
     /// Its control data.
+    #[inline(always)]
     fn control(&self) -> Outgoing {
         let scope = match self.flow.to {
             // A link-local source is one of the interface that the client is on.
@@ -199,6 +201,7 @@ impl<'d> Message<'d> {
     }
 
     /// Whom it goes to. A raw socket takes a port for a protocol (raw(7)).
+    #[inline(always)]
     fn name(&self) -> address::Bytes {
         let mut to = self.flow.to;
         if self.header.is_some() {
@@ -232,6 +235,7 @@ impl<'d> Outbox<'d> {
     }
 
     /// Adds a message of some data. Not when it is full.
+    #[inline(always)]
     pub(super) fn push(&mut self, message: Message<'d>, data: &'d [u8]) {
         self.messages[self.len].write(Message { first_part: self.n_parts, ..message });
         self.parts[self.n_parts].write(data);
@@ -240,6 +244,7 @@ impl<'d> Outbox<'d> {
     }
 
     /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full.
+    #[inline(always)]
     pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
         let Some(last) = self.len.checked_sub(1) else { return false };
         // SAFETY: the first len messages are initialised.
@@ -262,18 +267,20 @@ impl<'d> Outbox<'d> {
     }
 
     /// The parts of a message of this outbox.
+    #[inline(always)]
     fn parts(&self, message: &Message<'d>) -> &[&'d [u8]] {
         let parts = &self.parts[message.first_part..message.first_part + message.parts];
         // SAFETY: the first n_parts parts are initialised, and a message has some of those.
         unsafe { &*(ptr::from_ref(parts) as *const [&'d [u8]]) }
     }
 
-    /// Sends them all, and says what became of each: one system call, and one more for each that failed.
+    /// Sends them all, and says which failed: one system call, and one more for each of those.
+    #[inline(always)]
     pub(super) fn send(
         &mut self,
         fd: BorrowedFd<'_>,
         flags: i32,
-        mut outcome: impl FnMut(&Message<'d>, &[&'d [u8]], io::Result<()>),
+        mut failed: impl FnMut(&Message<'d>, &[&'d [u8]], io::Error),
     ) {
         let mut names = [const { MaybeUninit::<address::Bytes>::uninit() }; BATCH];
         let mut controls = [const { MaybeUninit::<Outgoing>::uninit() }; BATCH];
@@ -305,9 +312,9 @@ impl<'d> Outbox<'d> {
             // SAFETY: as many were written above, in the same order.
             iovec = unsafe { iovec.add(n_parts) };
         }
-        let mut say = |at: usize, result: io::Result<()>| {
+        let mut say = |at: usize, error: io::Error| {
             let message = self.message(at);
-            outcome(message, self.parts(message), result);
+            failed(message, self.parts(message), error);
         };
         let mut at = 0;
         while at < self.len {
@@ -321,21 +328,16 @@ impl<'d> Outbox<'d> {
                 )
             };
             match usize::try_from(sent) {
-                Ok(sent) => {
-                    for done in at..at + sent {
-                        say(done, Ok(()));
-                    }
-                    at += sent;
-                }
+                Ok(sent) => at += sent,
                 Err(_) => {
                     let error = io::Error::last_os_error();
                     let errno = error.raw_os_error();
-                    say(at, Err(error));
+                    say(at, error);
                     at += 1;
                     // No room, or a signal: the rest would fare no better.
                     if let Some(errno @ (libc::EAGAIN | libc::EINTR)) = errno {
                         for rest in at..self.len {
-                            say(rest, Err(io::Error::from_raw_os_error(errno)));
+                            say(rest, io::Error::from_raw_os_error(errno));
                         }
                         at = self.len;
                     }

@@ -188,7 +188,7 @@ impl Replier {
                 continue;
             }
             match self.sources.raw(v6) {
-                Ok(fd) => batch.send(fd, group, true, &mut errors),
+                Ok(fd) => batch.send_raw(fd, group, &mut errors),
                 Err(error) => group.iter().for_each(|number| errors[number] = error.errno()),
             }
             self.raw += group.iter().filter(|number| errors[*number] == 0).count() as u64;
@@ -198,7 +198,13 @@ impl Replier {
 }
 
 impl Batch<'_, '_> {
+    #[inline(never)]
+    fn send_raw(&self, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
+        self.send(fd, group, true, errors);
+    }
+
     /// Sends some datagrams by one socket.
+    #[inline(always)]
     fn send(&self, fd: BorrowedFd<'_>, group: &Group, raw: bool, errors: &mut [i32; BATCH]) {
         let mut outbox = Outbox::new();
         for (place, number) in group.iter().enumerate() {
@@ -220,7 +226,7 @@ impl Batch<'_, '_> {
             };
             for data in pieces(data, most) {
                 if outbox.is_full() {
-                    self.flush(&mut outbox, fd, group, errors);
+                    self.flush_midway(&mut outbox, fd, group, errors);
                 }
                 if !raw && outbox.join(flow, data) {
                     continue;
@@ -233,9 +239,14 @@ impl Batch<'_, '_> {
         self.flush(&mut outbox, fd, group, errors);
     }
 
+    #[inline(never)]
+    fn flush_midway(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
+        self.flush(outbox, fd, group, errors);
+    }
+
+    #[inline(always)]
     fn flush(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
-        outbox.send(fd, self.flags, |message, parts, outcome| {
-            let Err(error) = outcome else { return };
+        outbox.send(fd, self.flags, |message, parts, error| {
             let numbers = group.iter().skip(message.first);
             if message.segments > 1 && refuses_segments(&error) {
                 for (number, part) in numbers.zip(parts) {
@@ -259,19 +270,23 @@ fn refuses_segments(error: &io::Error) -> bool {
 
 /// Sends each segment as a datagram of its own.
 fn send_one_by_one(flow: &Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
-    let mut result = Ok(());
+    let mut first_error = None;
     let mut outbox = Outbox::new();
+    let mut send = |outbox: &mut Outbox<'_>| {
+        outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(error));
+    };
     for segment in pieces(data, unit) {
         if outbox.is_full() {
-            outbox.send(fd, flags, |_, _, outcome| result = std::mem::replace(&mut result, Ok(())).and(outcome));
+            send(&mut outbox);
         }
         outbox.push(Message::new(flow, 0, unit, segment), segment);
     }
-    outbox.send(fd, flags, |_, _, outcome| result = std::mem::replace(&mut result, Ok(())).and(outcome));
-    result
+    send(&mut outbox);
+    first_error.map_or(Ok(()), Err)
 }
 
 /// Data in pieces of a length; no data are one piece.
+#[inline(always)]
 fn pieces(data: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
     let (first, rest) = data.split_at(len.min(data.len()));
     std::iter::once(first).chain(rest.chunks(len.max(1)))

@@ -18,6 +18,7 @@
 //! then a raw socket sends, with a UDP header of our own.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -58,6 +59,25 @@ impl Key {
     }
 }
 
+/// Hashes a [`Key`]. There are few keys at all, so nobody can choose many that collide.
+#[derive(Default)]
+pub(super) struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u16(u16::from(*byte)));
+    }
+
+    fn write_u16(&mut self, value: u16) {
+        // Knuth's: the golden ratio's part of 2^64. The table looks at both ends of the number.
+        self.0 = (self.0.rotate_left(16) ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0.rotate_left(32)
+    }
+}
+
 /// How a reply leaves.
 pub(super) enum Way<'a> {
     /// From a socket of its source port.
@@ -86,7 +106,7 @@ pub(super) struct Counts {
 }
 
 pub(super) struct Sources {
-    ports: HashMap<Key, Source>,
+    ports: HashMap<Key, Source, BuildHasherDefault<Spread>>,
     raw: [Option<Socket>; 2],
     limit: usize,
     idle_ms: u64,
@@ -101,7 +121,7 @@ impl Sources {
     pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Sources {
         Sources {
             // All the room that there will ever be: a reply allocates nothing.
-            ports: HashMap::with_capacity(limit),
+            ports: HashMap::with_capacity_and_hasher(limit, BuildHasherDefault::default()),
             raw: [None, None],
             limit,
             idle_ms,

@@ -87,7 +87,7 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
-    let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header, |_| {}).map_err(failed)?;
+    let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header, &|_| {}).map_err(failed)?;
     Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect()))
 }
 
@@ -150,7 +150,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
     const TABLE: u16 = 1;
     let header = header(super::INET, 0);
     let dumped = channel
-        .dump(SUBSYSTEM | get, &header, |a| a.string(TABLE, table))
+        .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nft list table inet {table}: {e}")))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
     Ok(attrs.filter(|attrs| wire::attribute(attrs, TABLE).and_then(wire::string) == Some(table)).collect())

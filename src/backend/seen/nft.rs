@@ -9,6 +9,7 @@ use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
 use crate::backend::nft::{SUBSYSTEM, header};
 use crate::model::Family;
 use crate::netlink::{Channel, wire};
+use crate::sort;
 use reader::{Read, Reader};
 
 /// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
@@ -25,8 +26,11 @@ const SETS_MAX: usize = 200;
 ///
 /// EPERM without CAP_NET_ADMIN.
 pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
-    let mut chains: Vec<(u8, Chain)> =
-        channel.dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), |_| {})?.iter().filter_map(|p| parse_chain(p)).collect();
+    let mut chains: Vec<(u8, Chain)> = channel
+        .dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), &|_| {})?
+        .iter()
+        .filter_map(|p| parse_chain(p))
+        .collect();
     // A host of Kubernetes has thousands of chains.
     let whereabouts = |(family, chain): &(u8, Chain)| Whereabouts {
         family: *family,
@@ -35,7 +39,7 @@ pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
     };
     let numbers: HashMap<Whereabouts, usize> = chains.iter().map(whereabouts).zip(0..).collect();
     let mut found = Vec::new();
-    for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), |_| {})? {
+    for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), &|_| {})? {
         if let Some((place, rule)) = parse_rule(&payload) {
             found.push((place, rule));
         }
@@ -140,7 +144,7 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
 
 /// The ranges of ports that a set holds; none if it is not one of ports.
 fn ports_of(channel: &mut Channel, place: &Whereabouts, set: &str) -> Option<Vec<(u16, u16)>> {
-    let dumped = channel.dump(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), |a| {
+    let dumped = channel.dump(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &|a| {
         a.string(1, &place.table);
         a.string(2, set);
     });
@@ -175,7 +179,7 @@ fn port_ranges(elements: Vec<(Vec<u8>, bool)>) -> Vec<(u16, u16)> {
         return Vec::new();
     }
     // Where one range ends and the next begins, the end comes first.
-    keys.sort_by_key(|(port, end)| (*port, !*end));
+    sort::by_key(&mut keys, |(port, end)| (*port, !*end));
     let mut ranges = Vec::new();
     let mut keys = keys.into_iter().peekable();
     while let Some((first, end)) = keys.next() {

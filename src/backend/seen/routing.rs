@@ -59,7 +59,7 @@ const DESTINATION_PORT: u16 = 24;
 /// The rules of a family, in the order in which they are asked.
 pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let dumped = channel.dump(libc::RTM_GETRULE, &header, |_| {})?;
+    let dumped = channel.dump(libc::RTM_GETRULE, &header, &|_| {})?;
     Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).collect())
 }
 
@@ -112,12 +112,12 @@ pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool
     let mut header = [0; 12];
     header[0] = family.nfproto();
     let channel = Channel::open(libc::NETLINK_ROUTE)?;
-    let (dumped, all) = match channel.dump_first(libc::RTM_GETROUTE, &header, |a| a.u32(ROUTE_TABLE, table), ROUTES_MAX)
-    {
-        // A table that has never had a route.
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (Vec::new(), true),
-        dumped => dumped?,
-    };
+    let (dumped, all) =
+        match channel.dump_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), ROUTES_MAX) {
+            // A table that has never had a route.
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (Vec::new(), true),
+            dumped => dumped?,
+        };
     let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
     Ok((parsed.filter(|route| route.table == table).collect(), all))
 }
@@ -165,7 +165,7 @@ const SWITCHES: [(usize, &str); 5] =
 
 pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
     Ok(channel
-        .dump(libc::RTM_GETLINK, &[0; 16], |_| {})?
+        .dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?
         .iter()
         .filter_map(|payload| parse_interface(payload))
         .collect())

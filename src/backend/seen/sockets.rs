@@ -51,7 +51,7 @@ pub(crate) fn listeners(channel: &mut Channel) -> io::Result<Vec<Listener>> {
             request[0] = family.nfproto();
             request[1] = protocol.number();
             request[4..8].copy_from_slice(&states.to_ne_bytes());
-            match channel.dump(BY_FAMILY, &request, |_| {}) {
+            match channel.dump(BY_FAMILY, &request, &|_| {}) {
                 Ok(dumped) => found.extend(dumped.iter().filter_map(|payload| parse(protocol, payload))),
                 // No such family or protocol here.
                 Err(e) if [Some(libc::ENOENT), Some(libc::EAFNOSUPPORT)].contains(&e.raw_os_error()) => {}

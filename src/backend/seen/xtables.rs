@@ -9,7 +9,7 @@ use socket2::{Domain, Socket, Type};
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
 use crate::model::Family;
 use crate::netlink::wire::{u16_at, u32_at};
-use crate::sys;
+use crate::{sort, sys};
 
 /// A match (`-m`) by its name and its `struct xt_*_info`.
 pub(crate) fn matched(name: &str, info: &[u8]) -> Option<Part> {
@@ -240,7 +240,7 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
         let name = entry.target.2.split(|byte| *byte == 0).next().unwrap_or_default();
         chains.push((entry.next, new(&String::from_utf8_lossy(name), None), None));
     }
-    chains.sort_by_key(|(start, ..)| *start);
+    sort::by_key(&mut chains, |(start, ..)| *start);
     let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
     for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
         let Some((_, chain, policy_at)) = chains.iter_mut().rfind(|(start, ..)| *start <= entry.at) else { continue };

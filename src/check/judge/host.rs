@@ -106,8 +106,7 @@ fn iptables(scene: &Scene<'_>) -> String {
         .filter(|chain| chain.origin == crate::backend::seen::filter::Origin::IptablesNft && chain.hook.is_some())
         .map(|chain| format!("{} {}", chain.family.map_or("inet".to_owned(), |f| f.to_string()), chain.table))
         .collect();
-    by_nft.sort();
-    by_nft.dedup();
+    crate::sort::unique(&mut by_nft);
     let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
     format!("installed: {installed}; nft variant: {}; legacy: {}", listed(&by_nft), listed(&facts.legacy_tables))
 }

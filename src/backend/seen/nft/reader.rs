@@ -1,6 +1,5 @@
 //! What a rule's expressions do, by following what each puts into the registers.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::family_of;
@@ -46,7 +45,8 @@ enum Value {
 #[derive(Default)]
 pub(super) struct Reader {
     pub read: Read,
-    registers: BTreeMap<u32, Value>,
+    /// Which have a value that is known, and the value.
+    registers: Vec<(u32, Value)>,
 }
 
 // NFT_CMP_*.
@@ -144,7 +144,7 @@ impl Reader {
         let key = number(2);
         if let Some(source) = number(3) {
             if key == Some(MARK) {
-                let (keep, set) = match self.registers.get(&register(source)) {
+                let (keep, set) = match value_in(&self.registers, source) {
                     Some(Value::Constant(bytes)) => (0, wire::u32_at(bytes, 0)),
                     Some(Value::Mark { keep, flip }) => (*keep, Some(*flip)),
                     _ => (0, None),
@@ -167,7 +167,7 @@ impl Reader {
     fn bitwise(&mut self, data: &[u8]) {
         let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
         let operand = |kind| wire::attribute(wire::attribute(data, kind)?, 1).and_then(|v| wire::u32_at(v, 0));
-        let value = number(1).and_then(|source| self.registers.get(&register(source)).cloned());
+        let value = number(1).and_then(|source| value_in(&self.registers, source).cloned());
         // NFT_BITWISE_MASK_XOR is 0; shifts and operations on two registers are too much.
         let simple = number(6).unwrap_or(0) == 0;
         let value = match (value, operand(4), operand(5)) {
@@ -185,7 +185,7 @@ impl Reader {
         let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
         let constant = wire::attribute(data, 3).and_then(|value| wire::attribute(value, 1)).unwrap_or_default();
         let operation = number(2);
-        let value = number(1).and_then(|source| self.registers.get(&register(source)));
+        let value = number(1).and_then(|source| value_in(&self.registers, source));
         let condition = value.and_then(|value| compared(value, operation?, constant));
         let part = match (condition, operation) {
             // `ct state new` is (state & 8) != 0.
@@ -200,7 +200,7 @@ impl Reader {
     fn lookup(&mut self, data: &[u8]) {
         const INVERTED: u32 = 1;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
-        let value = number(2).and_then(|source| self.registers.get(&register(source)));
+        let value = number(2).and_then(|source| value_in(&self.registers, source));
         let condition = match value {
             Some(Value::Connection { .. } | Value::Tracked) => Condition::Connection { states: None },
             _ => Condition::Other,
@@ -214,8 +214,7 @@ impl Reader {
         match number(3) {
             // A verdict map: who knows which.
             Some(0) => parts.push(Part::Verdict(Verdict::Other)),
-            Some(to) => _ = self.registers.remove(&register(to)),
-            None => {}
+            to => self.load(to, None),
         }
     }
 
@@ -229,14 +228,12 @@ impl Reader {
 
     fn load(&mut self, to: Option<u32>, value: Option<Value>) {
         let Some(to) = to.map(register) else { return };
-        match value {
-            Some(value) => _ = self.registers.insert(to, value),
-            None => _ = self.registers.remove(&to),
-        }
+        self.registers.retain(|(register, _)| *register != to);
+        self.registers.extend(value.map(|value| (to, value)));
     }
 
     fn constant(&self, from: Option<u32>) -> Option<Vec<u8>> {
-        match self.registers.get(&register(from?))? {
+        match value_in(&self.registers, from?)? {
             Value::Constant(bytes) => Some(bytes.clone()),
             _ => None,
         }
@@ -246,6 +243,12 @@ impl Reader {
 /// Registers 1 to 4 of 16 bytes are the same as 8 to 23 of 4 bytes.
 fn register(number: u32) -> u32 {
     if (1..=4).contains(&number) { 8 + (number - 1) * 4 } else { number }
+}
+
+/// What is known to be in a register.
+fn value_in(registers: &[(u32, Value)], from: u32) -> Option<&Value> {
+    let from = register(from);
+    registers.iter().find(|(register, _)| *register == from).map(|(_, value)| value)
 }
 
 fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition> {
