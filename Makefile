@@ -21,7 +21,7 @@ COMPLETIONS := $(SHARE)/bash-completion/completions/tproxyctl $(SHARE)/zsh/site-
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h \
 	$(BINDIR)/tproxyctl $(SHARE)/man/man8/tproxyctl.8 $(COMPLETIONS)
 
-.PHONY: all deps install uninstall demo check bench bench-python fuzz clean
+.PHONY: all deps install uninstall demo check bench bench-python fuzz soak clean
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
@@ -90,6 +90,14 @@ fuzz:
 		-C llvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -C codegen-units=1 -C debug-assertions" \
 		$(CARGO) build --quiet --release --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir build/fuzz
 	build/fuzz/$(HOST)/release/control -runs=$(FUZZ_RUNS) -max_len=512 -print_final_stats=1 build/fuzz-corpus
+
+# A mixed load on the relay, with clients and servers that are killed: every byte compared, nothing left, nothing stuck.
+SOAK_SECONDS ?= 900
+soak: deps
+	@$(MAKE) --no-print-directory -s install DESTDIR= PREFIX=$(CURDIR)/build/stage LIBDIR=$(CURDIR)/build/stage/lib
+	@PKG_CONFIG_PATH=$(CURDIR)/build/stage/lib/pkgconfig $(MAKE) --no-print-directory -s -C examples-c OUT=$(CURDIR)/build/examples
+	@$(CC) -std=c11 -O2 -pthread tests/c/tcp_load.c -o build/tcp_load
+	@python3 tests/c/relay.py build/examples build/tcp_load $(SOAK_SECONDS)
 
 # The fast paths of the Python package, beside the same by hand.
 bench-python: $(OUT)/libtproxy.so

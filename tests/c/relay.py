@@ -247,12 +247,16 @@ def without_pipes_it_copies(programs):
 
 def stopping_is_no_gap(programs, load):
     """Asked to stop under load, it finishes what it has; what comes after passes it by, and nobody notices."""
+    # What is forwarded and has the ports of one of the relay's own that ended less than a minute ago (TIME_WAIT) is
+    # dropped by the kernel. So the relay's ports are not the clients'.
+    for host, ports in (("client", "30000 65000"), ("proxy", "10000 29999")):
+        demo.run(*demo.on(host, "sh", "-c", f"echo {ports} > /proc/sys/net/ipv4/ip_local_port_range"))
     with Relay(programs, "-d", "20") as relay, contextlib.ExitStack() as stack:
         server = demo.Program("server", load, "serve")
         stack.callback(server.process.kill)
         assert server.expect("listening") != "nothing"
-        clients = [ask(load, 16, 4, address, seed) for seed, (_, address) in enumerate(FAMILIES)]
-        time.sleep(1.5)
+        clients = [ask(load, 8, 2, address, seed) for seed, (_, address) in enumerate(FAMILIES)]
+        time.sleep(1)
         relay.process.send_signal(signal.SIGTERM)
         outcomes = [outcome(client) for client in clients]
         assert relay.process.wait(demo.PATIENCE) == 0

@@ -11,9 +11,9 @@
  *
  *     whole     both streams complete and right, each with its end
  *     cut       broken off as the header said
- *     broken    ended before its time, though the header did not say so: somebody was killed
+ *     broken    ended before its time, and not as the header said: somebody was killed
  *     refused   no connection
- *     wrong     a byte that was not the expected one, or one too many, or an end in place of a reset
+ *     wrong     a byte that was not the expected one, or one too many
  *     stuck     nothing happened for 20 seconds
  */
 #define _GNU_SOURCE
@@ -110,9 +110,9 @@ static enum end converse(int fd, const struct header *header, uint32_t me)
                 return header->cutter == other ? CUT : BROKEN;
             if (len == 0) {
                 ended = true;
-                /* One that breaks it off does so by a reset. */
+                /* One that breaks it off does so by a reset; one that is killed may end so. */
                 if (got != header->length[other])
-                    return header->cutter == other ? WRONG : BROKEN;
+                    return BROKEN;
             }
             if (len > 0) {
                 uint32_t begin = got & ~7u;
