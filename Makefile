@@ -76,7 +76,9 @@ check: deps
 # What rules and datagrams cost, beside what a user would do otherwise. As root without a user namespace, where nft cannot send a large set.
 bench: HOST_RUNNER = --config 'target.$(HOST).runner=["unshare", "--net"]'
 bench: HOST = $(shell rustc -vV | sed -n 's/^host: //p')
-bench: deps
+bench:
+	@sh tests/deps.sh bench
+	@bash benches/relay.sh
 	@bash benches/datagrams.sh
 	@$(CARGO) $(if $(filter 0,$(shell id -u)),$(HOST_RUNNER)) bench --quiet --bench rules
 

@@ -14,9 +14,8 @@ import demo  # noqa: E402
 LISTEN = 3129
 CONGESTION_CONTROL = "reno"
 SERVER = "203.0.113.2"
-SERVER6 = "2001:db8:2::2"
 
-# What the textbooks say, for those who bring no rules of their own.
+# For those who bring no rules of their own: what the textbooks say, but for `socket wildcard 0`.
 TEXTBOOK = f"""
 table inet textbook {{
     chain prerouting {{
@@ -40,16 +39,19 @@ defaults
     option splice-response
 listen relay
     bind :::{LISTEN} v4v6 transparent
-    option transparent
+%s    option transparent
     source 0.0.0.0 usesrc clientip
 """
 
 
 class Rules:
-    """The textbook's rules on the proxy's host, while they are needed."""
+    """The textbook's rules on the proxy's host, while they are needed; mended, or as they are."""
+
+    def __init__(self, mended):
+        self.text = TEXTBOOK if mended else TEXTBOOK.replace(" socket wildcard 0", "")
 
     def __enter__(self):
-        subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=TEXTBOOK, text=True, check=True)
+        subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=self.text, text=True, check=True)
         for line in ROUTING:
             demo.run("ip", "-n", "proxy", *line.split())
 
@@ -72,12 +74,12 @@ class Rival:
         return None
 
     def __enter__(self):
-        self.textbook = Rules() if self.rules else None
+        self.textbook = Rules(self.rules != "textbook") if self.rules else None
         if self.textbook:
             self.textbook.__enter__()
         command = self.command()
         if command:
-            self.process = subprocess.Popen(demo.on("proxy", *command), stdout=subprocess.DEVNULL)
+            self.process = subprocess.Popen(demo.on("proxy", *command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             self.wait()
         return self
 
@@ -127,13 +129,19 @@ class Relay(Rival):
 
 
 class HAProxy(Rival):
-    name, rules = "HAProxy", True
+    name, rules, options = "HAProxy", True, ""
 
     def command(self):
         self.config = tempfile.NamedTemporaryFile("w", suffix=".cfg")
-        self.config.write(HAPROXY % self.threads)
+        self.config.write(HAPROXY % (self.threads, self.options))
         self.config.flush()
         return ["haproxy", "-db", "-f", self.config.name]
+
+
+class TunedHAProxy(HAProxy):
+    """With its options that save packets."""
+
+    name, options = "HAProxy, tuned", "    option tcp-smart-accept\n    option tcp-smart-connect\n"
 
 
 class Load:

@@ -168,6 +168,8 @@ static void reserve_pipe(struct worker *worker)
 
 static void take_pipe(struct worker *worker, struct end *end)
 {
+    if (end->pipe != NULL)
+        return;
     end->pipe = worker->pipes;
     worker->pipes = end->pipe->next;
     reserve_pipe(worker);
@@ -308,12 +310,12 @@ static enum step write_queued(struct end *from, struct end *to)
 
 static enum step splice_stream(struct worker *worker, struct end *from)
 {
-    if (from->pipe == NULL)
-        take_pipe(worker, from);
+    take_pipe(worker, from);
     ssize_t n = splice(from->fd, NULL, from->pipe->in, NULL, PIPE, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
     if (n < 0)
         return after_error(&from->readable);
     from->eof = n == 0;
+    from->stream = n >= BUFFER / 4;
     from->queued = (uint32_t)n;
     ADD(worker->count.spliced, n);
     return MOVED;
@@ -590,7 +592,7 @@ static int listen_on(uint16_t port)
         fd = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK | TP_REUSEPORT);
     if (fd < 0)
         errx(1, "%s", tp_last_error());
-    /* What it accepts has it from the start. */
+    /* What it accepts has these from the start. An answer acknowledges the question: that saves a packet. */
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 }, sizeof(int));
     setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &(int){ 0 }, sizeof(int));
     return fd;

@@ -2,8 +2,9 @@
 # Installs, from Debian's packages, what the demo and the tests need and the
 # machine lacks. Does nothing when all is there, so that it needs no root then.
 #
-# `deps.sh python` does the same for the Python package: virtual environments in
-# build/python, with what its checks need from PyPI.
+# `deps.sh bench` does the same for the benchmarks, and `deps.sh python` for the
+# Python package: virtual environments in build/python, with what its checks
+# need from PyPI.
 set -eu
 
 # A command that must be there, and the package that brings it.
@@ -25,6 +26,8 @@ sysctl:procps
 setcap:libcap2-bin
 zsh:zsh
 '
+# What `make bench` compares with, and counts by.
+[ "${1:-}" != bench ] || needed="$needed haproxy:haproxy valgrind:valgrind"
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=

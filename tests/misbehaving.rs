@@ -222,7 +222,7 @@ fn a_process_with_few_descriptors() {
 
 #[test]
 fn a_program_without_capabilities() {
-    let copy = format!("{}/without-capabilities-{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
+    let copy = format!("{}/without-capabilities-{}", std::env::temp_dir().display(), std::process::id());
     let net = Net::new();
     // By a process of its own: a descriptor in the hands of another test's child would keep the copy from being started.
     net.command("cp", &[std::env::current_exe().unwrap().to_str().unwrap(), &copy]);

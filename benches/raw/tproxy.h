@@ -58,6 +58,15 @@ static inline int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int 
     return fd;
 }
 
+static inline int tp_socket(int domain, int type, int protocol)
+{
+    int fd = socket(domain, type | SOCK_CLOEXEC, protocol);
+    if (fd >= 0 && setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &raw_on, sizeof raw_on) != 0)
+        return raw_close(fd);
+    return fd;
+}
+
+/* By TPROXY alone: a program that is also to work behind REDIRECT has to ask for IP_TRANSPARENT first. */
 static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
 {
     return getsockname(fd, addr, addrlen);

@@ -1,0 +1,16 @@
+#!/bin/bash
+# Builds what the relay benchmark needs, and runs it. `make bench` calls it.
+set -eu
+cd "$(dirname "$0")/.."
+make -s install DESTDIR= PREFIX="$PWD/build/stage" LIBDIR="$PWD/build/stage/lib"
+export PKG_CONFIG_PATH=$PWD/build/stage/lib/pkgconfig
+make -s -C examples-c OUT="$PWD/build/examples"
+mkdir -p build/bench
+flags="-std=c11 -O2 -g -Wall -Wextra -pthread"
+cc $flags benches/load.c -o build/bench/load
+# The same relay, the same calls, by hand.
+cc $flags -Ibenches/raw examples-c/relay.c -o build/bench/relay-raw
+cc $flags -Ibenches/raw -fno-inline benches/calls.c -o build/bench/calls-raw
+# shellcheck disable=SC2046
+cc $flags $(pkg-config --cflags tproxy) benches/calls.c $(pkg-config --libs tproxy) -Wl,-rpath,"$PWD/build/stage/lib" -o build/bench/calls
+exec python3 benches/relay.py "$PWD/build" "$PWD/docs" "$@"
