@@ -5,9 +5,11 @@
  *     calls socket|connect|orig_dst COUNT
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <err.h>
+#include <netinet/in.h>
 #include <stdlib.h>
-#include <stdio.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <tproxy.h>

@@ -10,7 +10,7 @@ flags="-std=c11 -O2 -g -Wall -Wextra -pthread"
 cc $flags benches/load.c -o build/bench/load
 # The same relay, the same calls, by hand.
 cc $flags -Ibenches/raw examples-c/relay.c -o build/bench/relay-raw
-cc $flags -Ibenches/raw -fno-inline benches/calls.c -o build/bench/calls-raw
+cc $flags -Ibenches/raw -fno-inline -fno-ipa-cp -fno-ipa-sra benches/calls.c -o build/bench/calls-raw
 # shellcheck disable=SC2046
 cc $flags $(pkg-config --cflags tproxy) benches/calls.c $(pkg-config --libs tproxy) -Wl,-rpath,"$PWD/build/stage/lib" -o build/bench/calls
 exec python3 benches/relay.py "$PWD/build" "$PWD/docs" "$@"

@@ -79,18 +79,10 @@ class Rival:
             self.textbook.__enter__()
         command = self.command()
         if command:
-            self.process = subprocess.Popen(demo.on("proxy", *command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.program = demo.Program("proxy", *command, stderr=subprocess.DEVNULL)
+            self.process = self.program.process
             self.wait()
         return self
-
-    def wait(self):
-        """Until it listens."""
-        deadline = time.monotonic() + demo.PATIENCE
-        while f":{LISTEN} " not in demo.run(*demo.on("proxy", "ss", "-Hltn")):
-            assert self.process.poll() is None and time.monotonic() < deadline, f"{self.name} does not start"
-            time.sleep(0.02)
-        # Rules come after the listener.
-        time.sleep(0.2)
 
     def __exit__(self, *_):
         if self.process:
@@ -120,12 +112,16 @@ class Rival:
 class Relay(Rival):
     """examples-c/relay.c: with the library, or with its calls by hand."""
 
-    def __init__(self, name, program, rules, threads=1):
+    def __init__(self, name, path, rules, threads=1):
         super().__init__(threads)
-        self.name, self.program, self.rules = name, program, rules
+        self.name, self.path, self.rules = name, path, rules
+
+    def wait(self):
+        """Until it has its rules too."""
+        assert self.program.expect("listening") != "nothing", f"{self.name} does not start"
 
     def command(self):
-        return [self.program, "-t", str(self.threads), "-d", "0", str(LISTEN), str(demo.PORT)]
+        return [self.path, "-t", str(self.threads), "-d", "0", str(LISTEN), str(demo.PORT)]
 
 
 class HAProxy(Rival):
@@ -136,6 +132,12 @@ class HAProxy(Rival):
         self.config.write(HAPROXY % (self.threads, self.options))
         self.config.flush()
         return ["haproxy", "-db", "-f", self.config.name]
+
+    def wait(self):
+        deadline = time.monotonic() + demo.PATIENCE
+        while f":{LISTEN} " not in demo.run(*demo.on("proxy", "ss", "-Hltn")):
+            assert self.process.poll() is None and time.monotonic() < deadline, "HAProxy does not start"
+            time.sleep(0.02)
 
 
 class TunedHAProxy(HAProxy):
