@@ -224,9 +224,20 @@ impl Lab {
         lab
     }
 
-    /// The server's listener for a port, both families.
+    /// The server's listener for a port, both families. One before it may live on for a moment, in a child of another
+    /// test that has not come to its exec.
     pub fn serve(&self, port: u16) -> TcpListener {
-        self.server.run(|| TcpListener::bind(at(ip("::"), port)).unwrap())
+        let until = Instant::now() + PATIENCE;
+        self.server.run(|| {
+            loop {
+                match TcpListener::bind(at(ip("::"), port)) {
+                    Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < until => {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    listener => return listener.unwrap(),
+                }
+            }
+        })
     }
 
     /// The client connects, says something, and hears what the server makes of it.
