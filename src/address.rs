@@ -2,45 +2,132 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
+/// As many bytes as the longest address has.
+pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
+
+/// An address as the kernel takes and gives it: a `struct sockaddr_in` or
+/// `sockaddr_in6`. What follows an IPv4 one is zero.
+///
+/// The hot paths hand on this: what is only passed along is not taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, align(4))]
+pub(crate) struct KernelAddr(Bytes);
+
+impl KernelAddr {
+    const ZERO: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
+
+    /// Reads one, by the family that it names; `None` if it is another's or too short.
+    #[inline(always)]
+    pub(crate) fn parse(bytes: &[u8]) -> Option<KernelAddr> {
+        let mut addr = KernelAddr::ZERO;
+        match family(bytes)? {
+            // The rest, sin_zero, says nothing.
+            libc::AF_INET if bytes.len() >= size_of::<libc::sockaddr_in>() => {
+                *addr.0.first_chunk_mut::<8>()? = *bytes.first_chunk()?;
+            }
+            libc::AF_INET6 => addr.0 = *bytes.first_chunk()?,
+            _ => return None,
+        }
+        Some(addr)
+    }
+
+    #[inline(always)]
+    fn field<const N: usize>(&self, at: usize) -> [u8; N] {
+        self.0.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_ipv4(&self) -> bool {
+        family(&self.0) == Some(libc::AF_INET)
+    }
+
+    #[inline(always)]
+    pub(crate) fn port(&self) -> u16 {
+        u16::from_be_bytes(self.field(2))
+    }
+
+    #[inline(always)]
+    pub(crate) fn with_port(mut self, port: u16) -> KernelAddr {
+        self.0[2..4].copy_from_slice(&port.to_be_bytes());
+        self
+    }
+
+    /// ::ffff:0:0/96, if it is an IPv6 address.
+    #[inline(always)]
+    fn is_v4_mapped(&self) -> bool {
+        self.field(8) == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
+    }
+
+    /// 0.0.0.0, ::, or the former as an IPv6 socket has it.
+    #[inline(always)]
+    pub(crate) fn is_unspecified(&self) -> bool {
+        if self.is_ipv4() {
+            self.field::<4>(4) == [0; 4]
+        } else {
+            self.field::<4>(20) == [0; 4] && (self.is_v4_mapped() || self.field::<12>(8) == [0; 12])
+        }
+    }
+
+    /// The IPv4 address that a v4-mapped one stands for; any other address as it is.
+    #[inline(always)]
+    pub(crate) fn canonical(self) -> KernelAddr {
+        if self.is_ipv4() || !self.is_v4_mapped() {
+            return self;
+        }
+        let mut addr = KernelAddr::ZERO;
+        addr.0[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+        addr.0[2..4].copy_from_slice(&self.field::<2>(2));
+        addr.0[4..8].copy_from_slice(&self.field::<4>(20));
+        addr
+    }
+
+    /// The struct, as long as its family has it.
+    #[inline(always)]
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        if self.is_ipv4() { &self.0[..size_of::<libc::sockaddr_in>()] } else { &self.0 }
+    }
+}
+
+impl From<KernelAddr> for SocketAddr {
+    #[inline(always)]
+    fn from(addr: KernelAddr) -> SocketAddr {
+        if addr.is_ipv4() {
+            return SocketAddrV4::new(Ipv4Addr::from(addr.field::<4>(4)), addr.port()).into();
+        }
+        let (flow, scope) = (u32::from_ne_bytes(addr.field(4)), u32::from_ne_bytes(addr.field(24)));
+        SocketAddrV6::new(Ipv6Addr::from(addr.field::<16>(8)), addr.port(), flow, scope).into()
+    }
+}
+
+impl From<SocketAddr> for KernelAddr {
+    fn from(addr: SocketAddr) -> KernelAddr {
+        let KernelAddr(mut bytes) = KernelAddr::ZERO;
+        match addr {
+            SocketAddr::V4(v4) => {
+                bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+                bytes[4..8].copy_from_slice(&v4.ip().octets());
+            }
+            SocketAddr::V6(v6) => {
+                bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+                bytes[4..8].copy_from_slice(&v6.flowinfo().to_ne_bytes());
+                bytes[8..24].copy_from_slice(&v6.ip().octets());
+                bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+            }
+        }
+        KernelAddr(bytes).with_port(addr.port())
+    }
+}
+
 /// A `struct sockaddr_in` or `sockaddr_in6`, by the family that it names;
 /// `None` if it is another's or too short.
 #[inline(always)]
 pub(crate) fn decode(bytes: &[u8]) -> Option<SocketAddr> {
-    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok();
-    let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
-    match family(bytes)? {
-        libc::AF_INET if bytes.len() >= size_of::<libc::sockaddr_in>() => {
-            Some(SocketAddrV4::new(Ipv4Addr::from(word(4)?), port).into())
-        }
-        libc::AF_INET6 if bytes.len() >= size_of::<libc::sockaddr_in6>() => {
-            let ip: [u8; 16] = bytes.get(8..24)?.try_into().ok()?;
-            let (flow, scope) = (u32::from_ne_bytes(word(4)?), u32::from_ne_bytes(word(24)?));
-            Some(SocketAddrV6::new(Ipv6Addr::from(ip), port, flow, scope).into())
-        }
-        _ => None,
-    }
+    KernelAddr::parse(bytes).map(SocketAddr::from)
 }
-
-/// As many bytes as the longest address has.
-pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
 
 /// A `struct sockaddr_in` or `sockaddr_in6`; the rest is zero.
 pub(crate) fn encode(addr: SocketAddr) -> Bytes {
-    let mut bytes = [0; size_of::<libc::sockaddr_in6>()];
-    bytes[2..4].copy_from_slice(&addr.port().to_be_bytes());
-    match addr {
-        SocketAddr::V4(v4) => {
-            bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
-            bytes[4..8].copy_from_slice(&v4.ip().octets());
-        }
-        SocketAddr::V6(v6) => {
-            bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-            bytes[4..8].copy_from_slice(&v6.flowinfo().to_ne_bytes());
-            bytes[8..24].copy_from_slice(&v6.ip().octets());
-            bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
-        }
-    }
-    bytes
+    KernelAddr::from(addr).0
 }
 
 /// How many of its bytes are an address.

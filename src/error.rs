@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
+use crate::address::KernelAddr;
 use crate::sys;
 
 /// What every fallible call of this crate returns.
@@ -50,8 +51,8 @@ pub(crate) enum Step {
 /// The addresses that a step was about, as far as it had any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Ends {
-    pub local: Option<SocketAddr>,
-    pub remote: Option<SocketAddr>,
+    pub local: Option<KernelAddr>,
+    pub remote: Option<KernelAddr>,
 }
 
 impl Error {
@@ -66,6 +67,8 @@ impl Error {
     }
 
     /// A system call on a socket failed.
+    #[cold]
+    #[inline(never)]
     pub(crate) fn socket(step: Step, ends: Ends, cause: &io::Error) -> Self {
         Error { errno: cause.raw_os_error().unwrap_or(libc::EIO), what: What::Socket { step, ends } }
     }
@@ -83,10 +86,10 @@ impl fmt::Display for Error {
             What::Socket { step, ends } => {
                 f.write_str(step.call())?;
                 if let Some(local) = ends.local {
-                    write!(f, " from {local}")?;
+                    write!(f, " from {}", SocketAddr::from(local))?;
                 }
                 if let Some(remote) = ends.remote {
-                    write!(f, " to {remote}")?;
+                    write!(f, " to {}", SocketAddr::from(remote))?;
                 }
                 write!(f, ": {}", sys::Describe(self.errno))?;
                 match step.cure(self.errno) {

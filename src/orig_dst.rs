@@ -1,11 +1,12 @@
 //! Where an intercepted connection was going.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use socket2::SockRef;
 
-use crate::address::{as_family_of, canonical};
+use crate::address::{KernelAddr, as_family_of};
 use crate::error::{Ends, Error, Result, Step};
 use crate::sys;
 
@@ -15,43 +16,36 @@ use crate::sys;
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
 pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
-    find(fd)
+    find(fd).map(SocketAddr::from)
 }
 
 /// As [`orig_dst`], for the caller to whom its time matters.
 #[inline(always)]
-pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
-    let transparent =
-        sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(|e| match e.raw_os_error() {
-            Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT) => {
-                Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket")
-            }
-            _ => Error::socket(Step::Inspect, Ends::default(), &e),
-        })?;
-    let socket = SockRef::from(&fd);
-    let local = socket
-        .local_addr()
-        .map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))?
-        .as_socket()
-        .ok_or_else(|| Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket"))?;
-    if local.ip().to_canonical().is_unspecified() || local.port() == 0 {
+pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<KernelAddr> {
+    let failed = |e: io::Error| match e.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT) => not_of_a_family(),
+        _ => Error::socket(Step::Inspect, Ends::default(), &e),
+    };
+    let transparent = sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)?;
+    let local = sys::local_addr(fd).map_err(failed)?.ok_or_else(not_of_a_family)?;
+    if local.is_unspecified() || local.port() == 0 {
         return Err(Error::new(
             libc::ENOTCONN,
             "not an accepted connection: the socket has no address of its own (is it the listener?)",
         ));
     }
-    if transparent != 0 {
-        return Ok(local);
-    }
+    if transparent != 0 { Ok(local) } else { before_nat(fd, local).map(KernelAddr::from) }
+}
+
+/// What connection tracking knows of a connection that came to this address.
+fn before_nat(fd: BorrowedFd<'_>, local: KernelAddr) -> Result<SocketAddr> {
+    let socket = SockRef::from(&fd);
     // The level follows the address, not the socket: a v4-mapped connection is IPv4's.
-    let before_nat = match canonical(local) {
-        SocketAddr::V4(_) => socket.original_dst_v4(),
-        SocketAddr::V6(_) => socket.original_dst_v6(),
-    };
-    match before_nat {
-        Ok(found) => match found.as_socket().map(|found| as_family_of(local, found)) {
+    let found = if local.canonical().is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    match found {
+        Ok(found) => match found.as_socket().map(|found| as_family_of(local.into(), found)) {
             // Tracked, but not translated: the client wanted this very socket.
-            Some(same) if same == local => Err(not_intercepted()),
+            Some(same) if same == local.into() => Err(not_intercepted()),
             Some(found) => Ok(found),
             None => Err(Error::new(libc::EIO, "connection tracking answered with an address of no known family")),
         },
@@ -60,6 +54,11 @@ pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
             _ => Error::socket(Step::Inspect, Ends { local: Some(local), remote: None }, &e),
         }),
     }
+}
+
+#[cold]
+fn not_of_a_family() -> Error {
+    Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket")
 }
 
 fn not_intercepted() -> Error {

@@ -9,9 +9,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::address::canonical;
+use crate::address::KernelAddr;
 use crate::error::{Ends, Error, Result, Step};
 use crate::sys;
 
@@ -102,7 +102,7 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
     make_transparent(&socket, domain)?;
     let is_stream = addr.port() == 0
         && socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))? == Type::STREAM;
-    if is_stream { bind_without_port(&socket, addr) } else { bind(&socket, addr) }
+    if is_stream { bind_without_port(&socket, addr.into()) } else { bind(&socket, addr.into()) }
 }
 
 /// A listening transparent stream socket.
@@ -111,9 +111,10 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
 /// program need not wait for its old connections to end. A negative `backlog`
 /// asks for the largest that the system allows.
 pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<Socket> {
-    let ends = Ends { local: Some(addr), remote: None };
     let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
-    socket.set_reuse_address(true).map_err(|e| Error::socket(Step::ReuseAddress, ends, &e))?;
+    let addr = KernelAddr::from(addr);
+    let ends = Ends { local: Some(addr), remote: None };
+    reuse_address(&socket, addr)?;
     if options.reuse_port {
         socket.set_reuse_port(true).map_err(|e| Error::socket(Step::ReusePort, ends, &e))?;
     }
@@ -128,63 +129,56 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
 /// another is taken when that one is in use (or, below 1024, not permitted).
 /// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
 pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<Socket> {
-    let (src, dst) = (canonical(src), canonical(dst));
+    connect_between(src.into(), dst.into(), options)
+}
+
+/// As [`connect_from`], for the caller to whom its time matters.
+#[inline(always)]
+pub(crate) fn connect_between(src: KernelAddr, dst: KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    let (src, dst) = (src.canonical(), dst.canonical());
     if src.is_ipv4() != dst.is_ipv4() {
         return Err(Error::new(libc::EAFNOSUPPORT, "the source and the destination are of different address families"));
     }
-    let any_port = with_port(src, 0);
-    if !options.keep_port || src.port() == 0 {
-        return attempt(any_port, dst, options, None);
-    }
-    match attempt(any_port, dst, options, Some(src)) {
-        // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
-        Err(e) if e.errno() == libc::EADDRNOTAVAIL => attempt(any_port, dst, options, None),
-        done => done,
+    let mut keep_port = options.keep_port && src.port() != 0;
+    loop {
+        match attempt(src, dst, options, keep_port) {
+            // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
+            Err(e) if keep_port && e.errno() == libc::EADDRNOTAVAIL => keep_port = false,
+            done => return done,
+        }
     }
 }
 
-/// One socket's try at [`connect_from`]: from `wanted` if it can be had, else from `any_port`.
-fn attempt(
-    any_port: SocketAddr,
-    dst: SocketAddr,
-    options: ConnectOptions,
-    wanted: Option<SocketAddr>,
-) -> Result<Socket> {
-    let domain = Domain::for_address(dst);
+/// One socket's try at [`connect_from`]: from the source's own port if it is to be kept and can be had, else from any.
+#[inline(always)]
+fn attempt(src: KernelAddr, dst: KernelAddr, options: ConnectOptions, keep_port: bool) -> Result<Socket> {
+    let domain = if dst.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let kind = if options.datagram { Type::DGRAM } else { Type::STREAM };
     let socket = open(domain, if options.nonblocking { kind.nonblocking() } else { kind }, None)?;
     make_transparent(&socket, domain)?;
-    // A datagram socket's port is no freer for knowing the destination.
-    let bind_any = |socket: &Socket| match options.datagram {
-        true => bind(socket, any_port),
-        false => bind_without_port(socket, any_port),
-    };
-    match wanted {
-        None => bind_any(&socket)?,
-        Some(src) => {
-            // Connections of one client port to several servers share the address and port.
-            let ends = Ends { local: Some(src), remote: None };
-            socket.set_reuse_address(true).map_err(|e| Error::socket(Step::ReuseAddress, ends, &e))?;
-            match bind(&socket, src) {
-                Err(e) if [libc::EADDRINUSE, libc::EACCES].contains(&e.errno()) => {
-                    bind_any(&socket)?;
-                }
-                bound => bound?,
-            }
+    let any_port = src.with_port(0);
+    if !(keep_port && bind_to_port(&socket, src)?) {
+        // A datagram socket's port is no freer for knowing the destination.
+        match options.datagram {
+            true => bind(&socket, any_port)?,
+            false => bind_without_port(&socket, any_port)?,
         }
     }
-    match socket.connect(&SockAddr::from(dst)) {
-        Err(e) if options.nonblocking && e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
-        Err(e) => {
-            let ends = Ends { local: Some(wanted.unwrap_or(any_port)), remote: Some(dst) };
-            Err(Error::socket(Step::Connect, ends, &e))
-        }
-        Ok(()) => {
-            if options.datagram {
-                forget_strangers(&socket);
-            }
-            Ok(socket)
-        }
+    let ends = Ends { local: Some(if keep_port { src } else { any_port }), remote: Some(dst) };
+    let connected = sys::connect(socket.as_fd(), &dst).map_err(|e| Error::socket(Step::Connect, ends, &e))?;
+    if connected && options.datagram {
+        forget_strangers(&socket);
+    }
+    Ok(socket)
+}
+
+/// Whether the very port of an address could be had.
+fn bind_to_port(socket: &Socket, addr: KernelAddr) -> Result<bool> {
+    // Connections of one client port to several servers share the address and port.
+    reuse_address(socket, addr)?;
+    match bind(socket, addr) {
+        Err(e) if [libc::EADDRINUSE, libc::EACCES].contains(&e.errno()) => Ok(false),
+        bound => bound.map(|()| true),
     }
 }
 
@@ -202,11 +196,6 @@ fn forget_strangers(socket: &Socket) {
     }
 }
 
-fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
-    addr.set_port(port);
-    addr
-}
-
 /// The kind of socket without the flags that `socket(2)` lets ride along.
 fn base_type(kind: Type) -> Type {
     Type::from(i32::from(kind) & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK))
@@ -216,8 +205,11 @@ fn stream_type(nonblocking: bool) -> Type {
     if nonblocking { Type::STREAM.nonblocking() } else { Type::STREAM }
 }
 
+#[inline(always)]
 pub(crate) fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
-    Socket::new_raw(domain, kind.cloexec(), protocol).map_err(|e| Error::socket(Step::Create, Ends::default(), &e))
+    sys::socket(domain.into(), kind.cloexec().into(), protocol.map_or(0, i32::from))
+        .map(Socket::from)
+        .map_err(|e| Error::socket(Step::Create, Ends::default(), &e))
 }
 
 /// The address family of a caller's descriptor, if it is one that can be transparent.
@@ -233,10 +225,19 @@ fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
     }
 }
 
+#[inline(always)]
 pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
-    let done =
-        if domain == Domain::IPV6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) };
-    done.map_err(|e| Error::socket(Step::Transparent, Ends::default(), &e))
+    let (level, option) = match domain {
+        Domain::IPV6 => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+        _ => (libc::SOL_IP, libc::IP_TRANSPARENT),
+    };
+    sys::setsockopt_int(socket.as_fd(), level, option, 1)
+        .map_err(|e| Error::socket(Step::Transparent, Ends::default(), &e))
+}
+
+fn reuse_address(socket: &Socket, addr: KernelAddr) -> Result<()> {
+    sys::setsockopt_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
+        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(addr), remote: None }, &e))
 }
 
 /// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
@@ -249,20 +250,20 @@ fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
     sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1).map_err(failed)
 }
 
-pub(crate) fn bind(socket: &Socket, addr: SocketAddr) -> Result<()> {
-    let ends = Ends { local: Some(addr), remote: None };
-    socket.bind(&SockAddr::from(addr)).map_err(|e| Error::socket(Step::Bind, ends, &e))
+#[inline(always)]
+pub(crate) fn bind(socket: &Socket, addr: KernelAddr) -> Result<()> {
+    sys::bind(socket.as_fd(), &addr)
+        .map_err(|e| Error::socket(Step::Bind, Ends { local: Some(addr), remote: None }, &e))
 }
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
 #[inline(always)]
-fn bind_without_port(socket: &Socket, addr: SocketAddr) -> Result<()> {
+fn bind_without_port(socket: &Socket, addr: KernelAddr) -> Result<()> {
     match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
         // Linux before 4.2: the port is chosen at once, from fewer.
-        Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
-        done => {
-            done.map_err(|e| Error::socket(Step::BindAddressNoPort, Ends { local: Some(addr), remote: None }, &e))?
+        Err(e) if e.raw_os_error() != Some(libc::ENOPROTOOPT) => {
+            Err(Error::socket(Step::BindAddressNoPort, Ends { local: Some(addr), remote: None }, &e))
         }
+        _ => bind(socket, addr),
     }
-    bind(socket, addr)
 }

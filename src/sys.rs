@@ -4,10 +4,12 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use socket2::SockAddr;
+
+use crate::address::{self, KernelAddr};
 
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
@@ -19,6 +21,28 @@ pub(crate) fn errno() -> i32 {
 pub(crate) fn set_errno(value: i32) {
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = value }
+}
+
+/// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
+pub(crate) struct Errno {
+    place: *mut i32,
+    value: i32,
+}
+
+impl Errno {
+    #[inline(always)]
+    pub(crate) fn here() -> Errno {
+        // SAFETY: a valid pointer to this thread's errno.
+        let place = unsafe { libc::__errno_location() };
+        // SAFETY: as above.
+        Errno { place, value: unsafe { *place } }
+    }
+
+    #[inline(always)]
+    pub(crate) fn put_back(&self) {
+        // SAFETY: as above; a raw pointer keeps the struct in its thread.
+        unsafe { *self.place = self.value }
+    }
 }
 
 /// Milliseconds since some moment, exact to a few of them; no system call (vDSO).
@@ -61,6 +85,47 @@ pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i
         )
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `socket(2)`.
+#[inline(always)]
+pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call.
+    let fd = unsafe { libc::socket(domain, kind, protocol) };
+    // SAFETY: a new descriptor, ours alone.
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `bind(2)`.
+#[inline(always)]
+pub(crate) fn bind(fd: BorrowedFd<'_>, addr: &KernelAddr) -> io::Result<()> {
+    let bytes = addr.as_bytes();
+    // SAFETY: an address, valid for reads of its length.
+    let rc = unsafe { libc::bind(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len() as libc::socklen_t) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `connect(2)`: whether it is done, or under way (EINPROGRESS).
+#[inline(always)]
+pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> io::Result<bool> {
+    let bytes = addr.as_bytes();
+    // SAFETY: as above.
+    let rc = unsafe { libc::connect(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len() as libc::socklen_t) };
+    match rc {
+        0 => Ok(true),
+        _ if errno() == libc::EINPROGRESS => Ok(false),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `getsockname(2)`; `None` for an address that is not IPv4's or IPv6's.
+#[inline(always)]
+pub(crate) fn local_addr(fd: BorrowedFd<'_>) -> io::Result<Option<KernelAddr>> {
+    let mut bytes: address::Bytes = [0; size_of::<address::Bytes>()];
+    let mut len = bytes.len() as libc::socklen_t;
+    // SAFETY: both are valid for writes, and len is the size of the place.
+    let rc = unsafe { libc::getsockname(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), &raw mut len) };
+    if rc == 0 { Ok(KernelAddr::parse(&bytes)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).

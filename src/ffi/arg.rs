@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use libc::{sockaddr, sockaddr_storage, socklen_t};
 
-use crate::address;
+use crate::address::{self, KernelAddr};
 use crate::error::{Error, Result};
 
 /// A pointer that must not be NULL was.
@@ -40,26 +40,50 @@ pub(super) fn flags(flags: u32, known: u32) -> Result<u32> {
 /// # Safety
 /// `addr` is NULL or valid for reads of `len` bytes.
 pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<SocketAddr> {
-    if addr.is_null() {
-        return Err(null(what));
-    }
+    // SAFETY: by the caller's word.
+    unsafe { kernel_address(what, addr, len) }.map(SocketAddr::from)
+}
+
+/// A socket address that is only passed on.
+///
+/// # Safety
+/// As for [`address`].
+#[inline(always)]
+pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<KernelAddr> {
     let len = len as usize;
-    let too_short = || Error::invalid(format!("{what}: a length of {len} is too short for its address family"));
-    if len < size_of::<libc::sa_family_t>() {
-        return Err(too_short());
+    if !addr.is_null() && len <= size_of::<sockaddr_storage>() {
+        // SAFETY: not NULL, valid for len bytes, and these are bytes.
+        if let Some(addr) = KernelAddr::parse(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) }) {
+            return Ok(addr);
+        }
+    }
+    // SAFETY: by the caller's word.
+    Err(unsafe { no_address(what, addr, len) })
+}
+
+/// Why it is none.
+///
+/// # Safety
+/// As for [`address`].
+#[cold]
+#[inline(never)]
+unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
+    if addr.is_null() {
+        return null(what);
     }
     if len > size_of::<sockaddr_storage>() {
-        return Err(Error::invalid(format!("{what}: a length of {len} is more than any socket address has")));
+        return Error::invalid(format!("{what}: a length of {len} is more than any socket address has"));
     }
     // SAFETY: not NULL, valid for len bytes, and these are bytes.
-    let bytes = unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) };
-    address::decode(bytes).ok_or_else(|| match address::family(bytes) {
-        Some(libc::AF_INET | libc::AF_INET6) => too_short(),
-        other => Error::new(
+    match address::family(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) }) {
+        None | Some(libc::AF_INET | libc::AF_INET6) => {
+            Error::invalid(format!("{what}: a length of {len} is too short for its address family"))
+        }
+        Some(other) => Error::new(
             libc::EAFNOSUPPORT,
-            format!("{what}: address family {}, where AF_INET or AF_INET6 is needed", other.unwrap_or_default()),
+            format!("{what}: address family {other}, where AF_INET or AF_INET6 is needed"),
         ),
-    })
+    }
 }
 
 /// Where an address goes: the place and its size, which becomes the address's.
@@ -84,23 +108,28 @@ impl AddressOut {
     ///
     /// # Safety
     /// The length is valid for reads and writes, the place for writes of that length.
-    pub(super) unsafe fn write(&self, value: SocketAddr) -> Result<()> {
+    #[inline(always)]
+    pub(super) unsafe fn write(&self, value: KernelAddr) -> Result<()> {
         // SAFETY: by the caller's word.
         let room = unsafe { self.len.read_unaligned() } as usize;
-        let value = socket2::SockAddr::from(value);
-        let len = value.len() as usize;
-        if room < len {
-            return Err(Error::invalid(format!(
-                "the address needs {len} bytes, but there is room for {room}: use a struct sockaddr_storage"
-            )));
+        let bytes = value.as_bytes();
+        if room < bytes.len() {
+            return Err(too_little_room(room, bytes.len()));
         }
-        // SAFETY: the source is a socket address of that length, and the place has room for it.
+        // SAFETY: the place has room for it.
         unsafe {
-            self.addr.cast::<u8>().copy_from_nonoverlapping(value.as_ptr().cast(), len);
-            self.len.write_unaligned(value.len());
+            self.addr.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            self.len.write_unaligned(bytes.len() as socklen_t);
         }
         Ok(())
     }
+}
+
+#[cold]
+fn too_little_room(room: usize, len: usize) -> Error {
+    Error::invalid(format!(
+        "the address needs {len} bytes, but there is room for {room}: use a struct sockaddr_storage"
+    ))
 }
 
 /// Where the address of a datagram goes that has been received: it must not be
@@ -140,12 +169,13 @@ impl DatagramAddressOut {
             }
             return;
         };
-        let value = socket2::SockAddr::from(value);
+        let value = KernelAddr::from(value);
+        let bytes = value.as_bytes();
         // SAFETY: by the caller's word; no more is written than there is room for.
         unsafe {
-            let room = out.len.read_unaligned().min(value.len()) as usize;
-            out.addr.cast::<u8>().copy_from_nonoverlapping(value.as_ptr().cast(), room);
-            out.len.write_unaligned(value.len());
+            let room = bytes.len().min(out.len.read_unaligned() as usize);
+            out.addr.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), room);
+            out.len.write_unaligned(bytes.len() as socklen_t);
         }
     }
 }

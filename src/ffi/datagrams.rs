@@ -6,7 +6,7 @@ use std::ffi::c_int;
 use libc::{msghdr, sockaddr, socklen_t, ssize_t};
 
 use super::arg::{self, AddressOut, DatagramAddressOut, SizedOut};
-use super::guard::guard;
+use super::guard::{guard, guard_hot};
 use super::sockets::TP_NONBLOCK;
 use crate::address;
 use crate::error::{Error, Result};
@@ -113,7 +113,7 @@ pub unsafe extern "C" fn tp_recvfrom(
     dst: *mut sockaddr,
     dstlen: *mut socklen_t,
 ) -> ssize_t {
-    guard(|| {
+    guard_hot(|| {
         let flags = known(flags, libc::MSG_DONTWAIT | libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_WAITALL)?;
         // SAFETY: by the caller's word.
         let buffer = unsafe { arg::array_mut("buf", buf.cast(), len) }?;
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn tp_recvfrom(
 /// System calls: none. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
-    guard(|| {
+    guard_hot(|| {
         let out = AddressOut::new("addr", addr, addrlen)?;
         if msg.is_null() {
             return Err(arg::null("msg"));
@@ -164,7 +164,7 @@ pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr
         let found = Control::parse(control).orig_dst.ok_or_else(|| no_orig_dst(msg.msg_flags))?;
         let found = address::decode(name).map_or(found, |name| address::as_family_of(name, found));
         // SAFETY: by the caller's word.
-        unsafe { out.write(found) }?;
+        unsafe { out.write(found.into()) }?;
         Ok(0)
     })
 }
@@ -202,7 +202,7 @@ pub unsafe extern "C" fn tp_recv_datagrams(
     count: std::ffi::c_uint,
     flags: c_int,
 ) -> c_int {
-    guard(|| {
+    guard_hot(|| {
         let flags = known(flags, libc::MSG_DONTWAIT)?;
         // SAFETY: by the caller's word, as is what they point to.
         let datagrams = unsafe { arg::array_mut("dgrams", dgrams, count as usize) }?;

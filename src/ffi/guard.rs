@@ -60,18 +60,31 @@ fn remember(error: &dyn fmt::Display) {
 
 /// Runs the body of a call: its value and the caller's errno on success, else
 /// -1, errno (last of all) and the sentence.
+#[inline(always)]
 pub(super) fn guard<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
-    let errno = sys::errno();
-    match quietly(body) {
+    outcome(|| quietly(body))
+}
+
+/// The same for a call whose instructions are counted: a panic, for which
+/// there is no cause in so little code, is caught too, but reported as the
+/// program reports its own.
+#[inline(always)]
+pub(super) fn guard_hot<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
+    outcome(|| caught(body))
+}
+
+#[inline(always)]
+fn outcome<T: From<i8>>(body: impl FnOnce() -> std::result::Result<Result<T>, ()>) -> T {
+    let errno = sys::Errno::here();
+    let error = match body() {
         Ok(Ok(value)) => {
-            sys::set_errno(errno);
+            errno.put_back();
             return value;
         }
-        Ok(Err(error)) => fail(error),
-        Err(()) => {
-            fail(Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"));
-        }
-    }
+        Ok(Err(error)) => error,
+        Err(()) => Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"),
+    };
+    fail(error);
     T::from(-1)
 }
 
@@ -106,10 +119,15 @@ fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
         PREVIOUS_HOOK.get_or_init(silence_own_panics);
     }
     let outer = IN_CALL.replace(true);
-    let outcome = panic::catch_unwind(AssertUnwindSafe(body));
+    let outcome = caught(body);
     IN_CALL.set(outer);
+    outcome
+}
+
+#[inline(always)]
+fn caught<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
     // Dropping what was thrown could panic again.
-    outcome.map_err(std::mem::forget)
+    panic::catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget)
 }
 
 #[cfg(test)]

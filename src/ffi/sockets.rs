@@ -7,7 +7,7 @@ use libc::{sockaddr, socklen_t};
 use socket2::{Domain, Protocol, Type};
 
 use super::arg::{self, AddressOut};
-use super::guard::guard;
+use super::guard::{guard, guard_hot};
 use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
 
@@ -44,7 +44,7 @@ pub const TP_DGRAM: u32 = 0x8;
 /// Thread-safe.
 #[unsafe(no_mangle)]
 pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_int {
-    guard(|| {
+    guard_hot(|| {
         let protocol = (protocol != 0).then(|| Protocol::from(protocol));
         Ok(socket::make(Domain::from(domain), Type::from(r#type), protocol)?.into_raw_fd())
     })
@@ -187,18 +187,18 @@ pub unsafe extern "C" fn tp_connect_from(
     dstlen: socklen_t,
     flags: u32,
 ) -> c_int {
-    guard(|| {
+    guard_hot(|| {
         let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM)?;
         // SAFETY: by the caller's word.
-        let src = unsafe { arg::address("src", src, srclen) }?;
+        let src = unsafe { arg::kernel_address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
-        let dst = unsafe { arg::address("dst", dst, dstlen) }?;
+        let dst = unsafe { arg::kernel_address("dst", dst, dstlen) }?;
         let options = ConnectOptions {
             nonblocking: flags & TP_NONBLOCK != 0,
             keep_port: flags & TP_KEEP_PORT != 0,
             datagram: flags & TP_DGRAM != 0,
         };
-        Ok(socket::connect_from(src, dst, options)?.into_raw_fd())
+        Ok(socket::connect_between(src, dst, options)?.into_raw_fd())
     })
 }
 
@@ -230,7 +230,7 @@ pub unsafe extern "C" fn tp_connect_from(
 /// socket is not transparent. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
-    guard(|| {
+    guard_hot(|| {
         let out = AddressOut::new("addr", addr, addrlen)?;
         // SAFETY: the caller's descriptor, open during the call.
         let found = orig_dst::find(unsafe { arg::fd(fd) }?)?;

@@ -222,20 +222,20 @@ fn dummy(key: Key) -> SocketAddr {
 fn port_socket(key: Key) -> Result<Socket> {
     let addr = dummy(key);
     let socket = deaf(key.v6, Type::DGRAM, None)?;
-    let failed = |e| Error::socket(Step::Prepare, Ends { local: Some(addr), remote: None }, &e);
+    let failed = |e| Error::socket(Step::Prepare, Ends { local: Some(addr.into()), remote: None }, &e);
     if key.v6 {
         // Or it would share the port with IPv4's sockets too.
         socket.set_only_v6(true).map_err(failed)?;
     }
     socket.set_reuse_address(true).map_err(failed)?;
-    bind(&socket, addr)?;
+    bind(&socket, addr.into())?;
     Ok(socket)
 }
 
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
 fn raw_socket(v6: bool) -> Result<Socket> {
     let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
-    bind(&socket, dummy(Key { v6, port: 0 }))?;
+    bind(&socket, dummy(Key { v6, port: 0 }).into())?;
     Ok(socket)
 }
 
