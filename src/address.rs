@@ -47,9 +47,8 @@ impl KernelAddr {
     }
 
     #[inline(always)]
-    pub(crate) fn with_port(mut self, port: u16) -> KernelAddr {
+    pub(crate) fn set_port(&mut self, port: u16) {
         self.0[2..4].copy_from_slice(&port.to_be_bytes());
-        self
     }
 
     /// ::ffff:0:0/96, if it is an IPv6 address.
@@ -68,17 +67,16 @@ impl KernelAddr {
         }
     }
 
-    /// The IPv4 address that a v4-mapped one stands for; any other address as it is.
+    /// A v4-mapped address becomes the IPv4 address that it stands for.
     #[inline(always)]
-    pub(crate) fn canonical(self) -> KernelAddr {
-        if self.is_ipv4() || !self.is_v4_mapped() {
-            return self;
+    pub(crate) fn make_canonical(&mut self) {
+        if !self.is_ipv4() && self.is_v4_mapped() {
+            let (port, ip) = (self.field::<2>(2), self.field::<4>(20));
+            *self = KernelAddr::ZERO;
+            self.0[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            self.0[2..4].copy_from_slice(&port);
+            self.0[4..8].copy_from_slice(&ip);
         }
-        let mut addr = KernelAddr::ZERO;
-        addr.0[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
-        addr.0[2..4].copy_from_slice(&self.field::<2>(2));
-        addr.0[4..8].copy_from_slice(&self.field::<4>(20));
-        addr
     }
 
     /// The struct, as long as its family has it.
@@ -114,7 +112,8 @@ impl From<SocketAddr> for KernelAddr {
                 bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
             }
         }
-        KernelAddr(bytes).with_port(addr.port())
+        bytes[2..4].copy_from_slice(&addr.port().to_be_bytes());
+        KernelAddr(bytes)
     }
 }
 

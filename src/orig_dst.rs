@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use socket2::SockRef;
 
-use crate::address::{KernelAddr, as_family_of};
+use crate::address::{KernelAddr, as_family_of, canonical};
 use crate::error::{Ends, Error, Result, Step};
 use crate::sys;
 
@@ -41,7 +41,7 @@ pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<KernelAddr> {
 fn before_nat(fd: BorrowedFd<'_>, local: KernelAddr) -> Result<SocketAddr> {
     let socket = SockRef::from(&fd);
     // The level follows the address, not the socket: a v4-mapped connection is IPv4's.
-    let found = if local.canonical().is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    let found = if canonical(local.into()).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
     match found {
         Ok(found) => match found.as_socket().map(|found| as_family_of(local.into(), found)) {
             // Tracked, but not translated: the client wanted this very socket.

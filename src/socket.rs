@@ -102,7 +102,8 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
     make_transparent(&socket, domain)?;
     let is_stream = addr.port() == 0
         && socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), &e))? == Type::STREAM;
-    if is_stream { bind_without_port(&socket, addr.into()) } else { bind(&socket, addr.into()) }
+    let addr = addr.into();
+    if is_stream { bind_without_port(&socket, &addr) } else { bind(&socket, &addr) }
 }
 
 /// A listening transparent stream socket.
@@ -114,11 +115,11 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
     let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
     let addr = KernelAddr::from(addr);
     let ends = Ends { local: Some(addr), remote: None };
-    reuse_address(&socket, addr)?;
+    reuse_address(&socket, &addr)?;
     if options.reuse_port {
         socket.set_reuse_port(true).map_err(|e| Error::socket(Step::ReusePort, ends, &e))?;
     }
-    bind(&socket, addr)?;
+    bind(&socket, &addr)?;
     socket.listen(backlog).map_err(|e| Error::socket(Step::Listen, ends, &e))?;
     Ok(socket)
 }
@@ -129,43 +130,67 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
 /// another is taken when that one is in use (or, below 1024, not permitted).
 /// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
 pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<Socket> {
-    connect_between(src.into(), dst.into(), options)
+    connect_between(&mut src.into(), &mut dst.into(), options)
 }
 
-/// As [`connect_from`], for the caller to whom its time matters.
+/// As [`connect_from`], for the caller to whom its time matters. The addresses
+/// become what is bound and connected to.
 #[inline(always)]
-pub(crate) fn connect_between(src: KernelAddr, dst: KernelAddr, options: ConnectOptions) -> Result<Socket> {
-    let (src, dst) = (src.canonical(), dst.canonical());
+pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    src.make_canonical();
+    dst.make_canonical();
     if src.is_ipv4() != dst.is_ipv4() {
         return Err(Error::new(libc::EAFNOSUPPORT, "the source and the destination are of different address families"));
     }
-    let mut keep_port = options.keep_port && src.port() != 0;
-    loop {
-        match attempt(src, dst, options, keep_port) {
-            // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
-            Err(e) if keep_port && e.errno() == libc::EADDRNOTAVAIL => keep_port = false,
-            done => return done,
-        }
+    if options.keep_port && src.port() != 0 {
+        connect_from_port(src, dst, options)
+    } else {
+        connect_from_any(src, dst, options)
     }
 }
 
-/// One socket's try at [`connect_from`]: from the source's own port if it is to be kept and can be had, else from any.
+/// From the source's own port if it can be had, else from any.
+#[inline(never)]
+fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    let socket = open_towards(dst, options)?;
+    if !bind_to_port(&socket, src)? {
+        src.set_port(0);
+        bind_to_any(&socket, src, options)?;
+    }
+    match connect(socket, src, dst, options) {
+        // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
+        Err(e) if e.errno() == libc::EADDRNOTAVAIL && src.port() != 0 => connect_from_any(src, dst, options),
+        done => done,
+    }
+}
+
 #[inline(always)]
-fn attempt(src: KernelAddr, dst: KernelAddr, options: ConnectOptions, keep_port: bool) -> Result<Socket> {
+fn connect_from_any(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    src.set_port(0);
+    let socket = open_towards(dst, options)?;
+    bind_to_any(&socket, src, options)?;
+    connect(socket, src, dst, options)
+}
+
+#[inline(always)]
+fn open_towards(dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
     let domain = if dst.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let kind = if options.datagram { Type::DGRAM } else { Type::STREAM };
     let socket = open(domain, if options.nonblocking { kind.nonblocking() } else { kind }, None)?;
     make_transparent(&socket, domain)?;
-    let any_port = src.with_port(0);
-    if !(keep_port && bind_to_port(&socket, src)?) {
-        // A datagram socket's port is no freer for knowing the destination.
-        match options.datagram {
-            true => bind(&socket, any_port)?,
-            false => bind_without_port(&socket, any_port)?,
-        }
-    }
-    let ends = Ends { local: Some(if keep_port { src } else { any_port }), remote: Some(dst) };
-    let connected = sys::connect(socket.as_fd(), &dst).map_err(|e| Error::socket(Step::Connect, ends, &e))?;
+    Ok(socket)
+}
+
+#[inline(always)]
+fn bind_to_any(socket: &Socket, src: &KernelAddr, options: ConnectOptions) -> Result<()> {
+    // A datagram socket's port is no freer for knowing the destination.
+    if options.datagram { bind(socket, src) } else { bind_without_port(socket, src) }
+}
+
+#[inline(always)]
+fn connect(socket: Socket, src: &KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    let failed = |e| Error::socket(Step::Connect, Ends { local: Some(*src), remote: Some(*dst) }, &e);
+    let connected = sys::connect(socket.as_fd(), dst).map_err(failed)?;
     if connected && options.datagram {
         forget_strangers(&socket);
     }
@@ -173,7 +198,7 @@ fn attempt(src: KernelAddr, dst: KernelAddr, options: ConnectOptions, keep_port:
 }
 
 /// Whether the very port of an address could be had.
-fn bind_to_port(socket: &Socket, addr: KernelAddr) -> Result<bool> {
+fn bind_to_port(socket: &Socket, addr: &KernelAddr) -> Result<bool> {
     // Connections of one client port to several servers share the address and port.
     reuse_address(socket, addr)?;
     match bind(socket, addr) {
@@ -235,9 +260,9 @@ pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
         .map_err(|e| Error::socket(Step::Transparent, Ends::default(), &e))
 }
 
-fn reuse_address(socket: &Socket, addr: KernelAddr) -> Result<()> {
+fn reuse_address(socket: &Socket, addr: &KernelAddr) -> Result<()> {
     sys::setsockopt_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
-        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(addr), remote: None }, &e))
+        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(*addr), remote: None }, &e))
 }
 
 /// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
@@ -251,18 +276,18 @@ fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
 }
 
 #[inline(always)]
-pub(crate) fn bind(socket: &Socket, addr: KernelAddr) -> Result<()> {
-    sys::bind(socket.as_fd(), &addr)
-        .map_err(|e| Error::socket(Step::Bind, Ends { local: Some(addr), remote: None }, &e))
+pub(crate) fn bind(socket: &Socket, addr: &KernelAddr) -> Result<()> {
+    sys::bind(socket.as_fd(), addr)
+        .map_err(|e| Error::socket(Step::Bind, Ends { local: Some(*addr), remote: None }, &e))
 }
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
 #[inline(always)]
-fn bind_without_port(socket: &Socket, addr: KernelAddr) -> Result<()> {
+fn bind_without_port(socket: &Socket, addr: &KernelAddr) -> Result<()> {
     match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
         // Linux before 4.2: the port is chosen at once, from fewer.
         Err(e) if e.raw_os_error() != Some(libc::ENOPROTOOPT) => {
-            Err(Error::socket(Step::BindAddressNoPort, Ends { local: Some(addr), remote: None }, &e))
+            Err(Error::socket(Step::BindAddressNoPort, Ends { local: Some(*addr), remote: None }, &e))
         }
         _ => bind(socket, addr),
     }

@@ -190,15 +190,15 @@ pub unsafe extern "C" fn tp_connect_from(
     guard_hot(|| {
         let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM)?;
         // SAFETY: by the caller's word.
-        let src = unsafe { arg::kernel_address("src", src, srclen) }?;
+        let mut src = unsafe { arg::kernel_address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
-        let dst = unsafe { arg::kernel_address("dst", dst, dstlen) }?;
+        let mut dst = unsafe { arg::kernel_address("dst", dst, dstlen) }?;
         let options = ConnectOptions {
             nonblocking: flags & TP_NONBLOCK != 0,
             keep_port: flags & TP_KEEP_PORT != 0,
             datagram: flags & TP_DGRAM != 0,
         };
-        Ok(socket::connect_between(src, dst, options)?.into_raw_fd())
+        Ok(socket::connect_between(&mut src, &mut dst, options)?.into_raw_fd())
     })
 }
 

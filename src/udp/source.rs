@@ -228,14 +228,14 @@ fn port_socket(key: Key) -> Result<Socket> {
         socket.set_only_v6(true).map_err(failed)?;
     }
     socket.set_reuse_address(true).map_err(failed)?;
-    bind(&socket, addr.into())?;
+    bind(&socket, &addr.into())?;
     Ok(socket)
 }
 
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
 fn raw_socket(v6: bool) -> Result<Socket> {
     let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
-    bind(&socket, dummy(Key { v6, port: 0 }).into())?;
+    bind(&socket, &dummy(Key { v6, port: 0 }).into())?;
     Ok(socket)
 }
 
