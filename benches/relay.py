@@ -152,8 +152,9 @@ class Run:
                 cells.append((instructions(command, name), system_calls(command)))
             (ours, our_calls), (hand, hand_calls) = cells
             self.say(f"| {name} | {ours:.0f} | {hand:.0f} | {our_calls:.0f} | {hand_calls:.0f} |")
-        self.say("", "By hand `tp_orig_dst` is one getsockname, which is right behind TPROXY alone; the library also asks whether the",
-                 "socket is transparent, since behind REDIRECT connection tracking has the answer.")
+        self.say("", "By hand is the same service: both address families, TPROXY and REDIRECT, the descriptor closed on failure. Not by hand:",
+                 "arguments and answers that are checked, an errno that is left alone, a sentence for what failed, panics caught.",
+                 "Behind TPROXY alone one getsockname can do for tp_orig_dst; the relay by hand does so.")
 
     def library(self):
         path = os.path.join(self.build, "stage", "lib", "libtproxy.so")

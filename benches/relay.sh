@@ -9,8 +9,10 @@ mkdir -p build/bench
 flags="-std=c11 -O2 -g -Wall -Wextra -pthread"
 cc $flags benches/load.c -o build/bench/load
 # The same relay, the same calls, by hand.
-cc $flags -Ibenches/raw examples-c/relay.c -o build/bench/relay-raw
-cc $flags -Ibenches/raw -fno-inline -fno-ipa-cp -fno-ipa-sra benches/calls.c -o build/bench/calls-raw
+cc $flags -Ibenches/raw -DTPROXY_ALONE examples-c/relay.c -o build/bench/relay-raw
+# Calls that can be told apart: not inlined, and each by its own name.
+cc $flags -Wno-uninitialized -Ibenches/raw -fno-inline -fno-ipa-cp -fno-ipa-sra -fno-optimize-sibling-calls benches/calls.c \
+    -o build/bench/calls-raw
 # shellcheck disable=SC2046
 cc $flags $(pkg-config --cflags tproxy) benches/calls.c $(pkg-config --libs tproxy) -Wl,-rpath,"$PWD/build/stage/lib" -o build/bench/calls
 exec python3 benches/relay.py "$PWD/build" "$PWD/docs" "$@"

@@ -14,7 +14,7 @@ pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
 pub(crate) struct KernelAddr(Bytes);
 
 impl KernelAddr {
-    const ZERO: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
+    pub(crate) const ZERO: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
 
     /// Reads one, by the family that it names; `None` if it is another's or too short.
     #[inline(always)]
@@ -31,6 +31,12 @@ impl KernelAddr {
         Some(addr)
     }
 
+    /// The place, for the kernel to write to: of another family it has no more than the beginning.
+    #[inline(always)]
+    pub(crate) fn as_mut_bytes(&mut self) -> &mut Bytes {
+        &mut self.0
+    }
+
     #[inline(always)]
     fn field<const N: usize>(&self, at: usize) -> [u8; N] {
         self.0.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
@@ -39,6 +45,11 @@ impl KernelAddr {
     #[inline(always)]
     pub(crate) fn is_ipv4(&self) -> bool {
         family(&self.0) == Some(libc::AF_INET)
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_ipv6(&self) -> bool {
+        family(&self.0) == Some(libc::AF_INET6)
     }
 
     #[inline(always)]
@@ -176,7 +187,30 @@ mod tests {
         assert_eq!(canonical(scoped), scoped);
     }
 
+    #[test]
+    fn any_address_of_an_ipv4_or_ipv6_socket_may_be_unspecified() {
+        let unspecified = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap()).is_unspecified();
+        for text in ["0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80"] {
+            assert!(unspecified(text), "{text}");
+        }
+        for text in ["0.0.0.1:0", "[::1]:0", "[::ffff:0.0.0.1]:0", "[1::]:0", "[0:0:0:0:0:1::]:0"] {
+            assert!(!unspecified(text), "{text}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn what_the_kernel_has_becomes_canonical_as_any_other(ip: u128, port: u16, high in 0usize..4, v4: bool) {
+            let ip = [ip, ip & 0xffff_ffff, 0xffff << 32 | ip & 0xffff_ffff, 0][high];
+            let addr: SocketAddr = if v4 { (Ipv4Addr::from(ip as u32), port).into() } else { (Ipv6Addr::from(ip), port).into() };
+            let mut changed = KernelAddr::from(addr);
+            changed.make_canonical();
+            prop_assert_eq!(SocketAddr::from(changed), canonical(addr));
+            prop_assert_eq!(changed.is_unspecified(), addr.ip().to_canonical().is_unspecified());
+            changed.set_port(7);
+            prop_assert_eq!(SocketAddr::from(changed), SocketAddr::new(addr.ip().to_canonical(), 7));
+        }
+
         #[test]
         fn decodes_what_the_kernel_is_given(ip: u128, port: u16, flow: u32, scope: u32, v4: bool) {
             let addr = if v4 {
@@ -184,12 +218,13 @@ mod tests {
             } else {
                 SocketAddrV6::new(Ipv6Addr::from(ip), port, flow, scope).into()
             };
-            let raw = socket2::SockAddr::from(addr);
+            let (raw, kernels) = (socket2::SockAddr::from(addr), KernelAddr::from(addr));
             // SAFETY: as many bytes as the address has.
             #[allow(unsafe_code)]
             let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), raw.len() as usize) };
             prop_assert_eq!(decode(bytes), Some(addr));
             prop_assert_eq!(&encode(addr)[..len(addr)], bytes);
+            prop_assert_eq!((kernels.as_bytes(), kernels.port()), (bytes, port));
             for len in 0..bytes.len() {
                 prop_assert_eq!(decode(&bytes[..len]), None);
             }

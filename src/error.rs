@@ -170,8 +170,8 @@ mod tests {
 
     #[test]
     fn a_socket_error_names_the_call_the_ends_the_cause_and_the_cure() {
-        let ends =
-            Ends { local: Some("192.0.2.1:0".parse().unwrap()), remote: Some("[2001:db8::1]:80".parse().unwrap()) };
+        let addr = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
+        let ends = Ends { local: Some(addr("192.0.2.1:0")), remote: Some(addr("[2001:db8::1]:80")) };
         let error = Error::socket(Step::Connect, ends, &io::Error::from_raw_os_error(libc::ENETUNREACH));
         assert_eq!(error.errno(), libc::ENETUNREACH);
         assert_eq!(

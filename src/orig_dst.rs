@@ -16,25 +16,30 @@ use crate::sys;
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
 pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
-    find(fd).map(SocketAddr::from)
+    let mut addr = KernelAddr::ZERO;
+    find(fd, &mut addr)?;
+    Ok(addr.into())
 }
 
-/// As [`orig_dst`], for the caller to whom its time matters.
+/// As [`orig_dst`], for the caller to whom its time matters: in place.
 #[inline(always)]
-pub(crate) fn find(fd: BorrowedFd<'_>) -> Result<KernelAddr> {
+pub(crate) fn find(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     let failed = |e: io::Error| match e.raw_os_error() {
         Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT) => not_of_a_family(),
         _ => Error::socket(Step::Inspect, Ends::default(), &e),
     };
     let transparent = sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)?;
-    let local = sys::local_addr(fd).map_err(failed)?.ok_or_else(not_of_a_family)?;
-    if local.is_unspecified() || local.port() == 0 {
-        return Err(Error::new(
-            libc::ENOTCONN,
-            "not an accepted connection: the socket has no address of its own (is it the listener?)",
-        ));
+    sys::local_addr(fd, addr).map_err(failed)?;
+    if !addr.is_ipv4() && !addr.is_ipv6() {
+        return Err(not_of_a_family());
     }
-    if transparent != 0 { Ok(local) } else { before_nat(fd, local).map(KernelAddr::from) }
+    if addr.is_unspecified() || addr.port() == 0 {
+        return Err(not_accepted());
+    }
+    if transparent == 0 {
+        *addr = before_nat(fd, *addr)?.into();
+    }
+    Ok(())
 }
 
 /// What connection tracking knows of a connection that came to this address.
@@ -61,6 +66,12 @@ fn not_of_a_family() -> Error {
     Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket")
 }
 
+#[cold]
+fn not_accepted() -> Error {
+    Error::new(libc::ENOTCONN, "not an accepted connection: the socket has no address of its own (is it the listener?)")
+}
+
+#[cold]
 fn not_intercepted() -> Error {
     Error::new(
         libc::ENOENT,

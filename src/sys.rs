@@ -9,7 +9,7 @@ use std::ptr;
 
 use socket2::SockAddr;
 
-use crate::address::{self, KernelAddr};
+use crate::address::KernelAddr;
 
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
@@ -118,14 +118,14 @@ pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> io::Result<bool>
     }
 }
 
-/// `getsockname(2)`; `None` for an address that is not IPv4's or IPv6's.
+/// `getsockname(2)`.
 #[inline(always)]
-pub(crate) fn local_addr(fd: BorrowedFd<'_>) -> io::Result<Option<KernelAddr>> {
-    let mut bytes: address::Bytes = [0; size_of::<address::Bytes>()];
-    let mut len = bytes.len() as libc::socklen_t;
+pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> io::Result<()> {
+    let place = addr.as_mut_bytes();
+    let mut len = place.len() as libc::socklen_t;
     // SAFETY: both are valid for writes, and len is the size of the place.
-    let rc = unsafe { libc::getsockname(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), &raw mut len) };
-    if rc == 0 { Ok(KernelAddr::parse(&bytes)) } else { Err(io::Error::last_os_error()) }
+    let rc = unsafe { libc::getsockname(fd.as_raw_fd(), place.as_mut_ptr().cast(), &raw mut len) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).

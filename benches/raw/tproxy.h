@@ -14,6 +14,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#ifndef SO_ORIGINAL_DST
+#define SO_ORIGINAL_DST 80
+#endif
 #ifndef IPV6_TRANSPARENT
 #define IPV6_TRANSPARENT 75
 #endif
@@ -60,16 +63,35 @@ static inline int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int 
 
 static inline int tp_socket(int domain, int type, int protocol)
 {
-    int fd = socket(domain, type | SOCK_CLOEXEC, protocol);
-    if (fd >= 0 && setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &raw_on, sizeof raw_on) != 0)
+    int fd = socket(domain, type | SOCK_CLOEXEC, protocol), v6 = domain == AF_INET6;
+    if (fd < 0)
+        return -1;
+    if ((v6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &raw_off, sizeof raw_off) != 0) ||
+        setsockopt(fd, v6 ? IPPROTO_IPV6 : IPPROTO_IP, v6 ? IPV6_TRANSPARENT : IP_TRANSPARENT, &raw_on, sizeof raw_on) != 0)
+        return raw_close(fd);
+    if ((type & ~(SOCK_CLOEXEC | SOCK_NONBLOCK)) != SOCK_DGRAM)
+        return fd;
+    if ((v6 && setsockopt(fd, IPPROTO_IPV6, IPV6_RECVORIGDSTADDR, &raw_on, sizeof raw_on) != 0) ||
+        setsockopt(fd, IPPROTO_IP, IP_RECVORIGDSTADDR, &raw_on, sizeof raw_on) != 0)
         return raw_close(fd);
     return fd;
 }
 
-/* By TPROXY alone: a program that is also to work behind REDIRECT has to ask for IP_TRANSPARENT first. */
+/* Behind TPROXY or behind REDIRECT. The relay by hand does without: behind TPROXY alone getsockname() is enough. */
 static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
 {
+    int transparent = 0;
+    socklen_t len = sizeof transparent;
+#ifdef TPROXY_ALONE
     return getsockname(fd, addr, addrlen);
+#endif
+    if (getsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &transparent, &len) != 0)
+        return -1;
+    if (transparent)
+        return getsockname(fd, addr, addrlen);
+    if (getsockopt(fd, IPPROTO_IP, SO_ORIGINAL_DST, addr, addrlen) == 0)
+        return 0;
+    return getsockopt(fd, IPPROTO_IPV6, SO_ORIGINAL_DST, addr, addrlen);
 }
 
 /* What accept() of a dual-stack listener gives as v4-mapped is IPv4 on the way out. */

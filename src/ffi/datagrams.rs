@@ -164,7 +164,7 @@ pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr
         let found = Control::parse(control).orig_dst.ok_or_else(|| no_orig_dst(msg.msg_flags))?;
         let found = address::decode(name).map_or(found, |name| address::as_family_of(name, found));
         // SAFETY: by the caller's word.
-        unsafe { out.write(found.into()) }?;
+        unsafe { out.write(&found.into()) }?;
         Ok(0)
     })
 }

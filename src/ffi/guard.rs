@@ -60,31 +60,32 @@ fn remember(error: &dyn fmt::Display) {
 
 /// Runs the body of a call: its value and the caller's errno on success, else
 /// -1, errno (last of all) and the sentence.
-#[inline(always)]
 pub(super) fn guard<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
-    outcome(|| quietly(body))
+    let errno = sys::Errno::here();
+    answer(quietly(|| {
+        let value = body()?;
+        errno.put_back();
+        Ok(value)
+    }))
 }
 
-/// The same for a call whose instructions are counted: a panic, for which
-/// there is no cause in so little code, is caught too, but reported as the
-/// program reports its own.
+/// The same for a call whose instructions are counted. Its body leaves errno
+/// alone when it succeeds. A panic, for which there is no cause in so little
+/// code, is caught too, but reported as the program reports its own.
 #[inline(always)]
 pub(super) fn guard_hot<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
-    outcome(|| caught(body))
+    answer(caught(body))
 }
 
 #[inline(always)]
-fn outcome<T: From<i8>>(body: impl FnOnce() -> std::result::Result<Result<T>, ()>) -> T {
-    let errno = sys::Errno::here();
-    let error = match body() {
-        Ok(Ok(value)) => {
-            errno.put_back();
-            return value;
+fn answer<T: From<i8>>(outcome: std::result::Result<Result<T>, ()>) -> T {
+    match outcome {
+        Ok(Ok(value)) => return value,
+        Ok(Err(error)) => fail(error),
+        Err(()) => {
+            fail(Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"));
         }
-        Ok(Err(error)) => error,
-        Err(()) => Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"),
-    };
-    fail(error);
+    }
     T::from(-1)
 }
 

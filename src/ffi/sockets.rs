@@ -8,8 +8,10 @@ use socket2::{Domain, Protocol, Type};
 
 use super::arg::{self, AddressOut};
 use super::guard::{guard, guard_hot};
+use crate::address::KernelAddr;
 use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
+use crate::sys::Errno;
 
 /// The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
 pub const TP_NONBLOCK: u32 = 0x1;
@@ -198,7 +200,11 @@ pub unsafe extern "C" fn tp_connect_from(
             keep_port: flags & TP_KEEP_PORT != 0,
             datagram: flags & TP_DGRAM != 0,
         };
-        Ok(socket::connect_between(&mut src, &mut dst, options)?.into_raw_fd())
+        // A connection under way, a port that is taken: calls fail on the way to success.
+        let errno = Errno::here();
+        let socket = socket::connect_between(&mut src, &mut dst, options)?;
+        errno.put_back();
+        Ok(socket.into_raw_fd())
     })
 }
 
@@ -232,10 +238,11 @@ pub unsafe extern "C" fn tp_connect_from(
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard_hot(|| {
         let out = AddressOut::new("addr", addr, addrlen)?;
+        let mut found = KernelAddr::ZERO;
         // SAFETY: the caller's descriptor, open during the call.
-        let found = orig_dst::find(unsafe { arg::fd(fd) }?)?;
+        orig_dst::find(unsafe { arg::fd(fd) }?, &mut found)?;
         // SAFETY: by the caller's word.
-        unsafe { out.write(found) }?;
+        unsafe { out.write(&found) }?;
         Ok(0)
     })
 }
