@@ -1,10 +1,13 @@
 /*
  * Both ends of the relay benchmark: the server, and the clients that measure.
+ * They share the machine with what is measured, so they do as little as they
+ * can: one thread each, but for streams, which have one a connection.
  *
  *     load serve
  *     load short CLIENTS SECONDS ADDRESS    connect, ask, read the answer to its end
  *     load kept CLIENTS SECONDS ADDRESS     ask again and again, on one connection each
  *     load bulk CLIENTS SECONDS ADDRESS     read as much as there is
+ *     load z CLIENTS SECONDS ADDRESS        the same, and neither end copies a byte
  *     load idle COUNT ADDRESS               connect, get an answer, and hold it until standard input ends
  *
  * A client prints a line of JSON: how many, how many failed, bytes, seconds, and
@@ -14,11 +17,11 @@
 #include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,18 +35,23 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PORT = 80, REQUEST = 100, ANSWER = 1000, CHUNK = 256 * 1024, SERVERS = 160, MAX_CLIENTS = 128 };
+enum { PORT = 80, REQUEST = 100, ANSWER = 1000, CHUNK = 256 * 1024, EVENTS = 64, MAX_CLIENTS = 128 };
 
 static struct sockaddr_storage server_addr;
 static socklen_t server_len;
 static double until;
 
+/* One connection after the other, or one for long. */
 struct client {
     pthread_t thread;
     char mode;
+    int fd;
+    size_t got;             /* of an answer */
+    bool asked;
+    double start;
     uint64_t failed, bytes;
     size_t n, room;
-    float *times;    /* microseconds */
+    float *times;           /* microseconds */
 };
 
 static double now(void)
@@ -59,84 +67,121 @@ static void set(int fd, int level, int option)
         err(1, "setsockopt");
 }
 
-static bool read_all(int fd, char *place, size_t len)
+/* Edge-triggered and for good. */
+static void watch(int epoll_fd, int fd, void *what)
 {
-    for (size_t got = 0; got < len;) {
-        ssize_t n = recv(fd, place + got, len - got, 0);
-        if (n <= 0)
-            return false;
-        got += (size_t)n;
-    }
-    return true;
+    struct epoll_event event = { .events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = what };
+    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
+        err(1, "epoll_ctl");
 }
 
 /* ---- The server: what the first byte of a request asks for. ---- */
 
-static void *serve(void *argument)
+struct stream {
+    int fd;
+    char mode;
+};
+
+static char chunk[CHUNK];
+static int pages;
+
+static void *serve_stream(void *argument)
 {
-    int listener = *(int *)argument;
-    char *chunk = calloc(1, CHUNK), request[REQUEST];
-    int pages = memfd_create("pages", MFD_CLOEXEC);
-    if (write(pages, chunk, CHUNK) != CHUNK)
-        err(1, "memfd");
-    for (;;) {
-        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-        if (fd < 0)
-            continue;
-        while (read_all(fd, request, REQUEST)) {
-            if (request[0] == 'b')
-                while (send(fd, chunk, CHUNK, MSG_NOSIGNAL) > 0)
-                    ;
-            if (request[0] == 'z')
-                for (off_t at = 0; sendfile(fd, pages, &at, CHUNK) > 0; at = 0)
-                    ;
-            if (send(fd, chunk, ANSWER, MSG_NOSIGNAL) != ANSWER || request[0] == 's')
-                break;
-            /* Another thread holds what is idle. */
-            if (request[0] == 'i')
-                goto held;
-        }
-        close(fd);
-    held:;
-    }
+    struct stream stream = *(struct stream *)argument;
+    free(argument);
+    fcntl(stream.fd, F_SETFL, 0);
+    if (stream.mode == 'b')
+        while (send(stream.fd, chunk, CHUNK, MSG_NOSIGNAL) > 0)
+            ;
+    else
+        for (off_t at = 0; sendfile(stream.fd, pages, &at, CHUNK) > 0; at = 0)
+            ;
+    close(stream.fd);
     return NULL;
+}
+
+static void start_stream(int fd, char mode)
+{
+    pthread_t thread;
+    struct stream *stream = malloc(sizeof *stream);
+    if (stream == NULL)
+        err(1, "malloc");
+    *stream = (struct stream){ .fd = fd, .mode = mode };
+    if (pthread_create(&thread, NULL, serve_stream, stream) != 0)
+        errx(1, "pthread_create");
+    pthread_detach(thread);
+}
+
+/* Requests come whole: they are short, and each is sent by one call. */
+static void serve(int epoll_fd, int fd)
+{
+    char request[REQUEST];
+    ssize_t n;
+    while ((n = recv(fd, request, REQUEST, 0)) == REQUEST) {
+        if (request[0] == 'b' || request[0] == 'z') {
+            epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+            start_stream(fd, request[0]);
+            return;
+        }
+        if (send(fd, chunk, ANSWER, MSG_NOSIGNAL) != ANSWER || request[0] == 's') {
+            close(fd);
+            return;
+        }
+    }
+    if (n >= 0 || errno != EAGAIN)
+        close(fd);
 }
 
 static void serve_all(void)
 {
-    int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(PORT) };
     set(listener, SOL_SOCKET, SO_REUSEADDR);
     set(listener, IPPROTO_TCP, TCP_NODELAY);
     if (bind(listener, (struct sockaddr *)&any, sizeof any) != 0 || listen(listener, 65535) != 0)
         err(1, "listen");
-    pthread_t thread;
-    for (int i = 0; i < SERVERS; i++)
-        if (pthread_create(&thread, NULL, serve, &listener) != 0)
-            errx(1, "pthread_create");
+    pages = memfd_create("pages", MFD_CLOEXEC);
+    if (write(pages, chunk, CHUNK) != CHUNK)
+        err(1, "memfd");
+    struct epoll_event events[EVENTS], event = { .events = EPOLLIN, .data.fd = listener };
+    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &event) != 0)
+        err(1, "epoll_ctl");
     printf("listening\n");
-    pause();
+    for (;;) {
+        int n = epoll_wait(epoll_fd, events, EVENTS, -1);
+        for (int i = 0; i < n; i++) {
+            if (events[i].data.fd != listener) {
+                serve(epoll_fd, events[i].data.fd);
+                continue;
+            }
+            int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+            event = (struct epoll_event){ .events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.fd = fd };
+            if (fd >= 0 && epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
+                err(1, "epoll_ctl");
+        }
+    }
 }
 
 /* ---- Clients. ---- */
 
-static int dial(void)
+static int dial(int flags)
 {
-    int fd = socket(server_addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int fd = socket(server_addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
     if (fd < 0)
         err(1, "socket");
     set(fd, IPPROTO_TCP, TCP_NODELAY);
     /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
     struct timeval patience = { .tv_sec = 10 };
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    if (connect(fd, (struct sockaddr *)&server_addr, server_len) != 0) {
+    if (flags == 0)
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    if (connect(fd, (struct sockaddr *)&server_addr, server_len) != 0 && errno != EINPROGRESS) {
         close(fd);
         return -1;
     }
     return fd;
 }
 
-static void note(struct client *client, double start)
+static void note(struct client *client)
 {
     if (client->n == client->room) {
         client->room = client->room * 2 + 4096;
@@ -144,70 +189,94 @@ static void note(struct client *client, double start)
         if (client->times == NULL)
             err(1, "realloc");
     }
-    client->times[client->n++] = (float)((now() - start) * 1e6);
+    client->times[client->n++] = (float)((now() - client->start) * 1e6);
+    client->bytes += ANSWER;
 }
 
-static void short_ones(struct client *client)
+static void ask(struct client *client)
 {
-    char request[REQUEST] = "s", answer[ANSWER + 1];
-    while (now() < until) {
-        double start = now();
-        int fd = dial();
-        bool good = fd >= 0 && send(fd, request, REQUEST, MSG_NOSIGNAL) == REQUEST && read_all(fd, answer, ANSWER) &&
-                    recv(fd, answer, 1, 0) == 0;
-        if (fd >= 0)
-            close(fd);
-        if (good)
-            note(client, start);
-        else
-            client->failed++;
-        client->bytes += good ? ANSWER : 0;
-    }
+    char request[REQUEST] = { client->mode };
+    client->got = 0;
+    client->asked = send(client->fd, request, REQUEST, MSG_NOSIGNAL) == REQUEST;
 }
 
-static void kept(struct client *client)
+/* The next connection; the request follows when it stands. */
+static bool begin(int epoll_fd, struct client *client)
 {
-    char request[REQUEST] = "k", answer[ANSWER];
-    int fd = dial();
-    while (now() < until) {
-        double start = now();
-        if (fd < 0 || send(fd, request, REQUEST, MSG_NOSIGNAL) != REQUEST || !read_all(fd, answer, ANSWER)) {
-            client->failed++;
-            break;
+    client->start = now();
+    client->asked = false;
+    client->fd = dial(SOCK_NONBLOCK);
+    if (client->fd >= 0)
+        watch(epoll_fd, client->fd, client);
+    else
+        client->failed++;
+    return client->fd >= 0;
+}
+
+/* Whether it goes on. */
+static bool next(int epoll_fd, struct client *client)
+{
+    static char answer[2 * ANSWER];
+    if (!client->asked)
+        ask(client);
+    ssize_t n;
+    while ((n = recv(client->fd, answer, sizeof answer, 0)) > 0) {
+        client->got += (size_t)n;
+        if (client->mode == 'k' && client->got == ANSWER) {
+            note(client);
+            client->start = now();
+            if (client->start >= until)
+                break;
+            ask(client);
         }
-        note(client, start);
-        client->bytes += ANSWER;
     }
-    close(fd);
+    if (n < 0 && errno == EAGAIN)
+        return true;
+    close(client->fd);
+    bool good = client->mode == 's' ? n == 0 && client->got == ANSWER : n > 0;
+    if (good && client->mode == 's')
+        note(client);
+    client->failed += !good;
+    return client->mode == 's' && now() < until && begin(epoll_fd, client);
 }
 
-static void bulk(struct client *client)
+/* All clients that ask and are answered: none makes another wait. */
+static void ask_all(struct client *clients, int count)
 {
-    char request[REQUEST] = { client->mode }, *chunk = malloc(CHUNK);
+    int epoll_fd = epoll_create1(EPOLL_CLOEXEC), going = 0;
+    struct epoll_event events[EVENTS];
+    for (int i = 0; i < count; i++)
+        going += begin(epoll_fd, &clients[i]);
+    while (going > 0) {
+        int n = epoll_wait(epoll_fd, events, EVENTS, 10000);
+        /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
+        for (int i = 0; n == 0 && i < count; i++)
+            clients[i].failed++;
+        if (n <= 0)
+            break;
+        for (int i = 0; i < n; i++)
+            going -= !next(epoll_fd, events[i].data.ptr);
+    }
+    close(epoll_fd);
+}
+
+static void *stream(void *argument)
+{
+    struct client *client = argument;
+    char request[REQUEST] = { client->mode }, *place = malloc(CHUNK);
     int flags = client->mode == 'z' ? MSG_TRUNC : 0;
-    int fd = dial();
+    int fd = dial(0);
     if (fd < 0 || send(fd, request, REQUEST, MSG_NOSIGNAL) != REQUEST)
         client->failed++;
     while (client->failed == 0 && now() < until) {
-        ssize_t n = recv(fd, chunk, CHUNK, flags);
+        ssize_t n = recv(fd, place, CHUNK, flags);
         if (n <= 0)
             client->failed++;
         else
             client->bytes += (uint64_t)n;
     }
     close(fd);
-    free(chunk);
-}
-
-static void *run(void *argument)
-{
-    struct client *client = argument;
-    if (client->mode == 's')
-        short_ones(client);
-    else if (client->mode == 'k')
-        kept(client);
-    else
-        bulk(client);
+    free(place);
     return NULL;
 }
 
@@ -222,14 +291,18 @@ static void measure(char mode, int n, double seconds)
     struct client clients[MAX_CLIENTS] = { 0 };
     double start = now();
     until = start + seconds;
+    bool streams = mode == 'b' || mode == 'z';
     for (int i = 0; i < n; i++) {
         clients[i].mode = mode;
-        if (pthread_create(&clients[i].thread, NULL, run, &clients[i]) != 0)
+        if (streams && pthread_create(&clients[i].thread, NULL, stream, &clients[i]) != 0)
             errx(1, "pthread_create");
     }
+    if (!streams)
+        ask_all(clients, n);
     struct client sum = { 0 };
     for (int i = 0; i < n; i++) {
-        pthread_join(clients[i].thread, NULL);
+        if (streams)
+            pthread_join(clients[i].thread, NULL);
         sum.failed += clients[i].failed, sum.bytes += clients[i].bytes, sum.n += clients[i].n;
     }
     double end = now();
@@ -250,8 +323,9 @@ static void idle(long count)
     char request[REQUEST] = "i", answer[ANSWER];
     long good = 0;
     for (; good < count; good++) {
-        int fd = dial();
-        if (fd < 0 || send(fd, request, REQUEST, MSG_NOSIGNAL) != REQUEST || !read_all(fd, answer, ANSWER))
+        int fd = dial(0);
+        if (fd < 0 || send(fd, request, REQUEST, MSG_NOSIGNAL) != REQUEST ||
+            recv(fd, answer, ANSWER, MSG_WAITALL) != ANSWER)
             break;
     }
     printf("{\"n\": %ld}\n", good);

@@ -252,10 +252,15 @@ fn divert_chain(plan: &Compiled<'_>) -> Vec<Object> {
         [Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
     let leave = Statement::Verdict(Verdict::Return);
     let everybodys = [Statement::WildcardSocket(true), leave.clone()];
-    let mut objects = vec![chain((DIVERT, None)), rule(DIVERT, "a listener on every address", everybodys)];
-    if plan.mode == Mode::Tproxy && plan.protocols.tcp {
+    let mut objects = vec![chain((DIVERT, None))];
+    let may_meet_time_wait = plan.mode == Mode::Tproxy && plan.protocols.tcp;
+    if may_meet_time_wait {
+        // What most packets are for comes first: each `socket` is a look-up.
         let whole = [Statement::WildcardSocket(false)].into_iter().chain(mark_and_accept.clone());
         objects.push(rule(DIVERT, "to the socket", whole));
+    }
+    objects.push(rule(DIVERT, "a listener on every address", everybodys));
+    if may_meet_time_wait {
         objects.push(rule(DIVERT, "a new connection after an old one", [Statement::TcpSyn, leave]));
     }
     objects.push(rule(DIVERT, "to the socket", mark_and_accept));
