@@ -4,8 +4,8 @@
  * can: one thread each, but for streams, which have one a connection.
  *
  *     load serve
- *     load short CLIENTS SECONDS ADDRESS    connect, ask, read the answer to its end
- *     load kept CLIENTS SECONDS ADDRESS     ask again and again, on one connection each
+ *     load short CLIENTS SECONDS ADDRESS [NETWORK]   connect, ask, read the answer to its end
+ *     load kept CLIENTS SECONDS ADDRESS [NETWORK]    ask again and again, on one connection each
  *     load bulk CLIENTS SECONDS ADDRESS     read as much as there is
  *     load z CLIENTS SECONDS ADDRESS        the same, and neither end copies a byte
  *     load idle COUNT ADDRESS               connect, get an answer, and hold it until standard input ends
@@ -21,6 +21,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -35,7 +36,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PORT = 80, REQUEST = 100, ANSWER = 1000, CHUNK = 256 * 1024, EVENTS = 64, MAX_CLIENTS = 128 };
+enum { PORT = 80, REQUEST = 100, ANSWER = 1000, CHUNK = 256 * 1024, EVENTS = 64, MAX_CLIENTS = 128, PATIENCE = 10 };
 
 static struct sockaddr_storage server_addr;
 static socklen_t server_len;
@@ -67,10 +68,12 @@ static void set(int fd, int level, int option)
         err(1, "setsockopt");
 }
 
-/* Edge-triggered and for good. */
-static void watch(int epoll_fd, int fd, void *what)
+/* Edge-triggered and for good. What the event will say: a client, or a descriptor of the server's. */
+static void watch(int epoll_fd, int fd, uint32_t events, struct client *client)
 {
-    struct epoll_event event = { .events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = what };
+    struct epoll_event event = { .events = events | EPOLLET, .data.ptr = client };
+    if (client == NULL)
+        event.data.u64 = (uint64_t)fd << 1 | 1;
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
         err(1, "epoll_ctl");
 }
@@ -132,9 +135,11 @@ static void serve(int epoll_fd, int fd)
         close(fd);
 }
 
-static void serve_all(void)
+static int listener = -1;
+
+static void listen_on(int epoll_fd)
 {
-    int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(PORT) };
     set(listener, SOL_SOCKET, SO_REUSEADDR);
     set(listener, IPPROTO_TCP, TCP_NODELAY);
@@ -143,22 +148,28 @@ static void serve_all(void)
     pages = memfd_create("pages", MFD_CLOEXEC);
     if (write(pages, chunk, CHUNK) != CHUNK)
         err(1, "memfd");
-    struct epoll_event events[EVENTS], event = { .events = EPOLLIN, .data.fd = listener };
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &event) != 0)
-        err(1, "epoll_ctl");
+    watch(epoll_fd, listener, EPOLLIN, NULL);
+}
+
+static void on_server(int epoll_fd, int fd)
+{
+    if (fd != listener) {
+        serve(epoll_fd, fd);
+        return;
+    }
+    while ((fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0)
+        watch(epoll_fd, fd, EPOLLIN | EPOLLRDHUP, NULL);
+}
+
+static void serve_all(void)
+{
+    int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    listen_on(epoll_fd);
     printf("listening\n");
-    for (;;) {
+    for (struct epoll_event events[EVENTS];;) {
         int n = epoll_wait(epoll_fd, events, EVENTS, -1);
-        for (int i = 0; i < n; i++) {
-            if (events[i].data.fd != listener) {
-                serve(epoll_fd, events[i].data.fd);
-                continue;
-            }
-            int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-            event = (struct epoll_event){ .events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.fd = fd };
-            if (fd >= 0 && epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
-                err(1, "epoll_ctl");
-        }
+        for (int i = 0; i < n; i++)
+            on_server(epoll_fd, (int)(events[i].data.u64 >> 1));
     }
 }
 
@@ -171,7 +182,7 @@ static int dial(int flags)
         err(1, "socket");
     set(fd, IPPROTO_TCP, TCP_NODELAY);
     /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
-    struct timeval patience = { .tv_sec = 10 };
+    struct timeval patience = { .tv_sec = PATIENCE };
     if (flags == 0)
         setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     if (connect(fd, (struct sockaddr *)&server_addr, server_len) != 0 && errno != EINPROGRESS) {
@@ -207,7 +218,7 @@ static bool begin(int epoll_fd, struct client *client)
     client->asked = false;
     client->fd = dial(SOCK_NONBLOCK);
     if (client->fd >= 0)
-        watch(epoll_fd, client->fd, client);
+        watch(epoll_fd, client->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP, client);
     else
         client->failed++;
     return client->fd >= 0;
@@ -240,22 +251,42 @@ static bool next(int epoll_fd, struct client *client)
     return client->mode == 's' && now() < until && begin(epoll_fd, client);
 }
 
-/* All clients that ask and are answered: none makes another wait. */
-static void ask_all(struct client *clients, int count)
+/*
+ * All clients that ask and are answered: none makes another wait. With the name
+ * of the server's network the server is in this thread too, and it does not
+ * sleep, so that nobody has to wake it: that is a good part of what a short
+ * connection costs him who has to.
+ */
+static void ask_all(struct client *clients, int count, const char *network)
 {
     int epoll_fd = epoll_create1(EPOLL_CLOEXEC), going = 0;
     struct epoll_event events[EVENTS];
+    if (network != NULL) {
+        int ours = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC), other = open(network, O_RDONLY | O_CLOEXEC);
+        if (ours < 0 || other < 0 || setns(other, CLONE_NEWNET) != 0)
+            err(1, "%s", network);
+        listen_on(epoll_fd);
+        if (setns(ours, CLONE_NEWNET) != 0)
+            err(1, "setns");
+    }
     for (int i = 0; i < count; i++)
         going += begin(epoll_fd, &clients[i]);
-    while (going > 0) {
-        int n = epoll_wait(epoll_fd, events, EVENTS, 10000);
+    for (double quiet = now(); going > 0;) {
+        int n = epoll_wait(epoll_fd, events, EVENTS, network != NULL ? 0 : PATIENCE * 1000);
+        if (n > 0)
+            quiet = now();
         /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
-        for (int i = 0; n == 0 && i < count; i++)
-            clients[i].failed++;
-        if (n <= 0)
+        if (n < 0 || (n == 0 && now() - quiet >= PATIENCE)) {
+            for (int i = 0; i < count; i++)
+                clients[i].failed++;
             break;
-        for (int i = 0; i < n; i++)
-            going -= !next(epoll_fd, events[i].data.ptr);
+        }
+        for (int i = 0; i < n; i++) {
+            if ((events[i].data.u64 & 1) != 0)
+                on_server(epoll_fd, (int)(events[i].data.u64 >> 1));
+            else
+                going -= !next(epoll_fd, events[i].data.ptr);
+        }
     }
     close(epoll_fd);
 }
@@ -286,7 +317,7 @@ static int by_time(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void measure(char mode, int n, double seconds)
+static void measure(char mode, int n, double seconds, const char *network)
 {
     struct client clients[MAX_CLIENTS] = { 0 };
     double start = now();
@@ -298,7 +329,7 @@ static void measure(char mode, int n, double seconds)
             errx(1, "pthread_create");
     }
     if (!streams)
-        ask_all(clients, n);
+        ask_all(clients, n, network);
     struct client sum = { 0 };
     for (int i = 0; i < n; i++) {
         if (streams)
@@ -359,9 +390,9 @@ int main(int argc, char **argv)
     } else if (argc == 4 && strcmp(argv[1], "idle") == 0) {
         set_server(argv[3]);
         idle(atol(argv[2]));
-    } else if (argc == 5 && strchr("skbz", argv[1][0]) != NULL && atoi(argv[2]) > 0 && atoi(argv[2]) <= MAX_CLIENTS) {
+    } else if ((argc == 5 || argc == 6) && strchr("skbz", argv[1][0]) != NULL && atoi(argv[2]) > 0 && atoi(argv[2]) <= MAX_CLIENTS) {
         set_server(argv[4]);
-        measure(argv[1][0], atoi(argv[2]), atof(argv[3]));
+        measure(argv[1][0], atoi(argv[2]), atof(argv[3]), argv[5]);
     } else {
         errx(2, "usage: see the head of the source");
     }

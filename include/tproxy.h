@@ -107,6 +107,12 @@ typedef struct tp_replier tp_replier;
 #define TP_DGRAM 8
 
 /**
+ * What is to be sent on the connection is there already: the packet that ends
+ * the handshake waits for it. tp_connect_from.
+ */
+#define TP_DATA_FOLLOWS 16
+
+/**
  * In tp_datagram.flags: the datagram was longer than its place; len is what
  * there was room for, and the rest is lost.
  */
@@ -745,7 +751,7 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
  * 1024 without CAP_NET_BIND_SERVICE): then any, as without.
  *
- * flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, or 0. With TP_NONBLOCK the connection
+ * flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, TP_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
  * may still be under way when the descriptor is returned: wait until it is
  * writable, then SO_ERROR tells. Without, the call waits, at most as long as
  * the kernel tries (net.ipv4.tcp_syn_retries).
@@ -759,9 +765,16 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * be no two with the same port and destination: the kernel does not refuse
  * that, and gives the answers to either.
  *
+ * With TP_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
+ * sent first, and so does the one for the first answer, if it can: a packet or
+ * two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
+ * that has the client's first bytes before it connects. If nothing is sent,
+ * the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), and a server
+ * that speaks first waits so long.
+ *
  * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
- * family, or an unknown flag. EAFNOSUPPORT: a family other than AF_INET and
+ * family, an unknown flag, or TP_DATA_FOLLOWS with TP_DGRAM. EAFNOSUPPORT: a family other than AF_INET and
  * AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
  * CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
  * signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
@@ -772,7 +785,8 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
  * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
  * or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
- * from others before the connect. Thread-safe.
+ * from others before the connect; with TP_DATA_FOLLOWS one setsockopt more.
+ * Thread-safe.
  */
 int tp_connect_from(const struct sockaddr *src,
                     socklen_t srclen,

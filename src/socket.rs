@@ -33,6 +33,8 @@ pub struct ConnectOptions {
     pub keep_port: bool,
     /// A datagram socket, connected to the destination: it receives from there alone.
     pub datagram: bool,
+    /// What there is to send is there already: the acknowledgement that ends the handshake leaves with it.
+    pub data_follows: bool,
 }
 
 /// `socket(2)`, transparent and close-on-exec.
@@ -178,6 +180,10 @@ fn open_towards(dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
     let kind = if options.datagram { Type::DGRAM } else { Type::STREAM };
     let socket = open(domain, if options.nonblocking { kind.nonblocking() } else { kind }, None)?;
     make_transparent(&socket, domain)?;
+    if options.data_follows {
+        sys::setsockopt_int(socket.as_fd(), libc::SOL_TCP, libc::TCP_QUICKACK, 0)
+            .map_err(|e| Error::socket(Step::DelayAck, Ends::default(), &e))?;
+    }
     Ok(socket)
 }
 

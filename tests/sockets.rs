@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::HashSet;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -182,6 +183,38 @@ fn a_kept_port_serves_several_destinations_and_yields_when_it_cannot() {
     let fd = lab.proxy.run(|| connect_from(at(v4().client, 4322), at(v4().server, 80), TP_KEEP_PORT)).unwrap();
     assert_ne!(local_addr(&fd).port(), 4322);
     assert_eq!(accept(&server).1, local_addr(&fd));
+}
+
+/// Connect, ask, be answered: how many segments both ends send.
+#[test]
+fn with_data_that_follow_the_handshake_has_a_packet_less() {
+    let segments = |flags| {
+        let net = Net::new();
+        net.run(|| {
+            ["127.0.0.1:0", "[::1]:0"].map(|any| {
+                let server = TcpListener::bind(any).unwrap();
+                let before = segments_sent();
+                let to = server.local_addr().unwrap();
+                let mut client = TcpStream::from(connect_from(at(to.ip(), 0), to, flags).unwrap());
+                client.write_all(b"question").unwrap();
+                let mut asked = [0; 8];
+                let mut accepted = server.accept().unwrap().0;
+                accepted.read_exact(&mut asked).unwrap();
+                assert_eq!(&asked, b"question");
+                segments_sent() - before
+            })
+        })
+    };
+    assert_eq!(segments(TP_DATA_FOLLOWS), segments(0).map(|sent| sent - 1));
+}
+
+/// Of TCP, in this thread's network namespace.
+fn segments_sent() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let found = names.split(' ').zip(values.split(' ')).find(|(name, _)| *name == "OutSegs").unwrap();
+    found.1.parse().unwrap()
 }
 
 /// More connections from one foreign address than it has ephemeral ports: each

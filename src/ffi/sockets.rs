@@ -9,6 +9,7 @@ use socket2::{Domain, Protocol, Type};
 use super::arg::{self, AddressOut};
 use super::guard::{guard, guard_hot};
 use crate::address::KernelAddr;
+use crate::error::Error;
 use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
 use crate::sys::Errno;
@@ -23,6 +24,9 @@ pub const TP_REUSEPORT: u32 = 0x2;
 pub const TP_KEEP_PORT: u32 = 0x4;
 /// A datagram socket instead of a stream socket. tp_connect_from.
 pub const TP_DGRAM: u32 = 0x8;
+/// What is to be sent on the connection is there already: the packet that ends
+/// the handshake waits for it. tp_connect_from.
+pub const TP_DATA_FOLLOWS: u32 = 0x10;
 
 /// Makes a socket like socket(2) that is transparent: it can be bound to,
 /// listen on and send from addresses that this host does not own
@@ -153,7 +157,7 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
 /// 1024 without CAP_NET_BIND_SERVICE): then any, as without.
 ///
-/// flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, or 0. With TP_NONBLOCK the connection
+/// flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, TP_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
 /// may still be under way when the descriptor is returned: wait until it is
 /// writable, then SO_ERROR tells. Without, the call waits, at most as long as
 /// the kernel tries (net.ipv4.tcp_syn_retries).
@@ -167,9 +171,16 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// be no two with the same port and destination: the kernel does not refuse
 /// that, and gives the answers to either.
 ///
+/// With TP_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
+/// sent first, and so does the one for the first answer, if it can: a packet or
+/// two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
+/// that has the client's first bytes before it connects. If nothing is sent,
+/// the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), and a server
+/// that speaks first waits so long.
+///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
-/// family, or an unknown flag. EAFNOSUPPORT: a family other than AF_INET and
+/// family, an unknown flag, or TP_DATA_FOLLOWS with TP_DGRAM. EAFNOSUPPORT: a family other than AF_INET and
 /// AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
 /// CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
 /// signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
@@ -180,7 +191,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
 /// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
 /// or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
-/// from others before the connect. Thread-safe.
+/// from others before the connect; with TP_DATA_FOLLOWS one setsockopt more.
+/// Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
@@ -190,7 +202,7 @@ pub unsafe extern "C" fn tp_connect_from(
     flags: u32,
 ) -> c_int {
     guard_hot(|| {
-        let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM)?;
+        let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM | TP_DATA_FOLLOWS)?;
         // SAFETY: by the caller's word.
         let mut src = unsafe { arg::kernel_address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
@@ -199,7 +211,11 @@ pub unsafe extern "C" fn tp_connect_from(
             nonblocking: flags & TP_NONBLOCK != 0,
             keep_port: flags & TP_KEEP_PORT != 0,
             datagram: flags & TP_DGRAM != 0,
+            data_follows: flags & TP_DATA_FOLLOWS != 0,
         };
+        if options.datagram && options.data_follows {
+            return Err(Error::invalid("flags: TP_DATA_FOLLOWS is for streams, not for TP_DGRAM"));
+        }
         // A connection under way, a port that is taken: calls fail on the way to success.
         let errno = Errno::here();
         let socket = socket::connect_between(&mut src, &mut dst, options)?;

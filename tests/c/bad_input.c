@@ -172,7 +172,8 @@ static void streams(void)
     addresses(-1, connect_to_it);
     v4.sin_port = htons(1);
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_REUSEPORT));
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x10));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x20));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_DGRAM | TP_DATA_FOLLOWS));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_DGRAM | TP_KEEP_PORT));
     EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
     v4.sin_port = 0;

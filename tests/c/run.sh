@@ -106,7 +106,7 @@ same_calls() {
     traced "$1" hand > "$work/hand" && traced "$1" library > "$work/library" && test -s "$work/hand" &&
         diff "$work/hand" "$work/library"
 }
-for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep orig_dst4 orig_dst6; do
+for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data orig_dst4 orig_dst6; do
     expect "system calls as by hand: $name" same_calls "$name"
 done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <err.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -44,12 +45,14 @@ static int socket_by_hand(int domain, int type)
     return fd;
 }
 
-static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct sockaddr *dst, socklen_t dst_len, bool keep)
+static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct sockaddr *dst, socklen_t dst_len, uint32_t flags)
 {
     bool six = src->sa_family == AF_INET6;
     int fd = socket(src->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
-    if (keep)
+    if (flags & TP_DATA_FOLLOWS)
+        setsockopt(fd, SOL_TCP, TCP_QUICKACK, &off, sizeof off);
+    if (flags & TP_KEEP_PORT)
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     else
         setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
@@ -143,15 +146,15 @@ int main(int argc, char **argv)
         struct sockaddr_storage to, from = { 0 };
         socklen_t to_len = sizeof to;
         getsockname(listener, sa(&to), &to_len);
-        bool keep = strstr(name, "keep") != NULL;
+        uint32_t flags = strstr(name, "keep") != NULL ? TP_KEEP_PORT : strstr(name, "data") != NULL ? TP_DATA_FOLLOWS : 0;
         memcpy(&from, loopback, len);
-        if (keep)
+        if (flags == TP_KEEP_PORT)
             ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* at the same place for both families */
         bool asks = strncmp(name, "orig_dst", 8) == 0;
         if (!asks)
             mark();
-        fd = library ? tp_connect_from(sa(&from), len, sa(&to), to_len, TP_NONBLOCK | (keep ? TP_KEEP_PORT : 0))
-                     : connect_by_hand(sa(&from), len, sa(&to), to_len, keep);
+        fd = library ? tp_connect_from(sa(&from), len, sa(&to), to_len, TP_NONBLOCK | flags)
+                     : connect_by_hand(sa(&from), len, sa(&to), to_len, flags);
         if (!asks)
             mark();
         int accepted = accept(listener, NULL, NULL);

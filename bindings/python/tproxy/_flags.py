@@ -18,6 +18,8 @@ class SocketFlag(IntFlag):
     KEEP_PORT = c.TP_KEEP_PORT
     #: A datagram socket. ``connect_from``.
     DGRAM = c.TP_DGRAM
+    #: What is to be sent is there already: the handshake's last packet waits for it. ``connect_from``.
+    DATA_FOLLOWS = c.TP_DATA_FOLLOWS
 
 
 class DatagramFlag(IntFlag):

@@ -80,7 +80,8 @@ def connect_from(src: Address, dst: Address, *, flags: Flags = 0, timeout: float
 
     v4-mapped addresses are taken as IPv4: what ``accept`` and :func:`orig_dst`
     gave can be passed on as it is. flags: KEEP_PORT, NONBLOCK (the connection
-    may still be under way), DGRAM (a UDP socket that is connected to dst).
+    may still be under way), DGRAM (a UDP socket that is connected to dst),
+    DATA_FOLLOWS (the client's first bytes are to be sent at once: a packet less).
 
     timeout: how many seconds to wait for the connection, and for what is done
     with the socket later, as for :func:`socket.create_connection`; ``None``:
