@@ -68,10 +68,10 @@ static void set(int fd, int level, int option)
         err(1, "setsockopt");
 }
 
-/* Edge-triggered and for good. What the event will say: a client, or a descriptor of the server's. */
+/* For good. What the event will say: a client, or a descriptor of the server's. */
 static void watch(int epoll_fd, int fd, uint32_t events, struct client *client)
 {
-    struct epoll_event event = { .events = events | EPOLLET, .data.ptr = client };
+    struct epoll_event event = { .events = events, .data.ptr = client };
     if (client == NULL)
         event.data.u64 = (uint64_t)fd << 1 | 1;
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
@@ -157,8 +157,9 @@ static void on_server(int epoll_fd, int fd)
         serve(epoll_fd, fd);
         return;
     }
-    while ((fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0)
-        watch(epoll_fd, fd, EPOLLIN | EPOLLRDHUP, NULL);
+    fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd >= 0)
+        watch(epoll_fd, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, NULL);
 }
 
 static void serve_all(void)
@@ -218,7 +219,7 @@ static bool begin(int epoll_fd, struct client *client)
     client->asked = false;
     client->fd = dial(SOCK_NONBLOCK);
     if (client->fd >= 0)
-        watch(epoll_fd, client->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP, client);
+        watch(epoll_fd, client->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, client);
     else
         client->failed++;
     return client->fd >= 0;

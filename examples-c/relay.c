@@ -1,14 +1,15 @@
 /*
  * A transparent TCP relay, for speed: what the library can do on every core.
  *
- *     relay [-t THREADS] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...
+ *     relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...
  *
  * intercepts every connection that this host would forward to one of the PORTs
  * of somebody else, over IPv4 and IPv6, and connects onward from the client's
  * own address. THREADS: as many as there are cores. IDLE: after how many seconds
  * without a byte a connection is reset (600). DRAIN: how many seconds the
  * connections that there are may take to end after a signal to stop (30).
- * CONNECTIONS: the most at a time (what the descriptor limit lets).
+ * CONNECTIONS: the most at a time (what the descriptor limit lets). WAIT: how many
+ * milliseconds the server's handshake may wait for the client's first bytes (1).
  *
  * Signals. SIGTERM, SIGINT: new connections pass the relay by, those that there
  * are go on; it ends when they have, or at the second signal. SIGUSR1: a line of
@@ -22,6 +23,9 @@
  * are not copied. A pipe belongs to a direction only while bytes are in it. So an
  * idle connection costs two descriptors and a struct of some hundred bytes.
  *
+ *   the first bytes: most clients speak at once, and the handshake with the server
+ *     ends with what they say (TP_DATA_FOLLOWS), which saves packets. For one that
+ *     does not it ends a millisecond later.
  *   back-pressure: what one end does not take stays where it is; nothing more is
  *     read for it, the other end's window fills, and its sender waits.
  *   half-close: an end of stream is passed on when all that came before it has been.
@@ -60,7 +64,7 @@ enum {
     PIPE = 1024 * 1024,      /* of a pipe; /proc/sys/fs/pipe-max-size */
     TURNS = 64,              /* steps of one direction before the others have their turn */
     PIPES = 256,             /* of all threads: up to PIPES * PIPE bytes of kernel memory */
-    ACCEPTS = 16,            /* connections accepted before the others have their turn */
+    ACCEPTS = 8,             /* one connection is accepted for so many events */
     EVENTS = 128,
     CHUNK = 64,              /* connections allocated at once */
     OWN_DESCRIPTORS = 64,    /* standard streams, epoll, listeners, the rules' socket */
@@ -90,10 +94,16 @@ struct end {
 
 struct connection {
     struct end client, server;
+    bool silent;                              /* the client has not spoken, and the server's handshake waits for it */
     bool connecting, dead, again;
     uint32_t active;                          /* the second of the last event */
-    struct connection *newer, *older;         /* by activity */
+    uint64_t since;                           /* when it was accepted, in microseconds */
+    struct connection *newer, *older;         /* in the queue of the silent ones, or of all others */
     struct connection *next;                  /* in one of the worker's lists */
+};
+
+struct queue {
+    struct connection *newest, *oldest;
 };
 
 /* Written by the worker alone, read by anybody. */
@@ -107,7 +117,7 @@ struct worker {
     bool accepting;
     uint32_t now, stopped, complained;
     uint64_t max_live, max_pipes;
-    struct connection *newest, *oldest;
+    struct queue silent, others;              /* by age; by their last activity */
     struct connection *free, *dead, *again;
     struct pipe *pipes;
     struct counters count;
@@ -116,7 +126,7 @@ struct worker {
 
 static atomic_int stopping;               /* how often it was asked to */
 static atomic_uint ended;                 /* workers */
-static uint32_t idle_limit = 600, drain_limit = 30;
+static uint32_t idle_limit = 600, drain_limit = 30, wait_limit = 1;
 
 #define ADD(counter, n)                                                                             \
     atomic_store_explicit(&(counter), atomic_load_explicit(&(counter), memory_order_relaxed) + (uint64_t)(n), \
@@ -134,6 +144,13 @@ static uint32_t seconds(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return (uint32_t)now.tv_sec;
+}
+
+static uint64_t microseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
 /* Edge-triggered and for good: no other call is needed until the descriptor is closed. */
@@ -192,7 +209,7 @@ static void give_back(struct worker *worker, struct end *end)
     end->pipe = NULL, end->queued = 0;
 }
 
-/* ---- Connections, in the order of their last activity. ---- */
+/* ---- Connections. ---- */
 
 static struct connection *allocate(struct worker *worker)
 {
@@ -209,18 +226,26 @@ static struct connection *allocate(struct worker *worker)
     return connection;
 }
 
-static void unlink_activity(struct worker *worker, struct connection *connection)
+static void leave(struct queue *queue, struct connection *connection)
 {
-    *(connection->newer ? &connection->newer->older : &worker->newest) = connection->older;
-    *(connection->older ? &connection->older->newer : &worker->oldest) = connection->newer;
+    *(connection->newer ? &connection->newer->older : &queue->newest) = connection->older;
+    *(connection->older ? &connection->older->newer : &queue->oldest) = connection->newer;
 }
 
-static void link_activity(struct worker *worker, struct connection *connection)
+static void join(struct queue *queue, struct connection *connection)
 {
+    connection->newer = NULL, connection->older = queue->newest;
+    *(queue->newest ? &queue->newest->newer : &queue->oldest) = connection;
+    queue->newest = connection;
+}
+
+/* It is the last of the others to have done something. */
+static void is_active(struct worker *worker, struct connection *connection)
+{
+    leave(connection->silent ? &worker->silent : &worker->others, connection);
+    join(&worker->others, connection);
+    connection->silent = false;
     connection->active = worker->now;
-    connection->newer = NULL, connection->older = worker->newest;
-    *(worker->newest ? &worker->newest->newer : &worker->oldest) = connection;
-    worker->newest = connection;
 }
 
 static void accept_more(struct worker *worker, bool wanted)
@@ -263,7 +288,7 @@ static void finish(struct worker *worker, struct connection *connection, bool re
         set_reset(client->fd), set_reset(server->fd);
     close(client->fd);
     close(server->fd);
-    unlink_activity(worker, connection);
+    leave(connection->silent ? &worker->silent : &worker->others, connection);
     connection->dead = true;
     if (!connection->again)
         bury(worker, connection);
@@ -419,12 +444,11 @@ static void on_end(struct worker *worker, struct end *end, uint32_t events)
     struct connection *connection = connection_of(end);
     if (connection->dead)
         return;
-    if (connection->active != worker->now) {
-        unlink_activity(worker, connection);
-        link_activity(worker, connection);
-    }
+    if (connection->silent ? !end->is_server && (events & EPOLLIN) != 0 : connection->active != worker->now)
+        is_active(worker, connection);
     end->readable |= (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
-    end->hung_up |= (events & (EPOLLRDHUP | EPOLLHUP)) != 0;
+    /* A reset looks like an end of stream, too. */
+    end->hung_up |= (events & (EPOLLRDHUP | EPOLLHUP)) != 0 && (events & EPOLLERR) == 0;
     end->urgent |= (events & EPOLLPRI) != 0;
     end->writable |= (events & EPOLLOUT) != 0;
     if (connection->connecting && end->is_server) {
@@ -467,13 +491,15 @@ static bool accept_one(struct worker *worker)
 
     int server = -1;
     if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
-        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
+        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
+                                 TP_NONBLOCK | TP_DATA_FOLLOWS);
     struct connection *connection = server < 0 ? NULL : allocate(worker);
     if (connection != NULL) {
         connection->client = (struct end){ .fd = client, .writable = true, .writes = 2 };
         connection->server = (struct end){ .fd = server, .is_server = true };
-        connection->connecting = true;
-        link_activity(worker, connection);
+        connection->connecting = connection->silent = true;
+        connection->since = microseconds();
+        join(&worker->silent, connection);
         ADD(worker->count.live, 1);
         if (!watch(worker, &connection->client) || !watch(worker, &connection->server))
             broken(worker, connection);
@@ -488,9 +514,10 @@ static bool accept_one(struct worker *worker)
     return true;
 }
 
-static void accept_some(struct worker *worker)
+/* A share of a round's events. More will be told again; to try and find none costs the kernel a socket. */
+static void accept_some(struct worker *worker, int events)
 {
-    for (int i = 0; i < ACCEPTS; i++) {
+    for (int i = 0; i < events; i += ACCEPTS) {
         if (VALUE(worker->count.live) >= worker->max_live) {
             accept_more(worker, false);
             return;
@@ -502,11 +529,23 @@ static void accept_some(struct worker *worker)
 
 /* ---- A worker's life. ---- */
 
+/* The server may be the one to speak first: it is not to wait for the end of its handshake. */
+static void end_silence(struct worker *worker)
+{
+    if (worker->silent.oldest == NULL)
+        return;
+    uint64_t now = microseconds();
+    for (struct connection *oldest; (oldest = worker->silent.oldest) != NULL && now - oldest->since >= wait_limit * 1000;) {
+        setsockopt(oldest->server.fd, IPPROTO_TCP, TCP_QUICKACK, &(int){ 1 }, sizeof(int));
+        is_active(worker, oldest);
+    }
+}
+
 static void end_idle(struct worker *worker)
 {
-    while (worker->oldest != NULL && worker->now - worker->oldest->active >= idle_limit) {
+    for (struct connection *oldest; (oldest = worker->others.oldest) != NULL && worker->now - oldest->active >= idle_limit;) {
         ADD(worker->count.idle, 1);
-        finish(worker, worker->oldest, true);
+        finish(worker, oldest, true);
     }
 }
 
@@ -539,11 +578,13 @@ static int time_to_wait(const struct worker *worker)
 {
     if (worker->again != NULL)
         return 0;
+    if (worker->silent.oldest != NULL)
+        return 1;
     if (!worker->accepting || stopping)
         return 100;
-    if (worker->oldest == NULL)
+    if (worker->others.oldest == NULL)
         return -1;
-    return (int)(worker->oldest->active + idle_limit - worker->now) * 1000;
+    return (int)(worker->others.oldest->active + idle_limit - worker->now) * 1000;
 }
 
 /* Asked to stop, a worker goes on until nothing is left; the last handshakes have a second. */
@@ -566,11 +607,12 @@ static void work(struct worker *worker)
         for (int i = 0; i < n; i++) {
             void *what = events[i].data.ptr;
             if (what == NULL)
-                accept_some(worker);
+                accept_some(worker, n);
             else if (what != worker)
                 on_end(worker, what, events[i].events);
         }
         run_those_again(worker);
+        end_silence(worker);
         end_idle(worker);
         /* With room again, or after a while, look whether there are descriptors. */
         if ((worker->dead != NULL || n == 0) && VALUE(worker->count.live) < worker->max_live)
@@ -578,8 +620,10 @@ static void work(struct worker *worker)
         reserve_pipe(worker);
         free_dead(worker);
     }
-    while (worker->oldest != NULL)
-        finish(worker, worker->oldest, true);
+    while (worker->silent.oldest != NULL)
+        finish(worker, worker->silent.oldest, true);
+    while (worker->others.oldest != NULL)
+        finish(worker, worker->others.oldest, true);
 }
 
 static int listen_on(uint16_t port)
@@ -710,9 +754,10 @@ int main(int argc, char **argv)
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     unsigned n = cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : (unsigned)cores;
     uint64_t connections = 0;
-    for (int option; (option = getopt(argc, argv, "t:i:d:c:")) != -1;) {
+    for (int option; (option = getopt(argc, argv, "t:w:i:d:c:")) != -1;) {
         switch (option) {
         case 't': n = (unsigned)parse_number(optarg, '\0', 1, MAX_THREADS, NULL); break;
+        case 'w': wait_limit = (uint32_t)parse_number(optarg, '\0', 0, 10000, NULL); break;
         case 'i': idle_limit = (uint32_t)parse_number(optarg, '\0', 1, 2000000, NULL); break;
         case 'd': drain_limit = (uint32_t)parse_number(optarg, '\0', 0, 2000000, NULL); break;
         case 'c': connections = parse_number(optarg, '\0', 1, 1000000000, NULL); break;
@@ -720,7 +765,7 @@ int main(int argc, char **argv)
         }
     }
     if (argc - optind < 2)
-        errx(2, "usage: relay [-t THREADS] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...");
+        errx(2, "usage: relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...");
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     signal(SIGPIPE, SIG_IGN);

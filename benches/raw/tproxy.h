@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -21,7 +22,7 @@
 #define IPV6_TRANSPARENT 75
 #endif
 
-enum { TP_NONBLOCK = 1, TP_REUSEPORT = 2, TP_RULES_DIVERT_ONLY = 1 };
+enum { TP_NONBLOCK = 1, TP_REUSEPORT = 2, TP_DATA_FOLLOWS = 16, TP_RULES_DIVERT_ONLY = 1 };
 
 typedef struct tp_rules tp_rules;
 
@@ -123,6 +124,7 @@ static inline int tp_connect_from(const struct sockaddr *src, socklen_t srclen, 
     int level = to.ss_family == AF_INET ? IPPROTO_IP : IPPROTO_IPV6;
     int option = to.ss_family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT;
     if (setsockopt(fd, level, option, &raw_on, sizeof raw_on) != 0 ||
+        (flags & TP_DATA_FOLLOWS && setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &raw_off, sizeof raw_off) != 0) ||
         setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &raw_on, sizeof raw_on) != 0 ||
         bind(fd, (struct sockaddr *)&from, srclen) != 0 ||
         (connect(fd, (struct sockaddr *)&to, dstlen) != 0 && errno != EINPROGRESS))

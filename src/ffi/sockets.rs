@@ -175,8 +175,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// sent first, and so does the one for the first answer, if it can: a packet or
 /// two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
 /// that has the client's first bytes before it connects. If nothing is sent,
-/// the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), and a server
-/// that speaks first waits so long.
+/// the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), or when
+/// setsockopt(TCP_QUICKACK, 1) lets it; a server that speaks first waits so long.
 ///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its

@@ -145,6 +145,31 @@ def each_end_in_its_own_time(programs):
         assert (counts["accepted"], counts["reset"], counts["refused"], counts["failed"]) == (6, 0, 0, 0), counts
 
 
+def who_speaks_first(programs):
+    """The server's handshake waits for the client's first bytes, but not for long, whatever the client does."""
+
+    def seconds_to_greet(family, server):
+        start = time.monotonic()
+        with pair(family, server) as (client, peer):
+            peer.sendall(b"banner")
+            assert client.recv(100) == b"banner"
+            return time.monotonic() - start
+
+    for family, server in FAMILIES:
+        # The kernel would end the handshake by itself after 0.2 s.
+        with Relay(programs, "-w", "5000") as relay:
+            assert seconds_to_greet(family, server) >= 0.15, "the handshake did not wait"
+            relay.wait_for(live=0)
+        with Relay(programs) as relay:
+            took = min(seconds_to_greet(family, server) for _ in range(5))
+            assert took < 0.1, f"{took:.3f} s until a server that speaks first was heard"
+            # A client that says no more than that it has nothing to say is heard too.
+            with pair(family, server) as (client, peer):
+                client.shutdown(socket.SHUT_WR)
+                assert peer.recv(1) == b""
+            relay.wait_for(live=0)
+
+
 def resets_are_resets(programs):
     with Relay(programs) as relay:
         for family, server in FAMILIES:
@@ -335,6 +360,7 @@ def test(programs, load, seconds=None):
         soak(programs, load, int(os.path.basename(seconds)))
         return
     each_end_in_its_own_time(programs)
+    who_speaks_first(programs)
     resets_are_resets(programs)
     who_does_not_read_waits(programs)
     the_limit_holds(programs)
