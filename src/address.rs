@@ -6,20 +6,20 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
 
 /// An address as the kernel takes and gives it: a `struct sockaddr_in` or
-/// `sockaddr_in6`. What follows an IPv4 one is zero.
+/// `sockaddr_in6`, or none (AF_UNSPEC). What follows an IPv4 one is zero.
 ///
 /// The hot paths hand on this: what is only passed along is not taken apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C, align(4))]
 pub(crate) struct KernelAddr(Bytes);
 
 impl KernelAddr {
-    pub(crate) const ZERO: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
+    pub(crate) const NONE: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
 
     /// Reads one, by the family that it names; `None` if it is another's or too short.
     #[inline(always)]
     pub(crate) fn parse(bytes: &[u8]) -> Option<KernelAddr> {
-        let mut addr = KernelAddr::ZERO;
+        let mut addr = KernelAddr::NONE;
         match family(bytes)? {
             // The rest, sin_zero, says nothing.
             libc::AF_INET if bytes.len() >= size_of::<libc::sockaddr_in>() => {
@@ -43,13 +43,23 @@ impl KernelAddr {
     }
 
     #[inline(always)]
+    pub(crate) fn is_none(&self) -> bool {
+        self.family() == Some(libc::AF_UNSPEC)
+    }
+
+    #[inline(always)]
+    pub(crate) fn family(&self) -> Option<i32> {
+        family(&self.0)
+    }
+
+    #[inline(always)]
     pub(crate) fn is_ipv4(&self) -> bool {
-        family(&self.0) == Some(libc::AF_INET)
+        self.family() == Some(libc::AF_INET)
     }
 
     #[inline(always)]
     pub(crate) fn is_ipv6(&self) -> bool {
-        family(&self.0) == Some(libc::AF_INET6)
+        self.family() == Some(libc::AF_INET6)
     }
 
     #[inline(always)]
@@ -83,11 +93,30 @@ impl KernelAddr {
     pub(crate) fn make_canonical(&mut self) {
         if !self.is_ipv4() && self.is_v4_mapped() {
             let (port, ip) = (self.field::<2>(2), self.field::<4>(20));
-            *self = KernelAddr::ZERO;
+            *self = KernelAddr::NONE;
             self.0[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
             self.0[2..4].copy_from_slice(&port);
             self.0[4..8].copy_from_slice(&ip);
         }
+    }
+
+    /// As a socket of that family has it: an IPv6 socket has IPv4 addresses v4-mapped.
+    #[inline(always)]
+    pub(crate) fn take_family(&mut self, family: Option<i32>) {
+        if family == Some(libc::AF_INET6) && self.is_ipv4() {
+            let (port, ip) = (self.field::<2>(2), self.field::<4>(4));
+            *self = KernelAddr::NONE;
+            self.0[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            self.0[2..4].copy_from_slice(&port);
+            self.0[18..20].copy_from_slice(&[0xff; 2]);
+            self.0[20..24].copy_from_slice(&ip);
+        }
+    }
+
+    /// The address, if it is one.
+    #[inline(always)]
+    pub(crate) fn get(self) -> Option<SocketAddr> {
+        (self.is_ipv4() || self.is_ipv6()).then(|| self.into())
     }
 
     /// The struct, as long as its family has it.
@@ -110,7 +139,7 @@ impl From<KernelAddr> for SocketAddr {
 
 impl From<SocketAddr> for KernelAddr {
     fn from(addr: SocketAddr) -> KernelAddr {
-        let KernelAddr(mut bytes) = KernelAddr::ZERO;
+        let KernelAddr(mut bytes) = KernelAddr::NONE;
         match addr {
             SocketAddr::V4(v4) => {
                 bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
@@ -126,13 +155,6 @@ impl From<SocketAddr> for KernelAddr {
         bytes[2..4].copy_from_slice(&addr.port().to_be_bytes());
         KernelAddr(bytes)
     }
-}
-
-/// A `struct sockaddr_in` or `sockaddr_in6`, by the family that it names;
-/// `None` if it is another's or too short.
-#[inline(always)]
-pub(crate) fn decode(bytes: &[u8]) -> Option<SocketAddr> {
-    KernelAddr::parse(bytes).map(SocketAddr::from)
 }
 
 /// A `struct sockaddr_in` or `sockaddr_in6`; the rest is zero.
@@ -207,6 +229,11 @@ mod tests {
             changed.make_canonical();
             prop_assert_eq!(SocketAddr::from(changed), canonical(addr));
             prop_assert_eq!(changed.is_unspecified(), addr.ip().to_canonical().is_unspecified());
+            for other in ["192.0.2.1:1".parse().unwrap(), "[::1]:1".parse().unwrap()] {
+                let mut taken = KernelAddr::from(addr);
+                taken.take_family(family(&encode(other)));
+                prop_assert_eq!(taken.get(), Some(as_family_of(other, addr)));
+            }
             changed.set_port(7);
             prop_assert_eq!(SocketAddr::from(changed), SocketAddr::new(addr.ip().to_canonical(), 7));
         }
@@ -222,11 +249,11 @@ mod tests {
             // SAFETY: as many bytes as the address has.
             #[allow(unsafe_code)]
             let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), raw.len() as usize) };
-            prop_assert_eq!(decode(bytes), Some(addr));
+            prop_assert_eq!(KernelAddr::parse(bytes).and_then(KernelAddr::get), Some(addr));
             prop_assert_eq!(&encode(addr)[..len(addr)], bytes);
             prop_assert_eq!((kernels.as_bytes(), kernels.port()), (bytes, port));
             for len in 0..bytes.len() {
-                prop_assert_eq!(decode(&bytes[..len]), None);
+                prop_assert_eq!(KernelAddr::parse(&bytes[..len]), None);
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::sys;
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
 pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
-    let mut addr = KernelAddr::ZERO;
+    let mut addr = KernelAddr::NONE;
     find(fd, &mut addr)?;
     Ok(addr.into())
 }

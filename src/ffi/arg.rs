@@ -115,21 +115,29 @@ impl AddressOut {
     pub(super) unsafe fn write(&self, value: &KernelAddr) -> Result<()> {
         // SAFETY: by the caller's word.
         let room = unsafe { self.len.read_unaligned() } as usize;
-        let bytes = value.as_bytes();
-        if room < bytes.len() {
-            return Err(too_little_room(room, bytes.len()));
+        let needed = value.as_bytes().len();
+        if room < needed {
+            return Err(too_little_room(room, needed));
         }
-        // SAFETY: the place has room for it.
+        // SAFETY: there is room for it.
+        unsafe { self.write_whole(value) };
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`write`](Self::write), and there is room.
+    #[inline(always)]
+    unsafe fn write_whole(&self, value: &KernelAddr) {
+        let (bytes, place) = (value.as_bytes(), self.addr.cast::<u8>());
+        // SAFETY: by the caller's word.
         unsafe {
             // Two lengths that the compiler knows are two moves each; one that it does not is a call.
-            let place = self.addr.cast::<u8>();
             match bytes.first_chunk() {
                 Some(v6) => place.cast::<address::Bytes>().write_unaligned(*v6),
                 None => place.copy_from_nonoverlapping(bytes.as_ptr(), size_of::<libc::sockaddr_in>()),
             }
             self.len.write_unaligned(bytes.len() as socklen_t);
         }
-        Ok(())
     }
 }
 
@@ -172,21 +180,24 @@ impl DatagramAddressOut {
     ///
     /// # Safety
     /// As for [`new`](Self::new).
-    pub(super) unsafe fn write(&self, value: Option<SocketAddr>) {
+    #[inline(always)]
+    pub(super) unsafe fn write(&self, value: &KernelAddr) {
         let Some(out) = &self.0 else { return };
-        let Some(value) = value else {
+        if value.is_none() {
             // SAFETY: by the caller's word; there is room for more than the family.
             unsafe {
                 out.addr.cast::<libc::sa_family_t>().write_unaligned(libc::AF_UNSPEC as libc::sa_family_t);
                 out.len.write_unaligned(0);
             }
             return;
-        };
-        let value = KernelAddr::from(value);
+        }
         let bytes = value.as_bytes();
         // SAFETY: by the caller's word; no more is written than there is room for.
         unsafe {
-            let room = bytes.len().min(out.len.read_unaligned() as usize);
+            let room = out.len.read_unaligned() as usize;
+            if room >= bytes.len() {
+                return out.write_whole(value);
+            }
             out.addr.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), room);
             out.len.write_unaligned(bytes.len() as socklen_t);
         }

@@ -8,7 +8,7 @@ use libc::{msghdr, sockaddr, socklen_t, ssize_t};
 use super::arg::{self, AddressOut, DatagramAddressOut, SizedOut};
 use super::guard::{guard, guard_hot};
 use super::sockets::TP_NONBLOCK;
-use crate::address;
+use crate::address::{self, KernelAddr};
 use crate::error::{Error, Result};
 use crate::udp::{self, Control, Datagram, Options, Replier};
 
@@ -121,13 +121,15 @@ pub unsafe extern "C" fn tp_recvfrom(
         let (src, dst) =
             unsafe { (DatagramAddressOut::new("src", src, srclen)?, DatagramAddressOut::new("dst", dst, dstlen)?) };
         // SAFETY: the caller's descriptor, open during the call.
-        let received = udp::receive_from(unsafe { arg::fd(fd) }?, buffer, flags)?;
+        let fd = unsafe { arg::fd(fd) }?;
+        let (mut source, mut orig_dst) = (KernelAddr::NONE, KernelAddr::NONE);
+        let received = udp::receive_one(fd, buffer, flags, &mut source, &mut orig_dst)?;
         // SAFETY: by the caller's word.
         unsafe {
-            src.write(received.source);
-            dst.write(received.orig_dst);
+            src.write(&source);
+            dst.write(&orig_dst);
         }
-        Ok(received.len as ssize_t)
+        Ok(received as ssize_t)
     })
 }
 
@@ -161,10 +163,14 @@ pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr
         let name_len = if msg.msg_name.is_null() { 0 } else { msg.msg_namelen as usize };
         // SAFETY: by the caller's word.
         let name = unsafe { arg::array("msg_name", msg.msg_name.cast::<u8>(), name_len) }?;
-        let found = Control::parse(control).orig_dst.ok_or_else(|| no_orig_dst(msg.msg_flags))?;
-        let found = address::decode(name).map_or(found, |name| address::as_family_of(name, found));
+        let mut found = Control::default();
+        found.read(control);
+        if found.orig_dst.is_none() {
+            return Err(no_orig_dst(msg.msg_flags));
+        }
+        found.orig_dst.take_family(address::family(name));
         // SAFETY: by the caller's word.
-        unsafe { out.write(&found.into()) }?;
+        unsafe { out.write(&found.orig_dst) }?;
         Ok(0)
     })
 }
@@ -393,6 +399,7 @@ fn known(flags: c_int, known: c_int) -> Result<c_int> {
     arg::flags(flags as u32, known as u32).map(|flags| flags as c_int)
 }
 
+#[cold]
 fn no_orig_dst(flags: c_int) -> Error {
     Error::new(
         libc::ENOENT,

@@ -254,7 +254,7 @@ pub unsafe extern "C" fn tp_connect_from(
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard_hot(|| {
         let out = AddressOut::new("addr", addr, addrlen)?;
-        let mut found = KernelAddr::ZERO;
+        let mut found = KernelAddr::NONE;
         // SAFETY: the caller's descriptor, open during the call.
         orig_dst::find(unsafe { arg::fd(fd) }?, &mut found)?;
         // SAFETY: by the caller's word.

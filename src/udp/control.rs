@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::address;
+use crate::address::KernelAddr;
 
 /// `UDP_GRO` and `UDP_SEGMENT`, include/uapi/linux/udp.h.
 pub(super) const UDP_GRO: i32 = 104;
@@ -18,8 +18,8 @@ const fn align(len: usize) -> usize {
 /// What control data say of a datagram.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Control {
-    /// Where the datagram was going: `IP_ORIGDSTADDR`, `IPV6_ORIGDSTADDR`.
-    pub orig_dst: Option<SocketAddr>,
+    /// `IP_ORIGDSTADDR`, `IPV6_ORIGDSTADDR`.
+    pub(crate) orig_dst: KernelAddr,
     /// The length of each of the datagrams that were received as one, but for
     /// the last, which may be shorter: `UDP_GRO`. 0: one datagram.
     pub segment_len: u32,
@@ -28,24 +28,36 @@ pub struct Control {
 impl Control {
     /// Reads control data as `recvmsg(2)` gives them. Any bytes are fine: what
     /// is cut short or makes no sense is passed over.
-    pub fn parse(mut data: &[u8]) -> Control {
+    pub fn parse(data: &[u8]) -> Control {
         let mut control = Control::default();
+        control.read(data);
+        control
+    }
+
+    /// Where the datagram was going.
+    pub fn orig_dst(&self) -> Option<SocketAddr> {
+        self.orig_dst.get()
+    }
+
+    #[inline(always)]
+    pub(crate) fn read(&mut self, mut data: &[u8]) {
         while let Some(header) = data.first_chunk::<HEADER>() {
             let (len, level, kind) = decode_header(header);
             let Some(body) = data.get(HEADER..len) else { break };
             match (level, kind) {
-                (libc::SOL_IP, libc::IP_ORIGDSTADDR) | (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR) => {
-                    control.orig_dst = control.orig_dst.or_else(|| address::decode(body));
+                (libc::SOL_IP, libc::IP_ORIGDSTADDR) | (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR)
+                    if self.orig_dst.is_none() =>
+                {
+                    self.orig_dst = KernelAddr::parse(body).unwrap_or_default();
                 }
                 (libc::SOL_UDP, UDP_GRO) => {
                     let len = body.first_chunk().map_or(0, |len| i32::from_ne_bytes(*len));
-                    control.segment_len = u32::try_from(len).unwrap_or(0);
+                    self.segment_len = u32::try_from(len).unwrap_or(0);
                 }
                 _ => {}
             }
             data = data.get(align(len)..).unwrap_or_default();
         }
-        control
     }
 }
 
@@ -164,7 +176,7 @@ mod tests {
             address("192.0.2.1:5".parse().unwrap()),
         ]
         .concat();
-        assert_eq!(Control::parse(&data), Control { orig_dst: Some(to), segment_len: 1200 });
+        assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: 1200 });
     }
 
     #[test]
@@ -204,11 +216,11 @@ mod tests {
                 SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into()
             };
             let data = [address(to), message(libc::SOL_UDP, UDP_GRO, &segment.to_ne_bytes())].concat();
-            prop_assert_eq!(Control::parse(&data), Control { orig_dst: Some(to), segment_len: segment as u32 });
+            prop_assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: segment as u32 });
             // However much is cut off, what is left is read or passed over.
             for len in 0..data.len() {
                 let cut = Control::parse(&data[..len]);
-                prop_assert!(cut.orig_dst.is_none_or(|found| found == to));
+                prop_assert!(cut.orig_dst().is_none_or(|found| found == to));
             }
         }
 

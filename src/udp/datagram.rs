@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 
 use libc::sockaddr_storage;
 
+use super::control::Control;
 use super::message;
-use crate::address;
 
 /// One datagram, or several of one flow and equal length: a place for what is
 /// received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
@@ -103,22 +103,22 @@ impl<'a> Datagram<'a> {
 
     /// Who sent it, and whom a reply goes to.
     pub fn client(&self) -> Option<SocketAddr> {
-        address::decode(message::address_bytes(&self.client))
+        message::load_address(&self.client).get()
     }
 
     /// Where it was going, and where a reply comes from.
     pub fn orig_dst(&self) -> Option<SocketAddr> {
-        address::decode(message::address_bytes(&self.orig_dst))
+        message::load_address(&self.orig_dst).get()
     }
 
     /// Whom a reply goes to.
     pub fn set_client(&mut self, client: SocketAddr) {
-        message::store_address(&mut self.client, Some(client));
+        message::store_address(&mut self.client, &client.into());
     }
 
     /// Where a reply comes from.
     pub fn set_orig_dst(&mut self, orig_dst: SocketAddr) {
-        message::store_address(&mut self.orig_dst, Some(orig_dst));
+        message::store_address(&mut self.orig_dst, &orig_dst.into());
     }
 
     /// Whether there should be room for bytes, and no memory that it is in.
@@ -141,15 +141,13 @@ impl<'a> Datagram<'a> {
     }
 
     /// What the kernel put there.
-    pub(super) fn received(&mut self, len: usize, segment_len: u32, orig_dst: Option<SocketAddr>, cut: u32) {
-        let orig_dst = match (orig_dst, self.client()) {
-            (Some(to), Some(client)) => Some(address::as_family_of(client, to)),
-            (to, _) => to,
-        };
+    #[inline(always)]
+    pub(super) fn received(&mut self, len: usize, mut control: Control, cut: u32) {
+        control.orig_dst.take_family(Some(self.client.ss_family.into()));
         self.len = len;
-        self.segment_len = segment_len;
-        self.flags = cut | if orig_dst.is_none() { NO_ORIG_DST } else { 0 };
+        self.segment_len = control.segment_len;
+        self.flags = cut | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
         self.error = 0;
-        message::store_address(&mut self.orig_dst, orig_dst);
+        message::store_address(&mut self.orig_dst, &control.orig_dst);
     }
 }

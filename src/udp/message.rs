@@ -17,28 +17,24 @@ use super::BATCH;
 use super::control::{Control, Outgoing};
 use super::datagram::{CTRUNC, Datagram, TRUNC};
 use super::raw;
-use crate::address;
+use crate::address::{self, KernelAddr};
 
 /// No address: AF_UNSPEC.
 // SAFETY: integers, for which all zero is valid.
 pub(super) const NO_ADDRESS: sockaddr_storage = unsafe { zeroed() };
 
-/// The bytes of a socket address.
-pub(super) fn address_bytes(storage: &sockaddr_storage) -> &[u8; size_of::<sockaddr_storage>()] {
-    // SAFETY: as many bytes, all of them initialised: the struct has no padding.
-    unsafe { &*ptr::from_ref(storage).cast() }
+/// Writes an address, or that there is none.
+#[inline(always)]
+pub(super) fn store_address(storage: &mut sockaddr_storage, addr: &KernelAddr) {
+    // SAFETY: an address is no longer than the storage, and nothing but bytes.
+    unsafe { ptr::from_mut(storage).cast::<KernelAddr>().write(*addr) };
 }
 
-/// Writes an address, or that there is none.
-pub(super) fn store_address(storage: &mut sockaddr_storage, addr: Option<SocketAddr>) {
-    match addr {
-        Some(addr) => {
-            let bytes = address::encode(addr);
-            // SAFETY: an address is no longer than the storage.
-            unsafe { ptr::from_mut(storage).cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
-        }
-        None => storage.ss_family = libc::AF_UNSPEC as libc::sa_family_t,
-    }
+/// The address that is there.
+#[inline(always)]
+pub(super) fn load_address(storage: &sockaddr_storage) -> KernelAddr {
+    // SAFETY: as above.
+    unsafe { ptr::from_ref(storage).cast::<KernelAddr>().read() }
 }
 
 /// A datagram's bytes. Its fields are private, or by a C caller's word: so many bytes are there while it lives.
@@ -72,10 +68,13 @@ impl ControlRoom {
     const EMPTY: ControlRoom = ControlRoom([MaybeUninit::uninit(); CONTROL]);
 
     /// What the kernel wrote there.
+    #[inline(always)]
     fn parse(&self, message: &msghdr) -> Control {
         let len = message.msg_controllen.min(CONTROL);
+        let mut control = Control::default();
         // SAFETY: the kernel has written so many bytes.
-        Control::parse(unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) })
+        control.read(unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) });
+        control
     }
 }
 
@@ -89,16 +88,18 @@ fn header(name: *mut c_void, name_len: usize, parts: *mut iovec, n_parts: usize)
     message
 }
 
-/// One `recvmsg(2)`: how many bytes, from whom, and what the control data say.
+/// One `recvmsg(2)`: how many bytes, and what the control data say. `source`, which was none, is from whom.
+#[inline(always)]
 pub(super) fn receive_one(
     fd: BorrowedFd<'_>,
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
-) -> io::Result<(usize, Option<SocketAddr>, Control)> {
-    let mut source = NO_ADDRESS;
+    source: &mut KernelAddr,
+) -> io::Result<(usize, Control)> {
     let mut control = ControlRoom::EMPTY;
     let mut part = iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    let mut message = header((&raw mut source).cast(), size_of_val(&source), &raw mut part, 1);
+    let name = source.as_mut_bytes();
+    let mut message = header(name.as_mut_ptr().cast(), name.len(), &raw mut part, 1);
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = CONTROL;
     // SAFETY: what the message points to is alive, and as long as it says.
@@ -106,7 +107,7 @@ pub(super) fn receive_one(
     if len < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok((len as usize, address::decode(address_bytes(&source)), control.parse(&message)))
+    Ok((len as usize, control.parse(&message)))
 }
 
 /// One `recvmmsg(2)`, straight into the datagrams. Those beyond the number that it gives are as they were.
@@ -135,7 +136,7 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
         let control = controls[at].parse(&message.msg_hdr);
         let cut = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
         let cut = cut(libc::MSG_TRUNC, TRUNC) | cut(libc::MSG_CTRUNC, CTRUNC);
-        datagram.received(message.msg_len as usize, control.segment_len, control.orig_dst, cut);
+        datagram.received(message.msg_len as usize, control, cut);
     }
     Ok(received)
 }

@@ -20,6 +20,7 @@ mod source;
 
 pub use control::Control;
 pub use datagram::Datagram;
+pub(crate) use receive::receive_one;
 pub use receive::{Received, receive, receive_from};
 pub use replier::{Options, Replier, Stats};
 

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use super::datagram::Datagram;
 use super::message;
-use crate::address::as_family_of;
+use crate::address::KernelAddr;
 use crate::error::{Ends, Error, Result, Step};
 
 /// What [`receive_from`] says of a datagram.
@@ -22,10 +22,25 @@ pub struct Received {
 
 /// `recvfrom(2)` with the original destination, in one system call.
 pub fn receive_from(fd: BorrowedFd<'_>, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
-    let (len, source, control) =
-        message::receive_one(fd, buffer, flags).map_err(|e| Error::socket(Step::Receive, Ends::default(), &e))?;
-    let orig_dst = control.orig_dst.map(|to| source.map_or(to, |source| as_family_of(source, to)));
-    Ok(Received { len, source, orig_dst })
+    let (mut source, mut orig_dst) = (KernelAddr::NONE, KernelAddr::NONE);
+    let len = receive_one(fd, buffer, flags, &mut source, &mut orig_dst)?;
+    Ok(Received { len, source: source.get(), orig_dst: orig_dst.get() })
+}
+
+/// As [`receive_from`], for the caller to whom its time matters: both addresses were none.
+#[inline(always)]
+pub(crate) fn receive_one(
+    fd: BorrowedFd<'_>,
+    buffer: &mut [MaybeUninit<u8>],
+    flags: i32,
+    source: &mut KernelAddr,
+    orig_dst: &mut KernelAddr,
+) -> Result<usize> {
+    let (len, control) = message::receive_one(fd, buffer, flags, source)
+        .map_err(|e| Error::socket(Step::Receive, Ends::default(), &e))?;
+    *orig_dst = control.orig_dst;
+    orig_dst.take_family(source.family());
+    Ok(len)
 }
 
 /// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
