@@ -73,14 +73,10 @@ demo: deps
 check: deps
 	@bash tests/check.sh
 
-# What rules and datagrams cost, beside what a user would do otherwise. As root without a user namespace, where nft cannot send a large set.
-bench: HOST_RUNNER = --config 'target.$(HOST).runner=["unshare", "--net"]'
-bench: HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+# Everything that there is a figure for, beside what a user would take otherwise; docs/benchmarks.md is what it says.
 bench:
 	@sh tests/deps.sh bench
-	@bash benches/relay.sh
-	@bash benches/datagrams.sh
-	@$(CARGO) $(if $(filter 0,$(shell id -u)),$(HOST_RUNNER)) bench --quiet --bench rules
+	@CARGO='$(CARGO)' bash benches/run.sh
 
 # Ten million hostile messages. libFuzzer's hooks (the flags that cargo-fuzz sets) are stable; -Z sanitizer asks for the bootstrap variable.
 FUZZ_RUNS ?= 10000000

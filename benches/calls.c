@@ -2,27 +2,70 @@
  * One call again and again, for counting the instructions and system calls of
  * user space: built against the library, and against the same by hand (raw/).
  *
- *     calls socket|connect|orig_dst COUNT
+ *     calls socket|connect|orig_dst|recvfrom|msg_orig_dst|datagrams COUNT
+ *
+ * datagrams: DATAGRAMS of them a call.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <err.h>
 #include <netinet/in.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <tproxy.h>
 
-static struct sockaddr *sa(struct sockaddr_in *addr)
+static struct sockaddr *sa(void *addr)
 {
-    return (struct sockaddr *)addr;
+    return addr;
+}
+
+enum { DATAGRAMS = 32, BYTES = 64 };
+
+static char data[DATAGRAMS][BYTES];
+
+/* Received, or looked for in a message, after they have been sent to the same socket. */
+static void datagrams(const char *what, int count)
+{
+    static struct tp_datagram dgrams[DATAGRAMS];
+    struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(3130) };
+    struct sockaddr_storage src, dst;
+    char control[256], last[256];
+    struct iovec part = { .iov_base = data, .iov_len = sizeof data };
+    struct msghdr msg = { .msg_name = &src, .msg_namelen = sizeof src, .msg_iov = &part, .msg_iovlen = 1,
+                          .msg_control = control, .msg_controllen = sizeof control };
+    int many = what[0] == 'd' ? DATAGRAMS : 1, fd = tp_socket(AF_INET, SOCK_DGRAM, 0);
+    to.sin_addr.s_addr = htonl(0x7f000006);
+    if (fd < 0 || bind(fd, sa(&to), sizeof to) != 0)
+        err(1, "bind");
+    for (int i = 0; i < DATAGRAMS; i++)
+        dgrams[i].data = data[i], dgrams[i].capacity = BYTES;
+    if (what[0] == 'm' && (sendto(fd, last, BYTES, 0, sa(&to), sizeof to) != BYTES || recvmsg(fd, &msg, 0) != BYTES))
+        err(1, "recvmsg");
+    for (int i = 0; i < count; i++) {
+        socklen_t src_len = sizeof src, dst_len = sizeof dst;
+        for (int k = 0; what[0] != 'm' && k < many; k++)
+            if (sendto(fd, data[0], BYTES, 0, sa(&to), sizeof to) != BYTES)
+                err(1, "sendto");
+        bool good = what[0] == 'm'   ? tp_msg_orig_dst(&msg, sa(&dst), &dst_len) == 0
+                    : what[0] == 'd' ? tp_recv_datagrams(fd, dgrams, DATAGRAMS, 0) == DATAGRAMS
+                                     : tp_recvfrom(fd, data, BYTES, 0, sa(&src), &src_len, sa(&dst), &dst_len) == BYTES;
+        if (!good || memcmp(what[0] == 'd' ? &dgrams[DATAGRAMS - 1].orig_dst : &dst, &to, 8) != 0)
+            errx(1, "%s: %s", what, tp_last_error());
+    }
 }
 
 int main(int argc, char **argv)
 {
     if (argc != 3)
-        errx(2, "usage: calls socket|connect|orig_dst COUNT");
+        errx(2, "usage: see the head of the source");
+    if (strchr("rmd", argv[1][0]) != NULL) {
+        datagrams(argv[1], atoi(argv[2]));
+        return 0;
+    }
     struct sockaddr_in listens = { .sin_family = AF_INET, .sin_port = htons(3129) };
     struct sockaddr_in from = { .sin_family = AF_INET }, to = listens;
     from.sin_addr.s_addr = htonl(0x7f000005), to.sin_addr.s_addr = htonl(0x7f000006);

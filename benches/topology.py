@@ -21,7 +21,7 @@ table inet textbook {{
     chain prerouting {{
         type filter hook prerouting priority mangle
         meta l4proto tcp socket transparent 1 socket wildcard 0 meta mark set 1 accept
-        tcp dport {demo.PORT} iifname "eth0" tproxy to :{LISTEN} meta mark set 1 accept
+        tcp dport {demo.PORT} iifname "eth0" DESTINATIONS tproxy to :{LISTEN} meta mark set 1 accept
     }}
 }}
 """
@@ -47,8 +47,13 @@ listen relay
 class Rules:
     """The textbook's rules on the proxy's host, while they are needed; mended, or as they are."""
 
-    def __init__(self, mended):
-        self.text = TEXTBOOK if mended else TEXTBOOK.replace(" socket wildcard 0", "")
+    def __init__(self, mended, prefixes=()):
+        text = TEXTBOOK if mended else TEXTBOOK.replace(" socket wildcard 0", "")
+        text = text.replace("DESTINATIONS", "ip daddr @some" if prefixes else "")
+        some = "set some { type ipv4_addr; flags interval; elements = { %s } }\n" % ",".join(prefixes)
+        if prefixes:
+            text = text.replace("tproxy to", "tproxy ip to").replace("chain prerouting", some + "chain prerouting")
+        self.text = text
 
     def __enter__(self):
         subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=self.text, text=True, check=True)
@@ -67,6 +72,8 @@ class Rival:
     name, rules = "plain forwarding", False
     process = None
 
+    prefixes = ()
+
     def __init__(self, threads=1):
         self.threads = threads
 
@@ -74,7 +81,7 @@ class Rival:
         return None
 
     def __enter__(self):
-        self.textbook = Rules(self.rules != "textbook") if self.rules else None
+        self.textbook = Rules(self.rules != "textbook", self.prefixes) if self.rules else None
         if self.textbook:
             self.textbook.__enter__()
         command = self.command()
@@ -112,16 +119,22 @@ class Rival:
 class Relay(Rival):
     """examples-c/relay.c: with the library, or with its calls by hand."""
 
-    def __init__(self, name, path, rules, threads=1):
+    def __init__(self, name, path, rules, threads=1, prefixes=()):
         super().__init__(threads)
-        self.name, self.path, self.rules = name, path, rules
+        self.name, self.path, self.rules, self.prefixes = name, path, rules, prefixes
 
     def wait(self):
         """Until it has its rules too."""
         assert self.program.expect("listening") != "nothing", f"{self.name} does not start"
 
     def command(self):
-        return [self.path, "-t", str(self.threads), "-d", "0", str(LISTEN), str(demo.PORT)]
+        command = [self.path, "-t", str(self.threads), "-d", "0"]
+        if self.prefixes and not self.rules:
+            self.file = tempfile.NamedTemporaryFile("w", suffix=".prefixes")
+            self.file.write("\n".join(self.prefixes) + "\n")
+            self.file.flush()
+            command += ["-p", self.file.name]
+        return [*command, str(LISTEN), str(demo.PORT)]
 
 
 class HAProxy(Rival):

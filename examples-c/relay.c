@@ -1,7 +1,7 @@
 /*
  * A transparent TCP relay, for speed: what the library can do on every core.
  *
- *     relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...
+ *     relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] LISTEN-PORT PORT[-PORT]...
  *
  * intercepts every connection that this host would forward to one of the PORTs
  * of somebody else, over IPv4 and IPv6, and connects onward from the client's
@@ -10,6 +10,7 @@
  * connections that there are may take to end after a signal to stop (30).
  * CONNECTIONS: the most at a time (what the descriptor limit lets). WAIT: how many
  * milliseconds the server's handshake may wait for the client's first bytes (1).
+ * PREFIXES: a file of destinations to intercept, a line each (all).
  *
  * Signals. SIGTERM, SIGINT: new connections pass the relay by, those that there
  * are go on; it ends when they have, or at the second signal. SIGUSR1: a line of
@@ -37,6 +38,7 @@
  * Urgent data (RFC 6093 says not to use it) is not passed on.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -730,6 +732,39 @@ static size_t parse_ports(char **args, struct tp_port_range *ranges)
     return n;
 }
 
+/* 192.0.2.0/24, 2001:db8::/32, or an address. */
+static struct tp_prefix parse_prefix(char *text)
+{
+    char *len = strchr(text, '/');
+    if (len != NULL)
+        *len++ = '\0';
+    struct tp_prefix prefix = { .family = strchr(text, ':') != NULL ? AF_INET6 : AF_INET };
+    unsigned long most = prefix.family == AF_INET6 ? 128 : 32;
+    if (inet_pton(prefix.family, text, prefix.addr) != 1)
+        errx(2, "%s: not an address", text);
+    prefix.len = (uint8_t)(len == NULL ? most : parse_number(len, '\0', 0, most, NULL));
+    return prefix;
+}
+
+static struct tp_prefix *read_prefixes(const char *path, size_t *n)
+{
+    char line[128];
+    struct tp_prefix *prefixes = NULL;
+    FILE *file = fopen(path, "r");
+    if (file == NULL)
+        err(2, "%s", path);
+    for (size_t room = 0; fgets(line, sizeof line, file) != NULL; (*n)++) {
+        line[strcspn(line, "\n")] = '\0';
+        if (*n == room && (prefixes = realloc(prefixes, (room = room * 2 + 64) * sizeof *prefixes)) == NULL)
+            err(1, "realloc");
+        prefixes[*n] = parse_prefix(line);
+    }
+    fclose(file);
+    if (*n == 0)
+        errx(2, "%s: no prefix there", path);
+    return prefixes;
+}
+
 static void stop_workers(struct worker *workers, unsigned n, tp_rules *rules)
 {
     /* The connections that there are still need their packets; new ones do not come here any more. */
@@ -754,18 +789,21 @@ int main(int argc, char **argv)
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     unsigned n = cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : (unsigned)cores;
     uint64_t connections = 0;
-    for (int option; (option = getopt(argc, argv, "t:w:i:d:c:")) != -1;) {
+    const char *prefixes = NULL;
+    for (int option; (option = getopt(argc, argv, "t:w:i:d:c:p:")) != -1;) {
         switch (option) {
         case 't': n = (unsigned)parse_number(optarg, '\0', 1, MAX_THREADS, NULL); break;
         case 'w': wait_limit = (uint32_t)parse_number(optarg, '\0', 0, 10000, NULL); break;
         case 'i': idle_limit = (uint32_t)parse_number(optarg, '\0', 1, 2000000, NULL); break;
         case 'd': drain_limit = (uint32_t)parse_number(optarg, '\0', 0, 2000000, NULL); break;
         case 'c': connections = parse_number(optarg, '\0', 1, 1000000000, NULL); break;
+        case 'p': prefixes = optarg; break;
         default: argc = 0;
         }
     }
     if (argc - optind < 2)
-        errx(2, "usage: relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] LISTEN-PORT PORT[-PORT]...");
+        errx(2, "usage: relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] LISTEN-PORT "
+                "PORT[-PORT]...");
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     signal(SIGPIPE, SIG_IGN);
@@ -791,10 +829,14 @@ int main(int argc, char **argv)
     struct tp_rules_config config = { 0 };
     config.listeners = listeners, config.n_listeners = n;
     config.ports = ports, config.n_ports = parse_ports(argv + optind + 1, ports);
+    struct tp_prefix *dst = NULL;
+    if (prefixes != NULL)
+        config.dst = dst = read_prefixes(prefixes, &config.n_dst);
     tp_rules *rules;
     if (tp_install_rules(&config, sizeof config, &rules) != 0)
         errx(1, "%s", tp_last_error());
     free(listeners);
+    free(dst);
     for (unsigned i = 0; i < n; i++)
         if ((errno = pthread_create(&workers[i].thread, NULL, live, &workers[i])) != 0)
             err(1, "pthread_create");

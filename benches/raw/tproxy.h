@@ -1,7 +1,7 @@
 /*
- * The calls of the relay by hand: what a program has in it that does not link
- * the library. The benchmark compiles the same relay with this header in place
- * of the library's; the rules it installs by itself, as the textbook says.
+ * The library's calls by hand: what a program has in it that does not link
+ * the library. The benchmark compiles the same programs with this header in
+ * place of the library's; the rules it installs by itself, as the textbook says.
  */
 #ifndef TPROXY_H
 #define TPROXY_H
@@ -30,12 +30,18 @@ struct tp_port_range {
     uint16_t first, last;
 };
 
+struct tp_prefix {
+    uint8_t family, len, reserved[2], addr[16];
+};
+
 struct tp_rules_config {
     const int *listeners;
     size_t n_listeners;
     uint32_t flags;
     const struct tp_port_range *ports;
     size_t n_ports;
+    const struct tp_prefix *dst;
+    size_t n_dst;
 };
 
 static const int raw_on = 1, raw_off = 0;
@@ -131,6 +137,96 @@ static inline int tp_connect_from(const struct sockaddr *src, socklen_t srclen, 
         return raw_close(fd);
     return fd;
 }
+
+/* ---- Datagrams. ---- */
+
+struct tp_datagram {
+    void *data;
+    size_t capacity, len;
+    uint32_t segment_len, flags;
+    int32_t error;
+    struct sockaddr_storage client, orig_dst;
+};
+
+enum { TP_BATCH_MAX = 64 };
+
+/* Where it was going, in the family of who sent it. */
+static inline int raw_find(struct msghdr *msg, struct sockaddr *addr, socklen_t *addrlen)
+{
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c != NULL; c = CMSG_NXTHDR(msg, c)) {
+        if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_ORIGDSTADDR) {
+            memcpy(addr, CMSG_DATA(c), sizeof(struct sockaddr_in6)), *addrlen = sizeof(struct sockaddr_in6);
+            return 0;
+        }
+        if (c->cmsg_level != IPPROTO_IP || c->cmsg_type != IP_ORIGDSTADDR)
+            continue;
+        struct sockaddr_in v4;
+        memcpy(&v4, CMSG_DATA(c), sizeof v4);
+        if (msg->msg_namelen == 0 || ((struct sockaddr *)msg->msg_name)->sa_family == AF_INET) {
+            memcpy(addr, &v4, sizeof v4), *addrlen = sizeof v4;
+            return 0;
+        }
+        struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_port = v4.sin_port };
+        v6.sin6_addr.s6_addr[10] = v6.sin6_addr.s6_addr[11] = 0xff;
+        memcpy(v6.sin6_addr.s6_addr + 12, &v4.sin_addr, 4);
+        memcpy(addr, &v6, sizeof v6), *addrlen = sizeof v6;
+        return 0;
+    }
+    errno = ENOENT;
+    return -1;
+}
+
+static inline int tp_msg_orig_dst(const struct msghdr *msg, struct sockaddr *addr, socklen_t *addrlen)
+{
+    return raw_find((struct msghdr *)msg, addr, addrlen);
+}
+
+static inline ssize_t tp_recvfrom(int fd, void *buf, size_t len, int flags, struct sockaddr *src, socklen_t *srclen,
+                                  struct sockaddr *dst, socklen_t *dstlen)
+{
+    char control[CMSG_SPACE(sizeof(struct sockaddr_in6)) + CMSG_SPACE(64)];
+    struct iovec part = { .iov_base = buf, .iov_len = len };
+    struct msghdr msg = { .msg_name = src, .msg_namelen = *srclen, .msg_iov = &part, .msg_iovlen = 1,
+                          .msg_control = control, .msg_controllen = sizeof control };
+    ssize_t n = recvmsg(fd, &msg, flags);
+    if (n < 0)
+        return -1;
+    *srclen = msg.msg_namelen;
+    if (raw_find(&msg, dst, dstlen) != 0)
+        *dstlen = 0;
+    return n;
+}
+
+static inline int tp_recv_datagrams(int fd, struct tp_datagram *dgrams, unsigned count, int flags)
+{
+    static _Thread_local struct mmsghdr messages[TP_BATCH_MAX];
+    static _Thread_local struct iovec parts[TP_BATCH_MAX];
+    static _Thread_local char controls[TP_BATCH_MAX][CMSG_SPACE(sizeof(struct sockaddr_in6)) + CMSG_SPACE(64)];
+    if (count > TP_BATCH_MAX)
+        count = TP_BATCH_MAX;
+    for (unsigned i = 0; i < count; i++) {
+        parts[i] = (struct iovec){ .iov_base = dgrams[i].data, .iov_len = dgrams[i].capacity };
+        messages[i].msg_hdr = (struct msghdr){ .msg_name = &dgrams[i].client, .msg_namelen = sizeof dgrams[i].client,
+                                               .msg_iov = &parts[i], .msg_iovlen = 1,
+                                               .msg_control = controls[i], .msg_controllen = sizeof controls[i] };
+    }
+    int n = recvmmsg(fd, messages, count, flags | MSG_WAITFORONE, NULL);
+    for (int i = 0; i < n; i++) {
+        struct msghdr *msg = &messages[i].msg_hdr;
+        socklen_t len = sizeof dgrams[i].orig_dst;
+        dgrams[i].len = messages[i].msg_len;
+        dgrams[i].flags = (uint32_t)msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC);
+        dgrams[i].segment_len = 0, dgrams[i].error = 0;
+        for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c != NULL; c = CMSG_NXTHDR(msg, c))
+            if (c->cmsg_level == IPPROTO_UDP && c->cmsg_type == 104 /* UDP_GRO */)
+                memcpy(&dgrams[i].segment_len, CMSG_DATA(c), sizeof(int));
+        if (raw_find(msg, (struct sockaddr *)&dgrams[i].orig_dst, &len) != 0)
+            dgrams[i].orig_dst.ss_family = AF_UNSPEC;
+    }
+    return n;
+}
+
+/* ---- Rules: what there are, the textbook's, are others' business. ---- */
 
 static inline int tp_install_rules(const struct tp_rules_config *config, size_t size, tp_rules **rules)
 {

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -168,6 +169,19 @@ def who_speaks_first(programs):
                 client.shutdown(socket.SHUT_WR)
                 assert peer.recv(1) == b""
             relay.wait_for(live=0)
+
+
+def some_destinations(programs):
+    """Those in a file alone; the others do not notice that there is a relay."""
+    with tempfile.NamedTemporaryFile("w", suffix=".prefixes") as file:
+        file.write("203.0.113.2\n192.0.2.0/24\n2001:db8:5::/48\n")
+        file.flush()
+        with Relay(programs, "-p", file.name) as relay:
+            for (family, server), accepted in zip(FAMILIES, (1, 1)):
+                with pair(family, server) as (client, peer):
+                    client.sendall(b"x")
+                    assert peer.recv(1) == b"x"
+                assert relay.wait_for(live=0)["accepted"] == accepted
 
 
 def resets_are_resets(programs):
@@ -361,6 +375,7 @@ def test(programs, load, seconds=None):
         return
     each_end_in_its_own_time(programs)
     who_speaks_first(programs)
+    some_destinations(programs)
     resets_are_resets(programs)
     who_does_not_read_waits(programs)
     the_limit_holds(programs)
