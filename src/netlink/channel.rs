@@ -91,6 +91,8 @@ pub(crate) struct Answers {
 pub(crate) struct Channel {
     transport: Box<dyn Transport>,
     seq: u32,
+    /// What was received last.
+    received: Vec<u8>,
 }
 
 impl Channel {
@@ -113,7 +115,7 @@ impl Channel {
 
     /// A channel over any transport.
     pub fn over(transport: Box<dyn Transport>) -> Channel {
-        Channel { transport, seq: 0 }
+        Channel { transport, seq: 0, received: vec![0; RECEIVE_BUFFER] }
     }
 
     pub fn next_seq(&mut self) -> u32 {
@@ -232,12 +234,11 @@ impl Channel {
     /// Receives until `each` says that a message was the last, or nothing is left: the answers are there when `send`
     /// returns.
     fn drain(&mut self, each: &mut dyn FnMut(&wire::Message<'_>) -> bool) -> io::Result<()> {
-        let mut received = [0; RECEIVE_BUFFER];
         loop {
-            match self.transport.receive(&mut received) {
+            match self.transport.receive(&mut self.received) {
                 // All that came together is looked at.
                 Ok(len) => {
-                    let messages = wire::messages(received.get(..len).unwrap_or_default());
+                    let messages = wire::messages(self.received.get(..len).unwrap_or_default());
                     if messages.fold(false, |last, message| each(&message) | last) {
                         return Ok(());
                     }

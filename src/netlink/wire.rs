@@ -15,6 +15,9 @@ const NESTED: u16 = 0x8000;
 /// NLA_F_NESTED and NLA_F_NET_BYTEORDER are flags in an attribute's type.
 const TYPE_MASK: u16 = 0x3fff;
 
+/// What the rules of one instance take, more or less.
+const USUAL: usize = 8 << 10;
+
 fn align(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
@@ -29,6 +32,10 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// Appends a message: its family's own header, then its attributes.
     pub fn message(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8], attrs: impl FnOnce(&mut Attrs<'_>)) {
+        // A transaction of the usual size: it does not grow by and by.
+        if self.bytes.capacity() == 0 {
+            self.bytes.reserve(USUAL);
+        }
         let start = self.begin(kind, flags, seq, header);
         attrs(&mut Attrs { buffer: self });
         self.end(start);
@@ -36,14 +43,20 @@ impl Buffer {
 
     fn begin(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8]) -> usize {
         let start = self.bytes.len();
-        self.bytes.extend_from_slice(&[0; 4]);
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes.extend_from_slice(&flags.to_ne_bytes());
-        self.bytes.extend_from_slice(&seq.to_ne_bytes());
-        self.bytes.extend_from_slice(&[0; 4]);
+        let mut own = [0; MESSAGE_HEADER];
+        own[4..6].copy_from_slice(&kind.to_ne_bytes());
+        own[6..8].copy_from_slice(&flags.to_ne_bytes());
+        own[8..12].copy_from_slice(&seq.to_ne_bytes());
+        self.bytes.extend_from_slice(&own);
         self.bytes.extend_from_slice(header);
-        self.bytes.resize(align(self.bytes.len()), 0);
+        self.pad();
         start
+    }
+
+    /// Up to where the next may begin.
+    fn pad(&mut self) {
+        let len = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; ALIGN][..align(len) - len]);
     }
 
     fn end(&mut self, start: usize) {
@@ -82,54 +95,56 @@ pub(crate) struct Attrs<'a> {
 
 impl Attrs<'_> {
     pub fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.attribute(kind, |buffer| buffer.bytes.extend_from_slice(value));
+        self.header(kind, value.len());
+        self.buffer.bytes.extend_from_slice(value);
+        self.buffer.pad();
     }
 
     /// A string with its terminating NUL.
     pub fn string(&mut self, kind: u16, value: &str) {
-        self.attribute(kind, |buffer| {
-            buffer.bytes.extend_from_slice(value.as_bytes());
-            buffer.bytes.push(0);
-        });
+        self.header(kind, value.len() + 1);
+        self.buffer.bytes.extend_from_slice(value.as_bytes());
+        self.buffer.bytes.push(0);
+        self.buffer.pad();
     }
 
     pub fn u8(&mut self, kind: u16, value: u8) {
-        self.bytes(kind, &[value]);
+        self.word(kind, 1, [value, 0, 0, 0]);
     }
 
     /// Native-endian, as rtnetlink has it.
     pub fn u32(&mut self, kind: u16, value: u32) {
-        self.bytes(kind, &value.to_ne_bytes());
+        self.word(kind, 4, value.to_ne_bytes());
     }
 
     /// Big-endian, as nf_tables has it.
     pub fn be32(&mut self, kind: u16, value: u32) {
-        self.bytes(kind, &value.to_be_bytes());
+        self.word(kind, 4, value.to_be_bytes());
     }
 
     pub fn nest(&mut self, kind: u16, attrs: impl FnOnce(&mut Attrs<'_>)) {
-        self.attribute(kind | NESTED, |buffer| attrs(&mut Attrs { buffer }));
-    }
-
-    fn attribute(&mut self, kind: u16, value: impl FnOnce(&mut Buffer)) {
-        let start = self.begin(kind);
-        value(self.buffer);
-        self.end(start);
-    }
-
-    fn begin(&mut self, kind: u16) -> usize {
         let start = self.buffer.bytes.len();
-        self.buffer.bytes.extend_from_slice(&[0; 2]);
-        self.buffer.bytes.extend_from_slice(&kind.to_ne_bytes());
-        start
-    }
-
-    fn end(&mut self, start: usize) {
+        self.header(kind | NESTED, 0);
+        attrs(&mut Attrs { buffer: self.buffer });
         match u16::try_from(self.buffer.bytes.len() - start) {
             Ok(len) => self.buffer.write_at(start, &len.to_ne_bytes()),
             Err(_) => self.buffer.overflow = true,
         }
-        self.buffer.bytes.resize(align(self.buffer.bytes.len()), 0);
+    }
+
+    /// Header and value in one piece: most attributes are such. The rest of the word is padding.
+    fn word(&mut self, kind: u16, len: u16, [a, b, c, d]: [u8; ALIGN]) {
+        let ([l0, l1], [k0, k1]) = ((ATTRIBUTE_HEADER as u16 + len).to_ne_bytes(), kind.to_ne_bytes());
+        self.buffer.bytes.extend_from_slice(&[l0, l1, k0, k1, a, b, c, d]);
+    }
+
+    fn header(&mut self, kind: u16, len: usize) {
+        let len = u16::try_from(ATTRIBUTE_HEADER + len).unwrap_or_else(|_| {
+            self.buffer.overflow = true;
+            0
+        });
+        let ([l0, l1], [k0, k1]) = (len.to_ne_bytes(), kind.to_ne_bytes());
+        self.buffer.bytes.extend_from_slice(&[l0, l1, k0, k1]);
     }
 }
 
