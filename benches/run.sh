@@ -32,3 +32,4 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 runner=()
 [ "$(id -u)" != 0 ] || runner=(--config "target.$host.runner=[\"unshare\", \"--net\"]")
 section 'Rules' "${CARGO:-cargo}" "${runner[@]}" bench --quiet --bench rules
+cat benches/missed.md >> docs/benchmarks.md
