@@ -34,6 +34,7 @@ pub mod socket;
 mod sort;
 #[allow(unsafe_code)]
 mod sys;
+mod text;
 pub mod udp;
 
 pub use error::{Error, Result};

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use tproxy::check::Entry;
+
 #[test]
 fn the_committed_page_is_what_the_findings_say() {
     let page = tproxy::check::page();
@@ -21,7 +23,7 @@ fn the_committed_page_is_what_the_findings_say() {
 #[test]
 fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
     let mut seen = std::collections::BTreeSet::new();
-    for kind in tproxy::check::KINDS {
+    for Entry { kind, symptom, cause } in tproxy::check::ENTRIES {
         assert!(seen.insert(kind.id), "{} is there twice", kind.id);
         assert!(
             kind.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._".contains(&b)),
@@ -30,9 +32,9 @@ fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
         );
         let bare: String = kind.cure.split('\'').step_by(2).collect();
         assert!(!bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']), "a shell would misread {}", kind.cure);
-        for text in [kind.cause, kind.effect] {
+        for text in [*cause, kind.effect] {
             assert!(text.ends_with('.'), "{}: {text:?}", kind.id);
         }
-        assert!(!kind.symptom.ends_with('.') && (!kind.symptom.is_empty() || kind.cure.is_empty()), "{}", kind.id);
+        assert!(!symptom.ends_with('.') && (!symptom.is_empty() || kind.cure.is_empty()), "{}", kind.id);
     }
 }

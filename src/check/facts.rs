@@ -246,7 +246,7 @@ fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let read = |path: String| fs::read_to_string(path).unwrap_or_default();
     let config = read(format!("/boot/config-{kernel}"));
     let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
-    let option = format!("CONFIG_{}", module.to_uppercase());
+    let option = format!("CONFIG_{}", module.to_ascii_uppercase());
     if let Some(words) = procfs::availability(&config, &dep, &builtin, &option, module) {
         *error = Error::new(error.errno(), format!("{error} ({words})"));
     }

@@ -1,6 +1,6 @@
 //! Everything that a check can find: the one source of what `tp_check` says and of `docs/troubleshooting.md`.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,18 +16,33 @@ pub enum Severity {
 }
 
 /// One thing that can be found, whatever the particulars.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Kind {
     /// Stable: programs may depend on it.
     pub id: &'static str,
-    /// What people see. Empty: it is no trouble, and has no place on the troubleshooting page.
-    pub symptom: &'static str,
-    /// What is the matter.
-    pub cause: &'static str,
     /// What it does to traffic.
     pub effect: &'static str,
     /// The usual command that cures it, with names in braces for the particulars; empty: there is none.
     pub cure: &'static str,
+}
+
+impl PartialEq for Kind {
+    fn eq(&self, other: &Kind) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for Kind {}
+
+/// What the troubleshooting page says of a kind; no finding does, and so a library without the page has none of it.
+#[derive(Debug)]
+pub struct Entry {
+    /// Which kind.
+    pub kind: &'static Kind,
+    /// What people see. Empty: it is no trouble, and has no place among those that are.
+    pub symptom: &'static str,
+    /// What is the matter.
+    pub cause: &'static str,
 }
 
 /// One finding.
@@ -44,29 +59,63 @@ pub struct Finding {
 }
 
 impl Finding {
-    pub(crate) fn new(severity: Severity, kind: &'static Kind, found: impl Into<String>) -> Finding {
-        Finding { kind, severity, found: found.into(), cure: kind.cure.to_owned() }
-    }
-
     /// Fills in one of the cure's particulars.
-    pub(crate) fn with(mut self, name: &str, value: impl std::fmt::Display) -> Finding {
-        self.cure = self.cure.replace(&format!("{{{name}}}"), &value.to_string());
+    pub(crate) fn with(&mut self, name: &str, value: &dyn fmt::Display) -> &mut Finding {
+        let mut pieces = self.cure.split('{');
+        let mut filled = pieces.next().unwrap_or_default().to_owned();
+        for piece in pieces {
+            // Writing to a String does not fail.
+            let _ = match piece.strip_prefix(name).and_then(|rest| rest.strip_prefix('}')) {
+                Some(rest) => write!(filled, "{value}{rest}"),
+                None => write!(filled, "{{{piece}"),
+            };
+        }
+        self.cure = filled;
         self
     }
 
     /// Another command in place of the kind's: that is the usual one; here it takes another, or none is known.
-    pub(crate) fn cured_by(mut self, command: impl Into<String>) -> Finding {
-        self.cure = command.into();
+    pub(crate) fn cured_by(&mut self, command: fmt::Arguments<'_>) -> &mut Finding {
+        self.cure.clear();
+        self.and(command)
+    }
+
+    /// No command cures it here.
+    pub(crate) fn not_cured(&mut self) -> &mut Finding {
+        self.cured_by(format_args!(""))
+    }
+
+    /// One more command, if it is any, to be run when those before it have succeeded.
+    pub(crate) fn and(&mut self, command: fmt::Arguments<'_>) -> &mut Finding {
+        let before = self.cure.len();
+        let joint = if before == 0 { "" } else { " && " };
+        let _ = write!(self.cure, "{joint}{command}");
+        if self.cure.len() == before + joint.len() {
+            self.cure.truncate(before);
+        }
         self
+    }
+}
+
+/// What has been found, in that order.
+#[derive(Debug, Default)]
+pub(crate) struct Findings(pub Vec<Finding>);
+
+impl Findings {
+    /// Adds a finding, with the cure of its kind; the caller may fill that in, or know another.
+    #[inline(never)]
+    pub(crate) fn say(&mut self, severity: Severity, kind: &'static Kind, found: fmt::Arguments<'_>) -> &mut Finding {
+        let at = self.0.len();
+        self.0.push(Finding { kind, severity, found: found.to_string(), cure: kind.cure.to_owned() });
+        &mut self.0[at]
     }
 }
 
 macro_rules! kinds {
     ($($name:ident = $id:literal, $symptom:literal, $cause:literal, $effect:literal, $cure:literal;)*) => {
-        $(pub(crate) const $name: &Kind =
-            &Kind { id: $id, symptom: $symptom, cause: $cause, effect: $effect, cure: $cure };)*
+        $(pub(crate) const $name: &Kind = &Kind { id: $id, effect: $effect, cure: $cure };)*
         /// Every kind, in the order of the troubleshooting page.
-        pub const KINDS: &[&Kind] = &[$($name),*];
+        pub const ENTRIES: &[Entry] = &[$(Entry { kind: $name, symptom: $symptom, cause: $cause }),*];
     };
 }
 
@@ -396,13 +445,12 @@ pub fn page() -> String {
          <!-- Generated from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --test troubleshooting` writes it anew. -->\n\n\
          | symptom | finding |\n|---|---|\n",
     );
-    let troubles = || KINDS.iter().filter(|kind| !kind.symptom.is_empty());
-    for kind in troubles() {
+    let troubles = || ENTRIES.iter().filter(|entry| !entry.symptom.is_empty());
+    for Entry { kind, symptom, .. } in troubles() {
         // Writing to a String does not fail.
-        let _ = writeln!(page, "| {} | [{}](#{}) |", kind.symptom, kind.id, kind.id.replace('.', ""));
+        let _ = writeln!(page, "| {symptom} | [{}](#{}) |", kind.id, kind.id.replace('.', ""));
     }
-    for kind in troubles() {
-        let Kind { id, symptom, cause, effect, cure } = kind;
+    for Entry { kind: Kind { id, effect, cure }, symptom, cause } in troubles() {
         let _ = write!(page, "\n## {id}\n\n{symptom}.\n\n* Cause: {cause}\n* Effect: {effect}\n");
         let _ = match cure {
             &"" => writeln!(page, "* Cure: no command; the finding says what is known."),
@@ -410,8 +458,8 @@ pub fn page() -> String {
         };
     }
     page.push_str("\n## Facts that are no trouble\n\n| finding | what it says |\n|---|---|\n");
-    for kind in KINDS.iter().filter(|kind| kind.symptom.is_empty()) {
-        let _ = writeln!(page, "| {} | {} {} |", kind.id, kind.cause, kind.effect);
+    for Entry { kind, cause, .. } in ENTRIES.iter().filter(|entry| entry.symptom.is_empty()) {
+        let _ = writeln!(page, "| {} | {cause} {} |", kind.id, kind.effect);
     }
     page
 }

@@ -10,7 +10,7 @@ mod probes;
 mod procfs;
 mod walk;
 
-pub use findings::{Finding, KINDS, Kind, Severity, page};
+pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};
 
 /// Looks at this process, its network namespace and the kernel, and says what it found.
 ///

@@ -128,9 +128,14 @@ impl Sysctls {
         self.number(path).is_some_and(|value| value != 0)
     }
 
+    /// An interface's, of IPv4.
+    pub fn of_interface(&self, interface: &str, name: &str) -> Option<u64> {
+        self.number(&format!("ipv4/conf/{interface}/{name}"))
+    }
+
     /// Of an interface, or of all: one is enough.
     pub fn on_any(&self, interface: &str, name: &str) -> bool {
-        self.on(&format!("ipv4/conf/all/{name}")) || self.on(&format!("ipv4/conf/{interface}/{name}"))
+        ["all", interface].iter().any(|interface| self.of_interface(interface, name).is_some_and(|value| value != 0))
     }
 
     /// The lowest and the highest local port.

@@ -12,11 +12,11 @@
 mod network;
 mod probe;
 
-use crate::check::findings::{self, Finding, Severity};
+use crate::check::findings::{self, Finding, Findings, Severity};
 use crate::error::{Error, Result};
 use crate::model::{Family, Protocol};
 use crate::rules::{Config, plan};
-use crate::sys;
+use crate::{sys, text};
 use probe::{Fate, Probe};
 
 /// Sends a connection and a datagram of each family, as far as the wish asks for them, through its rules.
@@ -24,7 +24,10 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     let plan = plan::make(config)?;
     let worker = || -> Result<Vec<Finding>> {
         let network = network::Network::new(config.interfaces.first().map_or("eth0", String::as_str))?;
-        Ok(probe::run(config, &plan, &network)?.iter().map(judge).chain(skipped(config, &plan)).collect())
+        let mut found = Findings::default();
+        probe::run(config, &plan, &network)?.iter().for_each(|probe| judge(probe, &mut found));
+        skipped(config, &plan, &mut found);
+        Ok(found.0)
     };
     let failed =
         |e: std::io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("starting a thread: {e}"));
@@ -38,30 +41,36 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     })
 }
 
-fn judge(probe: &Probe) -> Finding {
+fn judge(probe: &Probe, found: &mut Findings) {
     let (kind, what) = match probe.protocol {
         Protocol::Tcp => (findings::SELF_CONNECTION, "connection"),
         Protocol::Udp => (findings::SELF_DATAGRAM, "datagram"),
     };
-    let words = format!("{} {what} from {} to {}", probe.family, probe.from, probe.to);
-    match &probe.fate {
-        Fate::Served => Finding::new(Severity::Ok, kind, format!("{words}: delivered, and answered")).cured_by(""),
-        Fate::Wrong(what) => Finding::new(Severity::Failure, kind, format!("{words}: {what}")),
-        Fate::Failed(e) => Finding::new(Severity::Failure, kind, format!("{words}: {e}{}", probe.seen())),
-        Fate::Unanswered => Finding::new(
-            Severity::Failure,
-            kind,
-            format!("{words}: delivered, but no answer came back{}", probe.seen()),
-        ),
-        Fate::Lost => Finding::new(Severity::Failure, kind, format!("{words}: lost{}", probe.seen())),
-    }
+    let severity = if probe.fate == Fate::Served { Severity::Ok } else { Severity::Failure };
+    let fate = text::by(|f| match &probe.fate {
+        Fate::Served => f.write_str("delivered, and answered"),
+        Fate::Wrong(what) => f.write_str(what),
+        Fate::Failed(e) => write!(f, "{e}{}", probe.seen()),
+        Fate::Unanswered => write!(f, "delivered, but no answer came back{}", probe.seen()),
+        Fate::Lost => write!(f, "lost{}", probe.seen()),
+    });
+    let (family, from, to) = (probe.family, probe.from, probe.to);
+    found.say(severity, kind, format_args!("{family} {what} from {from} to {to}: {fate}")).not_cured();
 }
 
 /// What the wish does not ask for was not tried.
-fn skipped(config: &Config, plan: &crate::model::Plan) -> Vec<Finding> {
-    let tried = |family: Family| plan.families.contains(family) && probe::destination(config, family).is_some();
-    let families = [Family::V4, Family::V6].into_iter().filter(|family| !tried(*family));
-    let protocols = [Protocol::Tcp, Protocol::Udp].into_iter().filter(|protocol| !plan.protocols.contains(*protocol));
-    let names = families.map(|family| family.to_string()).chain(protocols.map(|protocol| protocol.to_string()));
-    names.map(|name| Finding::new(Severity::Note, findings::SELF_SKIPPED, format!("{name}: not asked for"))).collect()
+fn skipped(config: &Config, plan: &crate::model::Plan, found: &mut Findings) {
+    let mut skip = |name: &dyn std::fmt::Display| {
+        found.say(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
+    };
+    for family in [Family::V4, Family::V6] {
+        if !plan.families.contains(family) || probe::destination(config, family).is_none() {
+            skip(&family);
+        }
+    }
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        if !plan.protocols.contains(protocol) {
+            skip(&protocol);
+        }
+    }
 }

@@ -1,25 +1,25 @@
 //! Other people's packet filters, and what they do to what is intercepted.
 
 use std::cmp::Ordering;
+use std::fmt;
 
-use super::{Scene, all_of, is_plain};
+use super::{Scene, is_plain};
 use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule};
-use crate::check::findings::{self, Finding, Kind, Severity};
+use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::instances::{self, Interception};
 use crate::check::walk::{self, Effect, Packet};
 use crate::model::{Family, Mark};
+use crate::text;
 
-pub(super) fn judge(scene: &Scene<'_>) -> Vec<Finding> {
-    let mut found = Vec::new();
+pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     for interception in &scene.interceptions {
         let alive = scene.instance(interception).is_some_and(|instance| instance.owner.is_some());
         if alive || interception.instance.is_none() {
-            found.extend(Judged { scene, interception }.findings());
+            Judged { scene, interception }.judge(found);
         }
     }
-    found.extend(collisions(scene));
-    found.extend(keep_port(scene));
-    found
+    collisions(scene, found);
+    keep_port(scene, found);
 }
 
 /// Whether a base chain sees packets before the rules that intercept them, or behind.
@@ -37,9 +37,8 @@ struct Judged<'a> {
 }
 
 impl Judged<'_> {
-    fn findings(&self) -> Vec<Finding> {
+    fn judge(&self, found: &mut Findings) {
         let chains = self.scene.facts.chains.as_deref().unwrap_or_default();
-        let mut found = Vec::new();
         for base in chains {
             let Some(hook) = base.hook else { continue };
             let other_family = base.family.is_some_and(|family| family != self.interception.family);
@@ -49,13 +48,14 @@ impl Judged<'_> {
             }
             let outcome = walk::through(&self.scene.chains, base, self.packet(hook));
             if let Some((chain, rule, sure)) = outcome.dropped.filter(|(chain, ..)| !instances::is_ours(chain)) {
-                found.extend(self.dropped(base, hook, chain, rule, sure));
+                self.dropped(base, hook, chain, rule, sure, found);
             }
-            let foreign =
-                outcome.effects.iter().filter(|effect| !instances::is_ours(effect.chain) && !self.is_itself(effect));
-            found.extend(foreign.filter_map(|effect| self.affected(base, hook, effect)));
+            for effect in &outcome.effects {
+                if !instances::is_ours(effect.chain) && !self.is_itself(effect) {
+                    self.affected(base, hook, effect, found);
+                }
+            }
         }
-        found
     }
 
     fn is_itself(&self, effect: &Effect<'_>) -> bool {
@@ -90,81 +90,111 @@ impl Judged<'_> {
         }
     }
 
-    fn finding(&self, kind: &'static Kind, sure: bool, words: String) -> Finding {
+    fn say<'f>(
+        &self,
+        found: &'f mut Findings,
+        kind: &'static Kind,
+        sure: bool,
+        words: fmt::Arguments<'_>,
+    ) -> &'f mut Finding {
         let severity = if sure { Severity::Failure } else { Severity::Warning };
         let unsure = if sure { "" } else { ", unless one of its rules says otherwise" };
-        Finding::new(severity, kind, format!("{words}{unsure}"))
+        say!(found, severity, kind, "{words}{unsure}")
     }
 
-    fn dropped(&self, base: &Chain, hook: Hook, chain: &Chain, rule: Option<&Rule>, sure: bool) -> Option<Finding> {
-        let by = match rule {
-            Some(rule) => format!("rule {} of chain {}", rule.handle, named(chain)),
-            None => format!("the policy of chain {}", named(chain)),
-        };
-        let words = format!("{by} drops {}packets that are intercepted", of_family(base));
-        match hook.place {
+    fn dropped(&self, base: &Chain, hook: Hook, chain: &Chain, rule: Option<&Rule>, sure: bool, found: &mut Findings) {
+        let family = self.interception.family;
+        let (kind, whose, cure) = match hook.place {
             // NAT's listener is an ordinary one: the firewall's owner has to let its port in.
-            Place::Input if self.interception.mark.is_none() => None,
-            Place::Input => {
-                Some(self.finding(findings::INPUT_DROP, sure, words).cured_by(self.exempt(base, Some(chain), rule)))
+            Place::Input if self.interception.mark.is_some() => {
+                (findings::INPUT_DROP, "packets that are intercepted", self.exempt(base, Some(chain), rule))
             }
             Place::Prerouting => {
                 let cure = match self.is_behind(hook) == Order::Behind {
                     true => self.exempt(base, Some(chain), rule),
-                    false => removal(chain, rule, self.interception.family),
+                    false => removal(chain, rule, family),
                 };
-                Some(self.finding(findings::PREROUTING_DROP, sure, words).cured_by(cure))
+                (findings::PREROUTING_DROP, "packets that are intercepted", cure)
             }
             Place::Output if sure && self.interception.mark.is_some() => {
-                let words = format!("{by} drops {}packets that the proxy sends", of_family(base));
-                let cure =
-                    insertion(base, self.interception.family, "socket transparent 1", "-m addrtype ! --src-type LOCAL");
-                Some(self.finding(findings::OUTPUT_DROP, true, words).cured_by(cure))
+                let cure = insertion(
+                    base,
+                    family,
+                    format_args!("socket transparent 1"),
+                    format_args!("-m addrtype ! --src-type LOCAL"),
+                );
+                (findings::OUTPUT_DROP, "packets that the proxy sends", cure)
             }
-            _ => None,
-        }
+            _ => return,
+        };
+        let by = text::by(|f| match rule {
+            Some(rule) => write!(f, "rule {} of chain {}", rule.handle, named(chain)),
+            None => write!(f, "the policy of chain {}", named(chain)),
+        });
+        self.say(found, kind, sure, format_args!("{by} drops {}{whose}", of_family(base)))
+            .cured_by(format_args!("{cure}"));
     }
 
-    fn affected(&self, base: &Chain, hook: Hook, effect: &Effect<'_>) -> Option<Finding> {
+    fn affected(&self, base: &Chain, hook: Hook, effect: &Effect<'_>, found: &mut Findings) {
         let (family, order) = (self.interception.family, self.is_behind(hook));
         let (after, sure) = (order != Order::Before, effect.sure && order == Order::Behind);
         let of = of_family(base);
-        let rule = format!("rule {} of chain {}", effect.rule.handle, named(effect.chain));
+        let rule = text::by(|f| write!(f, "rule {} of chain {}", effect.rule.handle, named(effect.chain)));
         match (hook.place, effect.part) {
             (Place::Prerouting, Part::SetMark { keep, set }) if after && !effect.with_tproxy => {
-                let mark = self.interception.mark?;
+                let Some(mark) = self.interception.mark else { return };
                 let kept = match set {
                     Some(set) => (mark.value & keep ^ set) & mark.mask == mark.value,
                     None => mark.mask & !keep == 0,
                 };
-                let words = format!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}");
-                (!kept).then(|| {
-                    self.finding(findings::MARK_OVERWRITTEN, sure, words).cured_by(self.exempt(base, None, None))
-                })
+                if !kept {
+                    self.say(
+                        found,
+                        findings::MARK_OVERWRITTEN,
+                        sure,
+                        format_args!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}"),
+                    )
+                    .cured_by(format_args!("{}", self.exempt(base, None, None)));
+                }
             }
             (Place::Prerouting, Part::Tproxy { port, .. }) if after => {
-                let words = format!("{rule} gives {of}packets that are intercepted to a listener on port {port}");
-                Some(self.finding(findings::TPROXY_ELSEWHERE, sure, words).cured_by(self.exempt(base, None, None)))
+                self.say(
+                    found,
+                    findings::TPROXY_ELSEWHERE,
+                    sure,
+                    format_args!("{rule} gives {of}packets that are intercepted to a listener on port {port}"),
+                )
+                .cured_by(format_args!("{}", self.exempt(base, None, None)));
             }
             (Place::Prerouting, Part::TranslateDestination(_) | Part::Redirect(_)) => {
-                let words = format!("{rule} translates the destination of {of}packets that are to be intercepted");
                 let cure = match after && self.interception.mark.is_some() {
                     true => self.exempt(base, None, None),
                     false => removal(effect.chain, Some(effect.rule), family),
                 };
-                Some(self.finding(findings::NAT, effect.sure, words).cured_by(cure))
+                self.say(
+                    found,
+                    findings::NAT,
+                    effect.sure,
+                    format_args!("{rule} translates the destination of {of}packets that are to be intercepted"),
+                )
+                .cured_by(format_args!("{cure}"));
             }
             (Place::Postrouting, Part::TranslateSource) if self.interception.mark.is_some() => {
-                let words = format!("{rule} translates the source of {of}packets that leave");
                 let cure = insertion(
                     base,
                     family,
-                    "meta skuid >= 0 fib saddr type != local",
-                    "-m owner --socket-exists -m addrtype ! --src-type LOCAL",
+                    format_args!("meta skuid >= 0 fib saddr type != local"),
+                    format_args!("-m owner --socket-exists -m addrtype ! --src-type LOCAL"),
                 );
-                Some(Finding::new(Severity::Note, findings::MASQUERADE, words).cured_by(cure))
+                say!(
+                    found,
+                    Severity::Note,
+                    findings::MASQUERADE,
+                    "{rule} translates the source of {of}packets that leave"
+                )
+                .cured_by(format_args!("{cure}"));
             }
-            _ => None,
+            _ => {}
         }
     }
 
@@ -174,8 +204,8 @@ impl Judged<'_> {
             Some(Mark { value, mask }) => insertion(
                 base,
                 self.interception.family,
-                &format!("meta mark and {mask:#x} == {value:#x}"),
-                &format!("-m mark --mark {value:#x}/{mask:#x}"),
+                format_args!("meta mark and {mask:#x} == {value:#x}"),
+                format_args!("-m mark --mark {value:#x}/{mask:#x}"),
             ),
             None => removal(chain.unwrap_or(base), rule, self.interception.family),
         }
@@ -183,13 +213,16 @@ impl Judged<'_> {
 }
 
 /// "IPv4 ", if a chain is for that alone.
-fn of_family(chain: &Chain) -> String {
-    chain.family.map_or(String::new(), |family| format!("{family} "))
+fn of_family(chain: &Chain) -> &'static str {
+    match chain.family {
+        None => "",
+        Some(Family::V4) => "IPv4 ",
+        Some(Family::V6) => "IPv6 ",
+    }
 }
 
 /// Rules of others that give packets the mark that is ours.
-fn collisions(scene: &Scene<'_>) -> Vec<Finding> {
-    let mut found = Vec::new();
+fn collisions(scene: &Scene<'_>, found: &mut Findings) {
     for instance in scene.instances.iter().filter(|instance| instance.owner.is_some()) {
         let Some(mark) = instance.mark else { continue };
         for chain in scene.facts.chains.iter().flatten().filter(|chain| !instances::is_ours(chain)) {
@@ -200,23 +233,27 @@ fn collisions(scene: &Scene<'_>) -> Vec<Finding> {
                 if delivers || !rule.parts.iter().any(ours) {
                     continue;
                 }
-                let words = format!(
-                    "rule {} of chain {} gives packets the mark {mark}, which is instance {}'s",
-                    rule.handle,
-                    named(chain),
-                    instance.name
-                );
                 let cure = removal(chain, Some(rule), chain.family.unwrap_or(Family::V4));
-                found.push(Finding::new(Severity::Warning, findings::MARK_COLLISION, words).cured_by(cure));
+                found
+                    .say(
+                        Severity::Warning,
+                        findings::MARK_COLLISION,
+                        format_args!(
+                            "rule {} of chain {} gives packets the mark {mark}, which is instance {}'s",
+                            rule.handle,
+                            named(chain),
+                            instance.name
+                        ),
+                    )
+                    .cured_by(format_args!("{cure}"));
             }
         }
     }
-    found
 }
 
 /// Connection tracking, where both halves of a connection that keeps its port are one.
-fn keep_port(scene: &Scene<'_>) -> Option<Finding> {
-    let chains = scene.facts.chains.as_deref()?;
+fn keep_port(scene: &Scene<'_>, found: &mut Findings) {
+    let Some(chains) = &scene.facts.chains else { return };
     let tracked = scene.interceptions.iter().any(|interception| {
         interception.mark.is_some() && scene.instance(interception).is_none_or(|instance| !instance.notrack)
     });
@@ -231,34 +268,32 @@ fn keep_port(scene: &Scene<'_>) -> Option<Finding> {
     };
     let rules = || chains.iter().flat_map(|chain| &chain.rules);
     let spared = chains.iter().any(|chain| chain.table == UNTRACKED);
-    if !tracked || spared || !rules().any(|rule| rule.parts.iter().any(tracks)) {
-        return None;
+    if tracked && !spared && rules().any(|rule| rule.parts.iter().any(tracks)) {
+        let finding = say!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use");
+        // Keeps what transparent sockets send and get out of it.
+        finding.cured_by(format_args!("nft add table inet {UNTRACKED}"));
+        for hook in ["prerouting", "output"] {
+            finding
+                .and(format_args!(
+                    "nft 'add chain inet {UNTRACKED} {hook} {{ type filter hook {hook} priority raw; }}'"
+                ))
+                .and(format_args!("nft add rule inet {UNTRACKED} {hook} socket transparent 1 notrack"));
+        }
     }
-    let words = "connection tracking is in use";
-    Some(Finding::new(Severity::Note, findings::KEEP_PORT, words).cured_by(untrack()))
 }
 
 /// The table that the cure makes.
 const UNTRACKED: &str = "transparent-untracked";
 
-/// Keeps what transparent sockets send and get out of connection tracking.
-fn untrack() -> String {
-    let chain = |hook: &str| {
-        [
-            format!("nft 'add chain inet {UNTRACKED} {hook} {{ type filter hook {hook} priority raw; }}'"),
-            format!("nft add rule inet {UNTRACKED} {hook} socket transparent 1 notrack"),
-        ]
-    };
-    let first = format!("nft add table inet {UNTRACKED}");
-    all_of(std::iter::once(first).chain(chain("prerouting")).chain(chain("output")))
-}
-
 /// A chain as its program calls it.
-pub(super) fn named(chain: &Chain) -> String {
-    match chain.origin {
-        Origin::Nft => format!("{} {} {}", nft_family(chain), chain.table, chain.name),
-        origin => format!("{} -t {} {}", program(origin, chain.family.unwrap_or(Family::V4)), chain.table, chain.name),
-    }
+pub(super) fn named(chain: &Chain) -> impl fmt::Display {
+    text::by(move |f| {
+        let Chain { table, name, .. } = chain;
+        match chain.origin {
+            Origin::Nft => write!(f, "{} {table} {name}", nft_family(chain)),
+            origin => write!(f, "{} -t {table} {name}", program(origin, chain.family.unwrap_or(Family::V4))),
+        }
+    })
 }
 
 /// Its names can be part of a command.
@@ -284,7 +319,7 @@ fn program(origin: Origin, family: Family) -> &'static str {
 }
 
 /// The command that puts a rule first in a chain: what matches (in nft's words, and in iptables') leaves it accepted.
-fn insertion(chain: &Chain, family: Family, by_nft: &str, by_iptables: &str) -> String {
+fn insertion(chain: &Chain, family: Family, by_nft: fmt::Arguments<'_>, by_iptables: fmt::Arguments<'_>) -> String {
     match chain.origin {
         _ if !can_be_named(chain) => String::new(),
         Origin::Nft => format!("nft 'insert rule {} {by_nft} accept'", named(chain)),
@@ -294,13 +329,13 @@ fn insertion(chain: &Chain, family: Family, by_nft: &str, by_iptables: &str) -> 
 
 /// The command that removes a rule; without one, a chain's policy.
 pub(super) fn removal(chain: &Chain, rule: Option<&Rule>, family: Family) -> String {
+    let Chain { table, name, .. } = chain;
+    let program = program(chain.origin, family);
     match (chain.origin, rule) {
         _ if !can_be_named(chain) => String::new(),
         (Origin::Nft, Some(rule)) => format!("nft delete rule {} handle {}", named(chain), rule.handle),
         (Origin::Nft, None) => format!("nft 'chain {} {{ policy accept; }}'", named(chain)),
-        (origin, Some(rule)) => {
-            format!("{} -t {} -D {} {}", program(origin, family), chain.table, chain.name, rule.handle)
-        }
-        (origin, None) => format!("{} -t {} -P {} ACCEPT", program(origin, family), chain.table, chain.name),
+        (_, Some(rule)) => format!("{program} -t {table} -D {name} {}", rule.handle),
+        (_, None) => format!("{program} -t {table} -P {name} ACCEPT"),
     }
 }

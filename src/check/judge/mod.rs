@@ -1,15 +1,25 @@
 //! From facts to findings, with no look at the kernel: each file judges one part.
 
+/// Says that something was found: where, how bad it is, what it is, and the particulars.
+macro_rules! say {
+    ($found:expr, $severity:expr, $kind:expr, $($words:tt)+) => {
+        $found.say($severity, $kind, format_args!($($words)+))
+    };
+}
+
 mod filters;
 mod host;
 mod listeners;
 mod routing;
 mod sysctls;
 
+use std::fmt::{self, Write};
+
 use super::facts::Facts;
-use super::findings::Finding;
+use super::findings::{Finding, Findings};
 use super::instances::{self, Instance, Interception};
 use super::walk::Chains;
+use crate::text;
 
 /// Who intercepts what, on the host that the facts are of.
 struct Scene<'a> {
@@ -28,22 +38,18 @@ pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
         instances: instances::instances(&facts.tables, chains),
         interceptions: instances::interceptions(chains),
     };
+    let mut found = Findings::default();
+    for judge in [host::judge, listeners::judge, routing::judge, sysctls::judge, filters::judge] {
+        judge(&scene, &mut found);
+    }
     let mut findings: Vec<Finding> = Vec::new();
-    for judged in [
-        host::judge(&scene),
-        listeners::judge(&scene),
-        routing::judge(&scene),
-        sysctls::judge(&scene),
-        filters::judge(&scene),
-    ] {
-        for finding in judged {
-            // One command cures both families, often.
-            let known = |other: &Finding| {
-                *other == finding || other.kind == finding.kind && other.cure == finding.cure && !other.cure.is_empty()
-            };
-            if !findings.iter().any(known) {
-                findings.push(finding);
-            }
+    for finding in found.0 {
+        // One command cures both families, often.
+        let known = |other: &Finding| {
+            *other == finding || other.kind == finding.kind && other.cure == finding.cure && !other.cure.is_empty()
+        };
+        if !findings.iter().any(known) {
+            findings.push(finding);
         }
     }
     findings
@@ -69,19 +75,26 @@ fn flag(family: crate::model::Family) -> &'static str {
     }
 }
 
-/// Commands that are all to be done.
-fn all_of(commands: impl IntoIterator<Item = String>) -> String {
-    commands.into_iter().filter(|command| !command.is_empty()).collect::<Vec<_>>().join(" && ")
-}
-
 /// A name that means itself, to a shell and to `nft`. Whoever named it may have had something else in mind.
 fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./@+".contains(&b))
 }
 
 /// A name as a word for a shell.
-fn quoted(name: &str) -> String {
-    if is_plain(name) { name.to_owned() } else { format!("'{}'", name.replace('\'', "'\\''")) }
+fn quoted(name: &str) -> impl fmt::Display {
+    text::by(move |f| {
+        if is_plain(name) {
+            return f.write_str(name);
+        }
+        f.write_char('\'')?;
+        for letter in name.chars() {
+            match letter {
+                '\'' => f.write_str("'\\''")?,
+                letter => f.write_char(letter)?,
+            }
+        }
+        f.write_char('\'')
+    })
 }
 
 #[cfg(test)]
@@ -282,9 +295,9 @@ mod tests {
 
     #[test]
     fn names_of_others_are_no_commands() {
-        assert_eq!(quoted("eth0.7"), "eth0.7");
-        assert_eq!(quoted("$(reboot)"), "'$(reboot)'");
-        assert_eq!(quoted("a'b"), "'a'\\''b'");
+        assert_eq!(quoted("eth0.7").to_string(), "eth0.7");
+        assert_eq!(quoted("$(reboot)").to_string(), "'$(reboot)'");
+        assert_eq!(quoted("a'b").to_string(), "'a'\\''b'");
         let interface = Interface {
             index: 2,
             name: "a;reboot".to_owned(),
