@@ -49,12 +49,18 @@ impl Family {
     }
 }
 
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Family {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
             Family::V4 => "IPv4",
             Family::V6 => "IPv6",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -74,7 +80,13 @@ impl Families {
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = Family> {
-        [Family::V4, Family::V6].into_iter().filter(move |family| self.contains(*family))
+        let families: &[Family] = match (self.v4, self.v6) {
+            (true, true) => &[Family::V4, Family::V6],
+            (true, false) => &[Family::V4],
+            (false, true) => &[Family::V6],
+            (false, false) => &[],
+        };
+        families.iter().copied()
     }
 
     /// The family, if there is but one.
@@ -136,7 +148,13 @@ impl Protocols {
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = Protocol> {
-        [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
+        let protocols: &[Protocol] = match (self.tcp, self.udp) {
+            (true, true) => &[Protocol::Tcp, Protocol::Udp],
+            (true, false) => &[Protocol::Tcp],
+            (false, true) => &[Protocol::Udp],
+            (false, false) => &[],
+        };
+        protocols.iter().copied()
     }
 }
 

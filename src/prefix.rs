@@ -8,7 +8,7 @@ use crate::model::Family;
 
 mod set;
 
-pub(crate) use set::{Change, Contents, PrefixSet};
+pub(crate) use set::{Change, Contents, LENGTHS, PrefixSet};
 
 /// An address and how many of its leading bits count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

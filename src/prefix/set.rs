@@ -22,7 +22,7 @@ const MANY: usize = 64;
 /// Each length with a set of its own costs every packet that look-up; four cost what a search among a few hundred
 /// ranges does. Lists have few lengths of which there are very many: that of single addresses, and those that networks
 /// are given out in. What is left is searched, as all would have been.
-const LENGTHS: usize = 4;
+pub(crate) const LENGTHS: usize = 4;
 
 /// Prefixes of both families, each once. They may overlap: what is covered
 /// stays covered until the last prefix that covers it is removed.

@@ -1,7 +1,6 @@
 //! An object of nf_tables within a table: as the kernel takes it, and as the
 //! command that makes it, side by side.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -91,7 +90,7 @@ pub(crate) enum Key {
 pub(crate) enum Elements {
     /// Sorted and apart from each other.
     Ports(Vec<PortRange>),
-    AddressTypes(Cow<'static, [AddressType]>),
+    AddressTypes(&'static [AddressType]),
     Interfaces(Vec<String>),
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),

@@ -15,12 +15,10 @@
 //! and hangs from the nat hooks; without connection tracking the raw hooks
 //! have the same selection once more, and `untrack` at its end.
 
-use std::borrow::Cow;
-
 use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
-use crate::prefix::{Contents, PrefixSet};
+use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
@@ -79,63 +77,42 @@ const OWN_TYPES: [AddressType; 4] = [
 
 /// The objects that hold a plan, within its table; the sets are named in one variant.
 pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
-    let plan = &Compiled { plan, variant };
-    let mut objects: Vec<Object> =
-        [INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }).to_vec();
+    let mut ruleset = Ruleset { plan, variant, objects: Vec::new() };
+    ruleset.objects.extend([INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }));
     if plan.mode != Mode::DivertOnly {
-        objects.extend(sets(plan));
+        ruleset.sets();
     }
     match plan.mode {
         Mode::DivertOnly => {
-            objects.extend(divert_chain(plan));
+            ruleset.divert_chain();
             if plan.protocols.udp {
-                objects.extend(defragment_chain(plan));
+                ruleset.defragment_chain();
             }
         }
         Mode::Tproxy => {
-            objects.extend(divert_chain(plan));
-            objects.extend(intercept_chain(plan, tproxy));
-            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+            ruleset.divert_chain();
+            ruleset.intercept_chain();
+            ruleset.select_chain(SELECT, INTERCEPT, None);
         }
         Mode::Redirect => {
-            objects.extend(intercept_chain(plan, redirect));
-            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+            ruleset.intercept_chain();
+            ruleset.select_chain(SELECT, INTERCEPT, None);
         }
     }
     if plan.notrack {
-        objects.extend(untracked(plan));
+        ruleset.untracked();
     }
-    objects.push(chain(PREROUTING));
-    objects.extend(plan.guarded().map(|listener| guard(&listener, plan)));
+    ruleset.chain(PREROUTING);
+    plan.guarded().for_each(|listener| ruleset.guard(&listener));
     match plan.mode {
-        Mode::Redirect => objects.extend(redirecting(plan)),
+        Mode::Redirect => ruleset.redirecting(),
         Mode::DivertOnly => {
-            objects.extend(diverting(plan));
-            objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
+            ruleset.diverting();
+            ruleset.errors(PREROUTING.0, Verdict::Jump(DIVERT));
         }
-        Mode::Tproxy => objects.extend(proxying(plan)),
+        Mode::Tproxy => ruleset.proxying(),
     }
-    objects
-}
-
-/// A plan on its way to objects.
-struct Compiled<'a> {
-    plan: &'a Plan,
-    variant: Variant,
-}
-
-impl Compiled<'_> {
-    fn set(&self, base: &'static str) -> SetName {
-        SetName { base, len: None, variant: self.variant }
-    }
-}
-
-impl std::ops::Deref for Compiled<'_> {
-    type Target = Plan;
-
-    fn deref(&self) -> &Plan {
-        self.plan
-    }
+    ruleset.objects
 }
 
 /// The base chains, by the names of `nft`'s hooks and priorities.
@@ -146,293 +123,343 @@ const RAW_OUTPUT: (&str, Option<Hook>) = ("raw-output", Some(Hook::RAW_OUTPUT));
 const NAT_PREROUTING: (&str, Option<Hook>) = ("nat-prerouting", Some(Hook::NAT_PREROUTING));
 const NAT_OUTPUT: (&str, Option<Hook>) = ("nat-output", Some(Hook::NAT_OUTPUT));
 
-fn chain((name, hook): (&'static str, Option<Hook>)) -> Object {
-    Object::Chain { name, hook }
+/// A plan, and the objects that have been made of it.
+struct Ruleset<'a> {
+    plan: &'a Plan,
+    variant: Variant,
+    objects: Vec<Object>,
 }
 
-/// What comes in for a transparent socket.
-fn diverting(plan: &Compiled<'_>) -> Vec<Object> {
-    let to_socket = |protocol| {
-        rule(PREROUTING.0, "there is a transparent socket", socket_of(plan, protocol, Verdict::Jump(DIVERT)))
-    };
-    plan.protocols.iter().map(to_socket).collect()
-}
-
-/// What routers and hosts say of a transparent socket's packets: that they are too big, or refused. It comes for the
-/// address that the socket has, which is another host's, and would go on to that host; the socket would go on sending.
-///
-/// These are the last rules: what was decided before does not pay for them.
-fn errors(plan: &Compiled<'_>, hook: &'static str, verdict: Verdict) -> impl Iterator<Item = Object> {
-    plan.families.iter().map(move |family| {
-        let about = [Statement::Icmp(family), Statement::TransparentSocket, Statement::Verdict(verdict)];
-        rule(hook, "an error about what a transparent socket sent", about)
-    })
-}
-
-/// What comes in, and what the host itself sends, for the listeners.
-fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = diverting(plan);
-    if let Some(mark) = plan.output_mark {
-        let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
-        objects.push(rule(PREROUTING.0, "the host's own, come round", round));
+impl Ruleset<'_> {
+    fn chain(&mut self, (name, hook): (&'static str, Option<Hook>)) {
+        self.objects.push(Object::Chain { name, hook });
     }
-    objects.extend(plan.protocols.iter().map(|protocol| {
-        rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
-    }));
-    objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
-    let Some(mark) = plan.output_mark else { return objects };
-    // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
-    let round = [Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
-    objects.extend([chain((LOOP, None)), rule(LOOP, "round by lo", round)]);
-    objects.extend(select_chain(SELECT_LOCAL, plan, LOOP, Some(Statement::SourceIsLocal)));
-    objects.push(chain(OUTPUT));
-    objects.extend(own_output(plan, OUTPUT.0, SELECT_LOCAL));
-    objects
-}
 
-/// NAT, of what comes in and of what the host itself sends.
-fn redirecting(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = vec![chain(NAT_PREROUTING)];
-    objects.extend(plan.protocols.iter().map(|protocol| {
-        rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
-    }));
-    if plan.output_mark.is_some() {
-        objects.push(chain(NAT_OUTPUT));
-        objects.extend(own_output(plan, NAT_OUTPUT.0, SELECT));
+    /// A rule of these statements, one list of them behind the other.
+    fn rule(&mut self, chain: &'static str, comment: &'static str, statements: &[&[Statement]]) {
+        self.objects.push(Object::Rule { chain, statements: statements.concat(), comment });
     }
-    objects
-}
 
-/// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
-fn own_output(plan: &Compiled<'_>, hook: &'static str, select: &'static str) -> Vec<Object> {
-    let exempt = |protocol| rule(hook, "from a transparent socket", socket_of(plan, protocol, Verdict::Accept));
-    let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, Verdict::Goto(select)));
-    plan.protocols.iter().map(exempt).chain(plan.protocols.iter().map(selected)).collect()
-}
-
-/// Neither half of a proxied connection is tracked, in either direction.
-fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = vec![chain((UNTRACK, None)), rule(UNTRACK, "not tracked", [Statement::Notrack])];
-    if plan.mode == Mode::Tproxy {
-        objects.extend(select_chain(SELECT_RAW, plan, UNTRACK, None));
+    fn set(&self, base: &'static str) -> SetName {
+        SetName { base, len: None, variant: self.variant }
     }
-    for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
-        objects.push(chain(hook));
-        for protocol in plan.protocols.iter() {
-            let of_socket = socket_of(plan, protocol, Verdict::Goto(UNTRACK));
-            objects.push(rule(hook.0, "of a transparent socket", of_socket));
+
+    /// What comes in for a transparent socket.
+    fn diverting(&mut self) {
+        for protocol in self.plan.protocols.iter() {
+            self.of_socket(PREROUTING.0, "there is a transparent socket", protocol, Verdict::Jump(DIVERT));
+        }
+    }
+
+    /// What routers and hosts say of a transparent socket's packets: that they are too big, or refused. It comes for the
+    /// address that the socket has, which is another host's, and would go on to that host; the socket would go on sending.
+    ///
+    /// These are the last rules: what was decided before does not pay for them.
+    fn errors(&mut self, hook: &'static str, verdict: Verdict) {
+        for family in self.plan.families.iter() {
+            let about = [Statement::Icmp(family), Statement::TransparentSocket, Statement::Verdict(verdict)];
+            self.rule(hook, "an error about what a transparent socket sent", &[&about]);
+        }
+    }
+
+    /// What comes in, and what the host itself sends, for the listeners.
+    fn proxying(&mut self) {
+        self.diverting();
+        if let Some(mark) = self.plan.output_mark {
+            let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
+            self.rule(PREROUTING.0, "the host's own, come round", &[&round]);
+        }
+        for protocol in self.plan.protocols.iter() {
+            self.candidates(PREROUTING.0, "by port and interface", protocol, true, SELECT);
+        }
+        self.errors(PREROUTING.0, Verdict::Jump(DIVERT));
+        let Some(mark) = self.plan.output_mark else { return };
+        // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
+        self.chain((LOOP, None));
+        self.rule(LOOP, "round by lo", &[&[Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)]]);
+        self.select_chain(SELECT_LOCAL, LOOP, Some(Statement::SourceIsLocal));
+        self.chain(OUTPUT);
+        self.own_output(OUTPUT.0, SELECT_LOCAL);
+    }
+
+    /// NAT, of what comes in and of what the host itself sends.
+    fn redirecting(&mut self) {
+        self.chain(NAT_PREROUTING);
+        for protocol in self.plan.protocols.iter() {
+            self.candidates(NAT_PREROUTING.0, "by port and interface", protocol, true, SELECT);
+        }
+        if self.plan.output_mark.is_some() {
+            self.chain(NAT_OUTPUT);
+            self.own_output(NAT_OUTPUT.0, SELECT);
+        }
+    }
+
+    /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
+    fn own_output(&mut self, hook: &'static str, select: &'static str) {
+        for protocol in self.plan.protocols.iter() {
+            self.of_socket(hook, "from a transparent socket", protocol, Verdict::Accept);
+        }
+        for protocol in self.plan.protocols.iter() {
+            self.candidates(hook, "by port", protocol, false, select);
+        }
+    }
+
+    /// Neither half of a proxied connection is tracked, in either direction.
+    fn untracked(&mut self) {
+        self.chain((UNTRACK, None));
+        self.rule(UNTRACK, "not tracked", &[&[Statement::Notrack]]);
+        if self.plan.mode == Mode::Tproxy {
+            self.select_chain(SELECT_RAW, UNTRACK, None);
+        }
+        for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
+            self.chain(hook);
+            for protocol in self.plan.protocols.iter() {
+                self.of_socket(hook.0, "of a transparent socket", protocol, Verdict::Goto(UNTRACK));
+                if incoming {
+                    // Connection tracking has to see answers to know them.
+                    self.answers(hook.0, Statement::Protocol(protocol));
+                }
+                if self.plan.mode == Mode::Tproxy && (incoming || self.plan.output_mark.is_some()) {
+                    self.candidates(hook.0, "to be intercepted", protocol, incoming, SELECT_RAW);
+                }
+            }
             if incoming {
-                // Connection tracking has to see answers to know them.
-                objects.extend(answers(plan).map(|from| {
-                    rule(hook.0, ANSWER, [Statement::Protocol(protocol), from, Statement::Verdict(Verdict::Return)])
-                }));
-            }
-            if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
-                let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
-                objects.push(rule(hook.0, "to be intercepted", selected));
+                // Connection tracking would call an error about what it has not tracked invalid.
+                self.errors(hook.0, Verdict::Goto(UNTRACK));
             }
         }
-        if incoming {
-            // Connection tracking would call an error about what it has not tracked invalid.
-            objects.extend(errors(plan, hook.0, Verdict::Goto(UNTRACK)));
+    }
+
+    /// Packets for which there is a transparent socket go to it, unless it is one
+    /// on every address: that would take what was sent to anybody.
+    ///
+    /// Half-open and closed connections (request and TIME_WAIT sockets) match
+    /// neither kind of `socket wildcard`, and are for the socket too, but for one
+    /// case: a new connection that meets an old one in TIME_WAIT is the
+    /// interception's to decide (`nf_tproxy_handle_time_wait4`).
+    fn divert_chain(&mut self) {
+        let mark_and_accept =
+            [Statement::SetMark(self.plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
+        let leave = Statement::Verdict(Verdict::Return);
+        self.chain((DIVERT, None));
+        let may_meet_time_wait = self.plan.mode == Mode::Tproxy && self.plan.protocols.tcp;
+        if may_meet_time_wait {
+            // What most packets are for comes first: each `socket` is a look-up.
+            self.rule(DIVERT, "to the socket", &[&[Statement::WildcardSocket(false)], &mark_and_accept]);
+        }
+        self.rule(DIVERT, "a listener on every address", &[&[Statement::WildcardSocket(true), leave]]);
+        if may_meet_time_wait {
+            self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, leave]]);
+        }
+        self.rule(DIVERT, "to the socket", &[&mark_and_accept]);
+    }
+
+    /// A chain that nothing leads to: a `tproxy` anywhere makes the kernel put fragments together before it looks at them
+    /// (`nft_tproxy_init`), where `socket` alone would know the first fragment's socket and not the others'.
+    fn defragment_chain(&mut self) {
+        self.chain((DEFRAGMENT, None));
+        for family in self.plan.families.iter() {
+            let statements = [
+                Statement::Family(family),
+                Statement::Protocol(Protocol::Udp),
+                Statement::Tproxy { family: Some(family), addr: None, port: 1 },
+            ];
+            self.rule(DEFRAGMENT, "never run", &[&statements]);
         }
     }
-    objects
-}
 
-/// Packets for which there is a transparent socket go to it, unless it is one
-/// on every address: that would take what was sent to anybody.
-///
-/// Half-open and closed connections (request and TIME_WAIT sockets) match
-/// neither kind of `socket wildcard`, and are for the socket too, but for one
-/// case: a new connection that meets an old one in TIME_WAIT is the
-/// interception's to decide (`nf_tproxy_handle_time_wait4`).
-fn divert_chain(plan: &Compiled<'_>) -> Vec<Object> {
-    let mark_and_accept =
-        [Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
-    let leave = Statement::Verdict(Verdict::Return);
-    let everybodys = [Statement::WildcardSocket(true), leave.clone()];
-    let mut objects = vec![chain((DIVERT, None))];
-    let may_meet_time_wait = plan.mode == Mode::Tproxy && plan.protocols.tcp;
-    if may_meet_time_wait {
-        // What most packets are for comes first: each `socket` is a look-up.
-        let whole = [Statement::WildcardSocket(false)].into_iter().chain(mark_and_accept.clone());
-        objects.push(rule(DIVERT, "to the socket", whole));
+    fn intercept_chain(&mut self) {
+        self.chain((INTERCEPT, None));
+        self.plan.intercepts.iter().for_each(|listener| self.deliver(listener));
+        // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
+        if !self.plan.fail_open && self.plan.mode == Mode::Tproxy {
+            let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
+            self.rule(INTERCEPT, "no listener, no traffic", &[&drop]);
+        }
     }
-    objects.push(rule(DIVERT, "a listener on every address", everybodys));
-    if may_meet_time_wait {
-        objects.push(rule(DIVERT, "a new connection after an old one", [Statement::TcpSyn, leave]));
-    }
-    objects.push(rule(DIVERT, "to the socket", mark_and_accept));
-    objects
-}
 
-/// A chain that nothing leads to: a `tproxy` anywhere makes the kernel put fragments together before it looks at them
-/// (`nft_tproxy_init`), where `socket` alone would know the first fragment's socket and not the others'.
-fn defragment_chain(plan: &Compiled<'_>) -> Vec<Object> {
-    let tproxy = |family| {
-        let statements = [
-            Statement::Family(family),
-            Statement::Protocol(Protocol::Udp),
-            Statement::Tproxy { family: Some(family), addr: None, port: 1 },
-        ];
-        rule(DEFRAGMENT, "never run", statements)
-    };
-    [chain((DEFRAGMENT, None))].into_iter().chain(plan.families.iter().map(tproxy)).collect()
-}
+    fn deliver(&mut self, listener: &Intercept) {
+        let Intercept { protocol, family, addr, port } = *listener;
+        let count = Statement::Count(INTERCEPTED);
+        let deliver: &[Statement] = match (self.plan.mode, addr) {
+            (Mode::Redirect, Some(addr)) => &[count, Statement::Dnat { addr, port }],
+            (Mode::Redirect, None) => &[count, Statement::Redirect { port }],
+            _ => &[
+                Statement::Tproxy { family, addr, port },
+                Statement::SetMark(self.plan.mark),
+                count,
+                Statement::Verdict(Verdict::Accept),
+            ],
+        };
+        let of_protocol = [Statement::Protocol(protocol)];
+        self.rule(INTERCEPT, "to the listener", &[only(family).as_slice(), &of_protocol, deliver]);
+    }
 
-fn intercept_chain(plan: &Compiled<'_>, deliver: fn(&Intercept, &Compiled<'_>) -> Object) -> Vec<Object> {
-    let mut objects = vec![chain((INTERCEPT, None))];
-    objects.extend(plan.intercepts.iter().map(|listener| deliver(listener, plan)));
-    // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
-    if !plan.fail_open && plan.mode == Mode::Tproxy {
-        let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
-        objects.push(rule(INTERCEPT, "no listener, no traffic", drop));
-    }
-    objects
-}
-
-fn tproxy(listener: &Intercept, plan: &Compiled<'_>) -> Object {
-    let deliver = [
-        Statement::Protocol(listener.protocol),
-        Statement::Tproxy { family: listener.family, addr: listener.addr, port: listener.port },
-        Statement::SetMark(plan.mark),
-        Statement::Count(INTERCEPTED),
-        Statement::Verdict(Verdict::Accept),
-    ];
-    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
-}
-
-fn redirect(listener: &Intercept, _: &Compiled<'_>) -> Object {
-    let translate = match listener.addr {
-        Some(addr) => Statement::Dnat { addr, port: listener.port },
-        None => Statement::Redirect { port: listener.port },
-    };
-    let deliver = [Statement::Protocol(listener.protocol), Statement::Count(INTERCEPTED), translate];
-    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
-}
-
-/// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
-fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, first: Option<Statement>) -> Vec<Object> {
-    let mut objects = vec![chain((name, None))];
-    let goto = Statement::Verdict(Verdict::Goto(then));
-    let leave = Statement::Verdict(Verdict::Return);
-    let sets = |which: Which, prefixes, family| which.sets(prefixes, family, plan.variant);
-    for (src, family) in each(&plan.src, plan.families) {
-        let elsewhere = Statement::SourceInNone { family, sets: sets(Which::Src, src, family).collect() };
-        objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
-    }
-    for (bypass, family) in each(&plan.bypass, plan.families) {
-        objects.extend(sets(Which::Bypass, bypass, family).map(|set| {
-            let bypass = Statement::DestinationIn { family, set };
-            rule(name, "to be left alone", [bypass, leave.clone()])
-        }));
-    }
-    if name == SELECT {
-        objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
-    }
-    if name == SELECT_LOCAL && plan.may_choose_own_answers() {
-        objects.extend(own_answers(name, plan));
-    }
-    match plan.dst {
-        Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
-            let (first, goto) = (&first, &goto);
-            sets(Which::Dst, dst, family).map(move |set| {
+    /// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
+    fn select_chain(&mut self, name: &'static str, then: &'static str, first: Option<Statement>) {
+        let (plan, variant) = (self.plan, self.variant);
+        let goto = Statement::Verdict(Verdict::Goto(then));
+        let leave = Statement::Verdict(Verdict::Return);
+        self.chain((name, None));
+        for (src, family) in each(&plan.src, plan.families) {
+            let mut lengths = [None; LENGTHS];
+            lengths.iter_mut().zip(src.lengths(family)).for_each(|(place, len)| *place = Some(len));
+            let ranges = Which::Src.set(family, None, variant);
+            let elsewhere = Statement::SourceInNone { family, lengths, ranges };
+            self.rule(name, "from elsewhere", &[&[elsewhere, leave]]);
+        }
+        for (bypass, family) in each(&plan.bypass, plan.families) {
+            for set in Which::Bypass.sets(bypass, family, variant) {
+                let bypass = Statement::DestinationIn { family, set };
+                self.rule(name, "to be left alone", &[&[bypass, leave]]);
+            }
+        }
+        if name == SELECT {
+            self.answers(name, Statement::Answer);
+        }
+        if name == SELECT_LOCAL && plan.may_choose_own_answers() && plan.protocols.tcp {
+            self.own_answers(name);
+        }
+        for (dst, family) in each(&plan.dst, plan.families) {
+            for set in Which::Dst.sets(dst, family, variant) {
                 let named = Statement::DestinationIn { family, set };
-                rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
-            })
-        })),
-        None => {
-            objects.push(rule(
-                name,
-                "to this host, or to nobody",
-                [Statement::DestinationTypeIn(plan.set(OWN)), leave],
-            ));
-            objects.push(rule(name, "to be intercepted", first.into_iter().chain([goto])));
+                self.rule(name, "to be intercepted", &[first.as_slice(), &[named, goto]]);
+            }
+        }
+        if plan.dst.is_none() {
+            let own = Statement::DestinationTypeIn(self.set(OWN));
+            self.rule(name, "to this host, or to nobody", &[&[own, leave]]);
+            self.rule(name, "to be intercepted", &[first.as_slice(), &[goto]]);
         }
     }
-    objects
-}
 
-const ANSWER: &str = "an answer of what is left alone";
-
-/// Whose answers are to be left alone: one statement for each set.
-///
-/// That they come from there does not make them answers: clients may be among what is left alone, as private networks
-/// are, and packets of theirs that have lost their socket (the proxy was started anew) must not go on to the server. Nor
-/// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
-/// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
-/// client sends past the proxy.
-fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
-    let bypass = each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers());
-    bypass.flat_map(|(bypass, family)| {
-        let sets = Which::Bypass.sets(bypass, family, plan.variant);
-        sets.map(move |set| Statement::SourceIn { family, set })
-    })
-}
-
-/// What this host's own services answer, by TCP, is no connection of its own.
-///
-/// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
-/// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
-/// service here has accepted. UDP has no such thing, and is intercepted.
-fn own_answers(name: &'static str, plan: &Compiled<'_>) -> Vec<Object> {
-    if !plan.protocols.tcp {
-        return Vec::new();
+    /// Leaves alone the answers of what is left alone, as far as they match a statement: one rule for each set.
+    ///
+    /// That they come from there does not make them answers: clients may be among what is left alone, as private networks
+    /// are, and packets of theirs that have lost their socket (the proxy was started anew) must not go on to the server. Nor
+    /// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
+    /// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
+    /// client sends past the proxy.
+    fn answers(&mut self, chain: &'static str, of: Statement) {
+        let plan = self.plan;
+        for (bypass, family) in each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers()) {
+            for set in Which::Bypass.sets(bypass, family, self.variant) {
+                let answer = [of, Statement::SourceIn { family, set }, Statement::Verdict(Verdict::Return)];
+                self.rule(chain, "an answer of what is left alone", &[&answer]);
+            }
+        }
     }
-    let leave = Statement::Verdict(Verdict::Return);
-    let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave.clone()];
-    let accepting = [Statement::TcpSynAck, Statement::Answer, leave];
-    vec![rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
+
+    /// What this host's own services answer, by TCP, is no connection of its own.
+    ///
+    /// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
+    /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
+    /// service here has accepted. UDP has no such thing, and is intercepted.
+    fn own_answers(&mut self, name: &'static str) {
+        let leave = Statement::Verdict(Verdict::Return);
+        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave];
+        self.rule(name, "of a service of this host", &[&accepted]);
+        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::Answer, leave]]);
+    }
+
+    /// Connections made straight to the listener would be proxied to itself, again and again.
+    fn guard(&mut self, listener: &Intercept) {
+        // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
+        let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
+        let straight = [
+            Statement::Protocol(listener.protocol),
+            Statement::DestinationPort(listener.port),
+            Statement::DestinationIsLocal,
+        ];
+        self.rule(
+            PREROUTING.0,
+            "straight to the listener",
+            &[
+                only(listener.family).as_slice(),
+                &straight,
+                listener.addr.map(Statement::Destination).as_slice(),
+                redirected.then_some(Statement::NotTranslated).as_slice(),
+                &[Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)],
+            ],
+        );
+    }
+
+    /// Packets of a protocol for which there is a transparent socket.
+    fn of_socket(&mut self, chain: &'static str, comment: &'static str, protocol: Protocol, verdict: Verdict) {
+        let of_socket = [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
+        self.rule(chain, comment, &[only(self.plan.families.only()).as_slice(), &of_socket]);
+    }
+
+    /// Packets of a protocol to the ports, by the interfaces if they are incoming, go to the chain that selects.
+    fn candidates(
+        &mut self,
+        chain: &'static str,
+        comment: &'static str,
+        protocol: Protocol,
+        incoming: bool,
+        select: &'static str,
+    ) {
+        let plan = self.plan;
+        let ports = match (plan.ports.as_slice(), one_port(plan)) {
+            ([], _) => None,
+            (_, Some(port)) => Some(Statement::DestinationPort(port)),
+            _ => Some(Statement::DestinationPortIn(self.set(PORTS))),
+        };
+        let by_interface = incoming && !plan.interfaces.is_empty();
+        self.rule(
+            chain,
+            comment,
+            &[
+                // A protocol that is served over one family alone is left alone over the other.
+                only(plan.family_of(protocol)).as_slice(),
+                &[Statement::Protocol(protocol)],
+                ports.as_slice(),
+                by_interface.then_some(Statement::InterfaceIn(self.set(INTERFACES))).as_slice(),
+                &[Statement::Verdict(Verdict::Goto(select))],
+            ],
+        );
+    }
+
+    /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
+    fn sets(&mut self) {
+        let plan = self.plan;
+        if !plan.ports.is_empty() && one_port(plan).is_none() {
+            let set = self.empty_set(self.set(PORTS), Key::Port);
+            for piece in plan.ports.chunks(IN_A_MESSAGE) {
+                self.objects.push(Object::Elements { set, elements: Elements::Ports(piece.to_vec()) });
+            }
+        }
+        if !plan.interfaces.is_empty() {
+            let set = self.empty_set(self.set(INTERFACES), Key::Interface);
+            for piece in plan.interfaces.chunks(IN_A_MESSAGE) {
+                self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
+            }
+        }
+        if plan.dst.is_none() {
+            let set = self.empty_set(self.set(OWN), Key::AddressType);
+            self.objects.push(Object::Elements { set, elements: Elements::AddressTypes(&OWN_TYPES) });
+        }
+        for (which, prefixes) in [(Which::Src, &plan.src), (Which::Bypass, &plan.bypass), (Which::Dst, &plan.dst)] {
+            for (prefixes, family) in each(prefixes, plan.families) {
+                for set in which.sets(prefixes, family, self.variant) {
+                    self.empty_set(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
+                }
+                self.objects.extend(elements(which, family, self.variant, &prefixes.contents(family)));
+            }
+        }
+    }
+
+    fn empty_set(&mut self, name: SetName, key: Key) -> SetName {
+        // Any number will do that is unique in the transaction.
+        let id = self.objects.len() as u32 + 1;
+        self.objects.push(Object::Set(Set { name, key, id }));
+        name
+    }
 }
 
 /// A set of prefixes with each of the families, if there is one.
 fn each(prefixes: &Option<PrefixSet>, families: Families) -> impl Iterator<Item = (&PrefixSet, Family)> {
-    prefixes.iter().flat_map(move |prefixes| families.iter().map(move |family| (prefixes, family)))
-}
-
-/// Connections made straight to the listener would be proxied to itself, again and again.
-fn guard(listener: &Intercept, plan: &Compiled<'_>) -> Object {
-    // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
-    let not_redirected =
-        (plan.mode == Mode::Redirect && plan.output_mark.is_some()).then_some(Statement::NotTranslated);
-    let straight = [
-        Statement::Protocol(listener.protocol),
-        Statement::DestinationPort(listener.port),
-        Statement::DestinationIsLocal,
-    ];
-    let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
-    let statements = only(listener.family)
-        .chain(straight)
-        .chain(listener.addr.map(Statement::Destination))
-        .chain(not_redirected)
-        .chain(drop);
-    rule(PREROUTING.0, "straight to the listener", statements)
-}
-
-/// Packets of a protocol for which there is a transparent socket.
-fn socket_of(plan: &Compiled<'_>, protocol: Protocol, verdict: Verdict) -> impl Iterator<Item = Statement> {
-    let of_socket = [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
-    only(plan.families.only()).chain(of_socket)
-}
-
-/// Packets of a protocol to the ports, by the interfaces if they are incoming.
-fn candidates(
-    plan: &Compiled<'_>,
-    protocol: Protocol,
-    incoming: bool,
-    verdict: Verdict,
-) -> impl Iterator<Item = Statement> {
-    let ports = match (plan.ports.as_slice(), one_port(plan)) {
-        ([], _) => None,
-        (_, Some(port)) => Some(Statement::DestinationPort(port)),
-        _ => Some(Statement::DestinationPortIn(plan.set(PORTS))),
-    };
-    let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(plan.set(INTERFACES)));
-    // A protocol that is served over one family alone is left alone over the other.
-    let family = plan.family_of(protocol);
-    let protocol = [Statement::Protocol(protocol)];
-    only(family).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
+    families.iter().filter_map(move |family| Some((prefixes.as_ref()?, family)))
 }
 
 /// The port, if there is but one: it needs no set.
@@ -443,64 +470,8 @@ fn one_port(plan: &Plan) -> Option<u16> {
     }
 }
 
-fn only(family: Option<Family>) -> impl Iterator<Item = Statement> {
-    family.map(Statement::Family).into_iter()
-}
-
-fn rule(chain: &'static str, comment: &'static str, statements: impl IntoIterator<Item = Statement>) -> Object {
-    Object::Rule { chain, statements: statements.into_iter().collect(), comment }
-}
-
-/// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
-fn sets(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut made = Sets { variant: plan.variant, objects: Vec::new() };
-    if !plan.ports.is_empty() && one_port(plan).is_none() {
-        let pieces = plan.ports.chunks(IN_A_MESSAGE).map(|piece| Elements::Ports(piece.to_vec()));
-        made.add(PORTS, Key::Port, pieces);
-    }
-    if !plan.interfaces.is_empty() {
-        let pieces = plan.interfaces.chunks(IN_A_MESSAGE).map(|piece| Elements::Interfaces(piece.to_vec()));
-        made.add(INTERFACES, Key::Interface, pieces);
-    }
-    if plan.dst.is_none() {
-        made.add(OWN, Key::AddressType, [Elements::AddressTypes(Cow::Borrowed(&OWN_TYPES))]);
-    }
-    let sets =
-        [(Which::Src, plan.src.as_ref()), (Which::Bypass, plan.bypass.as_ref()), (Which::Dst, plan.dst.as_ref())];
-    for (which, prefixes) in sets {
-        if let Some(prefixes) = prefixes {
-            made.add_prefixes(which, prefixes, plan.families);
-        }
-    }
-    made.objects
-}
-
-struct Sets {
-    variant: Variant,
-    objects: Vec<Object>,
-}
-
-impl Sets {
-    fn add(&mut self, base: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
-        let name = SetName { base, len: None, variant: self.variant };
-        self.add_empty(name, key);
-        self.objects.extend(elements.into_iter().map(|elements| Object::Elements { set: name, elements }));
-    }
-
-    fn add_prefixes(&mut self, which: Which, prefixes: &PrefixSet, families: Families) {
-        for family in families.iter() {
-            for set in which.sets(prefixes, family, self.variant) {
-                self.add_empty(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
-            }
-            self.objects.extend(elements(which, family, self.variant, &prefixes.contents(family)));
-        }
-    }
-
-    fn add_empty(&mut self, name: SetName, key: Key) {
-        // Any number will do that is unique in the transaction.
-        let id = self.objects.len() as u32 + 1;
-        self.objects.push(Object::Set(Set { name, key, id }));
-    }
+fn only(family: Option<Family>) -> Option<Statement> {
+    family.map(Statement::Family)
 }
 
 /// Elements in one message, which may have 64 KiB of them: of a range two, with 28 + 36 bytes at most.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use super::object::SetName;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;
-use crate::prefix;
+use crate::prefix::{self, LENGTHS};
 
 /// NFT_REG_VERDICT and the first two 16-byte data registers.
 const VERDICT: u32 = 0;
@@ -18,7 +18,7 @@ const REG_2: u32 = 2;
 const EQ: u32 = 0;
 
 /// One statement of a rule.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Statement {
     /// Only this family's packets.
     Family(Family),
@@ -34,8 +34,9 @@ pub(crate) enum Statement {
     DestinationPortIn(SetName),
     /// Only packets of this family from an address of this set.
     SourceIn { family: Family, set: SetName },
-    /// Only packets of this family whose source is in none of these sets.
-    SourceInNone { family: Family, sets: Vec<SetName> },
+    /// Only packets of this family whose source is in none of the sets of a name: those of these lengths, and that of
+    /// ranges, whose name it is.
+    SourceInNone { family: Family, lengths: [Option<u8>; LENGTHS], ranges: SetName },
     /// Only packets to an address of this set.
     DestinationIn { family: Family, set: SetName },
     /// Only packets that came in by an interface of this set.
@@ -107,12 +108,12 @@ impl fmt::Display for Statement {
             Statement::SourceIn { family, set } => {
                 write!(f, "{} saddr{} @{set}", header(*family), Masked(*family, set.len))
             }
-            Statement::SourceInNone { family, sets } => {
-                for (index, set) in sets.iter().enumerate() {
-                    let space = if index > 0 { " " } else { "" };
-                    write!(f, "{space}{} saddr{} != @{set}", header(*family), Masked(*family, set.len))?;
+            Statement::SourceInNone { family, lengths, ranges } => {
+                for len in lengths.iter().flatten() {
+                    let set = SetName { len: Some(*len), ..*ranges };
+                    write!(f, "{} saddr{} != @{set} ", header(*family), Masked(*family, set.len))?;
                 }
-                Ok(())
+                write!(f, "{} saddr != @{ranges}", header(*family))
             }
             Statement::DestinationIn { family, set } => {
                 write!(f, "{} daddr{} @{set}", header(*family), Masked(*family, set.len))
@@ -215,12 +216,12 @@ impl Statement {
                 rule.mask_address(*family, set.len, REG_1);
                 rule.lookup(*set, REG_1);
             }
-            Statement::SourceInNone { family, sets } => {
+            Statement::SourceInNone { family, lengths, ranges } => {
                 rule.only(*family);
-                for set in sets {
+                for len in lengths.iter().copied().filter(Option::is_some).chain([None]) {
                     rule.load_source(*family, REG_1);
-                    rule.mask_address(*family, set.len, REG_1);
-                    rule.lookup_if(*set, REG_1, false);
+                    rule.mask_address(*family, len, REG_1);
+                    rule.lookup_if(SetName { len, ..*ranges }, REG_1, false);
                 }
             }
             Statement::DestinationIn { family, set } => {
