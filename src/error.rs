@@ -58,26 +58,51 @@ pub(crate) struct Ends {
 
 impl Error {
     /// An error with a sentence of its own.
-    pub(crate) fn new(errno: i32, sentence: impl Into<Cow<'static, str>>) -> Self {
-        Error { errno, what: What::Sentence(sentence.into()) }
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn new(errno: i32, sentence: &'static str) -> Self {
+        Error { errno, what: What::Sentence(Cow::Borrowed(sentence)) }
+    }
+
+    /// The same, of a sentence with particulars.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
+        Error { errno, what: What::Sentence(Cow::Owned(sentence.to_string())) }
     }
 
     /// A bad value: EINVAL.
-    pub(crate) fn invalid(sentence: impl Into<Cow<'static, str>>) -> Self {
+    pub(crate) fn invalid(sentence: &'static str) -> Self {
         Error::new(libc::EINVAL, sentence)
+    }
+
+    /// The same, of a sentence with particulars.
+    pub(crate) fn invalid_with(sentence: fmt::Arguments<'_>) -> Self {
+        Error::with(libc::EINVAL, sentence)
+    }
+
+    /// What was being done failed.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn io(what: fmt::Arguments<'_>, cause: &io::Error) -> Self {
+        Error::with(errno_of(cause), format_args!("{what}: {cause}"))
     }
 
     /// A system call on a socket failed.
     #[cold]
     #[inline(never)]
     pub(crate) fn socket(step: Step, ends: Ends, cause: &io::Error) -> Self {
-        Error { errno: cause.raw_os_error().unwrap_or(libc::EIO), what: What::Socket { step, ends } }
+        Error { errno: errno_of(cause), what: What::Socket { step, ends } }
     }
 
     /// The errno value, as in `errno(3)`.
     pub fn errno(&self) -> i32 {
         self.errno
     }
+}
+
+pub(crate) fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 impl fmt::Display for Error {

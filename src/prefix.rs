@@ -24,7 +24,7 @@ impl Prefix {
         let family = Prefix { addr, len }.family();
         let bits = bits(family);
         if u32::from(len) > bits {
-            return Err(Error::invalid(format!("prefix {addr}/{len}: the length is at most {bits}")));
+            return Err(Error::invalid_with(format_args!("prefix {addr}/{len}: the length is at most {bits}")));
         }
         Ok(Prefix { addr: address(family, number(addr) & !host_mask(family, len)), len })
     }

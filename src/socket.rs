@@ -50,9 +50,9 @@ pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<
 #[inline(always)]
 pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     if domain != Domain::IPV4 && domain != Domain::IPV6 {
-        return Err(Error::new(
+        return Err(Error::with(
             libc::EAFNOSUPPORT,
-            format!("address family {}: only AF_INET and AF_INET6 can be transparent", i32::from(domain)),
+            format_args!("address family {}: only AF_INET and AF_INET6 can be transparent", i32::from(domain)),
         ));
     }
     let base = base_type(kind);
@@ -249,9 +249,9 @@ fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
     if domain == Domain::IPV4 || domain == Domain::IPV6 {
         Ok(domain)
     } else {
-        Err(Error::new(
+        Err(Error::with(
             libc::EAFNOSUPPORT,
-            format!("the descriptor is a socket of address family {}, not IPv4 or IPv6", i32::from(domain)),
+            format_args!("the descriptor is a socket of address family {}, not IPv4 or IPv6", i32::from(domain)),
         ))
     }
 }

@@ -5,19 +5,20 @@
 //! tproxy.rst): `-m socket`, MARK and ACCEPT for what has a socket, TPROXY for
 //! what is to be intercepted. TPROXY without a listener drops, always.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::net::IpAddr;
 
 use crate::error::{Error, Result};
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
 use crate::prefix::PrefixSet;
-use crate::{sort, sys};
+use crate::{sort, sys, text};
 
 /// Rules are looked at one by one: more prefixes than this would cost every packet too much.
 const PREFIXES_MAX: usize = 1000;
 
 /// Refuses what iptables cannot do.
 pub(crate) fn check(plan: &Plan) -> Result<()> {
-    let unsupported = |what: &str| Err(Error::new(libc::EOPNOTSUPP, format!("the iptables backend {what}")));
+    let unsupported = |what: &str| Err(Error::with(libc::EOPNOTSUPP, format_args!("the iptables backend {what}")));
     let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
     if plan.fail_open {
         unsupported("always drops what finds no listener (xt_TPROXY): TP_RULES_FAIL_OPEN needs nf_tables")
@@ -32,10 +33,17 @@ pub(crate) fn check(plan: &Plan) -> Result<()> {
     }
 }
 
-/// A chain of ours and its rules.
+/// A chain of ours and its rules, as they are appended.
 struct Chain {
     name: String,
-    rules: Vec<String>,
+    rules: String,
+}
+
+impl Chain {
+    fn rule(&mut self, rule: fmt::Arguments<'_>) {
+        // Writing to a String does not fail.
+        let _ = writeln!(self.rules, "-A {} {rule}", self.name);
+    }
 }
 
 /// A table, our chains in it, and the kernel's chains that lead to them.
@@ -67,8 +75,8 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn chain(&self, part: &str, rules: Vec<String>) -> Chain {
-        Chain { name: self.name(part), rules }
+    fn chain(&self, part: &str) -> Chain {
+        Chain { name: self.name(part), rules: String::new() }
     }
 
     fn name(&self, part: &str) -> String {
@@ -89,142 +97,155 @@ impl Builder<'_> {
         self.plan.protocols.iter().filter(served)
     }
 
-    /// `-p tcp --dport ...`, once for each range of ports.
-    fn ports(&self, protocol: Protocol) -> Vec<String> {
-        let port = |range: &PortRange| format!("-p {protocol} --dport {}:{}", range.first, range.last);
-        match self.plan.ports.as_slice() {
-            [] => vec![format!("-p {protocol}")],
-            ports => ports.iter().map(port).collect(),
+    /// A rule for each range of ports: what matches it, and what is to be matched before and behind.
+    fn by_ports(&self, chain: &mut Chain, before: &str, protocol: Protocol, behind: &str) {
+        if self.plan.ports.is_empty() {
+            chain.rule(format_args!("{before}-p {protocol} {behind}"));
+        }
+        for PortRange { first, last } in &self.plan.ports {
+            chain.rule(format_args!("{before}-p {protocol} --dport {first}:{last} {behind}"));
+        }
+    }
+
+    fn by_prefixes(&self, chain: &mut Chain, option: &str, prefixes: &PrefixSet, then: &str) {
+        for prefix in prefixes.of(self.family) {
+            chain.rule(format_args!("{option} {prefix} {then}"));
         }
     }
 
     /// `sources` and `destinations`, ending in a jump.
-    fn select(&self, [sources, destinations]: [&str; 2], then: &str) -> Vec<Chain> {
-        let prefixes = |set: &PrefixSet, option: &str, then: &str| -> Vec<String> {
-            set.of(self.family).map(|prefix| format!("{option} {prefix} {then}")).collect()
-        };
-        let from = match &self.plan.src {
-            Some(src) => prefixes(src, "-s", &self.jump(destinations)),
-            None => vec![self.jump(destinations)],
-        };
-        let mut to = self.plan.bypass.as_ref().map_or(Vec::new(), |bypass| prefixes(bypass, "-d", "-j RETURN"));
-        if let Some(bypass) = &self.plan.bypass
-            && self.plan.may_choose_answers()
-            && then == "i"
-        {
-            // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
-            to.extend(prefixes(bypass, "-m conntrack --ctdir REPLY -s", "-j RETURN"));
+    fn select(&self, chains: &mut Vec<Chain>, [sources, destinations]: [&str; 2], then: &str) {
+        let (mut from, mut to) = (self.chain(sources), self.chain(destinations));
+        let (selected, jump) = (self.jump(destinations), self.jump(then));
+        match &self.plan.src {
+            Some(src) => self.by_prefixes(&mut from, "-s", src, &selected),
+            None => from.rule(format_args!("{selected}")),
+        }
+        if let Some(bypass) = &self.plan.bypass {
+            self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
+            if self.plan.may_choose_answers() && then == "i" {
+                // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
+                self.by_prefixes(&mut to, "-m conntrack --ctdir REPLY -s", bypass, "-j RETURN");
+            }
         }
         match &self.plan.dst {
-            Some(dst) => to.extend(prefixes(dst, "-d", &self.jump(then))),
+            Some(dst) => self.by_prefixes(&mut to, "-d", dst, &jump),
             None => {
                 // xt_addrtype knows no broadcast for IPv6, which has none.
                 let types = ["LOCAL", "BROADCAST", "ANYCAST", "MULTICAST"];
-                let known = types.iter().filter(|t| self.family == Family::V4 || **t != "BROADCAST");
-                to.extend(known.map(|t| format!("-m addrtype --dst-type {t} -j RETURN")));
-                to.push(self.jump(then));
+                for own in types.iter().filter(|t| self.family == Family::V4 || **t != "BROADCAST") {
+                    to.rule(format_args!("-m addrtype --dst-type {own} -j RETURN"));
+                }
+                to.rule(format_args!("{jump}"));
             }
         }
-        vec![self.chain(destinations, to), self.chain(sources, from)]
+        chains.extend([to, from]);
     }
 
-    fn guards(&self) -> Vec<String> {
-        let guard = |listener: &Intercept| {
-            let to = listener.addr.map_or(String::new(), |addr| format!(" -d {addr}"));
-            // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
-            let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
-            let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
-            format!("-p {} --dport {}{to} -m addrtype --dst-type LOCAL{not} -j DROP", listener.protocol, listener.port)
-        };
+    fn guards(&self, pre: &mut Chain) {
+        // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
+        let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
+        let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
         let guarded: Vec<Intercept> = self.plan.guarded().collect();
-        self.listeners().filter(|listener| guarded.contains(listener)).map(guard).collect()
+        for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
+            let Intercept { protocol, port, .. } = listener;
+            let to = option("-d", listener);
+            pre.rule(format_args!("-p {protocol} --dport {port}{to} -m addrtype --dst-type LOCAL{not} -j DROP"));
+        }
     }
 
-    fn candidates(&self, protocol: Protocol, then: &str) -> Vec<String> {
-        let interfaces: Vec<String> = match self.plan.interfaces.as_slice() {
-            [] => vec![String::new()],
-            names => names.iter().map(|name| format!("-i {name} ")).collect(),
-        };
-        let ports = self.ports(protocol);
-        let both = interfaces.iter().flat_map(|i| ports.iter().map(move |p| format!("{i}{p}")));
-        both.map(|matches| format!("{matches} {}", self.jump(then))).collect()
+    fn candidates(&self, chain: &mut Chain, protocol: Protocol, then: &str) {
+        let jump = self.jump(then);
+        if self.plan.interfaces.is_empty() {
+            self.by_ports(chain, "", protocol, &jump);
+        }
+        for name in &self.plan.interfaces {
+            self.by_ports(chain, &format!("-i {name} "), protocol, &jump);
+        }
     }
 
-    fn set_mark(mark: Mark) -> String {
-        format!("-j MARK --set-xmark {mark}")
+    fn set_mark(&self, part: &str, mark: Mark) -> Chain {
+        let mut chain = self.chain(part);
+        chain.rule(format_args!("-j MARK --set-xmark {mark}"));
+        chain.rule(format_args!("-j ACCEPT"));
+        chain
     }
 
-    fn own_output(&self, then: &str) -> Vec<String> {
+    fn own_output(&self, then: &str) -> Chain {
+        let mut chain = self.chain("o");
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
-        let mut rules = vec![format!("-m mark --mark {} -j RETURN", self.plan.mark)];
+        chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
         if self.plan.may_choose_own_answers() && self.plan.protocols.tcp {
             // As in the nf_tables rules: data has to be of a connection that was accepted.
-            rules.push("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN".to_owned());
-            rules.push("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN".to_owned());
+            chain.rule(format_args!("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN"));
+            chain.rule(format_args!("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN"));
         }
+        let own = format!("-m addrtype --src-type LOCAL {}", self.jump(then));
         for protocol in self.protocols() {
-            let ports = self.ports(protocol);
-            rules.extend(ports.iter().map(|p| format!("{p} -m addrtype --src-type LOCAL {}", self.jump(then))));
+            self.by_ports(&mut chain, "", protocol, &own);
         }
-        rules
+        chain
     }
 
     fn mangle(&self) -> Table {
-        let mut pre = self.guards();
+        let mut pre = self.chain("p");
         let mut chains = Vec::new();
         let mut jumps = vec![("PREROUTING", self.name("p"))];
+        self.guards(&mut pre);
+        let divert = format!("-m socket --transparent {}", self.jump("d"));
         if self.plan.mode != Mode::Redirect {
-            chains.push(self.chain("d", vec![Self::set_mark(self.plan.mark), "-j ACCEPT".to_owned()]));
+            chains.push(self.set_mark("d", self.plan.mark));
             for protocol in self.plan.protocols.iter() {
                 // A new connection that meets an old one in TIME_WAIT is for TPROXY to decide.
                 let whole = protocol == Protocol::Tcp && self.plan.mode == Mode::Tproxy;
                 let not_new = if whole { " ! --syn" } else { "" };
-                pre.push(format!("-p {protocol}{not_new} -m socket --transparent {}", self.jump("d")));
+                pre.rule(format_args!("-p {protocol}{not_new} {divert}"));
             }
         }
         if self.plan.mode == Mode::Tproxy {
-            let tproxy = |listener: &Intercept| {
-                let on = listener.addr.map_or(String::new(), |addr| format!(" --on-ip {addr}"));
+            let mut intercept = self.chain("i");
+            for listener in self.listeners() {
                 let Intercept { protocol, port, .. } = listener;
-                format!("-p {protocol} -j TPROXY --on-port {port}{on} --tproxy-mark {}", self.plan.mark)
-            };
-            chains.push(self.chain("i", self.listeners().map(tproxy).collect()));
-            chains.extend(self.select(["s", "t"], "i"));
+                let (on, mark) = (option("--on-ip", listener), self.plan.mark);
+                intercept.rule(format_args!("-p {protocol} -j TPROXY --on-port {port}{on} --tproxy-mark {mark}"));
+            }
+            chains.push(intercept);
+            self.select(&mut chains, ["s", "t"], "i");
             if let Some(mark) = self.plan.output_mark {
-                pre.push(format!("-m mark --mark {mark} {}", self.jump("i")));
-                chains.push(self.chain("l", vec![Self::set_mark(mark), "-j ACCEPT".to_owned()]));
-                chains.extend(self.select(["ls", "lt"], "l"));
-                chains.push(self.chain("o", self.own_output("ls")));
+                pre.rule(format_args!("-m mark --mark {mark} {}", self.jump("i")));
+                chains.push(self.set_mark("l", mark));
+                self.select(&mut chains, ["ls", "lt"], "l");
+                chains.push(self.own_output("ls"));
                 jumps.push(("OUTPUT", self.name("o")));
             }
-            for protocol in self.protocols() {
-                pre.extend(self.candidates(protocol, "s"));
-            }
+            self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
         }
         if self.plan.mode != Mode::Redirect {
             // What is said of a transparent socket's packets: `socket` looks for the one that an error quotes.
-            pre.push(format!("-p {} -m socket --transparent {}", self.family.icmp_name(), self.jump("d")));
+            pre.rule(format_args!("-p {} {divert}", self.family.icmp_name()));
         }
-        chains.push(self.chain("p", pre));
+        chains.push(pre);
         Table { name: "mangle", chains, jumps }
     }
 
     fn nat(&self) -> Table {
-        let redirect = |listener: &Intercept| {
-            let Intercept { protocol, port, .. } = listener;
-            match listener.addr {
-                Some(addr) if addr.is_ipv6() => format!("-p {protocol} -j DNAT --to-destination [{addr}]:{port}"),
-                Some(addr) => format!("-p {protocol} -j DNAT --to-destination {addr}:{port}"),
-                None => format!("-p {protocol} -j REDIRECT --to-ports {port}"),
+        let (mut pre, mut intercept) = (self.chain("p"), self.chain("i"));
+        for Intercept { protocol, port, addr, .. } in self.listeners() {
+            match addr {
+                Some(IpAddr::V6(addr)) => {
+                    intercept.rule(format_args!("-p {protocol} -j DNAT --to-destination [{addr}]:{port}"));
+                }
+                Some(addr) => intercept.rule(format_args!("-p {protocol} -j DNAT --to-destination {addr}:{port}")),
+                None => intercept.rule(format_args!("-p {protocol} -j REDIRECT --to-ports {port}")),
             }
-        };
-        let mut chains = vec![self.chain("i", self.listeners().map(redirect).collect())];
-        chains.extend(self.select(["s", "t"], "i"));
-        let pre = self.protocols().flat_map(|protocol| self.candidates(protocol, "s")).collect();
-        chains.push(self.chain("p", pre));
+        }
+        let mut chains = vec![intercept];
+        self.select(&mut chains, ["s", "t"], "i");
+        self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
+        chains.push(pre);
         let mut jumps = vec![("PREROUTING", self.name("p"))];
         if self.plan.output_mark.is_some() {
-            chains.push(self.chain("o", self.own_output("s")));
+            chains.push(self.own_output("s"));
             jumps.push(("OUTPUT", self.name("o")));
         }
         Table { name: "nat", chains, jumps }
@@ -237,6 +258,14 @@ impl Builder<'_> {
         }
         tables
     }
+}
+
+/// An option with a listener's address, if it has one.
+fn option(name: &str, listener: &Intercept) -> impl fmt::Display {
+    text::by(move |f| match listener.addr {
+        Some(addr) => write!(f, " {name} {addr}"),
+        None => Ok(()),
+    })
 }
 
 /// What of an instance a family's tables hold: the chains, and the jumps as they are listed.
@@ -300,9 +329,7 @@ fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
             let _ = writeln!(text, "-D {jump}");
         }
         for chain in chains {
-            for rule in &chain.rules {
-                let _ = writeln!(text, "-A {} {rule}", chain.name);
-            }
+            text.push_str(&chain.rules);
         }
         for (from, to) in table.map_or(&[][..], |table| &table.jumps) {
             let _ = writeln!(text, "-A {from} -m comment --comment \"{}\" -j {to}", comment(instance));
@@ -394,7 +421,7 @@ impl Tool {
             let missing = e.kind() == std::io::ErrorKind::NotFound;
             let errno = if missing { libc::EOPNOTSUPP } else { e.raw_os_error().unwrap_or(libc::EIO) };
             let cure = if missing { "; install the package iptables" } else { "" };
-            Error::new(errno, format!("{program}: {e}{cure}"))
+            Error::with(errno, format_args!("{program}: {e}{cure}"))
         };
         let outcome = ["", "/usr/sbin/", "/sbin/"]
             .iter()
@@ -412,9 +439,9 @@ impl Tool {
             words if words.contains("No chain/target/match") || words.contains("not supported") => libc::EOPNOTSUPP,
             _ => libc::EIO,
         };
-        Err(Error::new(
+        Err(Error::with(
             errno,
-            format!(
+            format_args!(
                 "{program} {}: {words}; the kernel needs CONFIG_NETFILTER_XT_MATCH_SOCKET and _XT_TARGET_TPROXY (`modprobe \
                  xt_socket xt_TPROXY`), and the program CAP_NET_ADMIN",
                 args.join(" ")

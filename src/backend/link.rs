@@ -124,15 +124,10 @@ fn act(channel: &mut Channel, what: &str, kind: u16, header: &[u8], attrs: &dyn 
     let seq = channel.next_seq();
     let mut message = Buffer::default();
     message.message(kind, flags, seq, header, attrs);
-    let answers = channel
-        .exchange(&message, seq)
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("ip {what}: {e}")))?;
+    let answers = channel.exchange(&message, seq).map_err(|e| Error::io(format_args!("ip {what}"), &e))?;
     match answers.failures.first() {
-        Some(failure) => {
-            let words = failure.text.as_deref().map_or(String::new(), |text| format!(" ({text})"));
-            Err(Error::new(failure.errno, format!("ip {what}: {}{words}", crate::sys::Describe(failure.errno))))
-        }
+        Some(failure) => Err(Error::with(failure.errno, format_args!("ip {what}: {failure}"))),
         None if answers.acked => Ok(()),
-        None => Err(Error::new(libc::EIO, format!("ip {what}: the kernel did not acknowledge"))),
+        None => Err(Error::with(libc::EIO, format_args!("ip {what}: the kernel did not acknowledge"))),
     }
 }

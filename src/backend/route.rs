@@ -110,7 +110,7 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
                 let errno = e.raw_os_error().unwrap_or(libc::EIO);
                 let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
                 let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
-                return Err(Error::new(errno, format!("ip {} rule show: {e}{cure}", flag(family))));
+                return Err(Error::with(errno, format_args!("ip {} rule show: {e}{cure}", flag(family))));
             }
         };
         found.extend(dumped.iter().filter_map(|payload| parse_rule(family, payload)));
@@ -133,7 +133,7 @@ pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
     const FLAGS_AT: usize = 8;
     let mut query = [0; 16];
     query[4..FLAGS_AT].copy_from_slice(&LOOPBACK.to_ne_bytes());
-    let failed = |e: std::io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("ip link show lo: {e}"));
+    let failed = |e: std::io::Error| Error::io(format_args!("ip link show lo"), &e);
     let link = channel.get(libc::RTM_GETLINK, &query).map_err(failed)?;
     let flags = link.and_then(|link| wire::u32_at(&link, FLAGS_AT)).unwrap_or(0);
     if flags & libc::IFF_UP as u32 == 0 {
@@ -233,9 +233,9 @@ pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result
     let gone = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
     let outcome = send(channel, &backwards, Operation::Delete, |_, failure| gone.contains(&failure.errno))?;
     match outcome.first_failure {
-        Some((entry, failure)) => Err(Error::new(
+        Some((entry, failure)) => Err(Error::with(
             failure.errno,
-            format!("ip {}: {}", entry.command(Operation::Delete), crate::sys::Describe(failure.errno)),
+            format_args!("ip {}: {}", entry.command(Operation::Delete), crate::sys::Describe(failure.errno)),
         )),
         None => Ok(()),
     }
@@ -299,7 +299,7 @@ fn send(
         sent.push((last, *entry));
     }
     let failed =
-        |errno: i32, e: &dyn fmt::Display| Error::new(errno, format!("rtnetlink: sending routes and rules: {e}"));
+        |errno: i32, e: &dyn fmt::Display| Error::with(errno, format_args!("rtnetlink: sending routes and rules: {e}"));
     let answers = channel.exchange(&messages, last).map_err(|e| failed(e.raw_os_error().unwrap_or(libc::EIO), &e))?;
     if !answers.acked && answers.failures.iter().all(|failure| failure.seq != last) {
         return Err(failed(libc::EIO, &"the kernel did not acknowledge"));
@@ -315,10 +315,6 @@ fn send(
 }
 
 fn rejected(entry: &Entry, failure: &Failure) -> Error {
-    let mut sentence = format!("ip {}: {}", entry.command(Operation::Add), crate::sys::Describe(failure.errno));
-    if let Some(text) = &failure.text {
-        sentence.push_str(&format!(" ({text})"));
-    }
     let cure = match (entry, failure.errno) {
         (_, libc::EPERM) => "routing needs CAP_NET_ADMIN in the user namespace that owns this network namespace",
         (Entry::Route { .. }, libc::ENETDOWN | libc::ENETUNREACH | libc::EINVAL) => {
@@ -331,10 +327,9 @@ fn rejected(entry: &Entry, failure: &Failure) -> Error {
         (Entry::Rule { .. }, libc::EEXIST) => "someone else has the same rule: choose another `priority`",
         _ => "",
     };
-    if !cure.is_empty() {
-        sentence.push_str(&format!("; {cure}"));
-    }
-    Error::new(failure.errno, sentence)
+    let before = if cure.is_empty() { "" } else { "; " };
+    let command = entry.command(Operation::Add);
+    Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{cure}"))
 }
 
 /// `struct fib_rule_hdr`.

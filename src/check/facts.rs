@@ -248,6 +248,6 @@ fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
     let option = format!("CONFIG_{}", module.to_ascii_uppercase());
     if let Some(words) = procfs::availability(&config, &dep, &builtin, &option, module) {
-        *error = Error::new(error.errno(), format!("{error} ({words})"));
+        *error = Error::with(error.errno(), format_args!("{error} ({words})"));
     }
 }

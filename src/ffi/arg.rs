@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 /// A pointer that must not be NULL was.
 #[cold]
 pub(super) fn null(what: &str) -> Error {
-    Error::new(libc::EFAULT, format!("{what} is NULL"))
+    Error::with(libc::EFAULT, format_args!("{what} is NULL"))
 }
 
 /// A caller's descriptor.
@@ -30,14 +30,14 @@ pub(super) unsafe fn fd<'a>(fd: c_int) -> Result<BorrowedFd<'a>> {
 
 #[cold]
 fn bad_descriptor(fd: c_int) -> Error {
-    Error::new(libc::EBADF, format!("descriptor {fd}: Bad file descriptor"))
+    Error::with(libc::EBADF, format_args!("descriptor {fd}: Bad file descriptor"))
 }
 
 /// Flags, none of which may be unknown.
 pub(super) fn flags(flags: u32, known: u32) -> Result<u32> {
     match flags & !known {
         0 => Ok(flags),
-        unknown => Err(Error::invalid(format!("flags: {unknown:#x} is not known to this call"))),
+        unknown => Err(Error::invalid_with(format_args!("flags: {unknown:#x} is not known to this call"))),
     }
 }
 
@@ -78,16 +78,16 @@ unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
         return null(what);
     }
     if len > size_of::<sockaddr_storage>() {
-        return Error::invalid(format!("{what}: a length of {len} is more than any socket address has"));
+        return Error::invalid_with(format_args!("{what}: a length of {len} is more than any socket address has"));
     }
     // SAFETY: not NULL, valid for len bytes, and these are bytes.
     match address::family(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) }) {
         None | Some(libc::AF_INET | libc::AF_INET6) => {
-            Error::invalid(format!("{what}: a length of {len} is too short for its address family"))
+            Error::invalid_with(format_args!("{what}: a length of {len} is too short for its address family"))
         }
-        Some(other) => Error::new(
+        Some(other) => Error::with(
             libc::EAFNOSUPPORT,
-            format!("{what}: address family {other}, where AF_INET or AF_INET6 is needed"),
+            format_args!("{what}: address family {other}, where AF_INET or AF_INET6 is needed"),
         ),
     }
 }
@@ -148,7 +148,7 @@ fn no_place(what: &str, addr: *mut sockaddr) -> Error {
 
 #[cold]
 fn too_little_room(room: usize, len: usize) -> Error {
-    Error::invalid(format!(
+    Error::invalid_with(format_args!(
         "the address needs {len} bytes, but there is room for {room}: use a struct sockaddr_storage"
     ))
 }
@@ -169,7 +169,7 @@ impl DatagramAddressOut {
         // SAFETY: by the caller's word.
         let room = unsafe { out.len.read_unaligned() } as usize;
         if room < size_of::<libc::sockaddr_in>() {
-            return Err(Error::invalid(format!(
+            return Err(Error::invalid_with(format_args!(
                 "{what}: {room} bytes are no room for an address: use a struct sockaddr_storage"
             )));
         }
@@ -214,7 +214,7 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<Option<
     }
     // SAFETY: NUL-terminated by the caller's word.
     let text = unsafe { CStr::from_ptr(text) };
-    text.to_str().map(Some).map_err(|_| Error::invalid(format!("{what}: not UTF-8")))
+    text.to_str().map(Some).map_err(|_| Error::invalid_with(format_args!("{what}: not UTF-8")))
 }
 
 /// An array, or an empty one if `len` is 0.
@@ -248,10 +248,10 @@ fn check_array<T>(what: &str, items: *const T, len: usize) -> Result<()> {
         return Err(null(what));
     }
     if !items.is_aligned() {
-        return Err(Error::invalid(format!("{what}: the array is not aligned")));
+        return Err(Error::invalid_with(format_args!("{what}: the array is not aligned")));
     }
     if len > isize::MAX as usize / size_of::<T>().max(1) {
-        return Err(Error::invalid(format!("{what}: {len} items are more than memory holds")));
+        return Err(Error::invalid_with(format_args!("{what}: {len} items are more than memory holds")));
     }
     Ok(())
 }
@@ -268,14 +268,14 @@ impl<T: Copy> SizedOut<T> {
             return Err(null(what));
         }
         if size < smallest {
-            return Err(Error::invalid(format!(
+            return Err(Error::invalid_with(format_args!(
                 "{what}: a size of {size} is less than the first version's {smallest}"
             )));
         }
         if size > size_of::<T>() {
-            return Err(Error::new(
+            return Err(Error::with(
                 libc::E2BIG,
-                format!("{what}: it has fields that this version of the library cannot fill"),
+                format_args!("{what}: it has fields that this version of the library cannot fill"),
             ));
         }
         Ok(SizedOut { place, size })
@@ -300,13 +300,15 @@ pub(super) unsafe fn sized<T: Copy>(what: &str, value: *const T, size: usize, sm
         return Err(null(what));
     }
     if size < smallest {
-        return Err(Error::invalid(format!("{what}: a size of {size} is less than the first version's {smallest}")));
+        return Err(Error::invalid_with(format_args!(
+            "{what}: a size of {size} is less than the first version's {smallest}"
+        )));
     }
     let ours = size_of::<T>();
     let unknown = || {
-        Error::new(
+        Error::with(
             libc::E2BIG,
-            format!("{what}: it has fields that this version of the library does not know; leave them zero"),
+            format_args!("{what}: it has fields that this version of the library does not know; leave them zero"),
         )
     };
     // As the kernel's copy_struct_from_user: no struct is larger than a page.

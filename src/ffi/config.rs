@@ -255,7 +255,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
             TP_BACKEND_AUTO => Backend::Auto,
             TP_BACKEND_NFT => Backend::Nft,
             TP_BACKEND_IPTABLES => Backend::Iptables,
-            other => return Err(Error::invalid(format!("backend: {other} is not known"))),
+            other => return Err(Error::invalid_with(format_args!("backend: {other} is not known"))),
         },
         local_output: has(TP_RULES_LOCAL_OUTPUT),
         fail_open: has(TP_RULES_FAIL_OPEN),
@@ -287,7 +287,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
         let listener = |(index, fd): (usize, &c_int)| {
             // SAFETY: the caller's descriptor, open during the call.
             let listener = unsafe { arg::fd(*fd) }.and_then(|fd| Listener::from_fd(fd, mode));
-            listener.map_err(|e| Error::new(e.errno(), format!("listeners[{index}], descriptor {fd}: {e}")))
+            listener.map_err(|e| Error::with(e.errno(), format_args!("listeners[{index}], descriptor {fd}: {e}")))
         };
         return fds.iter().enumerate().map(listener).collect();
     }
@@ -313,13 +313,15 @@ pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -
             libc::AF_INET => IpAddr::from([a, b, c, d]),
             libc::AF_INET6 => IpAddr::from(item.addr),
             other => {
-                return Err(Error::invalid(format!("{what}[{index}]: family {other} is neither AF_INET nor AF_INET6")));
+                return Err(Error::invalid_with(format_args!(
+                    "{what}[{index}]: family {other} is neither AF_INET nor AF_INET6"
+                )));
             }
         };
         if item.reserved != [0; 2] {
-            return Err(Error::invalid(format!("{what}[{index}]: reserved must be zero")));
+            return Err(Error::invalid_with(format_args!("{what}[{index}]: reserved must be zero")));
         }
-        Prefix::new(addr, item.len).map_err(|e| Error::new(e.errno(), format!("{what}[{index}]: {e}")))
+        Prefix::new(addr, item.len).map_err(|e| Error::with(e.errno(), format_args!("{what}[{index}]: {e}")))
     };
     items.iter().enumerate().map(prefix).collect()
 }
@@ -341,7 +343,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
 fn check_known(config: &tp_rules_config) -> Result<()> {
     let known = |what: &str, value: u32, known: u32| match value & !known {
         0 => Ok(()),
-        unknown => Err(Error::invalid(format!("{what}: {unknown:#x} is not known"))),
+        unknown => Err(Error::invalid_with(format_args!("{what}: {unknown:#x} is not known"))),
     };
     known("protocols", config.protocols, TP_TCP | TP_UDP)?;
     known("families", config.families, TP_IPV4 | TP_IPV6)?;

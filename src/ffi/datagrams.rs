@@ -276,7 +276,7 @@ pub unsafe extern "C" fn tp_replier_open(
                 return Err(Error::invalid("config: reserved must be zero"));
             }
             if config.max_sockets > 1 << 16 {
-                return Err(Error::invalid(format!(
+                return Err(Error::invalid_with(format_args!(
                     "max_sockets: {} are more than the 65,536 that make sense",
                     config.max_sockets
                 )));

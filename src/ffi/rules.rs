@@ -167,7 +167,7 @@ pub unsafe extern "C" fn tp_update_rules(
             TP_SET_DST => rules::Set::Dst,
             TP_SET_SRC => rules::Set::Src,
             TP_SET_BYPASS => rules::Set::Bypass,
-            other => return Err(Error::invalid(format!("set: {other} is not known"))),
+            other => return Err(Error::invalid_with(format_args!("set: {other} is not known"))),
         };
         // SAFETY: by the caller's word.
         let add = unsafe { prefixes("add", add, n_add) }?;
@@ -262,7 +262,7 @@ pub unsafe extern "C" fn tp_render_rules(
         let render = match format {
             TP_FORMAT_NFT => rules::render_nft,
             TP_FORMAT_IPTABLES => rules::render_iptables,
-            other => return Err(Error::invalid(format!("format: {other} is not known"))),
+            other => return Err(Error::invalid_with(format_args!("format: {other} is not known"))),
         };
         // SAFETY: by the caller's word.
         let script = render(&unsafe { decode(&config) }?)?;
@@ -271,8 +271,10 @@ pub unsafe extern "C" fn tp_render_rules(
         let room = unsafe { len.read_unaligned() };
         if !buf.is_null() {
             if room < needed {
-                let sentence = format!("the script needs {needed} bytes, but there is room for {room}");
-                return Err(Error::new(libc::ERANGE, sentence));
+                return Err(Error::with(
+                    libc::ERANGE,
+                    format_args!("the script needs {needed} bytes, but there is room for {room}"),
+                ));
             }
             // SAFETY: room for the script and its NUL, by the caller's word.
             unsafe {

@@ -1,5 +1,6 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -77,6 +78,16 @@ pub(crate) struct Failure {
     pub text: Option<String>,
     /// and where in our message the offending attribute is.
     pub offset: Option<usize>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", sys::Describe(self.errno))?;
+        match &self.text {
+            Some(text) => write!(f, " ({text})"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What the kernel answered to an exchange.

@@ -104,7 +104,7 @@ impl PrefixSet {
         let [add, remove]: [BTreeSet<Prefix>; 2] = [add, remove].map(|prefixes| prefixes.iter().copied().collect());
         let has = |prefix: &Prefix| self.half(prefix.family()).has(prefix);
         if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !add.contains(prefix)) {
-            return Err(Error::new(libc::ENOENT, format!("prefix {prefix} to be removed is not in the set")));
+            return Err(Error::with(libc::ENOENT, format_args!("prefix {prefix} to be removed is not in the set")));
         }
         let added: Vec<Prefix> = add.difference(&remove).filter(|prefix| !has(prefix)).copied().collect();
         let removed: Vec<Prefix> = remove.into_iter().filter(has).collect();

@@ -84,8 +84,9 @@ impl Rules {
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }
-                Rules::install_by_iptables(config, plan)
-                    .map_err(|other| Error::new(other.errno(), format!("{error}; and by iptables instead: {other}")))
+                Rules::install_by_iptables(config, plan).map_err(|other| {
+                    Error::with(other.errno(), format_args!("{error}; and by iptables instead: {other}"))
+                })
             }),
         }
     }
@@ -187,7 +188,7 @@ pub fn stats_of(name: &str) -> Result<Stats> {
     let table = table::name_of(&name);
     let (_, tables) = table::list(&mut nft)?;
     if !tables.iter().any(|other| other.name == table && other.place.is_some()) {
-        return Err(Error::new(libc::ENOENT, format!("there are no rules of this name (table inet {table})")));
+        return Err(Error::with(libc::ENOENT, format_args!("there are no rules of this name (table inet {table})")));
     }
     // With iptables the table holds but the name and the place.
     match table::contents(&mut nft, &table)?.chains.is_empty() {
@@ -222,8 +223,10 @@ pub fn purge(name: Option<&str>) -> Result<()> {
         let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
         match (table.place, table.owner) {
             (_, Some(pid)) if named => {
-                let sentence = format!("process {pid} has these rules (table inet {}), and lives", table.name);
-                return Err(Error::new(libc::EBUSY, sentence));
+                return Err(Error::with(
+                    libc::EBUSY,
+                    format_args!("process {pid} has these rules (table inet {}), and lives", table.name),
+                ));
             }
             // The routing is nobody's when the table is gone, and is swept below.
             (Some(_), None) if named || wanted.is_none() => delete_table(&mut nft, &table.name)?,
@@ -327,10 +330,9 @@ fn channels() -> Result<(Channel, Channel)> {
             Some(libc::EPROTONOSUPPORT) => libc::EOPNOTSUPP,
             other => other.unwrap_or(libc::EIO),
         };
-        Error::new(errno, format!("socket(NETLINK_NETFILTER): {e}; the kernel needs CONFIG_NF_TABLES"))
+        Error::with(errno, format_args!("socket(NETLINK_NETFILTER): {e}; the kernel needs CONFIG_NF_TABLES"))
     })?;
-    let route = Channel::open(libc::NETLINK_ROUTE)
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_ROUTE): {e}")))?;
+    let route = Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), &e))?;
     Ok((nft, route))
 }
 

@@ -137,16 +137,16 @@ fn covers(place: &Place, priority: u32) -> bool {
 fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Place>> {
     let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(None) };
     if let Some(pid) = table.owner {
-        return Err(Error::new(
+        return Err(Error::with(
             libc::EBUSY,
-            format!("process {pid} has rules of this name (table inet {name}); give yours another `name`"),
+            format_args!("process {pid} has rules of this name (table inet {name}); give yours another `name`"),
         ));
     }
     match table.place {
         Some(place) if table.persistent && plan.persist => {
             let other = |wanted: Option<u32>, found| wanted.is_some_and(|wanted| wanted != found);
             if other(plan.priority, place.priority) || other(plan.table, place.table) {
-                return Err(Error::invalid(format!(
+                return Err(Error::invalid_with(format_args!(
                     "the rules of this name that persist have priority {} and table {}, which cannot be changed: leave \
                      `priority` and `table` zero, or call tp_purge_rules first",
                     place.priority, place.table
@@ -159,9 +159,9 @@ fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Pl
             "rules of this name persist without an owner: take them over with TP_RULES_PERSIST, or remove them with \
              tp_purge_rules",
         )),
-        _ => Err(Error::new(
+        _ => Err(Error::with(
             libc::EEXIST,
-            format!(
+            format_args!(
                 "there is a table inet {name} that no living program of this library owns; `nft delete table inet \
                  {name}` removes it, or give yours another `name`"
             ),
@@ -209,9 +209,9 @@ fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Erro
         }
         let owner = table.owner.map_or("what persists".to_owned(), |pid| format!("process {pid}"));
         let other = table.place.unwrap_or(*place);
-        return Some(Error::new(
+        return Some(Error::with(
             libc::EBUSY,
-            format!(
+            format_args!(
                 "{owner} (table inet {}) has routing rules {}-{} and routing table {}: choose another `priority` and \
                  `table`",
                 table.name,
@@ -222,9 +222,9 @@ fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Erro
         ));
     }
     let foreign = rules.iter().find(|rule| !rule.ours && covers(place, rule.priority))?;
-    Some(Error::new(
+    Some(Error::with(
         libc::EEXIST,
-        format!(
+        format_args!(
             "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{last} are needed: choose another",
             foreign.family, foreign.priority, place.priority
         ),

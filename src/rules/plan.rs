@@ -114,7 +114,7 @@ fn protocols(config: &Config) -> Result<Protocols> {
     let unserved = config.protocols.iter().find(|protocol| !of_listeners.contains(*protocol));
     match unserved {
         Some(protocol) if config.mode != Mode::DivertOnly => {
-            Err(Error::invalid(format!("protocols asks for {protocol}, but no listener serves it")))
+            Err(Error::invalid_with(format_args!("protocols asks for {protocol}, but no listener serves it")))
         }
         _ => Ok(config.protocols),
     }
@@ -122,7 +122,7 @@ fn protocols(config: &Config) -> Result<Protocols> {
 
 fn output_mark(mark: Mark) -> Result<Mark> {
     mark.second().ok_or_else(|| {
-        Error::invalid(format!(
+        Error::invalid_with(format_args!(
             "TP_RULES_LOCAL_OUTPUT needs a second mark for the host's own packets, and {mark} has no bit left in its \
              mask: give mark_mask one more"
         ))
@@ -138,7 +138,7 @@ fn interfaces(names: &[String]) -> Result<Vec<String>> {
             && !name.contains(|c: char| c == '/' || c == ':' || c == '"' || c.is_whitespace() || c.is_control())
     };
     if let Some(bad) = names.iter().find(|name| !valid(name)) {
-        return Err(Error::invalid(format!("interfaces: {bad:?} cannot be an interface's name")));
+        return Err(Error::invalid_with(format_args!("interfaces: {bad:?} cannot be an interface's name")));
     }
     let mut names = names.to_vec();
     sort::unique(&mut names);
@@ -153,7 +153,7 @@ pub(super) fn name(name: &str) -> Result<String> {
     if fits {
         Ok(name.to_owned())
     } else {
-        Err(Error::invalid(format!(
+        Err(Error::invalid_with(format_args!(
             "name {name:?}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)"
         )))
     }
@@ -167,7 +167,7 @@ fn mark(value: u32, mask: u32) -> Result<Mark> {
         (value, mask) => Mark { value, mask },
     };
     if mark.value & !mark.mask != 0 {
-        return Err(Error::invalid(format!("mark {mark} has bits that its mask has not")));
+        return Err(Error::invalid_with(format_args!("mark {mark} has bits that its mask has not")));
     }
     Ok(mark)
 }
@@ -177,7 +177,7 @@ fn families(wanted: Families, served: Families) -> Result<Families> {
         return Ok(served);
     }
     match wanted.iter().find(|family| !served.contains(*family)) {
-        Some(family) => Err(Error::invalid(format!(
+        Some(family) => Err(Error::invalid_with(format_args!(
             "families asks for {family}, but no listener serves it (one on [::] serves both, unless it is IPV6_V6ONLY)"
         ))),
         None => Ok(wanted),
@@ -186,7 +186,7 @@ fn families(wanted: Families, served: Families) -> Result<Families> {
 
 fn table(table: u32) -> Result<Option<u32>> {
     if SYSTEM_TABLES.contains(&table) {
-        return Err(Error::invalid(format!(
+        return Err(Error::invalid_with(format_args!(
             "table {table} is the system's own (local, main or default): choose another"
         )));
     }
@@ -195,7 +195,7 @@ fn table(table: u32) -> Result<Option<u32>> {
 
 fn priority(priority: u32) -> Result<Option<u32>> {
     if priority > PRIORITY_MAX {
-        return Err(Error::invalid(format!(
+        return Err(Error::invalid_with(format_args!(
             "priority {priority}: at most {PRIORITY_MAX}, so that all four rules come before the main table's"
         )));
     }
@@ -216,7 +216,7 @@ fn intercepts(config: &Config, protocols: Protocols) -> Result<Vec<Intercept>> {
                 && protocols.contains(listener.protocol);
             match found.iter().find(|(f, other)| *f == family && other.protocol == listener.protocol) {
                 Some((_, other)) if (other.addr, other.port) != (listener.addr, listener.port) => {
-                    return Err(Error::invalid(format!(
+                    return Err(Error::invalid_with(format_args!(
                         "two listeners for {} over {family}, at {} and {}: a connection can go to one only (several \
                          sockets of one address and port, by SO_REUSEPORT, are fine)",
                         listener.protocol,
@@ -260,7 +260,7 @@ fn shown(listener: &Listener) -> String {
 /// Sorted, and merged where ranges overlap or touch: the kernel's sets take no overlaps.
 fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
     if let Some(bad) = ports.iter().find(|range| range.first == 0 || range.first > range.last) {
-        return Err(Error::invalid(format!(
+        return Err(Error::invalid_with(format_args!(
             "ports {}-{}: the first must be at least 1 and not above the last",
             bad.first, bad.last
         )));

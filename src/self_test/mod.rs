@@ -29,8 +29,7 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
         skipped(config, &plan, &mut found);
         Ok(found.0)
     };
-    let failed =
-        |e: std::io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("starting a thread: {e}"));
+    let failed = |e: std::io::Error| Error::io(format_args!("starting a thread"), &e);
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("tp_self_test".to_owned());
         // A program's signals are for its own threads.

@@ -60,9 +60,7 @@ impl Network {
     /// sent, without a word. So: until both have heard each other.
     fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
         const PATIENCE: u64 = 500; // ms
-        let failed = |e: io::Error| {
-            Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("a veth pair that was just made: {e}"))
-        };
+        let failed = |e: io::Error| Error::io(format_args!("a veth pair that was just made"), &e);
         let open = |own: IpAddr| -> io::Result<UdpSocket> {
             let socket = UdpSocket::bind((own, 0))?;
             socket.set_nonblocking(true)?;
@@ -97,8 +95,7 @@ impl Network {
 
     /// Does something outside.
     pub fn outside<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
-        let failed =
-            |e: io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("setns(CLONE_NEWNET): {e}"));
+        let failed = |e: io::Error| Error::io(format_args!("setns(CLONE_NEWNET)"), &e);
         sys::enter_network(self.outside.as_fd()).map_err(failed)?;
         let outcome = body();
         sys::enter_network(self.inside.as_fd()).map_err(failed)?;
@@ -114,23 +111,21 @@ fn unshared() -> Result<File> {
         } else {
             ""
         };
-        Error::new(errno, format!("unshare(CLONE_NEWNET): {e}{cure}"))
+        Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{cure}"))
     };
     sys::unshare_network().map_err(failed)?;
     File::open("/proc/thread-self/ns/net").map_err(failed)
 }
 
 fn channel() -> Result<Channel> {
-    Channel::open(libc::NETLINK_ROUTE)
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_ROUTE): {e}")))
+    Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), &e))
 }
 
 fn interfaces(channel: &mut Channel) -> Result<Vec<Interface>> {
-    routing::interfaces(channel)
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("ip link show: {e}")))
+    routing::interfaces(channel).map_err(|e| Error::io(format_args!("ip link show"), &e))
 }
 
 fn index(channel: &mut Channel, name: &str) -> Result<u32> {
     let found = interfaces(channel)?.iter().find(|interface| interface.name == name).map(|interface| interface.index);
-    found.ok_or_else(|| Error::new(libc::ENODEV, format!("ip link show {name}: it is not there")))
+    found.ok_or_else(|| Error::with(libc::ENODEV, format_args!("ip link show {name}: it is not there")))
 }

@@ -10,7 +10,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::network::Network;
 use crate::address::canonical;
 use crate::backend::nft::trace::{Step, Tracer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, errno_of};
 use crate::model::{Families, Family, Mode, Plan, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
@@ -134,8 +134,8 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
         }
     }
     let listeners = listeners(&config, network)?;
-    let mut nft = Channel::open(libc::NETLINK_NETFILTER)
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("socket(NETLINK_NETFILTER): {e}")))?;
+    let mut nft =
+        Channel::open(libc::NETLINK_NETFILTER).map_err(|e| Error::io(format_args!("socket(NETLINK_NETFILTER)"), &e))?;
     // Where nf_tables is missing, iptables may do, and nothing is traced.
     let mut tracer = Tracer::start(&mut nft).ok();
     let _rules = Rules::install(&config)?;
@@ -193,9 +193,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
                 if let Some(addr) = listener.addr {
                     network.own(addr)?;
                 }
-                ordinary(addr).map_err(|e| {
-                    Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("a listener on {addr}: {e}"))
-                })?
+                ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), &e))?
             }
             (_, Protocol::Tcp) => socket::listen(addr, -1, ListenOptions { nonblocking: true, reuse_port: false })?,
             (_, Protocol::Udp) => {
@@ -299,7 +297,7 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
 
 /// Answers a datagram from the address that it was sent to.
 fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
-    let failed = |e: io::Error| Error::new(e.raw_os_error().unwrap_or(libc::EIO), e.to_string());
+    let failed = |e: io::Error| Error::with(errno_of(&e), format_args!("{e}"));
     if mode == Mode::DivertOnly {
         // The listener has that very address.
         return listener.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed);

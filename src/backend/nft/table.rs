@@ -76,7 +76,7 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
                 errno,
                 "reading nf_tables: rules need CAP_NET_ADMIN in the user namespace that owns this network namespace",
             ),
-            _ => Error::new(errno, format!("nft list tables: {e}")),
+            _ => Error::with(errno, format_args!("nft list tables: {e}")),
         }
     };
     let header = header(super::INET, 0);
@@ -151,7 +151,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
     let header = header(super::INET, 0);
     let dumped = channel
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
-        .map_err(|e| Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nft list table inet {table}: {e}")))?;
+        .map_err(|e| Error::io(format_args!("nft list table inet {table}"), &e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
     Ok(attrs.filter(|attrs| wire::attribute(attrs, TABLE).and_then(wire::string) == Some(table)).collect())
 }

@@ -8,6 +8,7 @@ use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
+use crate::text;
 
 /// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
 const BEGIN: u16 = 0x10;
@@ -81,14 +82,20 @@ pub(crate) fn commit(
         } else {
             ""
         };
-        Error::new(errno, format!("nf_tables, table inet {table}: sending {} bytes at once: {e}{cure}", batch.len()))
+        Error::with(
+            errno,
+            format_args!("nf_tables, table inet {table}: sending {} bytes at once: {e}{cure}", batch.len()),
+        )
     })?;
     if let Some(failure) = answers.failures.first() {
         let culprit = sent.iter().find(|(seq, ..)| *seq == failure.seq);
         return Err(explained(failure, &batch, culprit.map(|(_, at, change)| (*at, table, *change))));
     }
     if !answers.acked {
-        return Err(Error::new(libc::EIO, format!("nf_tables, table inet {table}: the kernel did not acknowledge")));
+        return Err(Error::with(
+            libc::EIO,
+            format_args!("nf_tables, table inet {table}: the kernel did not acknowledge"),
+        ));
     }
     Ok(())
 }
@@ -109,7 +116,7 @@ pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) ->
     let answers = match channel.exchange(&batch, last) {
         Ok(answers) => answers,
         Err(e) => {
-            let error = Error::new(e.raw_os_error().unwrap_or(libc::EIO), format!("nf_tables: {e}"));
+            let error = Error::io(format_args!("nf_tables"), &e);
             return changes.iter().map(|_| Err(error.clone())).collect();
         }
     };
@@ -142,18 +149,13 @@ fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &C
 
 /// The sentence for what the kernel refused: step, its words, where, cure.
 fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
-    let mut sentence = format!("{step}: {}", crate::sys::Describe(failure.errno));
-    if let Some(text) = &failure.text {
-        sentence.push_str(&format!(" ({text})"));
-    }
-    if let Some(expression) = expression {
-        sentence.push_str(&format!(", at `{expression}`"));
-    }
+    let at = text::by(|f| match expression {
+        Some(expression) => write!(f, ", at `{expression}`"),
+        None => Ok(()),
+    });
     let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
-    if let Some(cure) = cure {
-        sentence.push_str(&format!("; {cure}"));
-    }
-    Error::new(errno, sentence)
+    let (before, cure) = cure.map_or(("", ""), |cure| ("; ", cure));
+    Error::with(errno, format_args!("{step}: {failure}{at}{before}{cure}"))
 }
 
 /// The errno for the program and the cure for the operator.

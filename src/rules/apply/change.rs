@@ -36,7 +36,7 @@ impl Rules {
     /// prefixes of a length have come that they get a set of their own.
     pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         let missing = |name: &str| {
-            Error::invalid(format!(
+            Error::invalid_with(format_args!(
                 "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
             ))
         };
@@ -50,7 +50,7 @@ impl Rules {
         };
         let families = self.plan.families;
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
-            return Err(Error::invalid(format!("prefix {prefix}: these rules do not serve its family")));
+            return Err(Error::invalid_with(format_args!("prefix {prefix}: these rules do not serve its family")));
         }
         // The rules do not ask for a set of bypasses before there is one.
         let first = prefixes_of(&mut self.plan, which).is_none();
