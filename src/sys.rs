@@ -1,10 +1,10 @@
 //! The few system calls that `std` and `socket2` do not wrap.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, c_void};
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
 
 use socket2::SockAddr;
@@ -181,18 +181,122 @@ pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
     outcome
 }
 
+/// Does something in a thread of its own, of this name, and waits for its end; `None`: it panicked.
+/// (`std::thread` brings many times the code.)
+pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F) -> io::Result<Option<T>> {
+    /// As `std` has it.
+    const STACK: usize = 2 << 20;
+    struct Work<T, F> {
+        body: Option<F>,
+        outcome: Option<T>,
+    }
+    extern "C" fn run<T, F: FnOnce() -> T>(work: *mut c_void) -> *mut c_void {
+        // SAFETY: the one who started this thread waits for it, and touches nothing of this meanwhile.
+        let work = unsafe { &mut *work.cast::<Work<T, F>>() };
+        if let Some(body) = work.body.take() {
+            // Dropping what was thrown could panic again.
+            work.outcome = panic::catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget).ok();
+        }
+        ptr::null_mut()
+    }
+    let mut work = Work { body: Some(body), outcome: None };
+    // SAFETY: the attributes are initialised before they are used, and destroyed once; the work outlives the thread,
+    // which has ended when pthread_join returns; the name is NUL-terminated.
+    let errno = unsafe {
+        let (mut attributes, mut thread) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::pthread_attr_init(&raw mut attributes);
+        libc::pthread_attr_setstacksize(&raw mut attributes, STACK);
+        let errno = libc::pthread_create(&raw mut thread, &raw const attributes, run::<T, F>, (&raw mut work).cast());
+        libc::pthread_attr_destroy(&raw mut attributes);
+        if errno == 0 {
+            libc::pthread_setname_np(thread, name.as_ptr());
+            libc::pthread_join(thread, ptr::null_mut());
+        }
+        errno
+    };
+    if errno == 0 { Ok(work.outcome) } else { Err(io::Error::from_raw_os_error(errno)) }
+}
+
+/// A path or a word, as the C library takes it.
+fn c_path(path: &str) -> io::Result<CString> {
+    CString::new(path).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Opens a file, to be read. (`std::fs` brings many times the code, here and below.)
+pub(crate) fn open(path: &str) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    // SAFETY: a NUL-terminated path.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    // SAFETY: a new descriptor, ours alone.
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What is left to be read of a file.
+fn rest_of(file: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    const ROOM: usize = 4096;
+    let mut bytes: Vec<u8> = Vec::new();
+    loop {
+        bytes.reserve(ROOM);
+        let room = bytes.spare_capacity_mut();
+        // SAFETY: valid for writes of that length.
+        let len = unsafe { libc::read(file.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
+        match usize::try_from(len) {
+            Ok(0) => return Ok(bytes),
+            // SAFETY: the kernel has written so many.
+            Ok(len) => unsafe { bytes.set_len(bytes.len() + len) },
+            Err(_) if errno() == libc::EINTR => {}
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+/// The text of a file.
+pub(crate) fn read(path: &str) -> io::Result<String> {
+    let bytes = rest_of(open(path)?.as_fd())?;
+    String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// How large a file is; `None`: it is not there, or nobody says.
+pub(crate) fn file_size(path: &str) -> Option<u64> {
+    let path = c_path(path).ok()?;
+    // SAFETY: a struct of integers; valid for writes, and the path NUL-terminated.
+    unsafe {
+        let mut found: libc::stat = std::mem::zeroed();
+        (libc::stat(path.as_ptr(), &raw mut found) == 0).then_some(found.st_size as u64)
+    }
+}
+
+/// Where a symbolic link leads.
+pub(crate) fn link_of(path: &str) -> Option<String> {
+    let path = c_path(path).ok()?;
+    let mut target = vec![0; libc::PATH_MAX as usize];
+    // SAFETY: valid for writes of that length, and the path NUL-terminated.
+    let len = unsafe { libc::readlink(path.as_ptr(), target.as_mut_ptr().cast(), target.len()) };
+    Some(String::from_utf8_lossy(target.get(..usize::try_from(len).ok()?)?).into_owned())
+}
+
 /// A file in memory that holds a text, to be read from its beginning.
-pub(crate) fn file_of(text: &str) -> io::Result<File> {
+pub(crate) fn file_of(text: &str) -> io::Result<OwnedFd> {
     // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
     let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it is ours alone.
-    let mut file = unsafe { File::from_raw_fd(fd) };
-    file.write_all(text.as_bytes())?;
-    file.rewind()?;
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut left = text.as_bytes();
+    while !left.is_empty() {
+        // SAFETY: valid for reads of that length.
+        let len = unsafe { libc::write(fd, left.as_ptr().cast(), left.len()) };
+        left = usize::try_from(len).ok().and_then(|len| left.get(len..)).ok_or_else(io::Error::last_os_error)?;
+    }
+    rewind(file.as_fd());
     Ok(file)
+}
+
+fn rewind(file: BorrowedFd<'_>) {
+    // SAFETY: a plain system call; a file in memory can be.
+    unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_SET) };
 }
 
 /// What a program left behind.
@@ -209,11 +313,13 @@ pub(crate) struct Outcome {
 /// early does not end this process with SIGPIPE, and nothing waits for a full
 /// pipe. (`std::process::Command` brings several times the code.)
 pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outcome> {
-    let words: Vec<CString> =
-        std::iter::once(&program).chain(args).map(|word| CString::new(*word)).collect::<Result<_, _>>()?;
+    let mut words = vec![c_path(program)?];
+    for word in args {
+        words.push(c_path(word)?);
+    }
     let mut argv: Vec<*mut libc::c_char> = words.iter().map(|word| word.as_ptr().cast_mut()).collect();
     argv.push(ptr::null_mut());
-    let mut files = [file_of(input)?, file_of("")?, file_of("")?];
+    let files = [file_of(input)?, file_of("")?, file_of("")?];
     let pid = spawn(&argv, &files)?;
     let mut status = 0;
     // SAFETY: status is valid for writes.
@@ -223,12 +329,10 @@ pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outco
             return Err(error);
         }
     }
-    let [_, output, errors] = &mut files;
-    let read = |file: &mut File| {
-        let mut bytes = Vec::new();
-        file.rewind()?;
-        file.read_to_end(&mut bytes)?;
-        io::Result::Ok(bytes)
+    let [_, output, errors] = &files;
+    let read = |file: &OwnedFd| {
+        rewind(file.as_fd());
+        rest_of(file.as_fd())
     };
     let success = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
     Ok(Outcome { success, output: read(output)?, errors: read(errors)? })
@@ -236,7 +340,7 @@ pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outco
 
 /// Starts a program with these for its standard input, output and error, and
 /// with no signal blocked or, for SIGPIPE, ignored. The arguments end with NULL.
-fn spawn(argv: &[*mut libc::c_char], files: &[File; 3]) -> io::Result<libc::pid_t> {
+fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> io::Result<libc::pid_t> {
     unsafe extern "C" {
         static environ: *const *mut libc::c_char;
     }

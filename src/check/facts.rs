@@ -1,7 +1,5 @@
 //! What a check looks at, all of it gathered before anything is judged.
 
-use std::fs;
-
 use super::findings::Kind;
 use super::probes;
 use super::procfs::{self, Capabilities, Sysctls};
@@ -72,7 +70,7 @@ pub(super) struct Descriptors {
 
 impl Descriptors {
     fn of(pid: u32, soft: u64, hard: u64) -> Descriptors {
-        let used = fs::metadata(format!("/proc/{pid}/fd")).map(|data| data.len()).ok().filter(|used| *used > 0);
+        let used = sys::file_size(&format!("/proc/{pid}/fd")).filter(|used| *used > 0);
         Descriptors { pid, soft, hard, used }
     }
 }
@@ -97,7 +95,7 @@ impl Facts {
         if facts.sysctls.text("ipv4/ip_forward").is_none() {
             facts.unseen.push("sysctls: /proc/sys/net cannot be read".to_owned());
         }
-        let counted = fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
+        let counted = sys::read("/proc/thread-self/net/netstat").unwrap_or_default();
         facts.filtered_by_rp = procfs::netstat(&counted, "TcpExt", "IPReversePathFilter").unwrap_or(0);
         facts
     }
@@ -113,16 +111,15 @@ impl Facts {
     }
 
     fn look_at_process(&mut self) {
-        let status = fs::read_to_string("/proc/thread-self/status");
+        let status = sys::read("/proc/thread-self/status");
         let status = self.seen("capabilities: /proc/thread-self/status", status).unwrap_or_default();
         self.capabilities = Capabilities::parse(&status).unwrap_or_default();
-        let ids = fs::read_to_string("/proc/thread-self/uid_map").unwrap_or_default();
+        let ids = sys::read("/proc/thread-self/uid_map").unwrap_or_default();
         self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
-        let program = fs::read_link("/proc/self/exe").unwrap_or_else(|_| "PROGRAM".into());
-        self.program = program.to_string_lossy().into_owned();
+        self.program = sys::link_of("/proc/self/exe").unwrap_or_else(|| "PROGRAM".to_owned());
         let own = sys::descriptor_limits().map(|(soft, hard)| Descriptors::of(std::process::id(), soft, hard));
         self.descriptors.extend(own);
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let kernel = sys::read("/proc/sys/kernel/osrelease").unwrap_or_default();
         self.kernel = kernel.trim().to_owned();
     }
 
@@ -205,7 +202,7 @@ impl Facts {
         let tables = unread.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
         self.read_routes(tables);
         for owner in self.tables.iter().filter_map(|table| table.owner) {
-            let read = |what: &str| fs::read_to_string(format!("/proc/{owner}/{what}")).unwrap_or_default();
+            let read = |what: &str| sys::read(&format!("/proc/{owner}/{what}")).unwrap_or_default();
             if procfs::state_of(&read("stat")) == Some('T') {
                 self.stopped.push(owner);
             }
@@ -219,7 +216,7 @@ impl Facts {
 
     fn look_at_iptables(&mut self) {
         let installed = |name: &&str| {
-            ["/usr/sbin", "/sbin", "/usr/bin"].iter().any(|d| fs::exists(format!("{d}/{name}")).unwrap_or(false))
+            ["/usr/sbin", "/sbin", "/usr/bin"].iter().any(|d| sys::file_size(&format!("{d}/{name}")).is_some())
         };
         self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).collect();
         for family in Families::ALL.iter() {
@@ -243,7 +240,7 @@ impl Facts {
 fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let Err(error) = outcome else { return };
     let Some(module) = kind.cure.strip_prefix("modprobe ") else { return };
-    let read = |path: String| fs::read_to_string(path).unwrap_or_default();
+    let read = |path: String| sys::read(&path).unwrap_or_default();
     let config = read(format!("/boot/config-{kernel}"));
     let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
     let option = format!("CONFIG_{}", module.to_ascii_uppercase());

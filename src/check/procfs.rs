@@ -1,9 +1,7 @@
 //! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
 use crate::backend::seen::routing::Interface;
+use crate::{sort, sys};
 
 /// What this process may do (capabilities(7)).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -81,9 +79,15 @@ pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str,
 
 /// Sysctls below net, by their path: those of the namespace of this thread.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Sysctls(pub BTreeMap<String, String>);
+pub(super) struct Sysctls(Vec<(String, String)>);
 
 impl Sysctls {
+    /// These paths and values.
+    pub fn of(mut found: Vec<(String, String)>) -> Sysctls {
+        sort::unique(&mut found);
+        Sysctls(found)
+    }
+
     /// Those that are asked for and can be read, and what was seen of interfaces.
     pub fn read(interfaces: &[Interface]) -> Sysctls {
         const PATHS: [&str; 15] = [
@@ -104,19 +108,21 @@ impl Sysctls {
             "netfilter/nf_conntrack_max",
         ];
         let read = |path: &str| {
-            let text = std::fs::read_to_string(Path::new("/proc/sys/net").join(path)).ok()?;
+            let text = sys::read(&format!("/proc/sys/net/{path}")).ok()?;
             Some((path.to_owned(), text.trim().to_owned()))
         };
-        let of_interface = |interface: &Interface| {
-            let name = interface.name.clone();
-            let named = move |(switch, value): &(&str, u32)| (format!("ipv4/conf/{name}/{switch}"), value.to_string());
-            interface.switches.iter().map(named).collect::<Vec<_>>()
-        };
-        Sysctls(PATHS.into_iter().filter_map(read).chain(interfaces.iter().flat_map(of_interface)).collect())
+        let mut found: Vec<(String, String)> = PATHS.into_iter().filter_map(read).collect();
+        for Interface { name, switches, .. } in interfaces {
+            for (switch, value) in switches {
+                found.push((format!("ipv4/conf/{name}/{switch}"), value.to_string()));
+            }
+        }
+        Sysctls::of(found)
     }
 
     pub fn text(&self, path: &str) -> Option<&str> {
-        self.0.get(path).map(String::as_str)
+        let at = self.0.binary_search_by(|(known, _)| known.as_str().cmp(path)).ok()?;
+        self.0.get(at).map(|(_, value)| value.as_str())
     }
 
     pub fn number(&self, path: &str) -> Option<u64> {
@@ -192,7 +198,7 @@ mod tests {
             netstat(&format!("{a}: {text}\n{a}: {text}"), &a, &b);
             version(&text);
             availability(&text, &text, &text, &a, &b);
-            let sysctls = Sysctls([("ipv4/ip_local_port_range".to_owned(), text)].into());
+            let sysctls = Sysctls::of(vec![("ipv4/ip_local_port_range".to_owned(), text)]);
             sysctls.port_range();
             sysctls.on("ipv4/ip_local_port_range");
         }

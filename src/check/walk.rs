@@ -1,10 +1,9 @@
 //! A packet's way through other people's rules, as far as it can be told without the packet: what is sure, what may be.
 
-use std::collections::HashMap;
-
 use crate::backend::seen::filter::{Chain, Condition, Part, Rule, Verdict};
 use crate::backend::seen::routing::{self, Action, Route};
 use crate::model::{Family, Mark};
+use crate::sort;
 
 /// More rules than this are not walked through, for want of time.
 const STEPS_MAX: usize = 20_000;
@@ -70,23 +69,31 @@ pub(super) struct Outcome<'a> {
     pub effects: Vec<Effect<'a>>,
 }
 
-/// Chains by their names: a host of Kubernetes has thousands, and as many jumps.
+/// Chains, and their places in the order of their names: a host of Kubernetes has thousands, and as many jumps.
 #[derive(Debug)]
-pub(super) struct Chains<'a>(HashMap<(&'a str, &'a str, Option<Family>), Vec<&'a Chain>>);
+pub(super) struct Chains<'a> {
+    chains: &'a [Chain],
+    named: Vec<(Name<'a>, usize)>,
+}
+
+/// Table, name and family.
+type Name<'a> = (&'a str, &'a str, Option<Family>);
 
 impl<'a> Chains<'a> {
     pub fn new(chains: &'a [Chain]) -> Chains<'a> {
-        let mut named: HashMap<_, Vec<_>> = HashMap::new();
-        for chain in chains {
-            named.entry((chain.table.as_str(), chain.name.as_str(), chain.family)).or_default().push(chain);
-        }
-        Chains(named)
+        let name = |chain: &'a Chain| -> Name<'a> { (&chain.table, &chain.name, chain.family) };
+        let mut named = chains.iter().map(name).zip(0..).collect();
+        sort::unique(&mut named);
+        Chains { chains, named }
     }
 
     /// Where a jump leads. Tables of one name may be of both variants of iptables.
     fn called(&self, name: &str, from: &Chain) -> Option<&'a Chain> {
-        let same = |other: &&&Chain| other.origin == from.origin || from.hook.is_none() || other.hook.is_none();
-        self.0.get(&(from.table.as_str(), name, from.family))?.iter().find(same).copied()
+        let wanted: Name<'_> = (&from.table, name, from.family);
+        let first = self.named.partition_point(|(name, _)| *name < wanted);
+        let places = self.named.get(first..)?.iter().take_while(|(name, _)| *name == wanted);
+        let mut called = places.filter_map(|(_, place)| self.chains.get(*place));
+        called.find(|other| other.origin == from.origin || from.hook.is_none() || other.hook.is_none())
     }
 }
 

@@ -101,12 +101,17 @@ impl PrefixSet {
     /// touches, not to the set. A prefix that is there already may be added;
     /// one that is not there cannot be removed, and then nothing is changed.
     pub fn update(&mut self, add: &[Prefix], remove: &[Prefix]) -> Result<Change> {
-        let [add, remove]: [BTreeSet<Prefix>; 2] = [add, remove].map(|prefixes| prefixes.iter().copied().collect());
+        let [add, remove] = [add, remove].map(|prefixes| {
+            let mut prefixes = prefixes.to_vec();
+            sort::unique(&mut prefixes);
+            prefixes
+        });
+        let among = |prefix: &Prefix, prefixes: &[Prefix]| prefixes.binary_search(prefix).is_ok();
         let has = |prefix: &Prefix| self.half(prefix.family()).has(prefix);
-        if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !add.contains(prefix)) {
+        if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !among(prefix, &add)) {
             return Err(Error::with(libc::ENOENT, format_args!("prefix {prefix} to be removed is not in the set")));
         }
-        let added: Vec<Prefix> = add.difference(&remove).filter(|prefix| !has(prefix)).copied().collect();
+        let added: Vec<Prefix> = add.into_iter().filter(|prefix| !among(prefix, &remove) && !has(prefix)).collect();
         let removed: Vec<Prefix> = remove.into_iter().filter(has).collect();
         let (gone_4, new_4) = self.v4.change(Family::V4, &removed, &added);
         let (gone_6, new_6) = self.v6.change(Family::V6, &removed, &added);
@@ -211,7 +216,7 @@ impl Half {
         // As far as the ranges reach that it lies in or touches.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
         let mut windows: Vec<Range> = around.collect();
-        windows.sort_unstable_by_key(|range| range.first);
+        sort::by_key(&mut windows, |range| range.first);
         merged(windows.into_iter())
     }
 

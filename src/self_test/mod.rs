@@ -29,15 +29,10 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
         skipped(config, &plan, &mut found);
         Ok(found.0)
     };
-    let failed = |e: std::io::Error| Error::io(format_args!("starting a thread"), &e);
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("tp_self_test".to_owned());
-        // A program's signals are for its own threads.
-        let thread = sys::without_signals(|| thread.spawn_scoped(scope, worker)).map_err(failed)?;
-        let panicked =
-            |_| Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
-        thread.join().map_err(panicked)?
-    })
+    // A program's signals are for its own threads.
+    let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_self_test", worker));
+    let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
+    outcome.map_err(|e| Error::io(format_args!("starting a thread"), &e))?.ok_or_else(panicked)?
 }
 
 fn judge(probe: &Probe, found: &mut Findings) {

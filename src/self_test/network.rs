@@ -1,9 +1,8 @@
 //! Two networks that nobody else uses, joined.
 
-use std::fs::File;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use crate::backend::link::{self, Mac};
@@ -19,8 +18,8 @@ const LOOPBACK: u32 = 1;
 
 /// The two namespaces; this thread is inside. They end with their descriptors and sockets.
 pub(super) struct Network {
-    outside: File,
-    inside: File,
+    outside: OwnedFd,
+    inside: OwnedFd,
     link: u32,
     outside_link: u32,
 }
@@ -103,7 +102,7 @@ impl Network {
     }
 }
 
-fn unshared() -> Result<File> {
+fn unshared() -> Result<OwnedFd> {
     let failed = |e: io::Error| {
         let errno = e.raw_os_error().unwrap_or(libc::EIO);
         let cure = if errno == libc::EPERM {
@@ -114,7 +113,7 @@ fn unshared() -> Result<File> {
         Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{cure}"))
     };
     sys::unshare_network().map_err(failed)?;
-    File::open("/proc/thread-self/ns/net").map_err(failed)
+    sys::open("/proc/thread-self/ns/net").map_err(failed)
 }
 
 fn channel() -> Result<Channel> {

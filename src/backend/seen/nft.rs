@@ -2,7 +2,6 @@
 
 mod reader;
 
-use std::collections::HashMap;
 use std::io;
 
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
@@ -32,12 +31,9 @@ pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
         .filter_map(|p| parse_chain(p))
         .collect();
     // A host of Kubernetes has thousands of chains.
-    let whereabouts = |(family, chain): &(u8, Chain)| Whereabouts {
-        family: *family,
-        table: chain.table.clone(),
-        chain: chain.name.clone(),
-    };
-    let numbers: HashMap<Whereabouts, usize> = chains.iter().map(whereabouts).zip(0..).collect();
+    let names = |(family, chain): &(u8, Chain)| (*family, chain.table.clone(), chain.name.clone());
+    let mut numbers: Vec<_> = chains.iter().map(names).zip(0..).collect();
+    sort::unique(&mut numbers);
     let mut found = Vec::new();
     for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), &|_| {})? {
         if let Some((place, rule)) = parse_rule(&payload) {
@@ -59,7 +55,10 @@ pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
                 };
             }
         }
-        let of = numbers.get(&place).and_then(|number| chains.get_mut(*number));
+        let wanted = (place.family, &place.table, &place.chain);
+        let at = numbers.binary_search_by(|((family, table, chain), _)| (*family, table, chain).cmp(&wanted));
+        let number = at.ok().and_then(|at| numbers.get(at)).map(|(_, number): &(_, usize)| *number);
+        let of = number.and_then(|number| chains.get_mut(number));
         if let Some((_, chain)) = of {
             chain.rules.push(read.rule);
         }
@@ -117,7 +116,7 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
 }
 
 /// The chain that a rule is in.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug)]
 struct Whereabouts {
     family: u8,
     table: String,

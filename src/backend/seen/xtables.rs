@@ -118,7 +118,7 @@ pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
-    match std::fs::read_to_string(file) {
+    match sys::read(file) {
         Ok(text) => Some(text.lines().map(str::to_owned).collect()),
         // The kernel has none of it.
         Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Vec::new()),

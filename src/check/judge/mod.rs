@@ -257,7 +257,7 @@ mod tests {
                 routes,
                 tables,
                 listeners: Some(listeners),
-                sysctls: Sysctls(sysctls),
+                sysctls: Sysctls::of(sysctls.into_iter().collect()),
                 filtered_by_rp,
                 routed: Families::ALL,
                 features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
@@ -309,7 +309,7 @@ mod tests {
         let sysctls = [("ipv4/ip_forward", "1"), ("ipv4/conf/a;reboot/forwarding", "0")];
         let facts = Facts {
             interfaces: vec![interface],
-            sysctls: Sysctls(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+            sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).to_vec()),
             ..Facts::default()
         };
         let found = judge(&facts);
@@ -333,7 +333,7 @@ mod tests {
         let tracked = |count: &str| {
             let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
             Facts {
-                sysctls: Sysctls(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+                sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).to_vec()),
                 ..Facts::default()
             }
         };
