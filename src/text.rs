@@ -1,6 +1,6 @@
 //! Texts that are written where they go, without a `String` of their own on the way.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// What a closure writes.
 pub(crate) fn by(write: impl Fn(&mut fmt::Formatter<'_>) -> fmt::Result) -> impl fmt::Display {
@@ -13,4 +13,26 @@ pub(crate) fn by(write: impl Fn(&mut fmt::Formatter<'_>) -> fmt::Result) -> impl
     }
 
     By(write)
+}
+
+/// What is before a mark and behind it, where it is there. (The standard library's search brings several KB, for texts
+/// that are longer than any here.)
+pub(crate) fn split_once<'a>(text: &'a str, mark: &str) -> Option<(&'a str, &'a str)> {
+    let at = text.as_bytes().windows(mark.len()).position(|part| part == mark.as_bytes())?;
+    Some((text.get(..at)?, text.get(at + mark.len()..)?))
+}
+
+pub(crate) fn contains(text: &str, mark: &str) -> bool {
+    split_once(text, mark).is_some()
+}
+
+/// A name that somebody gave, for people: in quotes, and without control characters.
+pub(crate) fn quoted(name: &str) -> impl fmt::Display {
+    by(move |f| {
+        f.write_char('"')?;
+        for letter in name.chars() {
+            f.write_char(if letter.is_control() { '?' } else { letter })?;
+        }
+        f.write_char('"')
+    })
 }

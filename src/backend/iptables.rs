@@ -292,7 +292,7 @@ impl Found {
                     found.chains.push((table.clone(), chain.to_owned()));
                 }
             } else if let Some(rule) = line.strip_prefix("-A ")
-                && rule.contains(&marker)
+                && text::contains(rule, &marker)
             {
                 found.jumps.push((table.clone(), rule.to_owned()));
             }
@@ -392,7 +392,7 @@ impl Tool {
     /// The instances that have rules here: those whose jumps say so. A chain's name alone may be anybody's.
     pub fn instances(&self) -> Result<Vec<String>> {
         let marker = format!("--comment \"{}", comment(""));
-        let name = |line: &str| Some(line.split_once(&marker)?.1.split_once('"')?.0.to_owned());
+        let name = |line: &str| Some(text::split_once(line, &marker)?.1.split_once('"')?.0.to_owned());
         let mut names = self.saved()?.lines().filter_map(name).collect();
         sort::unique(&mut names);
         Ok(names)
@@ -403,7 +403,7 @@ impl Tool {
         let prefix = chain_name(instance, "");
         let save = self.run(&self.save, &["--counters"], "")?;
         let parse = |line: &str| {
-            let (counters, rule) = line.strip_prefix('[')?.split_once("] -A ")?;
+            let (counters, rule) = text::split_once(line.strip_prefix('[')?, "] -A ")?;
             let (packets, bytes) = counters.split_once(':')?;
             let (chain, rule) = rule.split_once(' ')?;
             let part = chain.strip_prefix(&prefix)?;
@@ -435,8 +435,10 @@ impl Tool {
         let words = String::from_utf8_lossy(&outcome.errors);
         let words = words.trim();
         let errno = match words {
-            words if words.contains("Permission denied") || words.contains("must be root") => libc::EPERM,
-            words if words.contains("No chain/target/match") || words.contains("not supported") => libc::EOPNOTSUPP,
+            words if text::contains(words, "Permission denied") || text::contains(words, "must be root") => libc::EPERM,
+            words if text::contains(words, "No chain/target/match") || text::contains(words, "not supported") => {
+                libc::EOPNOTSUPP
+            }
             _ => libc::EIO,
         };
         Err(Error::with(

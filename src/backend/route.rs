@@ -180,7 +180,7 @@ fn has_route(channel: &mut Channel, family: Family, table: u32) -> bool {
     let mut any = [0; 12];
     any[0] = family.nfproto();
     let ours = |route: &Vec<u8>| {
-        let number = |kind| wire::attribute(route.get(any.len()..)?, kind).and_then(|v| wire::u32_at(v, 0));
+        let number = |kind| wire::u32_of(route.get(any.len()..)?, kind);
         // `struct rtmsg`: the destination's length, the protocol, the type.
         matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, libc::RTN_LOCAL, ..]) && number(ROUTE_TABLE) == Some(table)
     };
@@ -439,8 +439,8 @@ fn encode_rule(attrs: &mut Attrs<'_>, priority: u32, kind: RuleKind, mark: Mark)
 fn parse_rule(family: Family, payload: &[u8]) -> Option<FoundRule> {
     let action = *payload.get(7)?;
     let attrs = payload.get(rule_header(family, 0).len()..)?;
-    let number = |kind| wire::attribute(attrs, kind).and_then(|v| wire::u32_at(v, 0));
-    let protocol = wire::attribute(attrs, RULE_PROTOCOL).and_then(|v| v.first().copied());
+    let number = |kind| wire::u32_of(attrs, kind);
+    let protocol = wire::u8_of(attrs, RULE_PROTOCOL);
     let kind = match action {
         ACT_GOTO => RuleKind::Goto(number(RULE_GOTO)?),
         ACT_TO_TABLE => RuleKind::Lookup(number(RULE_TABLE)?),

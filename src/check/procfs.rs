@@ -1,7 +1,7 @@
 //! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out.
 
 use crate::backend::seen::routing::Interface;
-use crate::{sort, sys};
+use crate::{sort, sys, text};
 
 /// What this process may do (capabilities(7)).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub(super) fn version(release: &str) -> Option<(u32, u32)> {
 pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str, module: &str) -> Option<&'static str> {
     let named = |line: &str| {
         let file = line.split(':').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-        file.split(".ko").next() == Some(module)
+        text::split_once(file, ".ko").map_or(file, |(name, _)| name) == module
     };
     let set = |value: &str| config.lines().any(|line| line == format!("{option}={value}"));
     if set("y") || builtin.lines().any(named) {

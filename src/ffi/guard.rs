@@ -4,8 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
 use std::fmt::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
-
-use once_cell::sync::OnceCell;
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 use crate::sys;
@@ -31,7 +30,7 @@ impl Write for Text {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let room = CAPACITY - 1 - self.len;
         let end = (0..=room.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        let text = &text[..end];
+        let text = text.get(..end).unwrap_or_default();
         // A NUL would end the sentence early.
         for (place, byte) in self.bytes[self.len..].iter_mut().zip(text.bytes()) {
             *place = if byte == 0 { b'?' } else { byte };
@@ -102,7 +101,7 @@ fn fail(error: Error) {
 /// What reported panics before us. Nothing here allocates: a program's first
 /// call costs no more system calls than the others.
 type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send>;
-static PREVIOUS_HOOK: OnceCell<Hook> = OnceCell::new();
+static PREVIOUS_HOOK: OnceLock<Hook> = OnceLock::new();
 
 fn silence_own_panics() -> Hook {
     let previous = panic::take_hook();

@@ -304,8 +304,8 @@ fn parse_error(message: &wire::Message<'_>) -> Option<Failure> {
     Some(Failure {
         seq: message.seq,
         errno,
-        text: wire::attribute(extension, TEXT).and_then(wire::string).map(str::to_owned),
-        offset: wire::attribute(extension, OFFSET).and_then(|v| wire::u32_at(v, 0)).map(|v| v as usize),
+        text: wire::string_of(extension, TEXT).map(str::to_owned),
+        offset: wire::u32_of(extension, OFFSET).map(|v| v as usize),
     })
 }
 

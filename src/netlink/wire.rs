@@ -189,8 +189,33 @@ fn attributes_at(bytes: &[u8]) -> impl Iterator<Item = (usize, u16, &[u8])> {
 }
 
 /// The value of the first attribute of a kind.
+#[inline(never)]
 pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
+}
+
+/// The first of a kind as a byte.
+#[inline(never)]
+pub(crate) fn u8_of(bytes: &[u8], kind: u16) -> Option<u8> {
+    attribute(bytes, kind)?.first().copied()
+}
+
+/// The first of a kind as a number, native-endian.
+#[inline(never)]
+pub(crate) fn u32_of(bytes: &[u8], kind: u16) -> Option<u32> {
+    u32_at(attribute(bytes, kind)?, 0)
+}
+
+/// The first of a kind as a number, big-endian.
+#[inline(never)]
+pub(crate) fn be32_of(bytes: &[u8], kind: u16) -> Option<u32> {
+    be32(attribute(bytes, kind)?)
+}
+
+/// The first of a kind as a string.
+#[inline(never)]
+pub(crate) fn string_of(bytes: &[u8], kind: u16) -> Option<&str> {
+    string(attribute(bytes, kind)?)
 }
 
 /// The attributes of a whole message whose family's own header has this length.

@@ -7,7 +7,7 @@ use super::config::{Config, Listener};
 use crate::error::{Error, Result};
 use crate::model::{Families, Family, Intercept, Mark, Mode, Plan, PortRange, Protocol, Protocols};
 use crate::prefix::{Prefix, PrefixSet};
-use crate::sort;
+use crate::{sort, text};
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
@@ -138,7 +138,10 @@ fn interfaces(names: &[String]) -> Result<Vec<String>> {
             && !name.contains(|c: char| c == '/' || c == ':' || c == '"' || c.is_whitespace() || c.is_control())
     };
     if let Some(bad) = names.iter().find(|name| !valid(name)) {
-        return Err(Error::invalid_with(format_args!("interfaces: {bad:?} cannot be an interface's name")));
+        return Err(Error::invalid_with(format_args!(
+            "interfaces: {} cannot be an interface's name",
+            text::quoted(bad)
+        )));
     }
     let mut names = names.to_vec();
     sort::unique(&mut names);
@@ -154,7 +157,8 @@ pub(super) fn name(name: &str) -> Result<String> {
         Ok(name.to_owned())
     } else {
         Err(Error::invalid_with(format_args!(
-            "name {name:?}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)"
+            "name {}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)",
+            text::quoted(name)
         )))
     }
 }

@@ -97,11 +97,11 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     const USERDATA: u16 = 6;
     const OWNER: u16 = 7;
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
-    let flags = wire::attribute(attrs, FLAGS).and_then(wire::be32).unwrap_or(0);
+    let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
-        name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
+        name: wire::string_of(attrs, NAME)?.to_owned(),
         place: comment.and_then(Place::parse),
-        owner: wire::attribute(attrs, OWNER).and_then(wire::be32).map(channel::process_of_port),
+        owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
         persistent: flags & super::transaction::PERSIST != 0,
     })
 }
@@ -120,7 +120,7 @@ pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
     const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
-        Ok(dumped.iter().filter_map(|attrs| Some(wire::string(wire::attribute(attrs, name)?)?.to_owned())).collect())
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).collect())
     };
     Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
 }
@@ -136,7 +136,7 @@ pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>>
     const BYTES: u16 = 1;
     const PACKETS: u16 = 2;
     let parse = |attrs: &Vec<u8>| {
-        let name = wire::attribute(attrs, NAME).and_then(wire::string)?;
+        let name = wire::string_of(attrs, NAME)?;
         let data = wire::attribute(attrs, DATA)?;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
         Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
@@ -153,7 +153,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::io(format_args!("nft list table inet {table}"), &e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
-    Ok(attrs.filter(|attrs| wire::attribute(attrs, TABLE).and_then(wire::string) == Some(table)).collect())
+    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).collect())
 }
 
 #[cfg(test)]

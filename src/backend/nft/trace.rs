@@ -97,8 +97,8 @@ fn parse(payload: &[u8]) -> Option<Step> {
     const OF_RULE: u32 = 3;
     const DROP: u32 = 0;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let number = |kind| wire::attribute(attrs, kind).and_then(wire::be32);
-    let text = |kind| Some(wire::attribute(attrs, kind).and_then(wire::string)?.to_owned());
+    let number = |kind| wire::be32_of(attrs, kind);
+    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
     let verdict = wire::attribute(attrs, VERDICT).and_then(|v| wire::attribute(v, 1)).and_then(wire::be32);
     let family = number(NFPROTO)?;
     // RFC 791: the protocol is the 10th byte; RFC 8200: the next header is the 7th.

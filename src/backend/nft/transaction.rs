@@ -153,7 +153,7 @@ fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
         Some(expression) => write!(f, ", at `{expression}`"),
         None => Ok(()),
     });
-    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
+    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", text::contains(step, " table inet "));
     let (before, cure) = cure.map_or(("", ""), |cure| ("; ", cure));
     Error::with(errno, format_args!("{step}: {failure}{at}{before}{cure}"))
 }
@@ -196,7 +196,7 @@ fn expression_at(message: &[u8], offset: Option<usize>) -> Option<&str> {
     let (index, _) = path.get(1)?;
     let list = wire::attribute(wire::body(message, header(0, 0).len()), EXPRESSIONS)?;
     let (_, expression) = wire::attributes(list).nth(*index)?;
-    wire::attribute(expression, NAME).and_then(wire::string)
+    wire::string_of(expression, NAME)
 }
 
 impl Change<'_> {

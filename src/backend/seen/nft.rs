@@ -99,14 +99,14 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
     let nfproto = *payload.first()?;
     let family = family_of(nfproto)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::attribute(attrs, kind).and_then(wire::string)?.to_owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
     let (table, name) = (text(TABLE)?, text(NAME)?);
     let hook = wire::attribute(attrs, HOOK).and_then(|hook| {
-        let number = |kind| wire::attribute(hook, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(hook, kind);
         Some(Hook { place: Place::of_number(number(HOOK_NUMBER)?)?, priority: number(HOOK_PRIORITY)? as i32 })
     });
     // NF_DROP is 0.
-    let drops = hook.is_some() && wire::attribute(attrs, POLICY).and_then(wire::be32) == Some(0);
+    let drops = hook.is_some() && wire::be32_of(attrs, POLICY) == Some(0);
     let shouts = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase());
     let origin = match hook {
         Some(_) if !shouts(&name) => Origin::Nft,
@@ -131,7 +131,7 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     let family = *payload.first()?;
     family_of(family)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::attribute(attrs, kind).and_then(wire::string)?.to_owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
     let place = Whereabouts { family, table: text(TABLE)?, chain: text(CHAIN)? };
     let mut reader = Reader::default();
     for (_, expression) in wire::attributes(wire::attribute(attrs, EXPRESSIONS).unwrap_or_default()) {
@@ -161,7 +161,7 @@ fn parse_elements(attrs: &[u8]) -> Vec<(Vec<u8>, bool)> {
     const END: u32 = 1;
     let element = |(_, element): (u16, &[u8])| {
         let key = wire::attribute(wire::attribute(element, 1)?, 1)?.to_vec();
-        let flags = wire::attribute(element, FLAGS).and_then(wire::be32).unwrap_or(0);
+        let flags = wire::be32_of(element, FLAGS).unwrap_or(0);
         Some((key, flags & END != 0))
     };
     wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).collect()

@@ -65,17 +65,17 @@ pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rul
 
 fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
     let attrs = payload.get(12..)?;
-    let number = |kind| wire::attribute(attrs, kind).and_then(|v| wire::u32_at(v, 0));
+    let number = |kind| wire::u32_of(attrs, kind);
     let has = |kind| wire::attribute(attrs, kind).is_some();
-    let text = |kind| wire::attribute(attrs, kind).and_then(wire::string).map(str::to_owned);
+    let text = |kind| wire::string_of(attrs, kind).map(str::to_owned);
     let tos = *payload.get(3)?;
     // Without a prefix there is no suppression: the kernel says all ones.
     let suppresses = number(SUPPRESS_PREFIX).is_some_and(|len| len != u32::MAX);
-    let by_interface = has(OIF) || wire::attribute(attrs, L3MDEV).is_some_and(|v| v.first() == Some(&1));
+    let by_interface = has(OIF) || wire::u8_of(attrs, L3MDEV) == Some(1);
     Some(Rule {
         family,
         priority: number(PRIORITY).unwrap_or(0),
-        protocol: wire::attribute(attrs, PROTOCOL).and_then(|v| v.first().copied()).unwrap_or(0),
+        protocol: wire::u8_of(attrs, PROTOCOL).unwrap_or(0),
         action: match *payload.get(7)? {
             ACT_TO_TABLE => Action::Lookup(number(TABLE).unwrap_or(u32::from(*payload.get(4)?))),
             ACT_GOTO => Action::Goto(number(GOTO)?),
@@ -136,7 +136,7 @@ fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
         }),
         (_, None) => return None,
     };
-    let table = wire::attribute(attrs, ROUTE_TABLE).and_then(|v| wire::u32_at(v, 0));
+    let table = wire::u32_of(attrs, ROUTE_TABLE);
     Some(Route {
         family,
         table: table.unwrap_or(u32::from(*payload.get(4)?)),
@@ -182,15 +182,15 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
     const IPV4: u16 = libc::AF_INET as u16;
     const CONF: u16 = 1;
     let attrs = payload.get(16..)?;
-    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string(wire::attribute(info, KIND)?));
+    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string_of(info, KIND));
     let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
     let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
-        name: wire::attribute(attrs, NAME).and_then(wire::string)?.to_owned(),
+        name: wire::string_of(attrs, NAME)?.to_owned(),
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
         kind: kind.unwrap_or_default().to_owned(),
-        master: wire::attribute(attrs, MASTER).and_then(|v| wire::u32_at(v, 0)).unwrap_or(0),
+        master: wire::u32_of(attrs, MASTER).unwrap_or(0),
         switches: SWITCHES.into_iter().filter_map(switch).collect(),
     })
 }

@@ -81,7 +81,7 @@ fn parse(protocol: Protocol, payload: &[u8]) -> Option<Listener> {
         Family::V6 => IpAddr::from(<[u8; 16]>::try_from(source).ok()?),
     };
     let attrs = payload.get(LEN..)?;
-    let flag = |kind| wire::attribute(attrs, kind).and_then(|value| value.first().copied());
+    let flag = |kind| wire::u8_of(attrs, kind);
     Some(Listener {
         family,
         protocol,

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::backend::iptables::{self, Tool};
+use crate::text;
 
 impl Rules {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
@@ -66,7 +67,7 @@ pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<
         for (part, rule, packets, bytes) in Tool::choose(family).counters(instance)? {
             let count = match part.as_str() {
                 "i" => &mut stats.intercepted,
-                "d" if rule.contains("-j MARK") => &mut stats.diverted,
+                "d" if text::contains(&rule, "-j MARK") => &mut stats.diverted,
                 "p" if rule.ends_with("-j DROP") => &mut stats.guarded,
                 _ => continue,
             };

@@ -57,9 +57,9 @@ const AT_LEAST: u32 = 5;
 
 impl Reader {
     pub fn expression(&mut self, expression: &[u8]) {
-        let Some(name) = wire::attribute(expression, 1).and_then(wire::string) else { return };
+        let Some(name) = wire::string_of(expression, 1) else { return };
         let data = wire::attribute(expression, 2).unwrap_or_default();
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let parts = &mut self.read.rule.parts;
         match name {
             "immediate" => self.immediate(data),
@@ -115,14 +115,14 @@ impl Reader {
         const JUMP: i32 = -3;
         const GOTO: i32 = -4;
         const RETURN: i32 = -5;
-        let register = wire::attribute(data, 1).and_then(wire::be32);
+        let register = wire::be32_of(data, 1);
         let Some(value) = wire::attribute(data, 2) else { return };
         if let Some(constant) = wire::attribute(value, 1) {
             return self.load(register, Some(Value::Constant(constant.to_vec())));
         }
         let Some(verdict) = wire::attribute(value, 2) else { return };
-        let chain = || wire::attribute(verdict, 2).and_then(wire::string).unwrap_or_default().to_owned();
-        let verdict = match wire::attribute(verdict, 1).and_then(wire::be32).map(|code| code as i32) {
+        let chain = || wire::string_of(verdict, 2).unwrap_or_default().to_owned();
+        let verdict = match wire::be32_of(verdict, 1).map(|code| code as i32) {
             Some(ACCEPT) => Verdict::Accept,
             Some(DROP) => Verdict::Drop,
             Some(RETURN) => Verdict::Return,
@@ -140,7 +140,7 @@ impl Reader {
         const IIFNAME: u32 = 6;
         const NFPROTO: u32 = 15;
         const L4PROTO: u32 = 16;
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let key = number(2);
         if let Some(source) = number(3) {
             if key == Some(MARK) {
@@ -165,7 +165,7 @@ impl Reader {
     }
 
     fn bitwise(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let operand = |kind| wire::attribute(wire::attribute(data, kind)?, 1).and_then(|v| wire::u32_at(v, 0));
         let value = number(1).and_then(|source| value_in(&self.registers, source).cloned());
         // NFT_BITWISE_MASK_XOR is 0; shifts and operations on two registers are too much.
@@ -182,7 +182,7 @@ impl Reader {
     }
 
     fn compare(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let constant = wire::attribute(data, 3).and_then(|value| wire::attribute(value, 1)).unwrap_or_default();
         let operation = number(2);
         let value = number(1).and_then(|source| value_in(&self.registers, source));
@@ -199,14 +199,14 @@ impl Reader {
 
     fn lookup(&mut self, data: &[u8]) {
         const INVERTED: u32 = 1;
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let value = number(2).and_then(|source| value_in(&self.registers, source));
         let condition = match value {
             Some(Value::Connection { .. } | Value::Tracked) => Condition::Connection { states: None },
             _ => Condition::Other,
         };
         let parts = &mut self.read.rule.parts;
-        if let (Some(Value::DestinationPort), Some(set)) = (value, wire::attribute(data, 1).and_then(wire::string)) {
+        if let (Some(Value::DestinationPort), Some(set)) = (value, wire::string_of(data, 1)) {
             self.read.port_sets.push((parts.len(), set.to_owned()));
         }
         let inverted = number(5).unwrap_or(0) & INVERTED != 0;
@@ -219,7 +219,7 @@ impl Reader {
     }
 
     fn tproxy(&mut self, data: &[u8]) {
-        let number = |kind| wire::attribute(data, kind).and_then(wire::be32);
+        let number = |kind| wire::be32_of(data, kind);
         let family = number(1).and_then(|n| family_of(u8::try_from(n).ok()?)).flatten();
         let addr = number(2).and_then(|r| address(&self.constant(Some(r))?));
         let Some(port) = self.constant(number(3)).as_deref().and_then(port) else { return };
@@ -290,7 +290,7 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 fn xt_name(data: &[u8]) -> &str {
-    wire::attribute(data, 1).and_then(wire::string).unwrap_or_default()
+    wire::string_of(data, 1).unwrap_or_default()
 }
 
 fn xt_info(data: &[u8]) -> &[u8] {
