@@ -14,20 +14,18 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// What went wrong: which step, why, and the cure where one is known.
 ///
-/// Making one on a hot path (sockets, original destinations) allocates
-/// nothing; its text is rendered when it is displayed.
+/// Making one that happens all the time (there is nothing to be received) allocates nothing; its text is rendered when
+/// it is displayed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Error {
-    errno: i32,
-    what: What,
-}
+pub struct Error(What);
 
+/// Two words: errors are handed on by every function of this crate, and hardly ever made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum What {
     /// The whole sentence.
-    Sentence(Cow<'static, str>),
+    Sentence { errno: i32, sentence: Box<Cow<'static, str>> },
     /// A system call on a socket; the errno is the kernel's.
-    Socket { step: Step, ends: Ends },
+    Socket { errno: i32, step: Step, ends: Option<Box<Ends>> },
 }
 
 /// The system call on a socket that failed.
@@ -61,14 +59,14 @@ impl Error {
     #[cold]
     #[inline(never)]
     pub(crate) fn new(errno: i32, sentence: &'static str) -> Self {
-        Error { errno, what: What::Sentence(Cow::Borrowed(sentence)) }
+        Error(What::Sentence { errno, sentence: Box::new(Cow::Borrowed(sentence)) })
     }
 
     /// The same, of a sentence with particulars.
     #[cold]
     #[inline(never)]
     pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
-        Error { errno, what: What::Sentence(Cow::Owned(sentence.to_string())) }
+        Error(What::Sentence { errno, sentence: Box::new(Cow::Owned(sentence.to_string())) })
     }
 
     /// A bad value: EINVAL.
@@ -92,12 +90,15 @@ impl Error {
     #[cold]
     #[inline(never)]
     pub(crate) fn socket(step: Step, ends: Ends, cause: &io::Error) -> Self {
-        Error { errno: errno_of(cause), what: What::Socket { step, ends } }
+        let ends = (ends != Ends::default()).then(|| Box::new(ends));
+        Error(What::Socket { errno: errno_of(cause), step, ends })
     }
 
     /// The errno value, as in `errno(3)`.
     pub fn errno(&self) -> i32 {
-        self.errno
+        match self.0 {
+            What::Sentence { errno, .. } | What::Socket { errno, .. } => errno,
+        }
     }
 }
 
@@ -107,18 +108,19 @@ pub(crate) fn errno_of(error: &io::Error) -> i32 {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.what {
-            What::Sentence(sentence) => f.write_str(sentence),
-            What::Socket { step, ends } => {
+        match &self.0 {
+            What::Sentence { sentence, .. } => f.write_str(sentence),
+            What::Socket { errno, step, ends } => {
                 f.write_str(step.call())?;
+                let ends = ends.as_deref().copied().unwrap_or_default();
                 if let Some(local) = ends.local {
                     write!(f, " from {}", SocketAddr::from(local))?;
                 }
                 if let Some(remote) = ends.remote {
                     write!(f, " to {}", SocketAddr::from(remote))?;
                 }
-                write!(f, ": {}", sys::Describe(self.errno))?;
-                match step.cure(self.errno) {
+                write!(f, ": {}", sys::Describe(*errno))?;
+                match step.cure(*errno) {
                     Some(cure) => write!(f, "; {cure}"),
                     None => Ok(()),
                 }
@@ -131,7 +133,7 @@ impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
-        io::Error::new(io::Error::from_raw_os_error(error.errno).kind(), error)
+        io::Error::new(io::Error::from_raw_os_error(error.errno()).kind(), error)
     }
 }
 

@@ -11,7 +11,7 @@ use super::raw;
 use super::source::{self, Key, Sources, Way};
 use crate::address::canonical;
 use crate::error::Result;
-use crate::sys;
+use crate::{sort, sys};
 
 /// How a [`Replier`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +171,7 @@ impl Replier {
                 Err(errno) => errors[number] = errno,
             }
         }
-        order[..len].sort_unstable();
+        sort::few(&mut order[..len]);
         let batch = Batch { datagrams, flows: &flows, flags: self.flags };
         let mut raw = [Group::EMPTY; 2];
         for group in order[..len].chunk_by(|a, b| Key::and_number(*a).0 == Key::and_number(*b).0) {
