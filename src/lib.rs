@@ -24,6 +24,7 @@ pub mod check;
 pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;
+mod list;
 mod model;
 mod netlink;
 mod orig_dst;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::Family;
 
 mod set;
@@ -116,7 +117,7 @@ fn host_mask(family: Family, len: u8) -> u128 {
 fn without(list: &[Range], other: &[Range]) -> Vec<Range> {
     let in_other =
         |range: &Range| other.binary_search_by_key(&range.first, |r| r.first).is_ok_and(|i| other[i] == *range);
-    list.iter().filter(|range| !in_other(range)).copied().collect()
+    list.iter().filter(|range| !in_other(range)).copied().list()
 }
 
 /// Ranges in order, with those made one that overlap or touch.

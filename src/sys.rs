@@ -10,6 +10,7 @@ use std::ptr;
 use socket2::SockAddr;
 
 use crate::address::KernelAddr;
+use crate::list::List;
 
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
@@ -317,7 +318,7 @@ pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outco
     for word in args {
         words.push(c_path(word)?);
     }
-    let mut argv: Vec<*mut libc::c_char> = words.iter().map(|word| word.as_ptr().cast_mut()).collect();
+    let mut argv: Vec<*mut libc::c_char> = words.iter().map(|word| word.as_ptr().cast_mut()).list();
     argv.push(ptr::null_mut());
     let files = [file_of(input)?, file_of("")?, file_of("")?];
     let pid = spawn(&argv, &files)?;

@@ -9,6 +9,7 @@ use std::fmt::{self, Write};
 use std::net::IpAddr;
 
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
 use crate::prefix::PrefixSet;
 use crate::{sort, sys, text};
@@ -146,7 +147,7 @@ impl Builder<'_> {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
         let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
-        let guarded: Vec<Intercept> = self.plan.guarded().collect();
+        let guarded: Vec<Intercept> = self.plan.guarded().list();
         for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
             let Intercept { protocol, port, .. } = listener;
             let to = option("-d", listener);
@@ -312,7 +313,7 @@ impl Found {
 fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
     let mut text = String::new();
     let found_in = found.chains.iter().chain(&found.jumps).map(|(table, _)| table.clone());
-    let mut names: Vec<String> = wanted.iter().map(|table| table.name.to_owned()).chain(found_in).collect();
+    let mut names: Vec<String> = wanted.iter().map(|table| table.name.to_owned()).chain(found_in).list();
     sort::unique(&mut names);
     for table_name in names {
         // Writing to a String does not fail.
@@ -320,7 +321,7 @@ fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
         let stale = found.chains.iter().filter(|(table, _)| *table == table_name).map(|(_, chain)| chain);
         let table = wanted.iter().find(|table| table.name == table_name);
         let chains = table.map_or(&[][..], |table| &table.chains);
-        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).collect();
+        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).list();
         // To declare a chain makes it, or empties it.
         for chain in chains.iter().map(|chain| &chain.name).chain(gone.iter().copied()) {
             let _ = writeln!(text, ":{chain} - [0:0]");
@@ -393,7 +394,7 @@ impl Tool {
     pub fn instances(&self) -> Result<Vec<String>> {
         let marker = format!("--comment \"{}", comment(""));
         let name = |line: &str| Some(text::split_once(line, &marker)?.1.split_once('"')?.0.to_owned());
-        let mut names = self.saved()?.lines().filter_map(name).collect();
+        let mut names = self.saved()?.lines().filter_map(name).list();
         sort::unique(&mut names);
         Ok(names)
     }
@@ -409,7 +410,7 @@ impl Tool {
             let part = chain.strip_prefix(&prefix)?;
             Some((part.to_owned(), rule.to_owned(), packets.parse().ok()?, bytes.parse().ok()?))
         };
-        Ok(save.lines().filter_map(parse).collect())
+        Ok(save.lines().filter_map(parse).list())
     }
 
     fn restored(&self, text: &str) -> Result<()> {

@@ -23,6 +23,7 @@
 use std::fmt;
 
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::{Families, Family, Mark};
 use crate::netlink::wire::{self, Attrs, Buffer};
 use crate::netlink::{Channel, Failure};
@@ -152,7 +153,7 @@ pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRu
         // A route of ours may be there without its rules: somebody deleted those.
         Err(error) if error.errno() == libc::EEXIST => {
             let is_route = |entry: &&Entry| matches!(entry, Entry::Route { .. });
-            let routes: Vec<Entry> = entries.iter().filter(is_route).copied().collect();
+            let routes: Vec<Entry> = entries.iter().filter(is_route).copied().list();
             delete_entries(channel, &routes)?;
             add_entries(channel, &entries).map(drop)
         }
@@ -216,19 +217,19 @@ pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
 pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &[u32]) -> Result<()> {
     let tables = rules.iter().filter_map(FoundRule::table).filter(|table| !in_use.contains(table));
     let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
-    delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).collect::<Vec<_>>())
+    delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).list())
 }
 
 /// Deletes the routes of families that the routing does not serve.
 pub(crate) fn delete_routes_without(channel: &mut Channel, routing: &Routing) -> Result<()> {
     let unserved = Families::ALL.iter().filter(|family| !routing.families.contains(*family));
-    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).collect();
+    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).list();
     delete_entries(channel, &routes)
 }
 
 /// Deletes entries, the last first; those that are gone already are no error.
 pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
-    let backwards: Vec<Entry> = entries.iter().rev().copied().collect();
+    let backwards: Vec<Entry> = entries.iter().rev().copied().list();
     // ENOENT: no such rule. ESRCH: no such route or table. EAFNOSUPPORT, EOPNOTSUPP: no such family here.
     let gone = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
     let outcome = send(channel, &backwards, Operation::Delete, |_, failure| gone.contains(&failure.errno))?;
@@ -262,7 +263,7 @@ fn entries(routing: &Routing) -> Vec<Entry> {
     let rules = families.iter().flat_map(|family| {
         rules.clone().into_iter().map(move |(priority, kind, mark)| Entry::Rule { family, priority, kind, mark })
     });
-    routes.chain(rules).collect()
+    routes.chain(rules).list()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use crate::backend::seen::routing::{Action, Interface, Route, Rule};
 use crate::backend::seen::sockets::Listener;
 use crate::backend::seen::{nft, routing, sockets, xtables};
 use crate::error::Error;
+use crate::list::List;
 use crate::model::{Families, Family};
 use crate::netlink::Channel;
 use crate::sys;
@@ -145,7 +146,7 @@ impl Facts {
         for rule in &self.rules {
             if let Action::Lookup(table) = rule.action
                 && table != LOCAL_TABLE
-                && table != libc::RT_TABLE_MAIN.into()
+                && table != u32::from(libc::RT_TABLE_MAIN)
                 && !tables.contains(&(rule.family, table))
             {
                 tables.push((rule.family, table));
@@ -199,7 +200,7 @@ impl Facts {
         // Where others have deleted all rules that lead there, the routes have not been read.
         let places = self.tables.iter().filter_map(|table| Some(table.place?.table));
         let unread = places.filter(|table| self.routes.iter().all(|route| route.table != *table));
-        let tables = unread.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
+        let tables = unread.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).list();
         self.read_routes(tables);
         for owner in self.tables.iter().filter_map(|table| table.owner) {
             let read = |what: &str| sys::read(&format!("/proc/{owner}/{what}")).unwrap_or_default();
@@ -218,7 +219,7 @@ impl Facts {
         let installed = |name: &&str| {
             ["/usr/sbin", "/sbin", "/usr/bin"].iter().any(|d| sys::file_size(&format!("{d}/{name}")).is_some())
         };
-        self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).collect();
+        self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).list();
         for family in Families::ALL.iter() {
             let Some(tables) = xtables::legacy_tables(family) else {
                 self.unseen.push(format!("legacy {family} iptables: only root may look"));

@@ -6,6 +6,7 @@ use crate::backend::iptables;
 use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::route::RULES;
 use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, Rule};
+use crate::list::List;
 use crate::model::{Families, Family, Mark};
 
 /// An instance of this library.
@@ -64,11 +65,11 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain]) -> Vec<Instance> {
         let (name, mut place) = (table::instance_of(&table.name)?, table.place?);
         // Anybody may write such a comment; four preferences in a row there must be.
         place.priority = place.priority.min(u32::MAX - RULES);
-        let own: Vec<&Chain> = chains.iter().filter(|chain| owner_of(chain) == Some(name)).collect();
+        let own: Vec<&Chain> = chains.iter().filter(|chain| owner_of(chain) == Some(name)).list();
         let by_iptables = own.iter().all(|chain| chain.origin != Origin::Nft);
         let in_chain = |wanted: &[&str]| {
             let named = own.iter().filter(|chain| wanted.contains(&part_of(chain, name)));
-            named.flat_map(|chain| &chain.rules).collect::<Vec<_>>()
+            named.flat_map(|chain| &chain.rules).list()
         };
         Some(Instance {
             name: name.to_owned(),
@@ -82,7 +83,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain]) -> Vec<Instance> {
             by_iptables,
         })
     };
-    tables.iter().filter_map(instance).collect()
+    tables.iter().filter_map(instance).list()
 }
 
 /// What the chain is for: its name, without what iptables puts before.
@@ -187,7 +188,7 @@ const MANGLE: i32 = -150;
 
 /// The ports in an instance's base chains: not that of the listener, which is guarded there.
 fn ports_of_instance(chains: &[Chain], instance: &str) -> Option<Vec<(u16, u16)>> {
-    let ports: Vec<_> = leading_on(chains, instance).filter_map(ports_of).flatten().collect();
+    let ports: Vec<_> = leading_on(chains, instance).filter_map(ports_of).flatten().list();
     (!ports.is_empty()).then_some(ports)
 }
 

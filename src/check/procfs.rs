@@ -1,6 +1,7 @@
 //! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out.
 
 use crate::backend::seen::routing::Interface;
+use crate::list::List;
 use crate::{sort, sys, text};
 
 /// What this process may do (capabilities(7)).
@@ -111,7 +112,7 @@ impl Sysctls {
             let text = sys::read(&format!("/proc/sys/net/{path}")).ok()?;
             Some((path.to_owned(), text.trim().to_owned()))
         };
-        let mut found: Vec<(String, String)> = PATHS.into_iter().filter_map(read).collect();
+        let mut found: Vec<(String, String)> = PATHS.into_iter().filter_map(read).list();
         for Interface { name, switches, .. } in interfaces {
             for (switch, value) in switches {
                 found.push((format!("ipv4/conf/{name}/{switch}"), value.to_string()));

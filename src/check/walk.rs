@@ -2,6 +2,7 @@
 
 use crate::backend::seen::filter::{Chain, Condition, Part, Rule, Verdict};
 use crate::backend::seen::routing::{self, Action, Route};
+use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::sort;
 
@@ -82,7 +83,7 @@ type Name<'a> = (&'a str, &'a str, Option<Family>);
 impl<'a> Chains<'a> {
     pub fn new(chains: &'a [Chain]) -> Chains<'a> {
         let name = |chain: &'a Chain| -> Name<'a> { (&chain.table, &chain.name, chain.family) };
-        let mut named = chains.iter().map(name).zip(0..).collect();
+        let mut named = chains.iter().map(name).zip(0..).list();
         sort::unique(&mut named);
         Chains { chains, named }
     }

@@ -8,6 +8,7 @@ use libc::{sockaddr, socklen_t};
 
 use super::arg;
 use crate::error::{Error, Result};
+use crate::list;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
 
 /// Only bring packets to transparent sockets that they belong to: listeners
@@ -289,7 +290,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
             let listener = unsafe { arg::fd(*fd) }.and_then(|fd| Listener::from_fd(fd, mode));
             listener.map_err(|e| Error::with(e.errno(), format_args!("listeners[{index}], descriptor {fd}: {e}")))
         };
-        return fds.iter().enumerate().map(listener).collect();
+        return list::all(fds.iter().enumerate().map(listener));
     }
     if !fds.is_empty() {
         return Err(Error::invalid("listeners and listen_addr: one or the other"));
@@ -299,7 +300,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
     let tcp_alone = Protocols { tcp: true, udp: false };
     let protocols = if protocols == Protocols::default() { tcp_alone } else { protocols };
     let asked = [(protocols.tcp, Protocol::Tcp), (protocols.udp, Protocol::Udp)];
-    asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)).collect()
+    list::all(asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)))
 }
 
 /// # Safety
@@ -323,7 +324,7 @@ pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -
         }
         Prefix::new(addr, item.len).map_err(|e| Error::with(e.errno(), format_args!("{what}[{index}]: {e}")))
     };
-    items.iter().enumerate().map(prefix).collect()
+    list::all(items.iter().enumerate().map(prefix))
 }
 
 /// # Safety
@@ -336,7 +337,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
         let name = unsafe { arg::text(what, *item) }?;
         Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
     };
-    items.iter().map(name).collect()
+    list::all(items.iter().map(name))
 }
 
 /// Refuses values that mean nothing, and what this version cannot do.

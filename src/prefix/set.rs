@@ -12,6 +12,7 @@ use std::net::IpAddr;
 
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::{Families, Family};
 use crate::sort;
 
@@ -111,8 +112,8 @@ impl PrefixSet {
         if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !among(prefix, &add)) {
             return Err(Error::with(libc::ENOENT, format_args!("prefix {prefix} to be removed is not in the set")));
         }
-        let added: Vec<Prefix> = add.into_iter().filter(|prefix| !among(prefix, &remove) && !has(prefix)).collect();
-        let removed: Vec<Prefix> = remove.into_iter().filter(has).collect();
+        let added: Vec<Prefix> = add.into_iter().filter(|prefix| !among(prefix, &remove) && !has(prefix)).list();
+        let removed: Vec<Prefix> = remove.into_iter().filter(has).list();
         let (gone_4, new_4) = self.v4.change(Family::V4, &removed, &added);
         let (gone_6, new_6) = self.v6.change(Family::V6, &removed, &added);
         Ok(Change { added, removed, gone: [gone_4, gone_6], new: [new_4, new_6] })
@@ -129,7 +130,7 @@ impl PrefixSet {
     /// the work.
     pub fn regrouped(&self) -> Option<PrefixSet> {
         let outgrown = Families::ALL.iter().any(|family| self.half(family).is_outgrown());
-        outgrown.then(|| PrefixSet::new(&Families::ALL.iter().flat_map(|family| self.of(family)).collect::<Vec<_>>()))
+        outgrown.then(|| PrefixSet::new(&Families::ALL.iter().flat_map(|family| self.of(family)).list()))
     }
 
     fn half(&self, family: Family) -> &Half {
@@ -151,7 +152,7 @@ impl Half {
             let networks = prefixes.clone().filter(|prefix| prefix.len == *len);
             (*len, networks.copied().collect())
         });
-        let mut half = Half { hashed: hashed.collect(), ..Half::default() };
+        let mut half = Half { hashed: hashed.list(), ..Half::default() };
         prefixes
             .filter(|prefix| !lengths.iter().any(|(len, _)| *len == prefix.len))
             .for_each(|prefix| half.insert(prefix));
@@ -204,9 +205,9 @@ impl Half {
         let new = self.ranges_within(family, &windows);
         let contents = |prefixes: &[Prefix], ranges| {
             let networks = |len| prefixes.iter().filter(of_family).filter(move |p| p.len == len).map(|p| p.addr);
-            let networks = self.hashed.iter().map(|(len, _)| (*len, networks(*len).collect()));
+            let networks = self.hashed.iter().map(|(len, _)| (*len, networks(*len).list()));
             let networks = networks.filter(|(_, these): &(u8, Vec<IpAddr>)| !these.is_empty());
-            Contents { networks: networks.collect(), ranges }
+            Contents { networks: networks.list(), ranges }
         };
         (contents(remove, without(&old, &new)), contents(add, without(&new, &old)))
     }
@@ -215,7 +216,7 @@ impl Half {
     fn touched<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Vec<Range> {
         // As far as the ranges reach that it lies in or touches.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
-        let mut windows: Vec<Range> = around.collect();
+        let mut windows: Vec<Range> = around.list();
         sort::by_key(&mut windows, |range| range.first);
         merged(windows.into_iter())
     }
@@ -265,7 +266,7 @@ impl Half {
             let above = self.from(family, window.first).map(Prefix::range);
             merged(above.take_while(move |range| range.first <= window.last))
         };
-        windows.iter().flat_map(|window| within(*window)).collect()
+        windows.iter().flat_map(|window| within(*window)).list()
     }
 
     /// A length should have a set of its own, and there is room for one, or another has become rare beside it.

@@ -14,6 +14,7 @@ use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
 
@@ -299,7 +300,7 @@ fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
     }
     let (sets, others): (Vec<&Object>, Vec<&Object>) = objects.iter().partition(|object| is_set(object));
     add_sets(nft, table, &sets)?;
-    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).collect();
+    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).list();
     commit(nft, table, None, &others)
 }
 

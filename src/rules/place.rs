@@ -9,6 +9,7 @@ use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::model::{Families, Plan};
 use crate::netlink::Channel;
 
@@ -57,7 +58,7 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
         }
         let place = choose(plan, &tables, &rules, avoid)?;
         commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
-        let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).collect();
+        let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).list();
         Ok(Claim { place, leftovers, adopted: false })
     })
 }
@@ -66,7 +67,7 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
 pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
     let rules = route::rules(route, plan.families)?;
     let place = choose(plan, &[], &rules, &[])?;
-    let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).collect();
+    let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).list();
     Ok(Claim { place, leftovers, adopted: false })
 }
 
@@ -93,7 +94,7 @@ pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
             let place = Place { priority, table };
             commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
-            let in_use: Vec<u32> = places(&tables).map(|place| place.table).collect();
+            let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
             Ok(Some((rules, in_use)))
         })?;
         let Some((rules, in_use)) = claimed else { return Ok(()) };

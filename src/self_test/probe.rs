@@ -11,6 +11,7 @@ use super::network::Network;
 use crate::address::canonical;
 use crate::backend::nft::trace::{Step, Tracer};
 use crate::error::{Error, Result, errno_of};
+use crate::list::List;
 use crate::model::{Families, Family, Mode, Plan, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
@@ -68,7 +69,7 @@ impl Probe {
         let Some(packet) = self.steps.first().map(|step| step.packet) else {
             return "; it was never seen to come in".to_owned();
         };
-        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).collect();
+        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).list();
         if let Some(by) = steps.iter().find(|step| step.dropped) {
             let rule = by.rule.map_or("its policy".to_owned(), |handle| format!("rule {handle}"));
             return format!("; last seen in chain {} of table {}, where {rule} dropped it", by.chain, by.table);
@@ -86,7 +87,7 @@ impl Probe {
 
 /// Whom a probe of a family asks; `None`: the wish leaves nobody.
 pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
-    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
+    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).list();
     let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
     let more = config.dst.is_empty().then(|| sample(ELSEWHERE, family));
     candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
@@ -155,8 +156,8 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     }
     for probe in &mut probes {
         let numbers = (u32::from(probe.family.nfproto()), Some(probe.protocol.number()));
-        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).collect();
-        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().collect();
+        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).list();
+        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().list();
     }
     Ok(probes)
 }
@@ -204,7 +205,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
         };
         made.push((addr, listener.protocol, socket));
     }
-    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).collect())
+    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).list())
 }
 
 /// What NAT needs: a listener that is not transparent.

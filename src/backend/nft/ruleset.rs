@@ -17,6 +17,7 @@
 
 use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
+use crate::list::List;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
@@ -484,5 +485,5 @@ pub(crate) fn elements(which: Which, family: Family, variant: Variant, contents:
         networks.chunks(IN_A_MESSAGE).map(move |piece| of(Some(*len), Elements::Networks(piece.to_vec())))
     });
     let ranges = contents.ranges.chunks(IN_A_MESSAGE);
-    networks.chain(ranges.map(|piece| of(None, Elements::Addresses(family, piece.to_vec())))).collect()
+    networks.chain(ranges.map(|piece| of(None, Elements::Addresses(family, piece.to_vec())))).list()
 }

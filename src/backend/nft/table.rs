@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
 
 /// Every table of ours is called this and the name of its instance. Some
@@ -38,7 +39,7 @@ impl fmt::Display for Place {
 
 impl Place {
     fn parse(comment: &str) -> Option<Place> {
-        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').collect();
+        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').list();
         match words[..] {
             ["priority", priority, "table", table] => {
                 Some(Place { priority: priority.parse().ok()?, table: table.parse().ok()? })
@@ -88,7 +89,7 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
     let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header, &|_| {}).map_err(failed)?;
-    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect()))
+    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).list()))
 }
 
 fn parse(attrs: &[u8]) -> Option<Table> {
@@ -120,7 +121,7 @@ pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
     const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
-        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).collect())
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).list())
     };
     Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
 }
@@ -141,7 +142,7 @@ pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>>
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
         Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
     };
-    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).collect())
+    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).list())
 }
 
 /// The attributes of each object of a kind in a table. The kernel filters some kinds by table and some not.
@@ -153,7 +154,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::io(format_args!("nft list table inet {table}"), &e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
-    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).collect())
+    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).list())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::statement::Statement;
 use super::transaction::{Change, commit};
 use super::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
 
@@ -63,9 +64,9 @@ impl Tracer {
         let reports = Channel::socket(libc::NETLINK_NETFILTER).map_err(failed)?;
         sys::setsockopt_int(reports.as_fd(), libc::SOL_NETLINK, ADD_MEMBERSHIP, TRACES).map_err(failed)?;
         let mut objects: Vec<Object> =
-            WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).collect();
+            WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).list();
         objects.push(Object::Rule { chain: WATCHED[0].0, statements: vec![Statement::Trace], comment: "follow" });
-        let changes: Vec<Change<'_>> = std::iter::once(Change::Make).chain(objects.iter().map(Change::Add)).collect();
+        let changes: Vec<Change<'_>> = std::iter::once(Change::Make).chain(objects.iter().map(Change::Add)).list();
         commit(nft, TABLE, None, &changes)?;
         Ok(Tracer { reports, buffer: vec![0; 32 << 10] })
     }

@@ -6,6 +6,7 @@ use super::object::{Elements, Object, SetName, comment_data};
 use super::table::Place;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
+use crate::list::List;
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
 use crate::text;
@@ -132,7 +133,7 @@ pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) ->
         None if answered => Ok(()),
         None => Err(Error::new(libc::EIO, "nf_tables: the kernel did not answer")),
     };
-    sent.into_iter().map(outcome).collect()
+    sent.into_iter().map(outcome).list()
 }
 
 /// The error for what the kernel refused: where it is in the batch, its table, and what it was to change.

@@ -6,6 +6,7 @@ use std::io;
 
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
 use crate::backend::nft::{SUBSYSTEM, header};
+use crate::list::List;
 use crate::model::Family;
 use crate::netlink::{Channel, wire};
 use crate::sort;
@@ -25,14 +26,11 @@ const SETS_MAX: usize = 200;
 ///
 /// EPERM without CAP_NET_ADMIN.
 pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
-    let mut chains: Vec<(u8, Chain)> = channel
-        .dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), &|_| {})?
-        .iter()
-        .filter_map(|p| parse_chain(p))
-        .collect();
+    let mut chains: Vec<(u8, Chain)> =
+        channel.dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), &|_| {})?.iter().filter_map(|p| parse_chain(p)).list();
     // A host of Kubernetes has thousands of chains.
     let names = |(family, chain): &(u8, Chain)| (*family, chain.table.clone(), chain.name.clone());
-    let mut numbers: Vec<_> = chains.iter().map(names).zip(0..).collect();
+    let mut numbers: Vec<_> = chains.iter().map(names).zip(0..).list();
     sort::unique(&mut numbers);
     let mut found = Vec::new();
     for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), &|_| {})? {
@@ -68,7 +66,7 @@ pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
             chain.rules.iter_mut().zip(1..).for_each(|(rule, number)| rule.handle = number);
         }
     }
-    Ok(chains.into_iter().map(|(_, chain)| chain).collect())
+    Ok(chains.into_iter().map(|(_, chain)| chain).list())
 }
 
 /// The families whose chains see IP packets as such.
@@ -164,7 +162,7 @@ fn parse_elements(attrs: &[u8]) -> Vec<(Vec<u8>, bool)> {
         let flags = wire::be32_of(element, FLAGS).unwrap_or(0);
         Some((key, flags & END != 0))
     };
-    wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).collect()
+    wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).list()
 }
 
 /// Keys as ranges: in a set of intervals each start goes up to the next end, in another each key is itself.
@@ -173,7 +171,7 @@ fn port_ranges(elements: Vec<(Vec<u8>, bool)>) -> Vec<(u16, u16)> {
     let mut keys: Vec<(u16, bool)> = elements
         .iter()
         .filter_map(|(key, end)| Some((u16::from_be_bytes(key.get(..2)?.try_into().ok()?), *end)))
-        .collect();
+        .list();
     if keys.len() != elements.len() || elements.iter().any(|(key, _)| key.len() != 2) {
         return Vec::new();
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::netlink::{Channel, wire};
 
@@ -60,7 +61,7 @@ const DESTINATION_PORT: u16 = 24;
 pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let dumped = channel.dump(libc::RTM_GETRULE, &header, &|_| {})?;
-    Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).collect())
+    Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).list())
 }
 
 fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
@@ -119,7 +120,7 @@ pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool
             dumped => dumped?,
         };
     let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
-    Ok((parsed.filter(|route| route.table == table).collect(), all))
+    Ok((parsed.filter(|route| route.table == table).list(), all))
 }
 
 fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
@@ -164,11 +165,7 @@ const SWITCHES: [(usize, &str); 5] =
     [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
 pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
-    Ok(channel
-        .dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?
-        .iter()
-        .filter_map(|payload| parse_interface(payload))
-        .collect())
+    Ok(channel.dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?.iter().filter_map(|payload| parse_interface(payload)).list())
 }
 
 fn parse_interface(payload: &[u8]) -> Option<Interface> {
@@ -191,7 +188,7 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
         kind: kind.unwrap_or_default().to_owned(),
         master: wire::u32_of(attrs, MASTER).unwrap_or(0),
-        switches: SWITCHES.into_iter().filter_map(switch).collect(),
+        switches: SWITCHES.into_iter().filter_map(switch).list(),
     })
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use socket2::{Domain, Socket, Type};
 
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+use crate::list::List;
 use crate::model::Family;
 use crate::netlink::wire::{u16_at, u32_at};
 use crate::{sort, sys};
@@ -119,7 +120,7 @@ pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
     match sys::read(file) {
-        Ok(text) => Some(text.lines().map(str::to_owned).collect()),
+        Ok(text) => Some(text.lines().map(str::to_owned).list()),
         // The kernel has none of it.
         Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Vec::new()),
         Err(_) => None,
@@ -241,7 +242,7 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
         chains.push((entry.next, new(&String::from_utf8_lossy(name), None), None));
     }
     sort::by_key(&mut chains, |(start, ..)| *start);
-    let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
+    let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).list();
     for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
         let Some((_, chain, policy_at)) = chains.iter_mut().rfind(|(start, ..)| *start <= entry.at) else { continue };
         let rule = legacy_rule(layout, entry, &names);
@@ -252,7 +253,7 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
             chain.rules.push(Rule { handle, ..rule });
         }
     }
-    chains.into_iter().map(|(_, chain, _)| chain).collect()
+    chains.into_iter().map(|(_, chain, _)| chain).list()
 }
 
 fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {

@@ -8,6 +8,7 @@ use crate::backend::seen::filter::{Origin, Part, Verdict};
 use crate::backend::seen::sockets::Listener;
 use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::instances::{self, Instance, Interception};
+use crate::list::List;
 use crate::model::{Family, Protocol};
 use crate::text;
 
@@ -67,7 +68,7 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
     let served = |listener: &&Listener| {
         listener.port == *port && listener.protocol.number() == *protocol && listener.serves(*family)
     };
-    let candidates: Vec<&Listener> = listeners.iter().filter(served).collect();
+    let candidates: Vec<&Listener> = listeners.iter().filter(served).list();
     let named = if *protocol == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
     let whose = text::by(|f| match &interception.instance {
         Some(name) => write!(f, "instance {name}"),
@@ -103,9 +104,9 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
         // The address of some interface will do, if it is the one that the packets come in by.
         (None, Some(own)) => !own.is_loopback(),
     };
-    let reached: Vec<&&Listener> = candidates.iter().filter(reachable).collect();
+    let reached: Vec<&&Listener> = candidates.iter().filter(reachable).list();
     if reached.is_empty() {
-        let addrs: Vec<String> = candidates.iter().filter_map(|l| l.addr).map(|addr| addr.to_string()).collect();
+        let addrs: Vec<String> = candidates.iter().filter_map(|l| l.addr).map(|addr| addr.to_string()).list();
         return say(findings::UNREACHABLE, format_args!("a listener is, but on {}", addrs.join(", ")));
     }
     if reached.iter().all(|listener| listener.transparent == Some(false)) {
@@ -116,7 +117,7 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
         && !instances::chooses_otherwise(scene.facts.chains.as_deref().unwrap_or_default(), interception)
     {
         let name = |l: &&&Listener| interface(l.interface).map_or("one that is gone", |i| &i.name);
-        let names: Vec<&str> = reached.iter().map(name).collect();
+        let names: Vec<&str> = reached.iter().map(name).list();
         return say(findings::BOUND, format_args!("the listener is bound to an interface ({})", names.join(", ")));
     }
     // sk_acceptq_is_full: more than the backlog.

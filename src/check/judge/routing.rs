@@ -8,6 +8,7 @@ use crate::backend::seen::routing::{Action, Route, Rule};
 use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::instances::Instance;
 use crate::check::walk::{self, Way};
+use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::text;
 
@@ -188,7 +189,7 @@ impl Placed<'_> {
             }
         }
         let foreign: Vec<&str> =
-            routes().filter(|r| !r.local).map(|r| r.destination.as_deref().unwrap_or("default")).collect();
+            routes().filter(|r| !r.local).map(|r| r.destination.as_deref().unwrap_or("default")).list();
         if !foreign.is_empty() {
             let finding = self
                 .say(
@@ -349,7 +350,7 @@ fn left_behind(scene: &Scene<'_>, found: &mut Findings) {
     let orphans = || facts.rules.iter().filter(orphan);
     // Without a look at the tables nobody can tell who lives.
     if facts.chains.is_some() && !facts.features.is_empty() && orphans().next().is_some() {
-        let numbers: Vec<String> = orphans().map(|rule| format!("{} {}", rule.family, rule.priority)).collect();
+        let numbers: Vec<String> = orphans().map(|rule| format!("{} {}", rule.family, rule.priority)).list();
         let finding = found
             .say(
                 Severity::Note,
@@ -362,8 +363,7 @@ fn left_behind(scene: &Scene<'_>, found: &mut Findings) {
             finding.and(format_args!("ip {flag} rule del pref {priority} protocol {PROTOCOL}"));
         }
     }
-    let others: Vec<&Rule> =
-        facts.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some()).collect();
+    let others: Vec<&Rule> = facts.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some()).list();
     for (index, rule) in others.iter().enumerate() {
         let same = |other: &&&Rule| {
             (other.family, other.action, other.mark, &other.incoming, other.conditional)

@@ -3,6 +3,7 @@
 use super::{Scene, quoted};
 use crate::backend::seen::filter::Part;
 use crate::check::findings::{self, Findings, Severity};
+use crate::list::List;
 use crate::model::Family;
 
 /// Fewer local ports than this are a proxy's bottleneck.
@@ -63,7 +64,7 @@ fn reverse_path(scene: &Scene<'_>, found: &mut Findings) {
     let mode = |name: &str| sysctls.of_interface(name, "rp_filter").unwrap_or(0);
     let strict = |name: &&str| mode(name).max(mode("all")) == STRICT;
     let outside = scene.facts.interfaces.iter().map(|interface| interface.name.as_str());
-    let names: Vec<&str> = outside.filter(|name| *name != "lo").filter(strict).collect();
+    let names: Vec<&str> = outside.filter(|name| *name != "lo").filter(strict).list();
     let dropped = scene.facts.filtered_by_rp;
     if dropped > 0 && !names.is_empty() {
         let names = names.join(", ");
@@ -77,7 +78,7 @@ fn reverse_path(scene: &Scene<'_>, found: &mut Findings) {
 
 fn bridges(scene: &Scene<'_>, found: &mut Findings) {
     let bridges: Vec<&str> =
-        scene.facts.interfaces.iter().filter(|i| i.kind == "bridge").map(|interface| interface.name.as_str()).collect();
+        scene.facts.interfaces.iter().filter(|i| i.kind == "bridge").map(|interface| interface.name.as_str()).list();
     if bridges.is_empty() {
         return;
     }
@@ -103,7 +104,7 @@ fn to_loopback(scene: &Scene<'_>, found: &mut Findings) {
         .any(|part| matches!(part, Part::TranslateDestination(Some(addr)) if addr.is_ipv4() && addr.is_loopback()));
     let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
     let names: Vec<&str> =
-        outside.map(|i| i.name.as_str()).filter(|name| !sysctls.on_any(name, "route_localnet")).collect();
+        outside.map(|i| i.name.as_str()).filter(|name| !sysctls.on_any(name, "route_localnet")).list();
     if translates && !names.is_empty() {
         let names = names.join(", ");
         found.say(

@@ -80,14 +80,14 @@ impl Rules {
     fn commit_elements(&mut self, which: Which, change: &prefix::Change) -> Result<()> {
         let objects = |contents: &[prefix::Contents; 2]| -> Vec<Object> {
             let of = |(family, contents)| ruleset::elements(which, family, self.variant, contents);
-            Families::ALL.iter().zip(contents).flat_map(of).collect()
+            Families::ALL.iter().zip(contents).flat_map(of).list()
         };
         let (gone, new) = (objects(&change.gone), objects(&change.new));
         let gone = gone.iter().filter_map(|object| match object {
             Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
             _ => None,
         });
-        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).collect();
+        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).list();
         if changes.is_empty() { Ok(()) } else { commit(&mut self.nft, &self.table, None, &changes) }
     }
 
@@ -96,7 +96,7 @@ impl Rules {
     pub(super) fn delete_surplus(&mut self, before: &[FoundRule]) {
         let routing = self.routing;
         let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
-        let surplus: Vec<FoundRule> = surplus.copied().collect();
+        let surplus: Vec<FoundRule> = surplus.copied().list();
         let _ = route::delete_found(&mut self.route, &surplus, &[routing.table]);
         let _ = route::delete_routes_without(&mut self.route, &routing);
     }
@@ -117,7 +117,7 @@ impl Rules {
             if these.is_empty() || others.is_empty() {
                 break;
             }
-            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
+            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).list();
             match commit(&mut self.nft, &self.table, None, &changes) {
                 Ok(()) => contents.sets = others,
                 // The rules ask these: the others are idle.
