@@ -327,12 +327,11 @@ impl Plan {
     }
 
     /// The same for IPv4 alone, on a host that has no IPv6.
-    pub fn without_ipv6(mut self) -> Plan {
+    pub fn leave_ipv6(&mut self) {
         self.families.v6 = false;
         self.intercepts.retain(|listener| listener.family != Some(Family::V6));
         for listener in &mut self.intercepts {
             listener.family = Some(Family::V4);
         }
-        self
     }
 }

@@ -92,49 +92,41 @@ impl Rules {
         }
     }
 
-    fn install_over(config: &Config, plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
+    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
-        let mut plan = if shows_later { plan } else { served(config, plan, &mut route)? };
+        if !shows_later {
+            serve(config, &mut plan, &mut route)?;
+        }
         let mut avoid = Vec::new();
-        loop {
+        let (table, variant) = (table::name_of(&plan.name), Variant::default());
+        let (routing, adopted) = loop {
             let claim = place::claim(&plan, &mut nft, &mut route, &avoid)?;
-            let table = table::name_of(&plan.name);
             let routing = routing(&plan, claim.place);
-            let variant = Variant::default();
             if claim.adopted {
-                let plan = served(config, plan, &mut route)?;
-                let mut rules =
-                    Rules { nft, route, table, plan, variant, routing, by_iptables: false, installed: true };
-                rules.take_over()?;
-                return Ok(rules);
+                serve(config, &mut plan, &mut route)?;
+                break (routing, true);
             }
             match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
-                Ok(()) => {
-                    return Ok(Rules {
-                        nft,
-                        route,
-                        table,
-                        plan,
-                        variant,
-                        routing,
-                        by_iptables: false,
-                        installed: true,
-                    });
-                }
+                Ok(()) => break (routing, false),
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
                     avoid.push(routing.table);
                 }
                 Err(Refused { error, .. }) => {
                     let before = plan.families;
-                    plan = served(config, plan, &mut route)?;
+                    serve(config, &mut plan, &mut route)?;
                     if plan.families == before {
                         return Err(error);
                     }
                 }
             }
+        };
+        let mut rules = Rules { nft, route, table, plan, variant, routing, by_iptables: false, installed: true };
+        if adopted {
+            rules.take_over()?;
         }
+        Ok(rules)
     }
 
     /// What the rules have done so far.
@@ -250,16 +242,18 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     place::sweep(&mut nft, &mut route)
 }
 
-/// The plan for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
+/// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
 ///
 /// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
-fn served(config: &Config, plan: Plan, route: &mut Channel) -> Result<Plan> {
+fn serve(config: &Config, plan: &mut Plan, route: &mut Channel) -> Result<()> {
     let either = config.families.is_empty() && plan.families == Families::ALL;
-    let plan = if either && !route::has_ipv6(route) { plan.without_ipv6() } else { plan };
+    if either && !route::has_ipv6(route) {
+        plan.leave_ipv6();
+    }
     if plan.mode != Mode::Redirect && !plan.families.v6 {
         route::require_loopback(route)?;
     }
-    Ok(plan)
+    Ok(())
 }
 
 /// What did not work, and whether it was a route that was there already.

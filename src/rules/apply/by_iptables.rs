@@ -7,10 +7,10 @@ use crate::text;
 
 impl Rules {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
-    pub(super) fn install_by_iptables(config: &Config, plan: Plan) -> Result<Rules> {
+    pub(super) fn install_by_iptables(config: &Config, mut plan: Plan) -> Result<Rules> {
         iptables::check(&plan)?;
         let (mut nft, mut route) = channels()?;
-        let plan = served(config, plan, &mut route)?;
+        serve(config, &mut plan, &mut route)?;
         let claim = match place::claim(&plan, &mut nft, &mut route, &[]) {
             Err(error) if error.errno() == libc::EOPNOTSUPP => place::unclaimed(&plan, &mut route)?,
             claimed => claimed?,

@@ -10,7 +10,7 @@ impl Rules {
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
     pub fn replace(&mut self, config: &Config) -> Result<()> {
-        let plan = plan::make(config)?;
+        let mut plan = plan::make(config)?;
         if plan.name != self.plan.name || plan.persist != self.plan.persist {
             return Err(Error::invalid(
                 "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
@@ -20,7 +20,7 @@ impl Rules {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
-        let plan = served(config, plan, &mut self.route)?;
+        serve(config, &mut plan, &mut self.route)?;
         if self.by_iptables {
             return self.replace_in_iptables(plan);
         }
