@@ -80,13 +80,17 @@ impl Families {
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = Family> {
-        let families: &[Family] = match (self.v4, self.v6) {
+        self.list().iter().copied()
+    }
+
+    #[inline(never)]
+    fn list(self) -> &'static [Family] {
+        match (self.v4, self.v6) {
             (true, true) => &[Family::V4, Family::V6],
             (true, false) => &[Family::V4],
             (false, true) => &[Family::V6],
             (false, false) => &[],
-        };
-        families.iter().copied()
+        }
     }
 
     /// The family, if there is but one.
@@ -148,13 +152,17 @@ impl Protocols {
     }
 
     pub(crate) fn iter(self) -> impl Iterator<Item = Protocol> {
-        let protocols: &[Protocol] = match (self.tcp, self.udp) {
+        self.list().iter().copied()
+    }
+
+    #[inline(never)]
+    fn list(self) -> &'static [Protocol] {
+        match (self.tcp, self.udp) {
             (true, true) => &[Protocol::Tcp, Protocol::Udp],
             (true, false) => &[Protocol::Tcp],
             (false, true) => &[Protocol::Udp],
             (false, false) => &[],
-        };
-        protocols.iter().copied()
+        }
     }
 }
 

@@ -114,7 +114,7 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
                 return Err(Error::with(errno, format_args!("ip {} rule show: {e}{cure}", flag(family))));
             }
         };
-        found.extend(dumped.iter().filter_map(|payload| parse_rule(family, payload)));
+        dumped.iter().filter_map(|payload| parse_rule(family, payload)).onto(&mut found);
     }
     Ok(found)
 }
@@ -259,7 +259,9 @@ fn entries(routing: &Routing) -> Vec<Entry> {
         (priority, RuleKind::Goto(after), mark),
         (priority + 1, RuleKind::Lookup(table), mark),
     ];
-    rules.extend(output_mark.map(|mark| (priority + 2, RuleKind::Lookup(table), mark)));
+    if let Some(mark) = output_mark {
+        rules.push((priority + 2, RuleKind::Lookup(table), mark));
+    }
     let rules = families.iter().flat_map(|family| {
         rules.clone().into_iter().map(move |(priority, kind, mark)| Entry::Rule { family, priority, kind, mark })
     });

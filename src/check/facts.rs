@@ -80,7 +80,9 @@ impl Facts {
     pub fn gather() -> Facts {
         let mut facts = Facts::default();
         facts.look_at_process();
-        facts.transparent = [Family::V4, Family::V6].map(|family| (family, probes::transparent(family))).to_vec();
+        for family in Families::ALL.iter() {
+            facts.transparent.push((family, probes::transparent(family)));
+        }
         if let Some(mut channel) = facts.open(libc::NETLINK_ROUTE, "routing") {
             facts.look_at_routing(&mut channel);
         }
@@ -94,11 +96,16 @@ impl Facts {
         }
         facts.sysctls = Sysctls::read(&facts.interfaces);
         if facts.sysctls.text("ipv4/ip_forward").is_none() {
-            facts.unseen.push("sysctls: /proc/sys/net cannot be read".to_owned());
+            facts.miss(format_args!("sysctls: /proc/sys/net cannot be read"));
         }
         let counted = sys::read("/proc/thread-self/net/netstat").unwrap_or_default();
         facts.filtered_by_rp = procfs::netstat(&counted, "TcpExt", "IPReversePathFilter").unwrap_or(0);
         facts
+    }
+
+    #[inline(never)]
+    fn miss(&mut self, what: std::fmt::Arguments<'_>) {
+        self.unseen.push(what.to_string());
     }
 
     fn open(&mut self, family: i32, what: &str) -> Option<Channel> {
@@ -108,7 +115,7 @@ impl Facts {
 
     /// What was seen, or a note that it was not.
     fn seen<T>(&mut self, what: &str, seen: std::io::Result<T>) -> Option<T> {
-        seen.map_err(|e| self.unseen.push(format!("{what}: {e}"))).ok()
+        seen.map_err(|e| self.miss(format_args!("{what}: {e}"))).ok()
     }
 
     fn look_at_process(&mut self) {
@@ -133,7 +140,7 @@ impl Facts {
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => &mut self.unrouted,
                 Err(e) => {
-                    self.unseen.push(format!("{family} routing rules: {e}"));
+                    self.miss(format_args!("{family} routing rules: {e}"));
                     continue;
                 }
             };
@@ -159,7 +166,7 @@ impl Facts {
 
     fn read_routes(&mut self, mut tables: Vec<(Family, u32)>) {
         if tables.len() > TABLES_MAX {
-            self.unseen.push(format!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
+            self.miss(format_args!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
             tables.truncate(TABLES_MAX);
         }
         for (family, table) in tables {
@@ -167,7 +174,7 @@ impl Facts {
             let routes = routing::routes(family, table);
             let Some((routes, all)) = self.seen(&what, routes) else { continue };
             if !all {
-                self.unseen.push(format!("{what}: all but the first {}", routes.len()));
+                self.miss(format_args!("{what}: all but the first {}", routes.len()));
             }
             self.routes.extend(routes);
         }
@@ -175,20 +182,20 @@ impl Facts {
 
     fn look_at_nf_tables(&mut self, channel: &mut Channel) {
         if !self.capabilities.has(Capabilities::NET_ADMIN) {
-            self.unseen.push("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN".to_owned());
+            self.miss(format_args!("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN"));
             return;
         }
         self.features = probes::nf_tables(channel);
         if self.features.iter().any(|(_, outcome)| outcome.as_ref().is_err_and(|e| e.errno() == libc::EPERM)) {
             self.powerless = true;
             self.features.clear();
-            self.unseen.push("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN here".to_owned());
+            self.miss(format_args!("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN here"));
             return;
         }
         self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
         match table::list(channel) {
             Ok((_, tables)) => self.tables = tables,
-            Err(e) => return self.unseen.push(e.to_string()),
+            Err(e) => return self.miss(format_args!("{e}")),
         }
         let chains = nft::chains(channel);
         self.chains = self.seen("nf_tables rules", chains);
@@ -222,7 +229,7 @@ impl Facts {
         self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).list();
         for family in Families::ALL.iter() {
             let Some(tables) = xtables::legacy_tables(family) else {
-                self.unseen.push(format!("legacy {family} iptables: only root may look"));
+                self.miss(format_args!("legacy {family} iptables: only root may look"));
                 continue;
             };
             for table in tables {

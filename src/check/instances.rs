@@ -164,20 +164,22 @@ pub(super) fn interceptions(chains: &[Chain]) -> Vec<Interception> {
                 _ => None,
             });
             let ports = ports_of(rule).or_else(|| ports_of_instance(chains, instance.as_deref()?)).unwrap_or_default();
-            let served = [Family::V4, Family::V6].into_iter().filter(|f| family.is_none_or(|only| only == *f));
-            found.extend(served.map(|family| Interception {
-                instance: instance.clone(),
-                chain: chain.clone(),
-                rule: rule.clone(),
-                family,
-                protocol: protocol.unwrap_or(libc::IPPROTO_TCP as u8),
-                addr,
-                port,
-                mark: mark_of(rule).filter(|_| !nat),
-                nat,
-                ports: ports.clone(),
-                priority: chain.hook.map_or(MANGLE, |hook| hook.priority),
-            }));
+            let served = Families::ALL.iter().filter(|f| family.is_none_or(|only| only == *f));
+            served
+                .map(|family| Interception {
+                    instance: instance.clone(),
+                    chain: chain.clone(),
+                    rule: rule.clone(),
+                    family,
+                    protocol: protocol.unwrap_or(libc::IPPROTO_TCP as u8),
+                    addr,
+                    port,
+                    mark: mark_of(rule).filter(|_| !nat),
+                    nat,
+                    ports: ports.clone(),
+                    priority: chain.hook.map_or(MANGLE, |hook| hook.priority),
+                })
+                .onto(&mut found);
         }
     }
     found

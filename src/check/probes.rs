@@ -43,8 +43,11 @@ pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(),
         (findings::OWNER, OWNED, Change::Claim { place: &place, persist: false }),
         (findings::PERSIST, PERSISTENT, Change::Claim { place: &place, persist: true }),
     ];
-    let (kinds, changes): (Vec<&'static Kind>, Vec<(&str, Change<'_>)>) =
-        tried.into_iter().map(|(kind, table, change)| (kind, (table, change))).unzip();
+    let (mut kinds, mut changes) = (Vec::new(), Vec::new());
+    for (kind, table, change) in tried {
+        kinds.push(kind);
+        changes.push((table, change));
+    }
     let mut answers: Vec<(&'static Kind, Result<(), Error>)> = Vec::new();
     for (kind, answer) in kinds.into_iter().zip(rehearse(channel, &changes)) {
         match answers.iter_mut().find(|(known, _)| *known == kind) {

@@ -177,15 +177,20 @@ pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 fn attributes_at(bytes: &[u8]) -> impl Iterator<Item = (usize, u16, &[u8])> {
     let mut at = 0;
     std::iter::from_fn(move || {
-        let rest = bytes.get(at..)?;
-        // Taken apart at once: a check of a host reads tens of thousands of them.
-        let [len, more_len, kind, more_kind] = *rest.first_chunk::<ATTRIBUTE_HEADER>()?;
-        let len = u16::from_ne_bytes([len, more_len]) as usize;
-        let value = rest.get(ATTRIBUTE_HEADER..len)?;
-        let found = (at, u16::from_ne_bytes([kind, more_kind]) & TYPE_MASK, value);
-        at += align(len);
+        let (kind, value) = attribute_at(bytes, at)?;
+        let found = (at, kind, value);
+        at += align(ATTRIBUTE_HEADER + value.len());
         Some(found)
     })
+}
+
+#[inline(never)]
+fn attribute_at(bytes: &[u8], at: usize) -> Option<(u16, &[u8])> {
+    let rest = bytes.get(at..)?;
+    // Taken apart at once: a check of a host reads tens of thousands of them.
+    let [len, more_len, kind, more_kind] = *rest.first_chunk::<ATTRIBUTE_HEADER>()?;
+    let value = rest.get(ATTRIBUTE_HEADER..u16::from_ne_bytes([len, more_len]) as usize)?;
+    Some((u16::from_ne_bytes([kind, more_kind]) & TYPE_MASK, value))
 }
 
 /// The value of the first attribute of a kind.

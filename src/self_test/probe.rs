@@ -151,7 +151,9 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
         }
         listeners.iter().for_each(|(protocol, listener)| serve(*protocol, listener, &mut probes, plan.mode));
         probes.iter_mut().for_each(hear);
-        steps.extend(tracer.iter_mut().flat_map(Tracer::steps));
+        if let Some(tracer) = &mut tracer {
+            steps.append(&mut tracer.steps());
+        }
         std::thread::sleep(PAUSE);
     }
     for probe in &mut probes {

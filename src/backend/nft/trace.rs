@@ -78,7 +78,7 @@ impl Tracer {
         // Reports that were lost for want of room are lost; the others are worth as much.
         while let Ok(len) = self.reports.receive(&mut self.buffer) {
             let messages = wire::messages(self.buffer.get(..len).unwrap_or_default());
-            steps.extend(messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)));
+            messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)).onto(&mut steps);
         }
         steps
     }

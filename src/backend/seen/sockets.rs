@@ -3,6 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
+use crate::list::List;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Channel, wire};
 
@@ -52,7 +53,7 @@ pub(crate) fn listeners(channel: &mut Channel) -> io::Result<Vec<Listener>> {
             request[1] = protocol.number();
             request[4..8].copy_from_slice(&states.to_ne_bytes());
             match channel.dump(BY_FAMILY, &request, &|_| {}) {
-                Ok(dumped) => found.extend(dumped.iter().filter_map(|payload| parse(protocol, payload))),
+                Ok(dumped) => dumped.iter().filter_map(|payload| parse(protocol, payload)).onto(&mut found),
                 // No such family or protocol here.
                 Err(e) if [Some(libc::ENOENT), Some(libc::EAFNOSUPPORT)].contains(&e.raw_os_error()) => {}
                 Err(e) => return Err(e),

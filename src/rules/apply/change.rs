@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::backend::nft::table::Contents;
+use crate::list::List;
 use crate::prefix::{self, Prefix, PrefixSet};
 
 impl Rules {
@@ -156,9 +157,13 @@ impl Rules {
             };
             let mut changes = vec![Change::DeleteRules];
             let gone = old.chains.iter().filter(|name| !kept(name));
-            changes.extend(gone.map(|name| Change::DeleteChain(name)));
-            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
-            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
+            gone.map(|name| Change::DeleteChain(name)).onto(&mut changes);
+            old.sets.iter().cloned().map(Change::DeleteSet).onto(&mut changes);
+            others
+                .iter()
+                .filter(|object| !has_already(old, object))
+                .map(|object| Change::Add(object))
+                .onto(&mut changes);
             commit(&mut self.nft, &self.table, None, &changes)
         });
         if let Err(error) = done {
