@@ -72,6 +72,36 @@ impl KernelAddr {
         self.0[2..4].copy_from_slice(&port.to_be_bytes());
     }
 
+    /// The address, if it is one of IPv4.
+    #[inline(always)]
+    pub(crate) fn ipv4(&self) -> [u8; 4] {
+        self.field(4)
+    }
+
+    /// The address, if it is one of IPv6.
+    #[inline(always)]
+    pub(crate) fn ipv6(&self) -> [u8; 16] {
+        self.field(8)
+    }
+
+    /// The interface that a link-local address is of, in host byte order, if it is one of IPv6.
+    #[inline(always)]
+    pub(crate) fn scope(&self) -> [u8; 4] {
+        self.field(24)
+    }
+
+    /// 224.0.0.0/4, ff00::/8; not the former as an IPv6 socket has it.
+    #[inline(always)]
+    pub(crate) fn is_multicast(&self) -> bool {
+        if self.is_ipv4() { self.0[4] & 0xf0 == 0xe0 } else { self.0[8] == 0xff }
+    }
+
+    /// Whether it is the same as another, whatever follows an IPv4 one.
+    #[inline(always)]
+    pub(crate) fn is(&self, other: &KernelAddr) -> bool {
+        self.field::<8>(0) == other.field::<8>(0) && (self.is_ipv4() || self == other)
+    }
+
     /// ::ffff:0:0/96, if it is an IPv6 address.
     #[inline(always)]
     fn is_v4_mapped(&self) -> bool {
@@ -157,19 +187,6 @@ impl From<SocketAddr> for KernelAddr {
     }
 }
 
-/// A `struct sockaddr_in` or `sockaddr_in6`; the rest is zero.
-pub(crate) fn encode(addr: SocketAddr) -> Bytes {
-    KernelAddr::from(addr).0
-}
-
-/// How many of its bytes are an address.
-pub(crate) fn len(addr: SocketAddr) -> usize {
-    match addr {
-        SocketAddr::V4(_) => size_of::<libc::sockaddr_in>(),
-        SocketAddr::V6(_) => size_of::<libc::sockaddr_in6>(),
-    }
-}
-
 /// The address family that a socket address names.
 pub(crate) fn family(bytes: &[u8]) -> Option<i32> {
     bytes.first_chunk().map(|family| i32::from(u16::from_ne_bytes(*family)))
@@ -220,18 +237,37 @@ mod tests {
         }
     }
 
+    #[test]
+    fn addresses_are_the_same_whatever_follows_one_of_ipv4() {
+        let one = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
+        let (v4, v6) = (one("192.0.2.1:80"), one("[2001:db8::1%3]:80"));
+        for (addr, others) in [
+            (v4, ["192.0.2.2:80", "192.0.2.1:81", "[::ffff:192.0.2.1]:80"]),
+            (v6, ["[2001:db8::2%3]:80", "[2001:db8::1%3]:81", "[2001:db8::1%4]:80"]),
+        ] {
+            assert!(addr.is(&addr));
+            for other in others {
+                assert!(!addr.is(&one(other)), "{addr:?} {other}");
+            }
+        }
+        let mut followed = v4;
+        followed.0[8..].fill(0xaa);
+        assert!(v4.is(&followed) && followed.is(&v4));
+    }
+
     proptest! {
         #[test]
-        fn what_the_kernel_has_becomes_canonical_as_any_other(ip: u128, port: u16, high in 0usize..4, v4: bool) {
-            let ip = [ip, ip & 0xffff_ffff, 0xffff << 32 | ip & 0xffff_ffff, 0][high];
+        fn what_the_kernel_has_becomes_canonical_as_any_other(ip: u128, port: u16, high in 0usize..5, v4: bool) {
+            let ip = [ip, ip & 0xffff_ffff, 0xffff << 32 | ip & 0xffff_ffff, 0, ip | 0xff << 120][high];
             let addr: SocketAddr = if v4 { (Ipv4Addr::from(ip as u32), port).into() } else { (Ipv6Addr::from(ip), port).into() };
             let mut changed = KernelAddr::from(addr);
             changed.make_canonical();
             prop_assert_eq!(SocketAddr::from(changed), canonical(addr));
             prop_assert_eq!(changed.is_unspecified(), addr.ip().to_canonical().is_unspecified());
+            prop_assert_eq!(changed.is_multicast(), addr.ip().to_canonical().is_multicast());
             for other in ["192.0.2.1:1".parse().unwrap(), "[::1]:1".parse().unwrap()] {
                 let mut taken = KernelAddr::from(addr);
-                taken.take_family(family(&encode(other)));
+                taken.take_family(KernelAddr::from(other).family());
                 prop_assert_eq!(taken.get(), Some(as_family_of(other, addr)));
             }
             changed.set_port(7);
@@ -250,7 +286,6 @@ mod tests {
             #[allow(unsafe_code)]
             let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), raw.len() as usize) };
             prop_assert_eq!(KernelAddr::parse(bytes).and_then(KernelAddr::get), Some(addr));
-            prop_assert_eq!(&encode(addr)[..len(addr)], bytes);
             prop_assert_eq!((kernels.as_bytes(), kernels.port()), (bytes, port));
             for len in 0..bytes.len() {
                 prop_assert_eq!(KernelAddr::parse(&bytes[..len]), None);

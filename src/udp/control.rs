@@ -1,6 +1,6 @@
 //! Control data (`cmsg(3)`): read without trusting them, and written.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::address::KernelAddr;
 
@@ -81,24 +81,24 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// `IP_PKTINFO` with `ipi_spec_dst`, or `IPV6_PKTINFO`: the source address, and its scope.
     #[inline(always)]
-    pub(super) fn new(source: IpAddr, scope: u32, segment_len: Option<u16>) -> Outgoing {
+    pub(super) fn new(source: &KernelAddr, scope: [u8; 4]) -> Outgoing {
         let mut outgoing = Outgoing { bytes: [0; OUTGOING], len: 0 };
-        match source {
+        if source.is_ipv4() {
             // struct in_pktinfo: the interface, the source, a destination that is not looked at.
-            IpAddr::V4(ip) => {
-                let body = outgoing.push::<{ size_of::<libc::in_pktinfo>() }>(libc::SOL_IP, libc::IP_PKTINFO);
-                body[4..8].copy_from_slice(&ip.octets());
-            }
-            IpAddr::V6(ip) => {
-                let body = outgoing.push::<{ size_of::<libc::in6_pktinfo>() }>(libc::SOL_IPV6, libc::IPV6_PKTINFO);
-                body[..16].copy_from_slice(&ip.octets());
-                body[16..].copy_from_slice(&scope.to_ne_bytes());
-            }
-        }
-        if let Some(len) = segment_len {
-            *outgoing.push(libc::SOL_UDP, UDP_SEGMENT) = len.to_ne_bytes();
+            let body = outgoing.push::<{ size_of::<libc::in_pktinfo>() }>(libc::SOL_IP, libc::IP_PKTINFO);
+            body[4..8].copy_from_slice(&source.ipv4());
+        } else {
+            let body = outgoing.push::<{ size_of::<libc::in6_pktinfo>() }>(libc::SOL_IPV6, libc::IPV6_PKTINFO);
+            body[..16].copy_from_slice(&source.ipv6());
+            body[16..].copy_from_slice(&scope);
         }
         outgoing
+    }
+
+    /// Adds `UDP_SEGMENT`. Once.
+    #[inline(always)]
+    pub(super) fn add_segment_len(&mut self, len: u16) {
+        *self.push(libc::SOL_UDP, UDP_SEGMENT) = len.to_ne_bytes();
     }
 
     /// Appends a header, and gives the place of its `N` bytes.
@@ -125,7 +125,7 @@ impl Outgoing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6};
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
     use proptest::prelude::*;
 
@@ -229,7 +229,9 @@ mod tests {
 
         #[test]
         fn outgoing_data_are_whole_messages(v4: u32, v6: u128, scope: u32, segment: u16) {
-            let outgoing = Outgoing::new(Ipv6Addr::from(v6).into(), scope, Some(segment));
+            let new = |ip: IpAddr| Outgoing::new(&SocketAddr::new(ip, 53).into(), scope.to_ne_bytes());
+            let mut outgoing = new(Ipv6Addr::from(v6).into());
+            outgoing.add_segment_len(segment);
             let info = [&v6.to_be_bytes()[..], &scope.to_ne_bytes()].concat();
             let expected = [
                 message(libc::SOL_IPV6, libc::IPV6_PKTINFO, &info),
@@ -237,9 +239,9 @@ mod tests {
             ];
             prop_assert_eq!(outgoing.bytes(), &expected.concat()[..outgoing.bytes().len()]);
             prop_assert_eq!(outgoing.bytes().len(), align(HEADER + 20) + HEADER + 2);
-            let outgoing = Outgoing::new(Ipv6Addr::from(v6).into(), scope, None);
+            let outgoing = new(Ipv6Addr::from(v6).into());
             prop_assert_eq!(outgoing.bytes(), &expected[0][..HEADER + 20]);
-            let outgoing = Outgoing::new(Ipv4Addr::from(v4).into(), 0, None);
+            let outgoing = new(Ipv4Addr::from(v4).into());
             let info = [&[0; 4][..], &v4.to_be_bytes(), &[0; 4]].concat();
             prop_assert_eq!(outgoing.bytes(), &message(libc::SOL_IP, libc::IP_PKTINFO, &info)[..HEADER + 12]);
         }

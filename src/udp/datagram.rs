@@ -8,6 +8,7 @@ use libc::sockaddr_storage;
 
 use super::control::Control;
 use super::message;
+use crate::address::KernelAddr;
 
 /// One datagram, or several of one flow and equal length: a place for what is
 /// received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
@@ -67,6 +68,7 @@ impl<'a> Datagram<'a> {
     }
 
     /// The bytes that were received, or are to be sent.
+    #[inline(always)]
     pub fn data(&self) -> &[u8] {
         message::bytes(self.data, self.len)
     }
@@ -126,11 +128,19 @@ impl<'a> Datagram<'a> {
         self.data.is_null() && self.capacity != 0
     }
 
+    /// From whom it goes to whom, as they are there.
+    #[inline(always)]
+    pub(super) fn ends(&self) -> (KernelAddr, KernelAddr) {
+        (message::load_address(&self.orig_dst), message::load_address(&self.client))
+    }
+
     /// Whether there are bytes to send, and no memory that they are in.
+    #[inline(always)]
     pub(super) fn lacks_data(&self) -> bool {
         self.data().len() != self.len
     }
 
+    #[inline(always)]
     pub(super) fn set_error(&mut self, errno: i32) {
         self.error = errno;
     }

@@ -7,7 +7,6 @@
 use std::ffi::c_void;
 use std::io;
 use std::mem::{MaybeUninit, zeroed};
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
@@ -17,7 +16,7 @@ use super::BATCH;
 use super::control::{Control, Outgoing};
 use super::datagram::{CTRUNC, Datagram, TRUNC};
 use super::raw;
-use crate::address::{self, KernelAddr};
+use crate::address::KernelAddr;
 
 /// No address: AF_UNSPEC.
 // SAFETY: integers, for which all zero is valid.
@@ -38,6 +37,7 @@ pub(super) fn load_address(storage: &sockaddr_storage) -> KernelAddr {
 }
 
 /// A datagram's bytes. Its fields are private, or by a C caller's word: so many bytes are there while it lives.
+#[inline(always)]
 pub(super) fn bytes<'a>(data: *mut c_void, len: usize) -> &'a [u8] {
     if data.is_null() || len == 0 {
         return &[];
@@ -78,7 +78,8 @@ impl ControlRoom {
     }
 }
 
-fn header(name: *mut c_void, name_len: usize, parts: *mut iovec, n_parts: usize) -> msghdr {
+#[inline(always)]
+fn msghdr_of(name: *mut c_void, name_len: usize, parts: *mut iovec, n_parts: usize) -> msghdr {
     // SAFETY: integers and pointers, for which all zero is valid.
     let mut message: msghdr = unsafe { zeroed() };
     message.msg_name = name;
@@ -99,7 +100,7 @@ pub(super) fn receive_one(
     let mut control = ControlRoom::EMPTY;
     let mut part = iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let name = source.as_mut_bytes();
-    let mut message = header(name.as_mut_ptr().cast(), name.len(), &raw mut part, 1);
+    let mut message = msghdr_of(name.as_mut_ptr().cast(), name.len(), &raw mut part, 1);
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = CONTROL;
     // SAFETY: what the message points to is alive, and as long as it says.
@@ -119,7 +120,7 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     for (at, datagram) in datagrams.iter_mut().take(count).enumerate() {
         let (data, capacity, client) = datagram.place();
         let part = parts[at].write(iovec { iov_base: data, iov_len: capacity });
-        let mut message = header(ptr::from_mut(client).cast(), size_of_val(client), part, 1);
+        let mut message = msghdr_of(ptr::from_mut(client).cast(), size_of_val(client), part, 1);
         message.msg_control = (&raw mut controls[at]).cast();
         message.msg_controllen = CONTROL;
         messages[at].write(mmsghdr { msg_hdr: message, msg_len: 0 });
@@ -141,11 +142,49 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     Ok(received)
 }
 
+/// At most [`BATCH`] of something, in place: only what is pushed is written.
+pub(super) struct Few<T> {
+    items: [MaybeUninit<T>; BATCH],
+    len: usize,
+}
+
+impl<T: Copy> Few<T> {
+    pub(super) const fn new() -> Few<T> {
+        Few { items: [const { MaybeUninit::uninit() }; BATCH], len: 0 }
+    }
+
+    /// Appends one, for which there must be room.
+    #[inline(always)]
+    pub(super) fn push(&mut self, item: T) {
+        self.items[self.len].write(item);
+        self.len += 1;
+    }
+
+    #[inline(always)]
+    pub(super) fn get(&self) -> &[T] {
+        // SAFETY: the first len are initialised.
+        unsafe { &*(ptr::from_ref(&self.items[..self.len]) as *const [T]) }
+    }
+
+    #[inline(always)]
+    pub(super) fn get_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above.
+        unsafe { &mut *(ptr::from_mut(&mut self.items[..self.len]) as *mut [T]) }
+    }
+}
+
 /// From whom to whom: two addresses of one family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Flow {
-    pub from: SocketAddr,
-    pub to: SocketAddr,
+    pub from: KernelAddr,
+    pub to: KernelAddr,
+}
+
+impl Flow {
+    #[inline(always)]
+    fn is(&self, other: &Flow) -> bool {
+        self.from.is(&other.from) && self.to.is(&other.to)
+    }
 }
 
 /// A message that waits in an [`Outbox`]: one datagram of a flow, or several of
@@ -154,13 +193,11 @@ pub(super) struct Flow {
 pub(super) struct Message<'d> {
     pub flow: &'d Flow,
     /// The place of its first datagram among those that were given to send.
-    pub first: usize,
+    pub first: u8,
     /// How long each of its datagrams is, but for the last, which may be shorter.
     pub unit: usize,
     /// How many datagrams it is on the wire.
     pub segments: usize,
-    /// The UDP header, for a raw socket.
-    pub header: Option<[u8; raw::HEADER]>,
     len: usize,
     first_part: usize,
     parts: usize,
@@ -171,108 +208,151 @@ pub(super) const MAX_SEGMENTS: usize = 64;
 /// The most bytes of such a message: what IPv4's length field leaves.
 pub(super) const MAX_GSO: usize = 65_507;
 
-impl<'d> Message<'d> {
-    /// A message of a datagram, or of as many as `data` has of `unit` bytes.
-    pub(super) fn new(flow: &'d Flow, first: usize, unit: usize, data: &[u8]) -> Message<'d> {
-        let segments = data.len().div_ceil(unit.max(1)).max(1);
-        Message { flow, first, unit, segments, header: None, len: data.len(), first_part: 0, parts: 1 }
-    }
-
+impl Message<'_> {
     /// Whether one more datagram can be cut off its end.
     #[inline(always)]
     fn takes(&self, flow: &Flow, data: &[u8]) -> bool {
-        self.flow == flow
-            && self.header.is_none()
+        self.flow.is(flow)
             && self.len == self.unit * self.segments
             && (1..=self.unit).contains(&data.len())
             && self.segments < MAX_SEGMENTS
             && self.len + data.len() <= MAX_GSO
     }
+}
 
-    /// Its control data.
-    #[inline(always)]
-    fn control(&self) -> Outgoing {
-        let scope = match self.flow.to {
-            // A link-local source is one of the interface that the client is on.
-            SocketAddr::V6(to) => to.scope_id(),
-            SocketAddr::V4(_) => 0,
-        };
-        let segment_len = if self.segments > 1 { u16::try_from(self.unit).ok() } else { None };
-        Outgoing::new(self.flow.from.ip(), scope, segment_len)
-    }
+/// What a raw socket is given besides.
+struct Raw {
+    header: [u8; raw::HEADER],
+    /// Whom it goes to. Such a socket takes a port for a protocol (raw(7)).
+    name: KernelAddr,
+}
 
-    /// Whom it goes to. A raw socket takes a port for a protocol (raw(7)).
-    #[inline(always)]
-    fn name(&self) -> address::Bytes {
-        let mut to = self.flow.to;
-        if self.header.is_some() {
-            to.set_port(0);
+/// Where the messages of an [`Outbox`] are. Only what is used of it is written.
+pub(super) struct Room {
+    headers: [MaybeUninit<mmsghdr>; BATCH],
+    controls: [MaybeUninit<Outgoing>; BATCH],
+    raws: [MaybeUninit<Raw>; BATCH],
+    // A raw message has a part more, its header; it has one part of data.
+    iovecs: [MaybeUninit<iovec>; 2 * BATCH],
+}
+
+impl Room {
+    pub(super) const fn new() -> Room {
+        Room {
+            headers: [const { MaybeUninit::uninit() }; BATCH],
+            controls: [const { MaybeUninit::uninit() }; BATCH],
+            raws: [const { MaybeUninit::uninit() }; BATCH],
+            iovecs: [const { MaybeUninit::uninit() }; 2 * BATCH],
         }
-        address::encode(to)
     }
 }
 
 /// Messages for one `sendmmsg(2)`.
-pub(super) struct Outbox<'d> {
-    messages: [MaybeUninit<Message<'d>>; BATCH],
-    parts: [MaybeUninit<&'d [u8]>; BATCH],
-    len: usize,
-    n_parts: usize,
+pub(super) struct Outbox<'r, 'd> {
+    room: &'r mut Room,
+    messages: Few<Message<'d>>,
+    /// How many parts of data there are.
+    parts: usize,
+    n_iovecs: usize,
 }
 
-impl<'d> Outbox<'d> {
-    pub(super) fn new() -> Outbox<'d> {
-        Outbox {
-            messages: [const { MaybeUninit::uninit() }; BATCH],
-            parts: [const { MaybeUninit::uninit() }; BATCH],
-            len: 0,
-            n_parts: 0,
-        }
+impl<'r, 'd> Outbox<'r, 'd> {
+    #[inline(always)]
+    pub(super) fn new(room: &'r mut Room) -> Outbox<'r, 'd> {
+        Outbox { room, messages: Few::new(), parts: 0, n_iovecs: 0 }
     }
 
     /// Whether there is room for neither a message nor a part of one.
-    pub(super) fn is_full(&self) -> bool {
-        self.n_parts == BATCH
-    }
-
-    /// Adds a message of some data. Not when it is full.
     #[inline(always)]
-    pub(super) fn push(&mut self, message: Message<'d>, data: &'d [u8]) {
-        self.messages[self.len].write(Message { first_part: self.n_parts, ..message });
-        self.parts[self.n_parts].write(data);
-        self.len += 1;
-        self.n_parts += 1;
+    pub(super) fn is_full(&self) -> bool {
+        self.parts == BATCH
     }
 
-    /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full.
+    /// Appends a part to what the kernel reads.
+    #[inline(always)]
+    fn iovec(&mut self, base: *const u8, len: usize) {
+        self.room.iovecs[self.n_iovecs].write(iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+        self.n_iovecs += 1;
+    }
+
+    /// Adds a message of a datagram, or of as many as `data` has of `unit` bytes, with a UDP header for a raw socket.
+    /// Not when it is full.
+    #[inline(always)]
+    pub(super) fn push(
+        &mut self,
+        flow: &'d Flow,
+        first: u8,
+        unit: usize,
+        data: &'d [u8],
+        header: Option<[u8; raw::HEADER]>,
+    ) {
+        let at = self.messages.get().len();
+        let mut name = &flow.to;
+        let first_iovec = self.n_iovecs;
+        if let Some(header) = header {
+            let raw = self.room.raws[at].write(Raw { header, name: flow.to });
+            raw.name.set_port(0);
+            let raw = ptr::from_ref(raw);
+            // SAFETY: it was written just now, and is not touched again while there is this message.
+            let raw = unsafe { &*raw };
+            name = &raw.name;
+            self.iovec(raw.header.as_ptr(), raw::HEADER);
+        }
+        // SAFETY: one past the end at most.
+        let iovecs = unsafe { self.room.iovecs.as_mut_ptr().add(first_iovec) };
+        let first_part = self.n_iovecs;
+        self.iovec(data.as_ptr(), data.len());
+        let name = name.as_bytes();
+        let n_iovecs = self.n_iovecs - first_iovec;
+        let segments = if unit == data.len() { 1 } else { data.len().div_ceil(unit.max(1)) };
+        // A link-local source is one of the interface that the client is on.
+        let control = self.room.controls[at].write(Outgoing::new(&flow.from, flow.to.scope()));
+        if segments > 1 {
+            control.add_segment_len(unit as u16);
+        }
+        let mut msg_hdr = msghdr_of(name.as_ptr().cast_mut().cast(), name.len(), iovecs.cast(), n_iovecs);
+        msg_hdr.msg_controllen = control.bytes().len();
+        msg_hdr.msg_control = ptr::from_mut(control).cast();
+        self.room.headers[at].write(mmsghdr { msg_hdr, msg_len: 0 });
+        self.messages.push(Message { flow, first, unit, segments, len: data.len(), first_part, parts: 1 });
+        self.parts += 1;
+    }
+
+    /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full, and not for a
+    /// raw socket.
     #[inline(always)]
     pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
-        let Some(last) = self.len.checked_sub(1) else { return false };
-        // SAFETY: the first len messages are initialised.
-        let last = unsafe { self.messages[last].assume_init_mut() };
+        let Some(last) = self.messages.get_mut().last_mut() else { return false };
         if !last.takes(flow, data) {
             return false;
         }
-        last.parts += 1;
         last.segments += 1;
+        last.parts += 1;
         last.len += data.len();
-        self.parts[self.n_parts].write(data);
-        self.n_parts += 1;
+        let (segments, unit) = (last.segments, last.unit);
+        // SAFETY: as many headers as messages are initialised.
+        let header = unsafe { &mut self.room.headers[self.messages.get().len() - 1].assume_init_mut().msg_hdr };
+        header.msg_iovlen += 1;
+        if segments == 2 {
+            // SAFETY: push() pointed it to its control data, which nobody else has a reference to.
+            let control = unsafe { &mut *header.msg_control.cast::<Outgoing>() };
+            control.add_segment_len(unit as u16);
+            header.msg_controllen = control.bytes().len();
+        }
+        self.iovec(data.as_ptr(), data.len());
+        self.parts += 1;
         true
     }
 
-    fn message(&self, at: usize) -> &Message<'d> {
-        debug_assert!(at < self.len);
-        // SAFETY: the first len messages are initialised.
-        unsafe { self.messages[at].assume_init_ref() }
-    }
-
-    /// The parts of a message of this outbox.
-    #[inline(always)]
-    fn parts(&self, message: &Message<'d>) -> &[&'d [u8]] {
-        let parts = &self.parts[message.first_part..message.first_part + message.parts];
-        // SAFETY: the first n_parts parts are initialised, and a message has some of those.
-        unsafe { &*(ptr::from_ref(parts) as *const [&'d [u8]]) }
+    /// The data of a message of this outbox, datagram by datagram as they were given.
+    pub(super) fn parts(&self, message: &Message<'d>) -> impl Iterator<Item = &'d [u8]> {
+        self.room.iovecs[message.first_part..message.first_part + message.parts].iter().map(|part| {
+            // SAFETY: a message's are initialised, and were made of such slices.
+            unsafe {
+                let part = part.assume_init_ref();
+                std::slice::from_raw_parts(part.iov_base.cast(), part.iov_len)
+            }
+        })
     }
 
     /// Sends them all, and says which failed: one system call, and one more for each of those.
@@ -281,71 +361,49 @@ impl<'d> Outbox<'d> {
         &mut self,
         fd: BorrowedFd<'_>,
         flags: i32,
-        mut failed: impl FnMut(&Message<'d>, &[&'d [u8]], io::Error),
+        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, io::Error),
     ) {
-        let mut names = [const { MaybeUninit::<address::Bytes>::uninit() }; BATCH];
-        let mut controls = [const { MaybeUninit::<Outgoing>::uninit() }; BATCH];
-        // A raw message has a part more, its header; it has one part of data.
-        let mut iovecs = [const { MaybeUninit::<iovec>::uninit() }; 2 * BATCH];
-        let mut headers = [const { MaybeUninit::<mmsghdr>::uninit() }; BATCH];
-        let mut n_iovecs = 0;
-        let mut part = |bytes: &[u8]| {
-            iovecs[n_iovecs].write(iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() });
-            n_iovecs += 1;
-        };
-        for at in 0..self.len {
-            let message = self.message(at);
-            if let Some(header) = &message.header {
-                part(header);
-            }
-            self.parts(message).iter().for_each(|data| part(data));
-        }
-        let mut iovec = iovecs.as_mut_ptr().cast::<iovec>();
-        for at in 0..self.len {
-            let message = self.message(at);
-            let name = names[at].write(message.name());
-            let control = controls[at].write(message.control());
-            let n_parts = message.parts + usize::from(message.header.is_some());
-            let mut header = header(name.as_mut_ptr().cast(), address::len(message.flow.to), iovec, n_parts);
-            header.msg_control = control.bytes().as_ptr().cast_mut().cast();
-            header.msg_controllen = control.bytes().len();
-            headers[at].write(mmsghdr { msg_hdr: header, msg_len: 0 });
-            // SAFETY: as many were written above, in the same order.
-            iovec = unsafe { iovec.add(n_parts) };
-        }
-        let mut say = |at: usize, error: io::Error| {
-            let message = self.message(at);
-            failed(message, self.parts(message), error);
-        };
+        let len = self.messages.get().len();
         let mut at = 0;
-        while at < self.len {
+        while at < len {
             // SAFETY: len messages are initialised; what they point to is alive, and as long as they say.
             let sent = unsafe {
                 libc::sendmmsg(
                     fd.as_raw_fd(),
-                    headers[at..].as_mut_ptr().cast(),
-                    (self.len - at) as libc::c_uint,
+                    self.room.headers[at..].as_mut_ptr().cast(),
+                    (len - at) as libc::c_uint,
                     flags as _,
                 )
             };
             match usize::try_from(sent) {
                 Ok(sent) => at += sent,
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    let errno = error.raw_os_error();
-                    say(at, error);
-                    at += 1;
-                    // No room, or a signal: the rest would fare no better.
-                    if let Some(errno @ (libc::EAGAIN | libc::EINTR)) = errno {
-                        for rest in at..self.len {
-                            say(rest, io::Error::from_raw_os_error(errno));
-                        }
-                        at = self.len;
-                    }
-                }
+                Err(_) => at = self.say(at, io::Error::last_os_error(), &mut failed),
             }
         }
-        self.len = 0;
-        self.n_parts = 0;
+        self.messages = Few::new();
+        self.parts = 0;
+        self.n_iovecs = 0;
+    }
+
+    /// Says that one failed, and gives which is to be tried next.
+    #[cold]
+    #[inline(never)]
+    fn say(
+        &self,
+        at: usize,
+        error: io::Error,
+        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, io::Error),
+    ) -> usize {
+        let errno = error.raw_os_error();
+        let messages = self.messages.get();
+        failed(self, &messages[at], error);
+        if let Some(errno @ (libc::EAGAIN | libc::EINTR)) = errno {
+            // No room, or a signal: the rest would fare no better.
+            for rest in &messages[at + 1..] {
+                failed(self, rest, io::Error::from_raw_os_error(errno));
+            }
+            return messages.len();
+        }
+        at + 1
     }
 }

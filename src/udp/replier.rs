@@ -1,17 +1,16 @@
 //! Answers, from any source.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use super::BATCH;
 use super::datagram::Datagram;
-use super::message::{Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox};
+use super::message::{Few, Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox, Room};
 use super::raw;
 use super::source::{self, Key, Sources, Way};
-use crate::address::canonical;
+use crate::address::KernelAddr;
 use crate::error::Result;
-use crate::{sort, sys};
+use crate::sys;
 
 /// How a [`Replier`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,51 +60,100 @@ pub struct Replier {
 }
 
 /// From whom to whom a reply goes, or why it cannot.
+#[inline(always)]
 fn flow(datagram: &Datagram<'_>) -> std::result::Result<Flow, i32> {
-    let end = |addr: Option<SocketAddr>| addr.map(canonical).ok_or(libc::EAFNOSUPPORT);
-    let flow = Flow { from: end(datagram.orig_dst())?, to: end(datagram.client())? };
+    let end = |mut addr: KernelAddr| {
+        if !addr.is_ipv4() && !addr.is_ipv6() {
+            return Err(libc::EAFNOSUPPORT);
+        }
+        addr.make_canonical();
+        Ok(addr)
+    };
+    let (from, to) = datagram.ends();
+    let flow = Flow { from: end(from)?, to: end(to)? };
     match flow {
         _ if flow.from.is_ipv4() != flow.to.is_ipv4() => Err(libc::EAFNOSUPPORT),
         _ if flow.from.port() == 0 || flow.to.port() == 0 => Err(libc::EINVAL),
         // The kernel would choose a source by itself.
-        _ if flow.from.ip().is_unspecified() || flow.from.ip().is_multicast() => Err(libc::EADDRNOTAVAIL),
+        _ if flow.from.is_unspecified() || flow.from.is_multicast() => Err(libc::EADDRNOTAVAIL),
         _ if datagram.lacks_data() => Err(libc::EFAULT),
         _ => Ok(flow),
     }
 }
 
-/// At most [`BATCH`] datagrams under way, and where they go.
-struct Batch<'a, 'b> {
-    datagrams: &'a [Datagram<'b>],
-    /// `None` for one that cannot go.
-    flows: &'a [Option<Flow>; BATCH],
-    flags: i32,
+/// A datagram that can go.
+#[derive(Clone, Copy)]
+struct Item {
+    flow: Flow,
+    number: u8,
+    /// The place of the next one that goes by the same socket.
+    next: u8,
 }
 
-/// Some of a batch, in order.
+/// No item's place.
+const END: u8 = u8::MAX;
+
+/// Items that go by the same socket, in the caller's order: a list.
 #[derive(Clone, Copy)]
 struct Group {
-    numbers: [u8; BATCH],
-    len: usize,
+    first: u8,
+    last: u8,
 }
 
-impl Group {
-    const EMPTY: Group = Group { numbers: [0; BATCH], len: 0 };
+/// At most [`BATCH`] datagrams, by source port.
+struct Batch {
+    items: Few<Item>,
+    ports: Few<(Key, Group)>,
+    /// A hash table: one more than the place in `ports`, or 0. Half of it stays empty, so that searches end.
+    table: [u8; 2 * BATCH],
+}
 
-    fn of(numbers: impl Iterator<Item = usize>) -> Group {
-        let mut group = Group::EMPTY;
-        numbers.for_each(|number| group.push(number));
-        group
+impl Batch {
+    const fn new() -> Batch {
+        Batch { items: Few::new(), ports: Few::new(), table: [0; 2 * BATCH] }
     }
 
-    fn push(&mut self, number: usize) {
-        self.numbers[self.len] = number as u8;
-        self.len += 1;
+    /// Adds a datagram, of which nothing else is known to be the same as another's.
+    #[inline(always)]
+    fn add(&mut self, flow: Flow, number: usize) {
+        let key = Key::of(&flow.from);
+        let place = self.items.get().len() as u8;
+        self.items.push(Item { flow, number: number as u8, next: END });
+        let mut at = key.hash() as usize;
+        loop {
+            let entry = &mut self.table[at % (2 * BATCH)];
+            match self.ports.get_mut().get_mut(usize::from(entry.wrapping_sub(1))) {
+                Some((found, group)) if *found == key => {
+                    append(self.items.get_mut(), group, Group { first: place, last: place });
+                    return;
+                }
+                Some(_) => at += 1,
+                None => {
+                    self.ports.push((key, Group { first: place, last: place }));
+                    *entry = self.ports.get().len() as u8;
+                    return;
+                }
+            }
+        }
     }
+}
 
-    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        self.numbers[..self.len].iter().map(|number| usize::from(*number))
-    }
+/// Makes two lists one.
+#[inline(always)]
+fn append(items: &mut [Item], group: &mut Group, more: Group) {
+    items[usize::from(group.last)].next = more.first;
+    group.last = more.last;
+}
+
+/// A list from an item on.
+#[inline(always)]
+fn from_item(items: &[Item], first: u8) -> impl Iterator<Item = &Item> {
+    let mut next = first;
+    std::iter::from_fn(move || {
+        let item = items.get(usize::from(next))?;
+        next = item.next;
+        Some(item)
+    })
 }
 
 impl Replier {
@@ -155,109 +203,143 @@ impl Replier {
     }
 
     /// One system call for each source port, and one for all that are raw.
+    #[inline(always)]
     fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) -> [i32; BATCH] {
         let mut errors = [0; BATCH];
-        let mut flows = [None; BATCH];
-        // Sorted by port, those of one port in the caller's order.
-        let mut order = [0; BATCH];
-        let mut len = 0;
+        let mut batch = Batch::new();
         for (number, datagram) in datagrams.iter().enumerate() {
             match flow(datagram) {
-                Ok(flow) => {
-                    flows[number] = Some(flow);
-                    order[len] = Key::of(flow.from).with_number(number);
-                    len += 1;
-                }
+                Ok(flow) => batch.add(flow, number),
                 Err(errno) => errors[number] = errno,
             }
         }
-        sort::few(&mut order[..len]);
-        let batch = Batch { datagrams, flows: &flows, flags: self.flags };
-        let mut raw = [Group::EMPTY; 2];
-        for group in order[..len].chunk_by(|a, b| Key::and_number(*a).0 == Key::and_number(*b).0) {
-            let (key, _) = Key::and_number(group[0]);
-            let numbers = group.iter().map(|item| Key::and_number(*item).1);
-            match self.sources.way(key, now) {
-                Ok(Way::Port(fd)) => batch.send(fd, &Group::of(numbers), false, &mut errors),
-                Ok(Way::Raw) => numbers.for_each(|number| raw[usize::from(key.v6)].push(number)),
-                Err(error) => numbers.for_each(|number| errors[number] = error.errno()),
+        let Batch { mut items, ports, .. } = batch;
+        let mut raw = [None; 2];
+        let mut room = Room::new();
+        for (key, group) in ports.get() {
+            match self.sources.way(*key, now) {
+                Ok(Way::Port(fd)) => {
+                    let by = By { items: items.get(), datagrams, fd, flags: self.flags };
+                    by.send(group.first, false, &mut room, &mut errors);
+                }
+                Ok(Way::Raw) => match &mut raw[usize::from(key.v6)] {
+                    Some(all) => append(items.get_mut(), all, *group),
+                    none => *none = Some(*group),
+                },
+                Err(error) => {
+                    from_item(items.get(), group.first)
+                        .for_each(|item| errors[usize::from(item.number)] = error.errno());
+                }
             }
         }
-        for (v6, group) in [false, true].into_iter().zip(&raw) {
-            if group.len == 0 {
-                continue;
+        for (v6, group) in [false, true].into_iter().zip(raw) {
+            if let Some(group) = group {
+                self.reply_raw(v6, group, items.get(), datagrams, &mut room, &mut errors);
             }
-            match self.sources.raw(v6) {
-                Ok(fd) => batch.send_raw(fd, group, &mut errors),
-                Err(error) => group.iter().for_each(|number| errors[number] = error.errno()),
-            }
-            self.raw += group.iter().filter(|number| errors[*number] == 0).count() as u64;
         }
         errors
     }
+
+    #[inline(never)]
+    fn reply_raw(
+        &mut self,
+        v6: bool,
+        group: Group,
+        items: &[Item],
+        datagrams: &[Datagram<'_>],
+        room: &mut Room,
+        errors: &mut [i32; BATCH],
+    ) {
+        let numbers = || from_item(items, group.first).map(|item| usize::from(item.number));
+        match self.sources.raw(v6) {
+            Ok(fd) => By { items, datagrams, fd, flags: self.flags }.send(group.first, true, room, errors),
+            Err(error) => numbers().for_each(|number| errors[number] = error.errno()),
+        }
+        self.raw += numbers().filter(|number| errors[*number] == 0).count() as u64;
+    }
 }
 
-impl Batch<'_, '_> {
-    #[inline(never)]
-    fn send_raw(&self, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
-        self.send(fd, group, true, errors);
-    }
+/// A socket, and what is to be sent.
+struct By<'a, 'b> {
+    items: &'a [Item],
+    datagrams: &'a [Datagram<'b>],
+    fd: BorrowedFd<'a>,
+    flags: i32,
+}
 
-    /// Sends some datagrams by one socket.
+impl<'a> By<'a, '_> {
+    /// Sends a list of datagrams.
     #[inline(always)]
-    fn send(&self, fd: BorrowedFd<'_>, group: &Group, raw: bool, errors: &mut [i32; BATCH]) {
-        let mut outbox = Outbox::new();
-        for (place, number) in group.iter().enumerate() {
-            let Some(flow) = &self.flows[number] else { continue };
-            let data = self.datagrams[number].data();
-            let unit = match self.datagrams[number].segment_len() as usize {
+    fn send(&self, first: u8, raw: bool, room: &mut Room, errors: &mut [i32; BATCH]) {
+        let mut outbox = Outbox::new(room);
+        let mut next = first;
+        while let Some(item) = self.items.get(usize::from(next)) {
+            let place = next;
+            next = item.next;
+            let datagram = &self.datagrams[usize::from(item.number)];
+            let data = datagram.data();
+            let unit = match datagram.segment_len() as usize {
                 0 => data.len(),
                 unit => unit.min(data.len()),
             };
-            if raw && unit > raw::LONGEST {
-                errors[number] = libc::EMSGSIZE;
+            if raw || unit != data.len() {
+                self.push_pieces(&mut outbox, place, unit, raw, errors);
                 continue;
             }
-            // What goes into one message.
-            let most = match unit {
-                _ if raw => unit,
-                _ if unit == data.len() => unit,
-                _ => unit * (MAX_GSO / unit).clamp(1, MAX_SEGMENTS),
-            };
-            for data in pieces(data, most) {
-                if outbox.is_full() {
-                    self.flush_midway(&mut outbox, fd, group, errors);
-                }
-                if !raw && outbox.join(flow, data) {
-                    continue;
-                }
-                let mut message = Message::new(flow, place, unit, data);
-                message.header = raw.then(|| raw::header(flow.from, flow.to, data));
-                outbox.push(message, data);
+            if outbox.is_full() {
+                self.flush(&mut outbox, errors);
+            }
+            if !outbox.join(&item.flow, data) {
+                outbox.push(&item.flow, place, unit, data, None);
             }
         }
-        self.flush(&mut outbox, fd, group, errors);
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error, errors));
     }
 
+    /// Adds what may be more than one message, or is to have a header.
+    #[cold]
     #[inline(never)]
-    fn flush_midway(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
-        self.flush(outbox, fd, group, errors);
+    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u8, unit: usize, raw: bool, errors: &mut [i32; BATCH]) {
+        let item = &self.items[usize::from(place)];
+        let data = self.datagrams[usize::from(item.number)].data();
+        if raw && unit > raw::LONGEST {
+            errors[usize::from(item.number)] = libc::EMSGSIZE;
+            return;
+        }
+        // What goes into one message.
+        let most = if raw { unit } else { unit * (MAX_GSO / unit.max(1)).clamp(1, MAX_SEGMENTS) };
+        let flow = &item.flow;
+        for data in pieces(data, most) {
+            if outbox.is_full() {
+                self.flush(outbox, errors);
+            }
+            if raw || !outbox.join(flow, data) {
+                let header = raw.then(|| raw::header(flow.from.into(), flow.to.into(), data));
+                outbox.push(flow, place, unit, data, header);
+            }
+        }
     }
 
-    #[inline(always)]
-    fn flush(&self, outbox: &mut Outbox<'_>, fd: BorrowedFd<'_>, group: &Group, errors: &mut [i32; BATCH]) {
-        outbox.send(fd, self.flags, |message, parts, error| {
-            let numbers = group.iter().skip(message.first);
-            if message.segments > 1 && refuses_segments(&error) {
-                for (number, part) in numbers.zip(parts) {
-                    if let Err(error) = send_one_by_one(message.flow, message.unit, part, fd, self.flags) {
-                        errors[number] = errno(&error);
-                    }
-                }
+    #[cold]
+    #[inline(never)]
+    fn flush(&self, outbox: &mut Outbox<'_, 'a>, errors: &mut [i32; BATCH]) {
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error, errors));
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: &io::Error, errors: &mut [i32; BATCH]) {
+        let items = from_item(self.items, message.first);
+        for (item, part) in items.zip(outbox.parts(message)) {
+            let error = if message.segments > 1 && refuses_segments(error) {
+                send_one_by_one(message.flow, message.unit, part, self.fd, self.flags)
             } else {
-                numbers.zip(parts).for_each(|(number, _)| errors[number] = errno(&error));
+                Err(errno(error))
+            };
+            if let Err(errno) = error {
+                errors[usize::from(item.number)] = errno;
             }
-        });
+        }
     }
 }
 
@@ -269,17 +351,24 @@ fn refuses_segments(error: &io::Error) -> bool {
 }
 
 /// Sends each segment as a datagram of its own.
-fn send_one_by_one(flow: &Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
+fn send_one_by_one(
+    flow: &Flow,
+    unit: usize,
+    data: &[u8],
+    fd: BorrowedFd<'_>,
+    flags: i32,
+) -> std::result::Result<(), i32> {
     let mut first_error = None;
-    let mut outbox = Outbox::new();
-    let mut send = |outbox: &mut Outbox<'_>| {
-        outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(error));
+    let mut room = Room::new();
+    let mut outbox = Outbox::new(&mut room);
+    let mut send = |outbox: &mut Outbox<'_, '_>| {
+        outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(errno(&error)));
     };
     for segment in pieces(data, unit) {
         if outbox.is_full() {
             send(&mut outbox);
         }
-        outbox.push(Message::new(flow, 0, unit, segment), segment);
+        outbox.push(flow, 0, segment.len(), segment, None);
     }
     send(&mut outbox);
     first_error.map_or(Ok(()), Err)

@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
+use crate::address::KernelAddr;
 use crate::error::{Ends, Error, Result, Step};
 use crate::socket::{bind, make_transparent, open};
 use crate::sys;
@@ -45,17 +46,16 @@ pub(super) struct Key {
 }
 
 impl Key {
-    pub(super) fn of(source: SocketAddr) -> Key {
+    #[inline(always)]
+    pub(super) fn of(source: &KernelAddr) -> Key {
         Key { v6: source.is_ipv6(), port: source.port() }
     }
 
-    /// The key and a datagram's number in a word, which sorts quickly.
-    pub(super) fn with_number(self, number: usize) -> u32 {
-        u32::from(self.v6) << 24 | u32::from(self.port) << 8 | number as u32 & 0xff
-    }
-
-    pub(super) fn and_number(word: u32) -> (Key, usize) {
-        (Key { v6: word >> 24 != 0, port: (word >> 8) as u16 }, (word & 0xff) as usize)
+    /// Seven bits of it or more, spread evenly.
+    #[inline(always)]
+    pub(super) fn hash(self) -> u32 {
+        // Knuth's: the golden ratio's part of 2^32. The upper bits are the good ones.
+        (u32::from(self.v6) << 16 | u32::from(self.port)).wrapping_mul(0x9e37_79b9) >> 16
     }
 }
 
