@@ -105,12 +105,12 @@ impl<'a> Datagram<'a> {
 
     /// Who sent it, and whom a reply goes to.
     pub fn client(&self) -> Option<SocketAddr> {
-        message::load_address(&self.client).get()
+        message::address(&self.client).get()
     }
 
     /// Where it was going, and where a reply comes from.
     pub fn orig_dst(&self) -> Option<SocketAddr> {
-        message::load_address(&self.orig_dst).get()
+        message::address(&self.orig_dst).get()
     }
 
     /// Whom a reply goes to.
@@ -130,14 +130,14 @@ impl<'a> Datagram<'a> {
 
     /// From whom it goes to whom, as they are there.
     #[inline(always)]
-    pub(super) fn ends(&self) -> (KernelAddr, KernelAddr) {
-        (message::load_address(&self.orig_dst), message::load_address(&self.client))
+    pub(super) fn ends(&self) -> (&KernelAddr, &KernelAddr) {
+        (message::address(&self.orig_dst), message::address(&self.client))
     }
 
     /// Whether there are bytes to send, and no memory that they are in.
     #[inline(always)]
     pub(super) fn lacks_data(&self) -> bool {
-        self.data().len() != self.len
+        self.data.is_null() && self.len != 0
     }
 
     #[inline(always)]

@@ -31,9 +31,9 @@ pub(super) fn store_address(storage: &mut sockaddr_storage, addr: &KernelAddr) {
 
 /// The address that is there.
 #[inline(always)]
-pub(super) fn load_address(storage: &sockaddr_storage) -> KernelAddr {
-    // SAFETY: as above.
-    unsafe { ptr::from_ref(storage).cast::<KernelAddr>().read() }
+pub(super) fn address(storage: &sockaddr_storage) -> &KernelAddr {
+    // SAFETY: as above, and at least as aligned.
+    unsafe { &*ptr::from_ref(storage).cast::<KernelAddr>() }
 }
 
 /// A datagram's bytes. Its fields are private, or by a C caller's word: so many bytes are there while it lives.
@@ -162,14 +162,14 @@ impl<T: Copy> Few<T> {
 
     #[inline(always)]
     pub(super) fn get(&self) -> &[T] {
-        // SAFETY: the first len are initialised.
-        unsafe { &*(ptr::from_ref(&self.items[..self.len]) as *const [T]) }
+        // SAFETY: the first len are initialised: push() alone makes it more.
+        unsafe { std::slice::from_raw_parts(self.items.as_ptr().cast(), self.len) }
     }
 
     #[inline(always)]
     pub(super) fn get_mut(&mut self) -> &mut [T] {
         // SAFETY: as above.
-        unsafe { &mut *(ptr::from_mut(&mut self.items[..self.len]) as *mut [T]) }
+        unsafe { std::slice::from_raw_parts_mut(self.items.as_mut_ptr().cast(), self.len) }
     }
 }
 
@@ -192,33 +192,20 @@ impl Flow {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Message<'d> {
     pub flow: &'d Flow,
-    /// The place of its first datagram among those that were given to send.
-    pub first: u8,
     /// How long each of its datagrams is, but for the last, which may be shorter.
     pub unit: usize,
+    /// The place of its first datagram among those that were given to send.
+    pub first: u8,
     /// How many datagrams it is on the wire.
-    pub segments: usize,
-    len: usize,
-    first_part: usize,
-    parts: usize,
+    pub segments: u8,
+    first_part: u8,
+    parts: u8,
 }
 
 /// The most datagrams that the kernel cuts a message into: `UDP_MAX_SEGMENTS`, include/linux/udp.h, before 6.9.
 pub(super) const MAX_SEGMENTS: usize = 64;
 /// The most bytes of such a message: what IPv4's length field leaves.
 pub(super) const MAX_GSO: usize = 65_507;
-
-impl Message<'_> {
-    /// Whether one more datagram can be cut off its end.
-    #[inline(always)]
-    fn takes(&self, flow: &Flow, data: &[u8]) -> bool {
-        self.flow.is(flow)
-            && self.len == self.unit * self.segments
-            && (1..=self.unit).contains(&data.len())
-            && self.segments < MAX_SEGMENTS
-            && self.len + data.len() <= MAX_GSO
-    }
-}
 
 /// What a raw socket is given besides.
 struct Raw {
@@ -254,12 +241,14 @@ pub(super) struct Outbox<'r, 'd> {
     /// How many parts of data there are.
     parts: usize,
     n_iovecs: usize,
+    /// How long the last message is.
+    len: usize,
 }
 
 impl<'r, 'd> Outbox<'r, 'd> {
     #[inline(always)]
     pub(super) fn new(room: &'r mut Room) -> Outbox<'r, 'd> {
-        Outbox { room, messages: Few::new(), parts: 0, n_iovecs: 0 }
+        Outbox { room, messages: Few::new(), parts: 0, n_iovecs: 0, len: 0 }
     }
 
     /// Whether there is room for neither a message nor a part of one.
@@ -314,8 +303,16 @@ impl<'r, 'd> Outbox<'r, 'd> {
         msg_hdr.msg_controllen = control.bytes().len();
         msg_hdr.msg_control = ptr::from_mut(control).cast();
         self.room.headers[at].write(mmsghdr { msg_hdr, msg_len: 0 });
-        self.messages.push(Message { flow, first, unit, segments, len: data.len(), first_part, parts: 1 });
+        self.messages.push(Message {
+            flow,
+            unit,
+            first,
+            segments: segments as u8,
+            first_part: first_part as u8,
+            parts: 1,
+        });
         self.parts += 1;
+        self.len = data.len();
     }
 
     /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full, and not for a
@@ -323,12 +320,17 @@ impl<'r, 'd> Outbox<'r, 'd> {
     #[inline(always)]
     pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
         let Some(last) = self.messages.get_mut().last_mut() else { return false };
-        if !last.takes(flow, data) {
+        let takes = last.flow.is(flow)
+            && self.len == last.unit * usize::from(last.segments)
+            && (1..=last.unit).contains(&data.len())
+            && usize::from(last.segments) < MAX_SEGMENTS
+            && self.len + data.len() <= MAX_GSO;
+        if !takes {
             return false;
         }
         last.segments += 1;
         last.parts += 1;
-        last.len += data.len();
+        self.len += data.len();
         let (segments, unit) = (last.segments, last.unit);
         // SAFETY: as many headers as messages are initialised.
         let header = unsafe { &mut self.room.headers[self.messages.get().len() - 1].assume_init_mut().msg_hdr };
@@ -346,7 +348,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
 
     /// The data of a message of this outbox, datagram by datagram as they were given.
     pub(super) fn parts(&self, message: &Message<'d>) -> impl Iterator<Item = &'d [u8]> {
-        self.room.iovecs[message.first_part..message.first_part + message.parts].iter().map(|part| {
+        self.room.iovecs.iter().skip(message.first_part.into()).take(message.parts.into()).map(|part| {
             // SAFETY: a message's are initialised, and were made of such slices.
             unsafe {
                 let part = part.assume_init_ref();

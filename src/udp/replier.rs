@@ -59,25 +59,15 @@ pub struct Replier {
     sent: u64,
 }
 
-/// From whom to whom a reply goes, or why it cannot.
+/// Why a datagram cannot go from there to there: an errno value.
 #[inline(always)]
-fn flow(datagram: &Datagram<'_>) -> std::result::Result<Flow, i32> {
-    let end = |mut addr: KernelAddr| {
-        if !addr.is_ipv4() && !addr.is_ipv6() {
-            return Err(libc::EAFNOSUPPORT);
-        }
-        addr.make_canonical();
-        Ok(addr)
-    };
-    let (from, to) = datagram.ends();
-    let flow = Flow { from: end(from)?, to: end(to)? };
-    match flow {
-        _ if flow.from.is_ipv4() != flow.to.is_ipv4() => Err(libc::EAFNOSUPPORT),
-        _ if flow.from.port() == 0 || flow.to.port() == 0 => Err(libc::EINVAL),
+fn check(datagram: &Datagram<'_>, from: &KernelAddr, to: &KernelAddr) -> std::result::Result<(), i32> {
+    match from {
+        _ if from.port() == 0 || to.port() == 0 => Err(libc::EINVAL),
         // The kernel would choose a source by itself.
-        _ if flow.from.is_unspecified() || flow.from.is_multicast() => Err(libc::EADDRNOTAVAIL),
+        _ if from.is_unspecified() || from.is_multicast() => Err(libc::EADDRNOTAVAIL),
         _ if datagram.lacks_data() => Err(libc::EFAULT),
-        _ => Ok(flow),
+        _ => Ok(()),
     }
 }
 
@@ -113,13 +103,36 @@ impl Batch {
         Batch { items: Few::new(), ports: Few::new(), table: [0; 2 * BATCH] }
     }
 
-    /// Adds a datagram, of which nothing else is known to be the same as another's.
+    /// Adds a datagram, or says why it cannot go.
     #[inline(always)]
-    fn add(&mut self, flow: Flow, number: usize) {
-        let key = Key::of(&flow.from);
+    fn add(&mut self, datagram: &Datagram<'_>, number: usize) -> std::result::Result<(), i32> {
+        let (from, to) = datagram.ends();
+        if from.is_ipv4() && to.is_ipv4() {
+            check(datagram, from, to)?;
+            self.push(from, to, number);
+            return Ok(());
+        }
+        let (mut from, mut to) = (*from, *to);
+        for end in [&mut from, &mut to] {
+            if end.get().is_none() {
+                return Err(libc::EAFNOSUPPORT);
+            }
+            end.make_canonical();
+        }
+        if from.is_ipv4() != to.is_ipv4() {
+            return Err(libc::EAFNOSUPPORT);
+        }
+        check(datagram, &from, &to)?;
+        self.push(&from, &to, number);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn push(&mut self, from: &KernelAddr, to: &KernelAddr, number: usize) {
+        let key = Key::new(from.is_ipv6(), from.port());
         let place = self.items.get().len() as u8;
-        self.items.push(Item { flow, number: number as u8, next: END });
-        let mut at = key.hash() as usize;
+        self.items.push(Item { flow: Flow { from: *from, to: *to }, number: number as u8, next: END });
+        let mut at = key.spread() as usize;
         loop {
             let entry = &mut self.table[at % (2 * BATCH)];
             match self.ports.get_mut().get_mut(usize::from(entry.wrapping_sub(1))) {
@@ -181,10 +194,10 @@ impl Replier {
             for (datagram, error) in batch.iter_mut().zip(errors) {
                 datagram.set_error(error);
                 sent += usize::from(error == 0);
-                self.errors += u64::from(error != 0);
             }
         }
         self.sent += sent as u64;
+        self.errors += (datagrams.len() - sent) as u64;
         sent
     }
 
@@ -208,12 +221,11 @@ impl Replier {
         let mut errors = [0; BATCH];
         let mut batch = Batch::new();
         for (number, datagram) in datagrams.iter().enumerate() {
-            match flow(datagram) {
-                Ok(flow) => batch.add(flow, number),
-                Err(errno) => errors[number] = errno,
+            if let Err(errno) = batch.add(datagram, number) {
+                errors[number] = errno;
             }
         }
-        let Batch { mut items, ports, .. } = batch;
+        let Batch { items, ports, .. } = &mut batch;
         let mut raw = [None; 2];
         let mut room = Room::new();
         for (key, group) in ports.get() {
@@ -222,7 +234,7 @@ impl Replier {
                     let by = By { items: items.get(), datagrams, fd, flags: self.flags };
                     by.send(group.first, false, &mut room, &mut errors);
                 }
-                Ok(Way::Raw) => match &mut raw[usize::from(key.v6)] {
+                Ok(Way::Raw) => match &mut raw[usize::from(key.is_v6())] {
                     Some(all) => append(items.get_mut(), all, *group),
                     none => *none = Some(*group),
                 },

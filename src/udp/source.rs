@@ -18,13 +18,12 @@
 //! then a raw socket sends, with a UDP header of our own.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
-use crate::address::KernelAddr;
 use crate::error::{Ends, Error, Result, Step};
 use crate::socket::{bind, make_transparent, open};
 use crate::sys;
@@ -38,43 +37,57 @@ const DUMMY_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 1, 0, 0, 0, 1);
 /// nobody waits longer for a port that is free again.
 const TAKEN_MS: u64 = 1000;
 
-/// What a socket is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    pub v6: bool,
-    pub port: u16,
-}
+/// What a socket is for: a port and a family, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Key(u32);
 
 impl Key {
     #[inline(always)]
-    pub(super) fn of(source: &KernelAddr) -> Key {
-        Key { v6: source.is_ipv6(), port: source.port() }
+    pub(super) fn new(v6: bool, port: u16) -> Key {
+        Key(u32::from(v6) << 16 | u32::from(port))
     }
 
-    /// Seven bits of it or more, spread evenly.
+    pub(super) fn is_v6(self) -> bool {
+        self.0 >> 16 != 0
+    }
+
+    fn port(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// As a hash table needs it: the bits of each end are spread evenly. There are few keys at all, so nobody can choose
+    /// many that collide.
     #[inline(always)]
-    pub(super) fn hash(self) -> u32 {
-        // Knuth's: the golden ratio's part of 2^32. The upper bits are the good ones.
-        (u32::from(self.v6) << 16 | u32::from(self.port)).wrapping_mul(0x9e37_79b9) >> 16
+    pub(super) fn spread(self) -> u64 {
+        // Knuth's: the golden ratio's part of 2^64.
+        u64::from(self.0).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
     }
 }
 
-/// Hashes a [`Key`]. There are few keys at all, so nobody can choose many that collide.
+impl Hash for Key {
+    #[inline(always)]
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.spread());
+    }
+}
+
+/// Gives a [`Key`]'s own hash.
 #[derive(Default)]
 pub(super) struct Spread(u64);
 
 impl Hasher for Spread {
     fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u16(u16::from(*byte)));
+        bytes.iter().for_each(|byte| self.write_u64(self.0 << 8 ^ u64::from(*byte)));
     }
 
-    fn write_u16(&mut self, value: u16) {
-        // Knuth's: the golden ratio's part of 2^64. The table looks at both ends of the number.
-        self.0 = (self.0.rotate_left(16) ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    #[inline(always)]
+    fn write_u64(&mut self, value: u64) {
+        self.0 = value;
     }
 
+    #[inline(always)]
     fn finish(&self) -> u64 {
-        self.0.rotate_left(32)
+        self.0
     }
 }
 
@@ -215,15 +228,15 @@ pub(super) fn check_privilege() -> Result<()> {
 }
 
 fn dummy(key: Key) -> SocketAddr {
-    let ip = if key.v6 { IpAddr::V6(DUMMY_V6) } else { IpAddr::V4(DUMMY_V4) };
-    SocketAddr::new(ip, key.port)
+    let ip = if key.is_v6() { IpAddr::V6(DUMMY_V6) } else { IpAddr::V4(DUMMY_V4) };
+    SocketAddr::new(ip, key.port())
 }
 
 fn port_socket(key: Key) -> Result<Socket> {
     let addr = dummy(key);
-    let socket = deaf(key.v6, Type::DGRAM, None)?;
+    let socket = deaf(key.is_v6(), Type::DGRAM, None)?;
     let failed = |e| Error::socket(Step::Prepare, Ends { local: Some(addr.into()), remote: None }, &e);
-    if key.v6 {
+    if key.is_v6() {
         // Or it would share the port with IPv4's sockets too.
         socket.set_only_v6(true).map_err(failed)?;
     }
@@ -235,7 +248,7 @@ fn port_socket(key: Key) -> Result<Socket> {
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
 fn raw_socket(v6: bool) -> Result<Socket> {
     let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
-    bind(&socket, &dummy(Key { v6, port: 0 }).into())?;
+    bind(&socket, &dummy(Key::new(v6, 0)).into())?;
     Ok(socket)
 }
 
