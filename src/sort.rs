@@ -8,17 +8,6 @@ pub(crate) fn by_key<T, K: Ord>(items: &mut [T], key: impl Fn(&T) -> K) {
     heap_sort(items, &|a, b| key(a) < key(b));
 }
 
-/// Sorts a few items, most of which are in order already.
-pub(crate) fn few<T: Ord>(items: &mut [T]) {
-    for end in 1..items.len() {
-        let mut at = end;
-        while at > 0 && items[at] < items[at - 1] {
-            items.swap(at, at - 1);
-            at -= 1;
-        }
-    }
-}
-
 /// Sorts, and leaves one of those that are equal.
 pub(crate) fn unique<T: Ord>(items: &mut Vec<T>) {
     heap_sort(items, &|a, b| a < b);
@@ -66,9 +55,6 @@ mod tests {
             prop_assert_eq!(&items, &expected);
             expected.dedup();
             items.reverse();
-            let mut few = items.clone();
-            super::few(&mut few);
-            prop_assert!(few.is_sorted());
             super::unique(&mut items);
             prop_assert_eq!(items, expected);
         }

@@ -338,6 +338,109 @@ fn datagrams_of_one_flow_and_length_arrive_as_they_were_given() {
 }
 
 #[test]
+fn batches_of_many_ports_families_and_ways_arrive_flow_by_flow() {
+    let lab = Lab::new();
+    let clients: Vec<UdpSocket> =
+        lab.client.run(|| [v4(), v4(), v6(), v6()].iter().map(|hosts| udp(at(hosts.client, 0))).collect());
+    let ends: Vec<SocketAddr> = clients.iter().map(|client| client.local_addr().unwrap()).collect();
+    // Ports that are another's, beside those that are free.
+    let taken: Vec<UdpSocket> = lab.proxy.run(|| {
+        [("0.0.0.0", 1003), ("0.0.0.0", 1017), ("::", 1005)].iter().map(|(any, port)| udp(at(ip(any), *port))).collect()
+    });
+    let mapped = |addr: SocketAddr| match addr.ip() {
+        IpAddr::V4(v4) => at(v4.to_ipv6_mapped().into(), addr.port()),
+        IpAddr::V6(_) => addr,
+    };
+    // Numbers that look random: a 31-bit linear congruence, its upper half.
+    let mut state = 1u64;
+    let mut below = |limit: u64| {
+        state = (state * 1_103_515_245 + 12_345) & 0x7fff_ffff;
+        (state >> 15) % limit
+    };
+    let mut expected: Vec<Vec<(Vec<u8>, SocketAddr)>> = vec![Vec::new(); 4];
+    let mut plan = Vec::new();
+    let mut from = at(nobody(false, 1), 1000);
+    let mut client = 0;
+    for number in 0..1000u64 {
+        // Some follow one of the same flow.
+        if below(3) != 0 {
+            client = below(4) as usize;
+            from = at(nobody(ends[client].is_ipv6(), 1 + below(3) as u8), 1000 + below(40) as u16);
+        }
+        let len = [0, 8, 8, 8, 100, 100, 1400, 2000][below(8) as usize];
+        let mut bytes = vec![number as u8; len];
+        bytes.iter_mut().zip(number.to_be_bytes()).for_each(|(byte, of)| *byte = of);
+        let bad = below(20) == 0;
+        if !bad {
+            expected[client].push((bytes.clone(), from));
+        }
+        let to = if bad { at(ends[client].ip(), 0) } else { ends[client] };
+        plan.push((
+            bytes,
+            if below(4) == 0 { mapped(from) } else { from },
+            if below(4) == 0 { mapped(to) } else { to },
+        ));
+    }
+    let heard = std::thread::scope(|scope| {
+        let hear_all = |(client, expected): (&UdpSocket, &Vec<_>)| {
+            let (client, count) = (client.try_clone().unwrap(), expected.len());
+            scope.spawn(move || hear(&client, count))
+        };
+        let threads: Vec<_> = clients.iter().zip(&expected).map(hear_all).collect();
+        lab.proxy.run(|| {
+            let mut replier = open(&replier_config());
+            let bad: Vec<bool> = plan.iter().map(|(_, _, to)| to.port() == 0).collect();
+            let mut batch: Vec<_> = plan.iter_mut().map(|(bytes, from, to)| reply_of(bytes, *from, *to)).collect();
+            assert_eq!(replier.reply(&mut batch), bad.iter().filter(|bad| !**bad).count());
+            for (one, bad) in batch.iter().zip(bad) {
+                assert_eq!(one.error(), bad.then_some(libc::EINVAL));
+            }
+            assert!(replier.stats().raw > 0);
+        });
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    drop(taken);
+    // Each flow in its order; the kernel may bring others between them.
+    let by_flow = |mut heard: Vec<(Vec<u8>, SocketAddr)>| {
+        heard.sort_by_key(|(_, from)| *from);
+        heard
+    };
+    for (heard, expected) in heard.into_iter().zip(expected) {
+        assert_eq!(by_flow(heard), by_flow(expected));
+    }
+}
+
+#[test]
+fn each_datagram_of_a_message_that_is_refused_has_the_error() {
+    let lab = Lab::new();
+    lab.proxy.nft(
+        "table inet filter {
+            chain out {
+                type filter hook output priority 0
+                udp dport 9 drop
+            }
+        }",
+    );
+    for hosts in [v4(), v6()] {
+        let client = lab.client.run(|| udp(at(hosts.client, 0)));
+        let here = client.local_addr().unwrap();
+        let (from, refused) = (at(nobody(here.is_ipv6(), 1), 53), at(hosts.client, 9));
+        // Two flows of one port: those that follow each other leave as one message, and others are between them.
+        let to = [here, refused, refused, refused, here, refused, here, here, refused, refused];
+        lab.proxy.run(|| {
+            let mut bytes = vec![[b'x'; 100]; to.len()];
+            let mut replier = open(&replier_config());
+            let mut batch: Vec<_> = bytes.iter_mut().zip(to).map(|(bytes, to)| reply_of(bytes, from, to)).collect();
+            assert_eq!(replier.reply(&mut batch), 4);
+            let errors: Vec<Option<i32>> = batch.iter().map(|one| one.error()).collect();
+            assert_eq!(errors, to.map(|to| (to == refused).then_some(libc::EPERM)));
+            assert_eq!((replier.stats().errors, replier.stats().sent), (6, 4));
+        });
+        assert_eq!(hear(&client, 4), vec![(vec![b'x'; 100], from); 4]);
+    }
+}
+
+#[test]
 fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
     for hosts in [v4(), v6()] {
         let lab = Lab::new();

@@ -276,22 +276,19 @@ impl<'r, 'd> Outbox<'r, 'd> {
         header: Option<[u8; raw::HEADER]>,
     ) {
         let at = self.messages.get().len();
-        let mut name = &flow.to;
         let first_iovec = self.n_iovecs;
+        let mut name = flow.to.as_bytes().as_ptr();
         if let Some(header) = header {
             let raw = self.room.raws[at].write(Raw { header, name: flow.to });
             raw.name.set_port(0);
-            let raw = ptr::from_ref(raw);
-            // SAFETY: it was written just now, and is not touched again while there is this message.
-            let raw = unsafe { &*raw };
-            name = &raw.name;
-            self.iovec(raw.header.as_ptr(), raw::HEADER);
+            name = raw.name.as_bytes().as_ptr();
+            let header = raw.header.as_ptr();
+            self.iovec(header, raw::HEADER);
         }
         // SAFETY: one past the end at most.
         let iovecs = unsafe { self.room.iovecs.as_mut_ptr().add(first_iovec) };
         let first_part = self.n_iovecs;
         self.iovec(data.as_ptr(), data.len());
-        let name = name.as_bytes();
         let n_iovecs = self.n_iovecs - first_iovec;
         let segments = if unit == data.len() { 1 } else { data.len().div_ceil(unit.max(1)) };
         // A link-local source is one of the interface that the client is on.
@@ -299,7 +296,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
         if segments > 1 {
             control.add_segment_len(unit as u16);
         }
-        let mut msg_hdr = msghdr_of(name.as_ptr().cast_mut().cast(), name.len(), iovecs.cast(), n_iovecs);
+        let mut msg_hdr = msghdr_of(name.cast_mut().cast(), flow.to.as_bytes().len(), iovecs.cast(), n_iovecs);
         msg_hdr.msg_controllen = control.bytes().len();
         msg_hdr.msg_control = ptr::from_mut(control).cast();
         self.room.headers[at].write(mmsghdr { msg_hdr, msg_len: 0 });

@@ -309,7 +309,6 @@ impl<'a> By<'a, '_> {
     }
 
     /// Adds what may be more than one message, or is to have a header.
-    #[cold]
     #[inline(never)]
     fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u8, unit: usize, raw: bool, errors: &mut [i32; BATCH]) {
         let item = &self.items[usize::from(place)];
@@ -395,4 +394,53 @@ fn pieces(data: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
 
 fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn datagrams_are_grouped_by_port_and_family_in_their_order(
+            // Few ports, so that some are the same, and many.
+            ports in prop_oneof![
+                proptest::collection::vec((1u16..8, 0u8..4), 0..=BATCH),
+                proptest::collection::vec((any::<u16>(), 0u8..4), 0..=BATCH),
+            ]
+        ) {
+            let mut batch = Batch::new();
+            let mut expected: Vec<(Key, Vec<usize>)> = Vec::new();
+            for (number, (port, kind)) in ports.iter().enumerate() {
+                let (from, to) = [
+                    ("192.0.2.1", "198.51.100.1"),
+                    ("::ffff:192.0.2.1", "198.51.100.1"),
+                    ("2001:db8::1", "2001:db8::2"),
+                    // Which cannot go.
+                    ("2001:db8::1", "198.51.100.1"),
+                ][usize::from(*kind)];
+                let mut datagram = Datagram::new(&mut []);
+                datagram.set_orig_dst(SocketAddr::new(from.parse().unwrap(), *port));
+                datagram.set_client(SocketAddr::new(to.parse().unwrap(), 1));
+                let added = batch.add(&datagram, number);
+                let errno = if *kind == 3 { libc::EAFNOSUPPORT } else if *port == 0 { libc::EINVAL } else { 0 };
+                prop_assert_eq!(added, if errno == 0 { Ok(()) } else { Err(errno) });
+                if errno != 0 {
+                    continue;
+                }
+                let key = Key::new(*kind == 2, *port);
+                match expected.iter_mut().find(|(found, _)| *found == key) {
+                    Some((_, numbers)) => numbers.push(number),
+                    None => expected.push((key, vec![number])),
+                }
+            }
+            let numbers = |first| from_item(batch.items.get(), first).map(|item| usize::from(item.number)).collect();
+            let found: Vec<(Key, Vec<usize>)> =
+                batch.ports.get().iter().map(|(key, group)| (*key, numbers(group.first))).collect();
+            prop_assert_eq!(found, expected);
+        }
+    }
 }
