@@ -23,6 +23,9 @@ const MANY: u32 = 100_000;
 /// The argument with which the benchmark runs itself, to measure memory in a process that has used none.
 const MEMORY: &str = "--memory-of-one-install";
 
+/// The argument that asks for the default rules alone.
+const ONE_PORT: &str = "--one-port";
+
 /// What a textbook has the administrator type, and what takes it back.
 const SCRIPT: &str = "iptables -t mangle -N DIVERT
     iptables -t mangle -A PREROUTING -p tcp -m socket -j DIVERT
@@ -45,8 +48,7 @@ const ROUTING: &str = include_str!("../tests/golden/default.ip");
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, first, nft] = &arguments[..] {
-        assert_eq!(first, MEMORY);
+    if let [_, MEMORY, nft] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         return memory_of_one_install(nft);
     }
     println!("{:21} {:27} {:29} {:27} {:>7}  {:>7}  met", "ours", "", "beside it", "", "ratio", "target");
@@ -56,6 +58,9 @@ fn main() {
     let listener = wildcard_listener(&firewall);
     let _rules = firewall.run(|| install(&[listener.as_raw_fd()], &[]));
     one_port("beside other rules");
+    if arguments.iter().any(|argument| argument == ONE_PORT) {
+        return;
+    }
     many_prefixes();
     traffic();
 }
