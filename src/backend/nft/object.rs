@@ -188,7 +188,7 @@ impl Object {
                     let mut rule = Expressions(a);
                     statements.iter().for_each(|statement| statement.encode(&mut rule));
                 });
-                attrs.bytes(7, &comment_data(comment));
+                self::comment(attrs, 7, comment);
             }
         }
     }
@@ -230,12 +230,10 @@ impl fmt::Display for Command<'_> {
 }
 
 /// What `nft` shows as a comment: type 0, length, text, NUL (libnftnl's `udata.h`).
-pub(crate) fn comment_data(text: &str) -> Vec<u8> {
-    let len = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
-    let mut data = vec![0, len];
-    data.extend(text.bytes().take(usize::from(len) - 1));
-    data.push(0);
-    data
+pub(crate) fn comment(attrs: &mut Attrs<'_>, kind: u16, text: &str) {
+    let text = text.as_bytes();
+    let text = text.get(..usize::from(u8::MAX) - 1).unwrap_or(text);
+    attrs.pieces(kind, [&[0, text.len() as u8 + 1], text, &[0]]);
 }
 
 impl Set {
