@@ -351,10 +351,11 @@ fn nft_of_one_port() -> String {
 fn nft_of_many() -> String {
     let elements: Vec<String> = (0..MANY).map(|n| format!("{}/24", address(n, 0))).collect();
     let dst4 = format!("set dst4 {{ type ipv4_addr; flags interval; elements = {{ {} }} }}", elements.join(", "));
+    let select = "chain select {\nip daddr @dst4 goto intercept\nip6 daddr @dst6 goto intercept\n}";
     nft_of_one_port()
-        .replace("set own", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nset own"))
-        .replace("fib daddr type @own return", "ip daddr @dst4 goto intercept")
-        .replace("goto intercept comment \"to be intercepted\"", "ip6 daddr @dst6 goto intercept")
+        .replace("chain divert", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nchain divert"))
+        .replace("chain prerouting", &format!("{select}\nchain prerouting"))
+        .replace("fib daddr type != 2-5 goto intercept", "goto select")
 }
 
 /// Figures, or why there are none.

@@ -1,7 +1,6 @@
 //! An object of nf_tables within a table: as the kernel takes it, and as the
 //! command that makes it, side by side.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -75,7 +74,6 @@ pub(crate) struct Set {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Key {
     Port,
-    AddressType,
     Interface,
     /// Ranges of addresses.
     Address(Family),
@@ -91,18 +89,10 @@ pub(crate) enum Key {
 pub(crate) enum Elements {
     /// Sorted and apart from each other.
     Ports(Vec<PortRange>),
-    AddressTypes(Cow<'static, [AddressType]>),
     Interfaces(Vec<String>),
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),
     Networks(Vec<IpAddr>),
-}
-
-/// A destination's type in the local routing table (`RTN_*`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AddressType {
-    pub number: u8,
-    pub name: &'static str,
 }
 
 /// Where a base chain hangs.
@@ -237,15 +227,13 @@ pub(crate) fn comment(attrs: &mut Attrs<'_>, kind: u16, text: &str) {
 }
 
 impl Set {
-    /// NFT_SET_CONSTANT and NFT_SET_INTERVAL.
-    const CONSTANT: u32 = 2;
+    /// NFT_SET_INTERVAL.
     const INTERVAL: u32 = 4;
 
     fn encode(&self, attrs: &mut Attrs<'_>) {
         // `nft` knows the key types by these numbers; to the kernel they mean nothing.
         let (flags, key_type, key_len) = match self.key {
             Key::Port => (Self::INTERVAL, 13, 2),
-            Key::AddressType => (Self::CONSTANT, 38, 4),
             Key::Interface => (0, 41, 16),
             Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
@@ -257,7 +245,7 @@ impl Set {
         attrs.be32(4, key_type);
         attrs.be32(5, key_len);
         attrs.be32(10, self.id);
-        if matches!(self.key, Key::AddressType | Key::Interface) {
+        if self.key == Key::Interface {
             attrs.bytes(13, &HOST_ORDER);
         }
     }
@@ -274,7 +262,6 @@ impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.key {
             Key::Port => "type inet_service; flags interval;",
-            Key::AddressType => "type fib_addrtype; flags constant;",
             Key::Interface => "type ifname;",
             Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
             Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
@@ -295,9 +282,6 @@ impl Elements {
                         element(list, &end.to_be_bytes(), true);
                     }
                 }
-            }
-            Elements::AddressTypes(types) => {
-                types.iter().for_each(|t| element(list, &u32::from(t.number).to_ne_bytes(), false));
             }
             Elements::Interfaces(names) => {
                 for name in names {
@@ -346,7 +330,6 @@ impl fmt::Display for Elements {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Elements::Ports(ranges) => comma_separated(f, ranges),
-            Elements::AddressTypes(types) => comma_separated(f, types.iter().map(|t| t.name)),
             Elements::Interfaces(names) => comma_separated(f, names.iter().map(|name| format!("\"{name}\""))),
             Elements::Addresses(family, ranges) => comma_separated(
                 f,

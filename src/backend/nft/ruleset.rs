@@ -5,19 +5,17 @@
 //! ```text
 //! prerouting ─┬─ straight to a listener ──────────────── guarded, drop
 //!             ├─ has a transparent socket ── divert ──── mark, accept
-//!             ├─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
-//!             └─ an error about what a transparent socket sent ── divert
+//!             └─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
 //! output ─────┬─ from a transparent socket ───────────── accept
 //!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
 //! ```
 //!
-//! `select` has the addresses. With NAT redirection `intercept` translates,
+//! `select` has the addresses; where none are given, it is but a statement of
+//! the rules that would lead there. With NAT redirection `intercept` translates,
 //! and hangs from the nat hooks; without connection tracking the raw hooks
 //! have the same selection once more, and `untrack` at its end.
 
-use std::borrow::Cow;
-
-use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
+use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, PrefixSet};
@@ -38,8 +36,6 @@ pub(crate) const GUARDED: &str = "guarded";
 
 const PORTS: &str = "ports";
 const INTERFACES: &str = "interfaces";
-/// The address types that are this host's own or nobody's.
-const OWN: &str = "own";
 
 /// Which set of prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,14 +65,6 @@ impl Which {
     }
 }
 
-/// Addresses that are this host's, or that nobody can have a connection with.
-const OWN_TYPES: [AddressType; 4] = [
-    AddressType { number: libc::RTN_LOCAL, name: "local" },
-    AddressType { number: libc::RTN_BROADCAST, name: "broadcast" },
-    AddressType { number: libc::RTN_ANYCAST, name: "anycast" },
-    AddressType { number: libc::RTN_MULTICAST, name: "multicast" },
-];
-
 /// The objects that hold a plan, within its table; the sets are named in one variant.
 pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     let plan = &Compiled { plan, variant };
@@ -95,11 +83,11 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
         Mode::Tproxy => {
             objects.extend(divert_chain(plan));
             objects.extend(intercept_chain(plan, tproxy));
-            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+            objects.extend(TO_INTERCEPT.chain(plan));
         }
         Mode::Redirect => {
             objects.extend(intercept_chain(plan, redirect));
-            objects.extend(select_chain(SELECT, plan, INTERCEPT, None));
+            objects.extend(TO_INTERCEPT.chain(plan));
         }
     }
     if plan.notrack {
@@ -109,10 +97,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     objects.extend(plan.guarded().map(|listener| guard(&listener, plan)));
     match plan.mode {
         Mode::Redirect => objects.extend(redirecting(plan)),
-        Mode::DivertOnly => {
-            objects.extend(diverting(plan));
-            objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
-        }
+        Mode::DivertOnly => objects.push(diverting(plan)),
         Mode::Tproxy => objects.extend(proxying(plan)),
     }
     objects
@@ -150,43 +135,37 @@ fn chain((name, hook): (&'static str, Option<Hook>)) -> Object {
     Object::Chain { name, hook }
 }
 
-/// What comes in for a transparent socket.
-fn diverting(plan: &Compiled<'_>) -> Vec<Object> {
-    let to_socket = |protocol| {
-        rule(PREROUTING.0, "there is a transparent socket", socket_of(plan, protocol, Verdict::Jump(DIVERT)))
-    };
-    plan.protocols.iter().map(to_socket).collect()
-}
-
-/// What routers and hosts say of a transparent socket's packets: that they are too big, or refused. It comes for the
-/// address that the socket has, which is another host's, and would go on to that host; the socket would go on sending.
+/// What comes in for a transparent socket, and the errors about what it has sent: what routers and hosts say of its
+/// packets, that they are too big, or refused. They come for the address that the socket has, which is another host's,
+/// and would go on to that host; the socket would go on sending.
 ///
-/// These are the last rules: what was decided before does not pay for them.
-fn errors(plan: &Compiled<'_>, hook: &'static str, verdict: Verdict) -> impl Iterator<Item = Object> {
-    plan.families.iter().map(move |family| {
-        let about = [Statement::Icmp(family), Statement::TransparentSocket, Statement::Verdict(verdict)];
-        rule(hook, "an error about what a transparent socket sent", about)
-    })
+/// The kernel looks for no socket of other protocols than TCP, UDP and those of control messages, so one rule is enough;
+/// what is not served does not pay for it.
+fn diverting(plan: &Compiled<'_>) -> Object {
+    let unserved = [Protocol::Tcp, Protocol::Udp].into_iter().find(|protocol| !plan.protocols.contains(*protocol));
+    let statements = only(plan.families.only())
+        .chain(unserved.map(Statement::ProtocolIsNot))
+        .chain([Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))]);
+    rule(PREROUTING.0, "there is a transparent socket", statements)
 }
 
 /// What comes in, and what the host itself sends, for the listeners.
 fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = diverting(plan);
+    let mut objects = vec![diverting(plan)];
     if let Some(mark) = plan.output_mark {
         let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
         objects.push(rule(PREROUTING.0, "the host's own, come round", round));
     }
-    objects.extend(plan.protocols.iter().map(|protocol| {
-        rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
-    }));
-    objects.extend(errors(plan, PREROUTING.0, Verdict::Jump(DIVERT)));
+    let chosen =
+        |protocol| rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, &TO_INTERCEPT));
+    objects.extend(plan.protocols.iter().map(chosen));
     let Some(mark) = plan.output_mark else { return objects };
     // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
     let round = [Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
     objects.extend([chain((LOOP, None)), rule(LOOP, "round by lo", round)]);
-    objects.extend(select_chain(SELECT_LOCAL, plan, LOOP, Some(Statement::SourceIsLocal)));
+    objects.extend(TO_LOOP.chain(plan));
     objects.push(chain(OUTPUT));
-    objects.extend(own_output(plan, OUTPUT.0, SELECT_LOCAL));
+    objects.extend(own_output(plan, OUTPUT.0, &TO_LOOP));
     objects
 }
 
@@ -194,19 +173,19 @@ fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
 fn redirecting(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = vec![chain(NAT_PREROUTING)];
     objects.extend(plan.protocols.iter().map(|protocol| {
-        rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, Verdict::Goto(SELECT)))
+        rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, &TO_INTERCEPT))
     }));
     if plan.output_mark.is_some() {
         objects.push(chain(NAT_OUTPUT));
-        objects.extend(own_output(plan, NAT_OUTPUT.0, SELECT));
+        objects.extend(own_output(plan, NAT_OUTPUT.0, &TO_INTERCEPT));
     }
     objects
 }
 
 /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
-fn own_output(plan: &Compiled<'_>, hook: &'static str, select: &'static str) -> Vec<Object> {
+fn own_output(plan: &Compiled<'_>, hook: &'static str, selection: &Selection) -> Vec<Object> {
     let exempt = |protocol| rule(hook, "from a transparent socket", socket_of(plan, protocol, Verdict::Accept));
-    let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, Verdict::Goto(select)));
+    let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, selection));
     plan.protocols.iter().map(exempt).chain(plan.protocols.iter().map(selected)).collect()
 }
 
@@ -214,7 +193,7 @@ fn own_output(plan: &Compiled<'_>, hook: &'static str, select: &'static str) -> 
 fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
     let mut objects = vec![chain((UNTRACK, None)), rule(UNTRACK, "not tracked", [Statement::Notrack])];
     if plan.mode == Mode::Tproxy {
-        objects.extend(select_chain(SELECT_RAW, plan, UNTRACK, None));
+        objects.extend(TO_UNTRACK.chain(plan));
     }
     for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
         objects.push(chain(hook));
@@ -228,13 +207,17 @@ fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
                 }));
             }
             if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
-                let selected = candidates(plan, protocol, incoming, Verdict::Goto(SELECT_RAW));
+                let selected = candidates(plan, protocol, incoming, &TO_UNTRACK);
                 objects.push(rule(hook.0, "to be intercepted", selected));
             }
         }
         if incoming {
             // Connection tracking would call an error about what it has not tracked invalid.
-            objects.extend(errors(plan, hook.0, Verdict::Goto(UNTRACK)));
+            objects.extend(plan.families.iter().map(|family| {
+                let about = [Statement::Icmp(family), Statement::TransparentSocket];
+                let statements = about.into_iter().chain([Statement::Verdict(Verdict::Goto(UNTRACK))]);
+                rule(hook.0, "an error about what a transparent socket sent", statements)
+            }));
         }
     }
     objects
@@ -312,46 +295,82 @@ fn redirect(listener: &Intercept, _: &Compiled<'_>) -> Object {
     rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
 }
 
-/// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
-fn select_chain(name: &'static str, plan: &Compiled<'_>, then: &'static str, first: Option<Statement>) -> Vec<Object> {
-    let mut objects = vec![chain((name, None))];
-    let goto = Statement::Verdict(Verdict::Goto(then));
-    let leave = Statement::Verdict(Verdict::Return);
-    let sets = |which: Which, prefixes, family| which.sets(prefixes, family, plan.variant);
-    for (src, family) in each(&plan.src, plan.families) {
-        let elsewhere = Statement::SourceInNone { family, sets: sets(Which::Src, src, family).collect() };
-        objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
+/// The addresses, and where what they choose goes.
+struct Selection {
+    /// The chain's name.
+    name: &'static str,
+    then: &'static str,
+    /// Only what has an address of this host as its source.
+    of_this_host: bool,
+}
+
+const TO_INTERCEPT: Selection = Selection { name: SELECT, then: INTERCEPT, of_this_host: false };
+const TO_UNTRACK: Selection = Selection { name: SELECT_RAW, then: UNTRACK, of_this_host: false };
+const TO_LOOP: Selection = Selection { name: SELECT_LOCAL, then: LOOP, of_this_host: true };
+
+impl Selection {
+    /// What is said at the end of a rule to have the addresses choose.
+    fn statements(&self, plan: &Compiled<'_>) -> Vec<Statement> {
+        if self.is_one_rule(plan) { self.otherwise() } else { vec![Statement::Verdict(Verdict::Goto(self.name))] }
     }
-    for (bypass, family) in each(&plan.bypass, plan.families) {
-        objects.extend(sets(Which::Bypass, bypass, family).map(|set| {
-            let bypass = Statement::DestinationIn { family, set };
-            rule(name, "to be left alone", [bypass, leave.clone()])
-        }));
-    }
-    if name == SELECT {
-        objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
-    }
-    if name == SELECT_LOCAL && plan.may_choose_own_answers() {
-        objects.extend(own_answers(name, plan));
-    }
-    match plan.dst {
-        Some(_) => objects.extend(each(&plan.dst, plan.families).flat_map(|(dst, family)| {
-            let (first, goto) = (&first, &goto);
-            sets(Which::Dst, dst, family).map(move |set| {
-                let named = Statement::DestinationIn { family, set };
-                rule(name, "to be intercepted", first.clone().into_iter().chain([named, goto.clone()]))
-            })
-        })),
-        None => {
-            objects.push(rule(
-                name,
-                "to this host, or to nobody",
-                [Statement::DestinationTypeIn(plan.set(OWN)), leave],
-            ));
-            objects.push(rule(name, "to be intercepted", first.into_iter().chain([goto])));
+
+    /// The chain, if it has more than one rule: sources, destinations never to intercept, destinations to intercept; in
+    /// that order.
+    fn chain(&self, plan: &Compiled<'_>) -> Vec<Object> {
+        if self.is_one_rule(plan) {
+            return Vec::new();
         }
+        let name = self.name;
+        let mut objects = vec![chain((name, None))];
+        let leave = Statement::Verdict(Verdict::Return);
+        let sets = |which: Which, prefixes, family| which.sets(prefixes, family, plan.variant);
+        for (src, family) in each(&plan.src, plan.families) {
+            let elsewhere = Statement::SourceInNone { family, sets: sets(Which::Src, src, family).collect() };
+            objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
+        }
+        for (bypass, family) in each(&plan.bypass, plan.families) {
+            objects.extend(sets(Which::Bypass, bypass, family).map(|set| {
+                let bypass = Statement::DestinationIn { family, set };
+                rule(name, "to be left alone", [bypass, leave.clone()])
+            }));
+        }
+        if name == SELECT {
+            objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
+        }
+        if self.leaves_own_answers(plan) {
+            objects.extend(own_answers(name));
+        }
+        if plan.dst.is_none() {
+            objects.push(rule(name, "to be intercepted", self.otherwise()));
+        }
+        for (dst, family) in each(&plan.dst, plan.families) {
+            objects.extend(sets(Which::Dst, dst, family).map(|set| {
+                let named = [Statement::DestinationIn { family, set }, Statement::Verdict(Verdict::Goto(self.then))];
+                rule(name, "to be intercepted", self.source().chain(named))
+            }));
+        }
+        objects
     }
-    objects
+
+    /// No addresses are given.
+    fn is_one_rule(&self, plan: &Compiled<'_>) -> bool {
+        let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some();
+        !given && !self.leaves_own_answers(plan)
+    }
+
+    fn leaves_own_answers(&self, plan: &Compiled<'_>) -> bool {
+        self.of_this_host && plan.may_choose_own_answers() && plan.protocols.tcp
+    }
+
+    /// Not what is for this host, or for nobody.
+    fn otherwise(&self) -> Vec<Statement> {
+        let goto = Statement::Verdict(Verdict::Goto(self.then));
+        self.source().chain([Statement::DestinationIsAnothers, goto]).collect()
+    }
+
+    fn source(&self) -> impl Iterator<Item = Statement> {
+        self.of_this_host.then_some(Statement::SourceIsLocal).into_iter()
+    }
 }
 
 const ANSWER: &str = "an answer of what is left alone";
@@ -376,14 +395,11 @@ fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
 /// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
 /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
 /// service here has accepted. UDP has no such thing, and is intercepted.
-fn own_answers(name: &'static str, plan: &Compiled<'_>) -> Vec<Object> {
-    if !plan.protocols.tcp {
-        return Vec::new();
-    }
+fn own_answers(name: &'static str) -> [Object; 2] {
     let leave = Statement::Verdict(Verdict::Return);
     let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave.clone()];
     let accepting = [Statement::TcpSynAck, Statement::Answer, leave];
-    vec![rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
+    [rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
 }
 
 /// A set of prefixes with each of the families, if there is one.
@@ -416,12 +432,12 @@ fn socket_of(plan: &Compiled<'_>, protocol: Protocol, verdict: Verdict) -> impl 
     only(plan.families.only()).chain(of_socket)
 }
 
-/// Packets of a protocol to the ports, by the interfaces if they are incoming.
+/// Packets of a protocol to the ports, by the interfaces if they are incoming, of which the addresses choose.
 fn candidates(
     plan: &Compiled<'_>,
     protocol: Protocol,
     incoming: bool,
-    verdict: Verdict,
+    selection: &Selection,
 ) -> impl Iterator<Item = Statement> {
     let ports = match (plan.ports.as_slice(), one_port(plan)) {
         ([], _) => None,
@@ -432,7 +448,7 @@ fn candidates(
     // A protocol that is served over one family alone is left alone over the other.
     let family = plan.family_of(protocol);
     let protocol = [Statement::Protocol(protocol)];
-    only(family).chain(protocol).chain(ports).chain(interfaces).chain([Statement::Verdict(verdict)])
+    only(family).chain(protocol).chain(ports).chain(interfaces).chain(selection.statements(plan))
 }
 
 /// The port, if there is but one: it needs no set.
@@ -461,9 +477,6 @@ fn sets(plan: &Compiled<'_>) -> Vec<Object> {
     if !plan.interfaces.is_empty() {
         let pieces = plan.interfaces.chunks(IN_A_MESSAGE).map(|piece| Elements::Interfaces(piece.to_vec()));
         made.add(INTERFACES, Key::Interface, pieces);
-    }
-    if plan.dst.is_none() {
-        made.add(OWN, Key::AddressType, [Elements::AddressTypes(Cow::Borrowed(&OWN_TYPES))]);
     }
     let sets =
         [(Which::Src, plan.src.as_ref()), (Which::Bypass, plan.bypass.as_ref()), (Which::Dst, plan.dst.as_ref())];

@@ -321,7 +321,7 @@ mod tests {
         assert_eq!(error.errno(), libc::EOPNOTSUPP);
         let sentence = error.to_string();
         assert!(
-            sentence.starts_with("nft add rule inet t prerouting meta l4proto ipv6-icmp socket transparent 1"),
+            sentence.starts_with("nft add rule inet t prerouting meta l4proto != udp socket transparent 1"),
             "{sentence}"
         );
         assert!(sentence.contains("modprobe nft_socket"), "{sentence}");
