@@ -31,7 +31,7 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     /// The first room, and the most that is added at once: what is not written costs memory too.
-    const FIRST_ROOM: usize = 1 << 10;
+    const FIRST_ROOM: usize = 1 << 8;
     const MOST_ROOM: usize = 64 << 10;
 
     /// With room for so many bytes, and then for more.
@@ -141,7 +141,10 @@ impl Attrs<'_> {
 
     /// A string with its terminating NUL.
     pub fn string(&mut self, kind: u16, value: &str) {
-        self.pieces(kind, [value.as_bytes(), &[0]]);
+        let start = self.begin(kind);
+        self.buffer.append_slice(value.as_bytes());
+        self.buffer.append([0]);
+        self.end(start);
     }
 
     /// Bytes, one piece behind the other.

@@ -22,7 +22,7 @@ const OWNER: u32 = 2;
 pub(super) const PERSIST: u32 = 4;
 
 /// More bytes than most messages have.
-const MOST_NEED: usize = 300;
+const MOST_NEED: usize = 240;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -225,7 +225,7 @@ impl Change<'_> {
             Change::Claim { place, persist } => {
                 a.string(1, table);
                 a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                comment(a, 6, &place.to_string());
+                comment(a, 6, &place.comment());
             }
             Change::Adopt => {
                 a.string(1, table);

@@ -40,7 +40,7 @@ impl Transport for Spoiling {
         Transport::send(&mut self.socket, &bytes)
     }
 
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
         Transport::receive(&mut self.socket, buffer)
     }
 }
