@@ -58,11 +58,13 @@ pub(crate) struct Ends {
 
 impl Error {
     /// An error with a sentence of its own.
+    #[cold]
     pub(crate) fn new(errno: i32, sentence: impl Into<Cow<'static, str>>) -> Self {
         Error { errno, what: What::Sentence(sentence.into()) }
     }
 
     /// A bad value: EINVAL.
+    #[cold]
     pub(crate) fn invalid(sentence: impl Into<Cow<'static, str>>) -> Self {
         Error::new(libc::EINVAL, sentence)
     }

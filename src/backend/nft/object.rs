@@ -150,10 +150,8 @@ impl Object {
             Object::Counter { name } => {
                 attrs.string(2, name);
                 attrs.be32(3, OBJECT_COUNTER);
-                attrs.nest(4, |a| {
-                    a.bytes(1, &0u64.to_be_bytes());
-                    a.bytes(2, &0u64.to_be_bytes());
-                });
+                // It begins at zero.
+                attrs.nest(4, |_| {});
             }
             Object::Set(set) => set.encode(attrs),
             Object::Elements { set, elements } => {
@@ -167,8 +165,7 @@ impl Object {
                         a.be32(1, hook.number);
                         a.be32(2, hook.priority as u32);
                     });
-                    // NF_ACCEPT: what no rule decides goes its way.
-                    attrs.be32(5, 1);
+                    // Without a policy, what no rule decides goes its way.
                     attrs.string(7, hook.kind);
                 }
             }

@@ -68,40 +68,77 @@ impl Which {
 /// The objects that hold a plan, within its table; the sets are named in one variant.
 pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     let plan = &Compiled { plan, variant };
-    let mut objects: Vec<Object> =
-        [INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }).to_vec();
+    let mut draft = Draft(Vec::with_capacity(USUAL));
+    for name in [INTERCEPTED, DIVERTED, DROPPED, GUARDED] {
+        draft.0.push(Object::Counter { name });
+    }
     if plan.mode != Mode::DivertOnly {
-        objects.extend(sets(plan));
+        sets(plan, &mut draft);
     }
     match plan.mode {
         Mode::DivertOnly => {
-            objects.extend(divert_chain(plan));
+            divert_chain(plan, &mut draft);
             if plan.protocols.udp {
-                objects.extend(defragment_chain(plan));
+                defragment_chain(plan, &mut draft);
             }
         }
         Mode::Tproxy => {
-            objects.extend(divert_chain(plan));
-            objects.extend(intercept_chain(plan, tproxy));
-            objects.extend(TO_INTERCEPT.chain(plan));
+            divert_chain(plan, &mut draft);
+            intercept_chain(plan, &mut draft);
+            TO_INTERCEPT.chain(plan, &mut draft);
         }
         Mode::Redirect => {
-            objects.extend(intercept_chain(plan, redirect));
-            objects.extend(TO_INTERCEPT.chain(plan));
+            intercept_chain(plan, &mut draft);
+            TO_INTERCEPT.chain(plan, &mut draft);
         }
     }
     if plan.notrack {
-        objects.extend(untracked(plan));
+        untracked(plan, &mut draft);
     }
-    objects.push(chain(PREROUTING));
-    objects.extend(plan.guarded().map(|listener| guard(&listener, plan)));
+    draft.chain(PREROUTING);
+    for listener in plan.guarded() {
+        guard(&listener, plan, &mut draft);
+    }
     match plan.mode {
-        Mode::Redirect => objects.extend(redirecting(plan)),
-        Mode::DivertOnly => objects.push(diverting(plan)),
-        Mode::Tproxy => objects.extend(proxying(plan)),
+        Mode::Redirect => redirecting(plan, &mut draft),
+        Mode::DivertOnly => diverting(plan, &mut draft),
+        Mode::Tproxy => proxying(plan, &mut draft),
     }
-    objects
+    draft.0
 }
+
+/// So many objects have plans with few sets.
+const USUAL: usize = 24;
+
+/// Objects in the making. Most of what is below runs once for an install, and seldom in a process: what counts is that
+/// it is little code.
+struct Draft(Vec<Object>);
+
+impl Draft {
+    fn chain(&mut self, (name, hook): (&'static str, Option<Hook>)) {
+        self.0.push(Object::Chain { name, hook });
+    }
+
+    fn rule(&mut self, chain: &'static str, comment: &'static str, statements: Vec<Statement>) {
+        self.0.push(Object::Rule { chain, statements, comment });
+    }
+
+    /// A rule for the packets of one family, if there is one.
+    fn rule_of(
+        &mut self,
+        family: Option<Family>,
+        chain: &'static str,
+        comment: &'static str,
+        mut statements: Vec<Statement>,
+    ) {
+        if let Some(family) = family {
+            statements.insert(0, Statement::Family(family));
+        }
+        self.rule(chain, comment, statements);
+    }
+}
+
+const LEAVE: Statement = Statement::Verdict(Verdict::Return);
 
 /// A plan on its way to objects.
 struct Compiled<'a> {
@@ -131,96 +168,93 @@ const RAW_OUTPUT: (&str, Option<Hook>) = ("raw-output", Some(Hook::RAW_OUTPUT));
 const NAT_PREROUTING: (&str, Option<Hook>) = ("nat-prerouting", Some(Hook::NAT_PREROUTING));
 const NAT_OUTPUT: (&str, Option<Hook>) = ("nat-output", Some(Hook::NAT_OUTPUT));
 
-fn chain((name, hook): (&'static str, Option<Hook>)) -> Object {
-    Object::Chain { name, hook }
-}
-
 /// What comes in for a transparent socket, and the errors about what it has sent: what routers and hosts say of its
 /// packets, that they are too big, or refused. They come for the address that the socket has, which is another host's,
 /// and would go on to that host; the socket would go on sending.
 ///
 /// The kernel looks for no socket of other protocols than TCP, UDP and those of control messages, so one rule is enough;
 /// what is not served does not pay for it.
-fn diverting(plan: &Compiled<'_>) -> Object {
-    let unserved = [Protocol::Tcp, Protocol::Udp].into_iter().find(|protocol| !plan.protocols.contains(*protocol));
-    let statements = only(plan.families.only())
-        .chain(unserved.map(Statement::ProtocolIsNot))
-        .chain([Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))]);
-    rule(PREROUTING.0, "there is a transparent socket", statements)
+fn diverting(plan: &Compiled<'_>, draft: &mut Draft) {
+    let mut statements = vec![Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))];
+    if let Some(unserved) = [Protocol::Tcp, Protocol::Udp].into_iter().find(|p| !plan.protocols.contains(*p)) {
+        statements.insert(0, Statement::ProtocolIsNot(unserved));
+    }
+    draft.rule_of(plan.families.only(), PREROUTING.0, "there is a transparent socket", statements);
 }
 
 /// What comes in, and what the host itself sends, for the listeners.
-fn proxying(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = vec![diverting(plan)];
+fn proxying(plan: &Compiled<'_>, draft: &mut Draft) {
+    diverting(plan, draft);
     if let Some(mark) = plan.output_mark {
-        let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
-        objects.push(rule(PREROUTING.0, "the host's own, come round", round));
+        let round = vec![Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
+        draft.rule(PREROUTING.0, "the host's own, come round", round);
     }
-    let chosen =
-        |protocol| rule(PREROUTING.0, "by port and interface", candidates(plan, protocol, true, &TO_INTERCEPT));
-    objects.extend(plan.protocols.iter().map(chosen));
-    let Some(mark) = plan.output_mark else { return objects };
-    // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
-    let round = [Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
-    objects.extend([chain((LOOP, None)), rule(LOOP, "round by lo", round)]);
-    objects.extend(TO_LOOP.chain(plan));
-    objects.push(chain(OUTPUT));
-    objects.extend(own_output(plan, OUTPUT.0, &TO_LOOP));
-    objects
+    for protocol in plan.protocols.iter() {
+        candidates(plan, protocol, true, &TO_INTERCEPT, PREROUTING.0, "by port and interface", draft);
+    }
+    if let Some(mark) = plan.output_mark {
+        // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
+        let round = vec![Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)];
+        draft.chain((LOOP, None));
+        draft.rule(LOOP, "round by lo", round);
+        TO_LOOP.chain(plan, draft);
+        draft.chain(OUTPUT);
+        own_output(plan, OUTPUT.0, &TO_LOOP, draft);
+    }
 }
 
 /// NAT, of what comes in and of what the host itself sends.
-fn redirecting(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = vec![chain(NAT_PREROUTING)];
-    objects.extend(plan.protocols.iter().map(|protocol| {
-        rule(NAT_PREROUTING.0, "by port and interface", candidates(plan, protocol, true, &TO_INTERCEPT))
-    }));
-    if plan.output_mark.is_some() {
-        objects.push(chain(NAT_OUTPUT));
-        objects.extend(own_output(plan, NAT_OUTPUT.0, &TO_INTERCEPT));
+fn redirecting(plan: &Compiled<'_>, draft: &mut Draft) {
+    draft.chain(NAT_PREROUTING);
+    for protocol in plan.protocols.iter() {
+        candidates(plan, protocol, true, &TO_INTERCEPT, NAT_PREROUTING.0, "by port and interface", draft);
     }
-    objects
+    if plan.output_mark.is_some() {
+        draft.chain(NAT_OUTPUT);
+        own_output(plan, NAT_OUTPUT.0, &TO_INTERCEPT, draft);
+    }
 }
 
 /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
-fn own_output(plan: &Compiled<'_>, hook: &'static str, selection: &Selection) -> Vec<Object> {
-    let exempt = |protocol| rule(hook, "from a transparent socket", socket_of(plan, protocol, Verdict::Accept));
-    let selected = |protocol| rule(hook, "by port", candidates(plan, protocol, false, selection));
-    plan.protocols.iter().map(exempt).chain(plan.protocols.iter().map(selected)).collect()
+fn own_output(plan: &Compiled<'_>, hook: &'static str, selection: &Selection, draft: &mut Draft) {
+    for protocol in plan.protocols.iter() {
+        of_socket(plan, protocol, Verdict::Accept, hook, "from a transparent socket", draft);
+    }
+    for protocol in plan.protocols.iter() {
+        candidates(plan, protocol, false, selection, hook, "by port", draft);
+    }
 }
 
 /// Neither half of a proxied connection is tracked, in either direction.
-fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut objects = vec![chain((UNTRACK, None)), rule(UNTRACK, "not tracked", [Statement::Notrack])];
+fn untracked(plan: &Compiled<'_>, draft: &mut Draft) {
+    draft.chain((UNTRACK, None));
+    draft.rule(UNTRACK, "not tracked", vec![Statement::Notrack]);
     if plan.mode == Mode::Tproxy {
-        objects.extend(TO_UNTRACK.chain(plan));
+        TO_UNTRACK.chain(plan, draft);
     }
     for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
-        objects.push(chain(hook));
+        draft.chain(hook);
         for protocol in plan.protocols.iter() {
-            let of_socket = socket_of(plan, protocol, Verdict::Goto(UNTRACK));
-            objects.push(rule(hook.0, "of a transparent socket", of_socket));
+            of_socket(plan, protocol, Verdict::Goto(UNTRACK), hook.0, "of a transparent socket", draft);
             if incoming {
                 // Connection tracking has to see answers to know them.
-                objects.extend(answers(plan).map(|from| {
-                    rule(hook.0, ANSWER, [Statement::Protocol(protocol), from, Statement::Verdict(Verdict::Return)])
-                }));
+                for from in answers(plan) {
+                    draft.rule(hook.0, ANSWER, vec![Statement::Protocol(protocol), from, LEAVE]);
+                }
             }
             if plan.mode == Mode::Tproxy && (incoming || plan.output_mark.is_some()) {
-                let selected = candidates(plan, protocol, incoming, &TO_UNTRACK);
-                objects.push(rule(hook.0, "to be intercepted", selected));
+                candidates(plan, protocol, incoming, &TO_UNTRACK, hook.0, "to be intercepted", draft);
             }
         }
         if incoming {
             // Connection tracking would call an error about what it has not tracked invalid.
-            objects.extend(plan.families.iter().map(|family| {
-                let about = [Statement::Icmp(family), Statement::TransparentSocket];
-                let statements = about.into_iter().chain([Statement::Verdict(Verdict::Goto(UNTRACK))]);
-                rule(hook.0, "an error about what a transparent socket sent", statements)
-            }));
+            for family in plan.families.iter() {
+                let goto = Statement::Verdict(Verdict::Goto(UNTRACK));
+                let about = vec![Statement::Icmp(family), Statement::TransparentSocket, goto];
+                draft.rule(hook.0, "an error about what a transparent socket sent", about);
+            }
         }
     }
-    objects
 }
 
 /// Packets for which there is a transparent socket go to it, unless it is one
@@ -230,69 +264,66 @@ fn untracked(plan: &Compiled<'_>) -> Vec<Object> {
 /// neither kind of `socket wildcard`, and are for the socket too, but for one
 /// case: a new connection that meets an old one in TIME_WAIT is the
 /// interception's to decide (`nf_tproxy_handle_time_wait4`).
-fn divert_chain(plan: &Compiled<'_>) -> Vec<Object> {
+fn divert_chain(plan: &Compiled<'_>, draft: &mut Draft) {
     let mark_and_accept =
-        [Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
-    let leave = Statement::Verdict(Verdict::Return);
-    let everybodys = [Statement::WildcardSocket(true), leave.clone()];
-    let mut objects = vec![chain((DIVERT, None))];
+        || vec![Statement::SetMark(plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
+    draft.chain((DIVERT, None));
     let may_meet_time_wait = plan.mode == Mode::Tproxy && plan.protocols.tcp;
     if may_meet_time_wait {
         // What most packets are for comes first: each `socket` is a look-up.
-        let whole = [Statement::WildcardSocket(false)].into_iter().chain(mark_and_accept.clone());
-        objects.push(rule(DIVERT, "to the socket", whole));
+        let mut whole = mark_and_accept();
+        whole.insert(0, Statement::WildcardSocket(false));
+        draft.rule(DIVERT, TO_SOCKET, whole);
     }
-    objects.push(rule(DIVERT, "a listener on every address", everybodys));
+    draft.rule(DIVERT, "a listener on every address", vec![Statement::WildcardSocket(true), LEAVE]);
     if may_meet_time_wait {
-        objects.push(rule(DIVERT, "a new connection after an old one", [Statement::TcpSyn, leave]));
+        draft.rule(DIVERT, "a new connection after an old one", vec![Statement::TcpSyn, LEAVE]);
     }
-    objects.push(rule(DIVERT, "to the socket", mark_and_accept));
-    objects
+    draft.rule(DIVERT, TO_SOCKET, mark_and_accept());
 }
+
+const TO_SOCKET: &str = "to the socket";
 
 /// A chain that nothing leads to: a `tproxy` anywhere makes the kernel put fragments together before it looks at them
 /// (`nft_tproxy_init`), where `socket` alone would know the first fragment's socket and not the others'.
-fn defragment_chain(plan: &Compiled<'_>) -> Vec<Object> {
-    let tproxy = |family| {
-        let statements = [
-            Statement::Family(family),
-            Statement::Protocol(Protocol::Udp),
-            Statement::Tproxy { family: Some(family), addr: None, port: 1 },
-        ];
-        rule(DEFRAGMENT, "never run", statements)
-    };
-    [chain((DEFRAGMENT, None))].into_iter().chain(plan.families.iter().map(tproxy)).collect()
+fn defragment_chain(plan: &Compiled<'_>, draft: &mut Draft) {
+    draft.chain((DEFRAGMENT, None));
+    for family in plan.families.iter() {
+        let tproxy = Statement::Tproxy { family: Some(family), addr: None, port: 1 };
+        let statements = vec![Statement::Family(family), Statement::Protocol(Protocol::Udp), tproxy];
+        draft.rule(DEFRAGMENT, "never run", statements);
+    }
 }
 
-fn intercept_chain(plan: &Compiled<'_>, deliver: fn(&Intercept, &Compiled<'_>) -> Object) -> Vec<Object> {
-    let mut objects = vec![chain((INTERCEPT, None))];
-    objects.extend(plan.intercepts.iter().map(|listener| deliver(listener, plan)));
+fn intercept_chain(plan: &Compiled<'_>, draft: &mut Draft) {
+    draft.chain((INTERCEPT, None));
+    for listener in &plan.intercepts {
+        let statements = if plan.mode == Mode::Redirect { redirect(listener) } else { tproxy(listener, plan) };
+        draft.rule_of(listener.family, INTERCEPT, "to the listener", statements);
+    }
     // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
     if !plan.fail_open && plan.mode == Mode::Tproxy {
-        let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
-        objects.push(rule(INTERCEPT, "no listener, no traffic", drop));
+        let drop = vec![Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
+        draft.rule(INTERCEPT, "no listener, no traffic", drop);
     }
-    objects
 }
 
-fn tproxy(listener: &Intercept, plan: &Compiled<'_>) -> Object {
-    let deliver = [
+fn tproxy(listener: &Intercept, plan: &Compiled<'_>) -> Vec<Statement> {
+    vec![
         Statement::Protocol(listener.protocol),
         Statement::Tproxy { family: listener.family, addr: listener.addr, port: listener.port },
         Statement::SetMark(plan.mark),
         Statement::Count(INTERCEPTED),
         Statement::Verdict(Verdict::Accept),
-    ];
-    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
+    ]
 }
 
-fn redirect(listener: &Intercept, _: &Compiled<'_>) -> Object {
+fn redirect(listener: &Intercept) -> Vec<Statement> {
     let translate = match listener.addr {
         Some(addr) => Statement::Dnat { addr, port: listener.port },
         None => Statement::Redirect { port: listener.port },
     };
-    let deliver = [Statement::Protocol(listener.protocol), Statement::Count(INTERCEPTED), translate];
-    rule(INTERCEPT, "to the listener", only(listener.family).chain(deliver))
+    vec![Statement::Protocol(listener.protocol), Statement::Count(INTERCEPTED), translate]
 }
 
 /// The addresses, and where what they choose goes.
@@ -310,46 +341,54 @@ const TO_LOOP: Selection = Selection { name: SELECT_LOCAL, then: LOOP, of_this_h
 
 impl Selection {
     /// What is said at the end of a rule to have the addresses choose.
-    fn statements(&self, plan: &Compiled<'_>) -> Vec<Statement> {
-        if self.is_one_rule(plan) { self.otherwise() } else { vec![Statement::Verdict(Verdict::Goto(self.name))] }
+    fn end(&self, plan: &Compiled<'_>, statements: &mut Vec<Statement>) {
+        if self.is_one_rule(plan) {
+            self.otherwise(statements);
+        } else {
+            statements.push(Statement::Verdict(Verdict::Goto(self.name)));
+        }
     }
 
     /// The chain, if it has more than one rule: sources, destinations never to intercept, destinations to intercept; in
     /// that order.
-    fn chain(&self, plan: &Compiled<'_>) -> Vec<Object> {
+    fn chain(&self, plan: &Compiled<'_>, draft: &mut Draft) {
         if self.is_one_rule(plan) {
-            return Vec::new();
+            return;
         }
         let name = self.name;
-        let mut objects = vec![chain((name, None))];
-        let leave = Statement::Verdict(Verdict::Return);
+        draft.chain((name, None));
         let sets = |which: Which, prefixes, family| which.sets(prefixes, family, plan.variant);
         for (src, family) in each(&plan.src, plan.families) {
             let elsewhere = Statement::SourceInNone { family, sets: sets(Which::Src, src, family).collect() };
-            objects.push(rule(name, "from elsewhere", [elsewhere, leave.clone()]));
+            draft.rule(name, "from elsewhere", vec![elsewhere, LEAVE]);
         }
         for (bypass, family) in each(&plan.bypass, plan.families) {
-            objects.extend(sets(Which::Bypass, bypass, family).map(|set| {
-                let bypass = Statement::DestinationIn { family, set };
-                rule(name, "to be left alone", [bypass, leave.clone()])
-            }));
+            for set in sets(Which::Bypass, bypass, family) {
+                draft.rule(name, "to be left alone", vec![Statement::DestinationIn { family, set }, LEAVE]);
+            }
         }
         if name == SELECT {
-            objects.extend(answers(plan).map(|from| rule(name, ANSWER, [Statement::Answer, from, leave.clone()])));
+            for from in answers(plan) {
+                draft.rule(name, ANSWER, vec![Statement::Answer, from, LEAVE]);
+            }
         }
         if self.leaves_own_answers(plan) {
-            objects.extend(own_answers(name));
+            own_answers(name, draft);
         }
         if plan.dst.is_none() {
-            objects.push(rule(name, "to be intercepted", self.otherwise()));
+            let mut statements = Vec::new();
+            self.otherwise(&mut statements);
+            draft.rule(name, "to be intercepted", statements);
         }
         for (dst, family) in each(&plan.dst, plan.families) {
-            objects.extend(sets(Which::Dst, dst, family).map(|set| {
-                let named = [Statement::DestinationIn { family, set }, Statement::Verdict(Verdict::Goto(self.then))];
-                rule(name, "to be intercepted", self.source().chain(named))
-            }));
+            for set in sets(Which::Dst, dst, family) {
+                let mut statements = Vec::new();
+                self.source(&mut statements);
+                statements.push(Statement::DestinationIn { family, set });
+                statements.push(Statement::Verdict(Verdict::Goto(self.then)));
+                draft.rule(name, "to be intercepted", statements);
+            }
         }
-        objects
     }
 
     /// No addresses are given.
@@ -363,13 +402,16 @@ impl Selection {
     }
 
     /// Not what is for this host, or for nobody.
-    fn otherwise(&self) -> Vec<Statement> {
-        let goto = Statement::Verdict(Verdict::Goto(self.then));
-        self.source().chain([Statement::DestinationIsAnothers, goto]).collect()
+    fn otherwise(&self, statements: &mut Vec<Statement>) {
+        self.source(statements);
+        statements.push(Statement::DestinationIsAnothers);
+        statements.push(Statement::Verdict(Verdict::Goto(self.then)));
     }
 
-    fn source(&self) -> impl Iterator<Item = Statement> {
-        self.of_this_host.then_some(Statement::SourceIsLocal).into_iter()
+    fn source(&self, statements: &mut Vec<Statement>) {
+        if self.of_this_host {
+            statements.push(Statement::SourceIsLocal);
+        }
     }
 }
 
@@ -395,11 +437,10 @@ fn answers(plan: &Compiled<'_>) -> impl Iterator<Item = Statement> {
 /// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
 /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
 /// service here has accepted. UDP has no such thing, and is intercepted.
-fn own_answers(name: &'static str) -> [Object; 2] {
-    let leave = Statement::Verdict(Verdict::Return);
-    let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave.clone()];
-    let accepting = [Statement::TcpSynAck, Statement::Answer, leave];
-    [rule(name, "of a service of this host", accepted), rule(name, "of a service of this host", accepting)]
+fn own_answers(name: &'static str, draft: &mut Draft) {
+    let accepted = vec![Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, LEAVE];
+    draft.rule(name, "of a service of this host", accepted);
+    draft.rule(name, "of a service of this host", vec![Statement::TcpSynAck, Statement::Answer, LEAVE]);
 }
 
 /// A set of prefixes with each of the families, if there is one.
@@ -408,28 +449,35 @@ fn each(prefixes: &Option<PrefixSet>, families: Families) -> impl Iterator<Item 
 }
 
 /// Connections made straight to the listener would be proxied to itself, again and again.
-fn guard(listener: &Intercept, plan: &Compiled<'_>) -> Object {
-    // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
-    let not_redirected =
-        (plan.mode == Mode::Redirect && plan.output_mark.is_some()).then_some(Statement::NotTranslated);
-    let straight = [
+fn guard(listener: &Intercept, plan: &Compiled<'_>, draft: &mut Draft) {
+    let mut statements = vec![
         Statement::Protocol(listener.protocol),
         Statement::DestinationPort(listener.port),
         Statement::DestinationIsLocal,
     ];
-    let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
-    let statements = only(listener.family)
-        .chain(straight)
-        .chain(listener.addr.map(Statement::Destination))
-        .chain(not_redirected)
-        .chain(drop);
-    rule(PREROUTING.0, "straight to the listener", statements)
+    if let Some(addr) = listener.addr {
+        statements.push(Statement::Destination(addr));
+    }
+    // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
+    if plan.mode == Mode::Redirect && plan.output_mark.is_some() {
+        statements.push(Statement::NotTranslated);
+    }
+    statements.push(Statement::Count(GUARDED));
+    statements.push(Statement::Verdict(Verdict::Drop));
+    draft.rule_of(listener.family, PREROUTING.0, "straight to the listener", statements);
 }
 
 /// Packets of a protocol for which there is a transparent socket.
-fn socket_of(plan: &Compiled<'_>, protocol: Protocol, verdict: Verdict) -> impl Iterator<Item = Statement> {
-    let of_socket = [Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
-    only(plan.families.only()).chain(of_socket)
+fn of_socket(
+    plan: &Compiled<'_>,
+    protocol: Protocol,
+    verdict: Verdict,
+    hook: &'static str,
+    comment: &'static str,
+    draft: &mut Draft,
+) {
+    let statements = vec![Statement::Protocol(protocol), Statement::TransparentSocket, Statement::Verdict(verdict)];
+    draft.rule_of(plan.families.only(), hook, comment, statements);
 }
 
 /// Packets of a protocol to the ports, by the interfaces if they are incoming, of which the addresses choose.
@@ -438,17 +486,22 @@ fn candidates(
     protocol: Protocol,
     incoming: bool,
     selection: &Selection,
-) -> impl Iterator<Item = Statement> {
-    let ports = match (plan.ports.as_slice(), one_port(plan)) {
-        ([], _) => None,
-        (_, Some(port)) => Some(Statement::DestinationPort(port)),
-        _ => Some(Statement::DestinationPortIn(plan.set(PORTS))),
-    };
-    let interfaces = (incoming && !plan.interfaces.is_empty()).then_some(Statement::InterfaceIn(plan.set(INTERFACES)));
+    hook: &'static str,
+    comment: &'static str,
+    draft: &mut Draft,
+) {
+    let mut statements = vec![Statement::Protocol(protocol)];
+    match one_port(plan) {
+        Some(port) => statements.push(Statement::DestinationPort(port)),
+        None if plan.ports.is_empty() => {}
+        None => statements.push(Statement::DestinationPortIn(plan.set(PORTS))),
+    }
+    if incoming && !plan.interfaces.is_empty() {
+        statements.push(Statement::InterfaceIn(plan.set(INTERFACES)));
+    }
+    selection.end(plan, &mut statements);
     // A protocol that is served over one family alone is left alone over the other.
-    let family = plan.family_of(protocol);
-    let protocol = [Statement::Protocol(protocol)];
-    only(family).chain(protocol).chain(ports).chain(interfaces).chain(selection.statements(plan))
+    draft.rule_of(plan.family_of(protocol), hook, comment, statements);
 }
 
 /// The port, if there is but one: it needs no set.
@@ -459,17 +512,9 @@ fn one_port(plan: &Plan) -> Option<u16> {
     }
 }
 
-fn only(family: Option<Family>) -> impl Iterator<Item = Statement> {
-    family.map(Statement::Family).into_iter()
-}
-
-fn rule(chain: &'static str, comment: &'static str, statements: impl IntoIterator<Item = Statement>) -> Object {
-    Object::Rule { chain, statements: statements.into_iter().collect(), comment }
-}
-
 /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
-fn sets(plan: &Compiled<'_>) -> Vec<Object> {
-    let mut made = Sets { variant: plan.variant, objects: Vec::new() };
+fn sets(plan: &Compiled<'_>, draft: &mut Draft) {
+    let mut made = Sets { variant: plan.variant, objects: &mut draft.0 };
     if !plan.ports.is_empty() && one_port(plan).is_none() {
         let pieces = plan.ports.chunks(IN_A_MESSAGE).map(|piece| Elements::Ports(piece.to_vec()));
         made.add(PORTS, Key::Port, pieces);
@@ -485,15 +530,14 @@ fn sets(plan: &Compiled<'_>) -> Vec<Object> {
             made.add_prefixes(which, prefixes, plan.families);
         }
     }
-    made.objects
 }
 
-struct Sets {
+struct Sets<'a> {
     variant: Variant,
-    objects: Vec<Object>,
+    objects: &'a mut Vec<Object>,
 }
 
-impl Sets {
+impl Sets<'_> {
     fn add(&mut self, base: &'static str, key: Key, elements: impl IntoIterator<Item = Elements>) {
         let name = SetName { base, len: None, variant: self.variant };
         self.add_empty(name, key);
