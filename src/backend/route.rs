@@ -498,7 +498,7 @@ mod tests {
             entry.encode(&mut buffer, 1, Operation::Add, 0);
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
             let found = parse_rule(message.payload).unwrap();
-            assert_eq!((found.priority, found.kind, found.ours), (priority, kind, true));
+            assert_eq!((found.family, found.priority, found.kind, found.ours), (family, priority, kind, true));
             assert_eq!(found.mark, mark);
         }
     }

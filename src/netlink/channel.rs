@@ -83,6 +83,9 @@ pub(crate) struct Failure {
     pub offset: Option<usize>,
 }
 
+/// Of each object in a dump its payload behind the message header.
+pub(crate) type Dumped = Vec<Vec<u8>>;
+
 /// What the kernel answered to an exchange.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
@@ -162,7 +165,7 @@ impl Channel {
     }
 
     /// Asks for one object, and then for all of a kind, in one go.
-    pub fn get_then_dump(&mut self, one: u16, all: u16, header: &[u8]) -> io::Result<(Option<Vec<u8>>, Vec<Vec<u8>>)> {
+    pub fn get_then_dump(&mut self, one: u16, all: u16, header: &[u8]) -> io::Result<(Option<Vec<u8>>, Dumped)> {
         for _ in 0..DUMP_TRIES {
             let (first, second) = (self.next_seq(), self.next_seq());
             let mut request = Buffer::default();
@@ -184,7 +187,7 @@ impl Channel {
     }
 
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
-    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
+    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Dumped> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, usize::MAX)? {
                 return Ok(found);
@@ -201,7 +204,7 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<(Vec<Vec<u8>>, bool)> {
+    ) -> io::Result<(Dumped, bool)> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, most)? {
                 let all = found.len() < most;
@@ -218,7 +221,7 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<Option<Vec<Vec<u8>>>> {
+    ) -> io::Result<Option<Dumped>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
         request.message(kind, DUMP, seq, header, filter);
@@ -232,7 +235,7 @@ impl Channel {
         seq: u32,
         most: usize,
         others: &mut dyn FnMut(&wire::Message<'_>),
-    ) -> io::Result<Option<Vec<Vec<u8>>>> {
+    ) -> io::Result<Option<Dumped>> {
         self.send(request)?;
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
         self.drain(&mut |message| {

@@ -278,7 +278,7 @@ impl Statement {
             }
             Statement::DestinationIsAnothers => {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
-                rule.to_network_order(REG_1);
+                rule.in_network_order(REG_1);
                 rule.outside(REG_1, *OWN_TYPES.start(), *OWN_TYPES.end());
             }
             Statement::TransparentSocket => {
@@ -415,7 +415,7 @@ impl Expressions<'_, '_> {
     }
 
     /// A number of 4 bytes, of which only then the first byte counts most.
-    fn to_network_order(&mut self, register: u32) {
+    fn in_network_order(&mut self, register: u32) {
         /// NFT_BYTEORDER_HTON.
         const TO_NETWORK: u32 = 1;
         self.expression("byteorder", |a| {
