@@ -141,18 +141,18 @@ impl Attrs<'_> {
 
     /// A string with its terminating NUL.
     pub fn string(&mut self, kind: u16, value: &str) {
-        let start = self.begin(kind);
+        self.header(kind, value.len() + 1);
         self.buffer.append_slice(value.as_bytes());
         self.buffer.append([0]);
-        self.end(start);
+        self.buffer.pad();
     }
 
     /// Bytes, one piece behind the other.
     #[inline(always)]
     pub fn pieces<const N: usize>(&mut self, kind: u16, pieces: [&[u8]; N]) {
-        let start = self.begin(kind);
+        self.header(kind, pieces.iter().map(|piece| piece.len()).sum());
         pieces.into_iter().for_each(|piece| self.buffer.append_slice(piece));
-        self.end(start);
+        self.buffer.pad();
     }
 
     pub fn u8(&mut self, kind: u16, value: u8) {
@@ -178,24 +178,27 @@ impl Attrs<'_> {
 
     #[inline(always)]
     pub fn nest(&mut self, kind: u16, attrs: impl FnOnce(&mut Attrs<'_>)) {
-        let start = self.begin(kind | NESTED);
+        let start = self.buffer.len;
+        self.header(kind | NESTED, 0);
         attrs(&mut Attrs { buffer: self.buffer });
         self.end(start);
     }
 
-    fn begin(&mut self, kind: u16) -> usize {
-        let start = self.buffer.len;
-        let [k0, k1] = kind.to_ne_bytes();
-        self.buffer.append([0, 0, k0, k1]);
-        start
+    fn header(&mut self, kind: u16, len: usize) {
+        let len = u16::try_from(ATTRIBUTE_HEADER + len).unwrap_or_else(|_| {
+            self.buffer.overflow = true;
+            0
+        });
+        let ([l0, l1], [k0, k1]) = (len.to_ne_bytes(), kind.to_ne_bytes());
+        self.buffer.append([l0, l1, k0, k1]);
     }
 
+    /// All that is in a nested attribute is padded.
     fn end(&mut self, start: usize) {
         match u16::try_from(self.buffer.len - start) {
             Ok(len) => self.buffer.write_at(start, len.to_ne_bytes()),
             Err(_) => self.buffer.overflow = true,
         }
-        self.buffer.pad();
     }
 }
 
