@@ -23,6 +23,9 @@ const MANY: u32 = 100_000;
 /// The argument with which the benchmark runs itself, to measure memory in a process that has used none.
 const MEMORY: &str = "--memory-of-one-install";
 
+/// The argument that asks for the default rules alone.
+const ONE_PORT: &str = "--one-port";
+
 /// What a textbook has the administrator type, and what takes it back.
 const SCRIPT: &str = "iptables -t mangle -N DIVERT
     iptables -t mangle -A PREROUTING -p tcp -m socket -j DIVERT
@@ -45,8 +48,7 @@ const ROUTING: &str = include_str!("../tests/golden/default.ip");
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, first, nft] = &arguments[..] {
-        assert_eq!(first, MEMORY);
+    if let [_, MEMORY, nft] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         return memory_of_one_install(nft);
     }
     println!("{:21} {:27} {:29} {:27} {:>7}  {:>7}  met", "ours", "", "beside it", "", "ratio", "target");
@@ -56,6 +58,9 @@ fn main() {
     let listener = wildcard_listener(&firewall);
     let _rules = firewall.run(|| install(&[listener.as_raw_fd()], &[]));
     one_port("beside other rules");
+    if arguments.iter().any(|argument| argument == ONE_PORT) {
+        return;
+    }
     many_prefixes();
     traffic();
 }
@@ -346,10 +351,11 @@ fn nft_of_one_port() -> String {
 fn nft_of_many() -> String {
     let elements: Vec<String> = (0..MANY).map(|n| format!("{}/24", address(n, 0))).collect();
     let dst4 = format!("set dst4 {{ type ipv4_addr; flags interval; elements = {{ {} }} }}", elements.join(", "));
+    let select = "chain select {\nip daddr @dst4 goto intercept\nip6 daddr @dst6 goto intercept\n}";
     nft_of_one_port()
-        .replace("set own", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nset own"))
-        .replace("fib daddr type @own return", "ip daddr @dst4 goto intercept")
-        .replace("goto intercept comment \"to be intercepted\"", "ip6 daddr @dst6 goto intercept")
+        .replace("chain divert", &format!("{dst4}\nset dst6 {{ type ipv6_addr; flags interval; }}\nchain divert"))
+        .replace("chain prerouting", &format!("{select}\nchain prerouting"))
+        .replace("fib daddr type != 2-5 goto intercept", "goto select")
 }
 
 /// Figures, or why there are none.

@@ -154,6 +154,17 @@ pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
     Ok(addr)
 }
 
+/// `recv(2)` in place of what is in the buffer, as much as it has room for.
+pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> io::Result<()> {
+    buffer.clear();
+    // SAFETY: the whole capacity is valid for writes.
+    let len = unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.capacity(), 0) };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: so many bytes were written, and no more than there is room for.
+    unsafe { buffer.set_len(len) };
+    Ok(())
+}
+
 /// Gives this thread a network namespace of its own.
 pub(crate) fn unshare_network() -> io::Result<()> {
     // SAFETY: a plain system call; it changes this thread alone.

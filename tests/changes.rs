@@ -392,7 +392,7 @@ fn an_empty_table_that_persists_is_taken_over() {
     lab.proxy.nft("flush table inet libtproxy-tproxy");
     for object in [
         "chain inet libtproxy-tproxy prerouting",
-        "chain inet libtproxy-tproxy select",
+        "chain inet libtproxy-tproxy divert",
         "counter inet libtproxy-tproxy dropped",
     ] {
         lab.proxy.nft(&format!("flush table inet libtproxy-tproxy; delete {object}"));

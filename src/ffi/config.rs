@@ -308,6 +308,9 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
 pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -> Result<Vec<Prefix>> {
     // SAFETY: by the caller's word.
     let items = unsafe { arg::array(what, items, len) }?;
+    if items.is_empty() {
+        return Ok(Vec::new());
+    }
     let prefix = |(index, item): (usize, &tp_prefix)| {
         let [a, b, c, d, ..] = item.addr;
         let addr = match i32::from(item.family) {
@@ -332,6 +335,9 @@ pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -
 unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<Vec<String>> {
     // SAFETY: by the caller's word.
     let items = unsafe { arg::array(what, items, len) }?;
+    if items.is_empty() {
+        return Ok(Vec::new());
+    }
     let name = |item: &*const c_char| {
         // SAFETY: by the caller's word.
         let name = unsafe { arg::text(what, *item) }?;

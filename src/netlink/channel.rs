@@ -1,7 +1,7 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,16 +28,20 @@ const OFFSET: u16 = 2;
 const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
 /// The kernel fills no more with one part of a dump than the buffer that it was given before, and the first with at most
 /// 8 KiB (`netlink_dump`, NLMSG_GOODSIZE).
-const RECEIVE_BUFFER: usize = 8 << 10;
+pub(crate) const RECEIVE_BUFFER: usize = 8 << 10;
 /// A dump that is interrupted this often is given up.
 const DUMP_TRIES: usize = 16;
+
+const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
+const DUMP: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
 
 /// What carries the bytes: the kernel's socket, or a test's stand-in.
 pub(crate) trait Transport: Send {
     /// Sends messages as one datagram; the kernel has acted on them when it returns.
     fn send(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Receives one datagram, or fails with `WouldBlock` when there is none.
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Receives one datagram in place of what is in the buffer, as much of it as there is room for, or fails with
+    /// `WouldBlock` when there is none.
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()>;
 }
 
 impl Transport for Socket {
@@ -52,8 +56,8 @@ impl Transport for Socket {
         if sent == bytes.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) }
     }
 
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.read(buffer)
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
+        sys::receive(self.as_fd(), buffer)
     }
 }
 
@@ -90,6 +94,9 @@ impl fmt::Display for Failure {
     }
 }
 
+/// Of each object in a dump its payload behind the message header.
+pub(crate) type Dumped = Vec<Vec<u8>>;
+
 /// What the kernel answered to an exchange.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
@@ -102,7 +109,6 @@ pub(crate) struct Answers {
 pub(crate) struct Channel {
     transport: Box<dyn Transport>,
     seq: u32,
-    /// What was received last.
     received: Vec<u8>,
 }
 
@@ -126,7 +132,7 @@ impl Channel {
 
     /// A channel over any transport.
     pub fn over(transport: Box<dyn Transport>) -> Channel {
-        Channel { transport, seq: 0, received: vec![0; RECEIVE_BUFFER] }
+        Channel { transport, seq: 0, received: Vec::with_capacity(RECEIVE_BUFFER) }
     }
 
     pub fn next_seq(&mut self) -> u32 {
@@ -157,25 +163,42 @@ impl Channel {
     pub fn get(&mut self, kind: u16, header: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
-        request.message(kind, libc::NLM_F_REQUEST as u16, seq, header, |_| {});
+        request.message(kind, REQUEST, seq, header, |_| {});
         self.send(&request)?;
         let mut found = Ok(None);
         self.drain(&mut |message| {
-            if message.seq != seq {
-                return false;
+            if message.seq == seq {
+                found = object(message);
             }
-            if message.kind >= FIRST_OF_FAMILY {
-                found = Ok(Some(message.payload.to_vec()));
-            } else if let Some(failure) = parse_error(message) {
-                found = Err(io::Error::from_raw_os_error(failure.errno));
-            }
-            true
+            message.seq == seq
         })?;
         found
     }
 
+    /// Asks for one object, and then for all of a kind, in one go.
+    pub fn get_then_dump(&mut self, one: u16, all: u16, header: &[u8]) -> io::Result<(Option<Vec<u8>>, Dumped)> {
+        for _ in 0..DUMP_TRIES {
+            let (first, second) = (self.next_seq(), self.next_seq());
+            let mut request = Buffer::default();
+            request.message(one, REQUEST, first, header, |_| {});
+            request.message(all, DUMP, second, header, |_| {});
+            let mut found = Ok(None);
+            let listed = self.listed(&request, second, usize::MAX, &mut |message| {
+                if message.seq == first {
+                    found = object(message);
+                }
+            });
+            // Who may not ask gets one answer to both.
+            let found = found?;
+            if let Some(listed) = listed? {
+                return Ok((found, listed));
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
-    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Vec<Vec<u8>>> {
+    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Dumped> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, usize::MAX)? {
                 return Ok(found);
@@ -192,7 +215,7 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<(Vec<Vec<u8>>, bool)> {
+    ) -> io::Result<(Dumped, bool)> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, most)? {
                 let all = found.len() < most;
@@ -209,14 +232,26 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<Option<Vec<Vec<u8>>>> {
+    ) -> io::Result<Option<Dumped>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
-        request.message(kind, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, seq, header, filter);
-        self.send(&request)?;
+        request.message(kind, DUMP, seq, header, filter);
+        self.listed(&request, seq, most, &mut |_| {})
+    }
+
+    /// Sends a request, and collects the answers to the dump in it; the others are given away.
+    fn listed(
+        &mut self,
+        request: &Buffer,
+        seq: u32,
+        most: usize,
+        others: &mut dyn FnMut(&wire::Message<'_>),
+    ) -> io::Result<Option<Dumped>> {
+        self.send(request)?;
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
         self.drain(&mut |message| {
             if message.seq != seq {
+                others(message);
                 return false;
             }
             interrupted |= message.flags & DUMP_INTERRUPTED != 0;
@@ -248,8 +283,8 @@ impl Channel {
         loop {
             match self.transport.receive(&mut self.received) {
                 // All that came together is looked at.
-                Ok(len) => {
-                    let messages = wire::messages(self.received.get(..len).unwrap_or_default());
+                Ok(()) => {
+                    let messages = wire::messages(&self.received);
                     if messages.fold(false, |last, message| each(&message) | last) {
                         return Ok(());
                     }
@@ -259,6 +294,17 @@ impl Channel {
                 Err(e) => return Err(e),
             }
         }
+    }
+}
+
+/// The payload of the answer to a question for one object.
+fn object(message: &wire::Message<'_>) -> io::Result<Option<Vec<u8>>> {
+    if message.kind >= FIRST_OF_FAMILY {
+        return Ok(Some(message.payload.to_vec()));
+    }
+    match parse_error(message) {
+        Some(failure) => Err(io::Error::from_raw_os_error(failure.errno)),
+        None => Ok(None),
     }
 }
 
@@ -323,10 +369,9 @@ mod tests {
             Ok(())
         }
 
-        fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let datagram = self.0.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
-            buffer[..datagram.len()].copy_from_slice(&datagram);
-            Ok(datagram.len())
+        fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
+            *buffer = self.0.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+            Ok(())
         }
     }
 
@@ -361,6 +406,25 @@ mod tests {
     }
 
     #[test]
+    fn of_two_questions_the_first_may_be_the_only_one_that_is_answered() {
+        let refused = channel(vec![error(1, libc::EPERM, "")]).get_then_dump(1, 1, &[]).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        let message = |kind, seq, payload: &[u8]| {
+            let mut buffer = Buffer::default();
+            buffer.message(kind, 0, seq, payload, |_| {});
+            buffer.bytes().unwrap().to_vec()
+        };
+        let answers = [message(0x10, 1, b"one."), message(0x10, 2, b"all."), message(DONE, 2, &[0; 4])];
+        let (one, all) = channel(answers.to_vec()).get_then_dump(1, 1, &[]).unwrap();
+        assert_eq!((one.unwrap().as_slice(), all), (&b"one."[..], vec![b"all.".to_vec()]));
+        let [one, all, done] = answers;
+        let together = [all, done].concat();
+        assert!(channel(vec![one, together]).get_then_dump(1, 1, &[]).is_ok());
+        let cut = channel(vec![message(0x10, 1, b"one.")]).get_then_dump(1, 1, &[]).unwrap_err();
+        assert_eq!(cut.raw_os_error(), Some(libc::EPROTO));
+    }
+
+    #[test]
     fn a_dump_that_the_kernel_refuses_gives_its_errno() {
         let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], &|_| {}).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
@@ -371,6 +435,7 @@ mod tests {
         fn no_answer_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
             let _ = channel(datagrams.clone()).exchange(&Buffer::default(), 1);
             let _ = channel(datagrams.clone()).get(1, &[]);
+            let _ = channel(datagrams.clone()).get_then_dump(1, 1, &[]);
             let _ = channel(datagrams).dump(1, &[], &|_| {});
         }
     }

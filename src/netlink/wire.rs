@@ -15,9 +15,6 @@ const NESTED: u16 = 0x8000;
 /// NLA_F_NESTED and NLA_F_NET_BYTEORDER are flags in an attribute's type.
 const TYPE_MASK: u16 = 0x3fff;
 
-/// What the rules of one instance take, more or less.
-const USUAL: usize = 8 << 10;
-
 fn align(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
@@ -25,65 +22,109 @@ fn align(len: usize) -> usize {
 /// Messages one behind the other, as one `sendto` takes them.
 #[derive(Default)]
 pub(crate) struct Buffer {
-    bytes: Vec<u8>,
+    /// What is written, and behind it zeros, with which padding is there already. Its length is a multiple of ALIGN.
+    room: Vec<u8>,
+    /// How much is written.
+    len: usize,
     overflow: bool,
 }
 
 impl Buffer {
+    /// The first room, and the most that is added at once: what is not written costs memory too.
+    const FIRST_ROOM: usize = 1 << 8;
+    const MOST_ROOM: usize = 64 << 10;
+
+    /// With room for so many bytes, and then for more.
+    pub fn with_room(len: usize) -> Buffer {
+        Buffer { room: vec![0; align(len)], ..Buffer::default() }
+    }
+
     /// Appends a message: its family's own header, then its attributes.
+    #[inline(always)]
     pub fn message(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8], attrs: impl FnOnce(&mut Attrs<'_>)) {
-        // A transaction of the usual size: it does not grow by and by.
-        if self.bytes.capacity() == 0 {
-            self.bytes.reserve(USUAL);
-        }
         let start = self.begin(kind, flags, seq, header);
         attrs(&mut Attrs { buffer: self });
         self.end(start);
     }
 
     fn begin(&mut self, kind: u16, flags: u16, seq: u32, header: &[u8]) -> usize {
-        let start = self.bytes.len();
-        let mut own = [0; MESSAGE_HEADER];
-        own[4..6].copy_from_slice(&kind.to_ne_bytes());
-        own[6..8].copy_from_slice(&flags.to_ne_bytes());
-        own[8..12].copy_from_slice(&seq.to_ne_bytes());
-        self.bytes.extend_from_slice(&own);
-        self.bytes.extend_from_slice(header);
+        let start = self.len;
+        let ([k0, k1], [f0, f1], [s0, s1, s2, s3]) = (kind.to_ne_bytes(), flags.to_ne_bytes(), seq.to_ne_bytes());
+        self.append([0, 0, 0, 0, k0, k1, f0, f1, s0, s1, s2, s3, 0, 0, 0, 0]);
+        self.append_slice(header);
         self.pad();
         start
     }
 
-    /// Up to where the next may begin.
-    fn pad(&mut self) {
-        let len = self.bytes.len();
-        self.bytes.extend_from_slice(&[0; ALIGN][..align(len) - len]);
-    }
-
     fn end(&mut self, start: usize) {
-        match u32::try_from(self.bytes.len() - start) {
-            Ok(len) => self.write_at(start, &len.to_ne_bytes()),
+        match u32::try_from(self.len - start) {
+            Ok(len) => self.write_at(start, len.to_ne_bytes()),
             Err(_) => self.overflow = true,
         }
     }
 
     /// The bytes to send, or `None` if an attribute was longer than its 16-bit length can say.
     pub fn bytes(&self) -> Option<&[u8]> {
-        (!self.overflow).then_some(&self.bytes)
+        if self.overflow { None } else { self.room.get(..self.len) }
     }
 
     /// The message that was appended at this place.
     pub fn message_at(&self, start: usize) -> Option<&[u8]> {
-        let rest = self.bytes.get(start..)?;
+        let rest = self.room.get(start..self.len)?;
         rest.get(..u32_at(rest, 0)? as usize)
     }
 
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.len
     }
 
-    fn write_at(&mut self, at: usize, value: &[u8]) {
-        if let Some(place) = self.bytes.get_mut(at..at + value.len()) {
+    #[inline(always)]
+    fn write_at<const N: usize>(&mut self, at: usize, value: [u8; N]) {
+        if let Some(place) = self.room.get_mut(at..).and_then(<[u8]>::first_chunk_mut) {
+            *place = value;
+        }
+    }
+
+    /// A length that the compiler knows is a move or two.
+    #[inline(always)]
+    fn append<const N: usize>(&mut self, value: [u8; N]) {
+        self.make_room(N);
+        self.write_at(self.len, value);
+        self.len += N;
+    }
+
+    fn append_slice(&mut self, value: &[u8]) {
+        self.make_room(value.len());
+        let end = self.len + value.len();
+        if let Some(place) = self.room.get_mut(self.len..end) {
             place.copy_from_slice(value);
+        }
+        self.len = end;
+    }
+
+    #[inline(always)]
+    fn pad(&mut self) {
+        self.len = align(self.len);
+    }
+
+    #[inline(always)]
+    fn make_room(&mut self, more: usize) {
+        if self.room.len() - self.len < more {
+            self.grow(more);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn grow(&mut self, more: usize) {
+        let room = align(self.len + more) + self.room.len().clamp(Self::FIRST_ROOM, Self::MOST_ROOM);
+        if self.room.is_empty() {
+            // Memory that is zero already.
+            self.room = vec![0; room];
+            return;
+        }
+        while self.room.len() < room {
+            self.room.extend_from_slice(&[0; 1 << 10]);
         }
     }
 }
@@ -95,47 +136,52 @@ pub(crate) struct Attrs<'a> {
 
 impl Attrs<'_> {
     pub fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.header(kind, value.len());
-        self.buffer.bytes.extend_from_slice(value);
-        self.buffer.pad();
+        self.pieces(kind, [value]);
     }
 
     /// A string with its terminating NUL.
     pub fn string(&mut self, kind: u16, value: &str) {
         self.header(kind, value.len() + 1);
-        self.buffer.bytes.extend_from_slice(value.as_bytes());
-        self.buffer.bytes.push(0);
+        self.buffer.append_slice(value.as_bytes());
+        self.buffer.append([0]);
+        self.buffer.pad();
+    }
+
+    /// Bytes, one piece behind the other.
+    #[inline(always)]
+    pub fn pieces<const N: usize>(&mut self, kind: u16, pieces: [&[u8]; N]) {
+        self.header(kind, pieces.iter().map(|piece| piece.len()).sum());
+        pieces.into_iter().for_each(|piece| self.buffer.append_slice(piece));
         self.buffer.pad();
     }
 
     pub fn u8(&mut self, kind: u16, value: u8) {
-        self.word(kind, 1, [value, 0, 0, 0]);
+        self.bytes(kind, &[value]);
     }
 
     /// Native-endian, as rtnetlink has it.
     pub fn u32(&mut self, kind: u16, value: u32) {
-        self.word(kind, 4, value.to_ne_bytes());
+        self.four(kind, value.to_ne_bytes());
     }
 
     /// Big-endian, as nf_tables has it.
     pub fn be32(&mut self, kind: u16, value: u32) {
-        self.word(kind, 4, value.to_be_bytes());
+        self.four(kind, value.to_be_bytes());
     }
 
+    /// Most attributes are of four bytes: they are written in one go.
+    fn four(&mut self, kind: u16, [v0, v1, v2, v3]: [u8; 4]) {
+        const LEN: [u8; 2] = (ATTRIBUTE_HEADER as u16 + 4).to_ne_bytes();
+        let [k0, k1] = kind.to_ne_bytes();
+        self.buffer.append([LEN[0], LEN[1], k0, k1, v0, v1, v2, v3]);
+    }
+
+    #[inline(always)]
     pub fn nest(&mut self, kind: u16, attrs: impl FnOnce(&mut Attrs<'_>)) {
-        let start = self.buffer.bytes.len();
+        let start = self.buffer.len;
         self.header(kind | NESTED, 0);
         attrs(&mut Attrs { buffer: self.buffer });
-        match u16::try_from(self.buffer.bytes.len() - start) {
-            Ok(len) => self.buffer.write_at(start, &len.to_ne_bytes()),
-            Err(_) => self.buffer.overflow = true,
-        }
-    }
-
-    /// Header and value in one piece: most attributes are such. The rest of the word is padding.
-    fn word(&mut self, kind: u16, len: u16, [a, b, c, d]: [u8; ALIGN]) {
-        let ([l0, l1], [k0, k1]) = ((ATTRIBUTE_HEADER as u16 + len).to_ne_bytes(), kind.to_ne_bytes());
-        self.buffer.bytes.extend_from_slice(&[l0, l1, k0, k1, a, b, c, d]);
+        self.end(start);
     }
 
     fn header(&mut self, kind: u16, len: usize) {
@@ -144,7 +190,15 @@ impl Attrs<'_> {
             0
         });
         let ([l0, l1], [k0, k1]) = (len.to_ne_bytes(), kind.to_ne_bytes());
-        self.buffer.bytes.extend_from_slice(&[l0, l1, k0, k1]);
+        self.buffer.append([l0, l1, k0, k1]);
+    }
+
+    /// All that is in a nested attribute is padded.
+    fn end(&mut self, start: usize) {
+        match u16::try_from(self.buffer.len - start) {
+            Ok(len) => self.buffer.write_at(start, len.to_ne_bytes()),
+            Err(_) => self.buffer.overflow = true,
+        }
     }
 }
 

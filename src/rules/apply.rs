@@ -81,7 +81,8 @@ impl Rules {
         match config.backend {
             Backend::Nft => by_nft(plan),
             Backend::Iptables => Rules::install_by_iptables(config, plan),
-            Backend::Auto => by_nft(plan.clone()).or_else(|error| {
+            Backend::Auto => by_nft(plan).or_else(|error| {
+                let plan = plan::make(config)?;
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }

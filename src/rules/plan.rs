@@ -130,6 +130,9 @@ fn output_mark(mark: Mark) -> Result<Mark> {
 }
 
 fn interfaces(names: &[String]) -> Result<Vec<String>> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
     // IFNAMSIZ less the NUL; `dev_valid_name` in net/core/dev.c.
     let valid = |name: &&String| {
         (1..libc::IFNAMSIZ).contains(&name.len())

@@ -74,7 +74,6 @@ pub(crate) struct Set {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Key {
     Port,
-    AddressType,
     Interface,
     /// Ranges of addresses.
     Address(Family),
@@ -90,18 +89,10 @@ pub(crate) enum Key {
 pub(crate) enum Elements {
     /// Sorted and apart from each other.
     Ports(Vec<PortRange>),
-    AddressTypes(&'static [AddressType]),
     Interfaces(Vec<String>),
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),
     Networks(Vec<IpAddr>),
-}
-
-/// A destination's type in the local routing table (`RTN_*`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AddressType {
-    pub number: u8,
-    pub name: &'static str,
 }
 
 /// Where a base chain hangs.
@@ -159,10 +150,8 @@ impl Object {
             Object::Counter { name } => {
                 attrs.string(2, name);
                 attrs.be32(3, OBJECT_COUNTER);
-                attrs.nest(4, |a| {
-                    a.bytes(1, &0u64.to_be_bytes());
-                    a.bytes(2, &0u64.to_be_bytes());
-                });
+                // It begins at zero.
+                attrs.nest(4, |_| {});
             }
             Object::Set(set) => set.encode(attrs),
             Object::Elements { set, elements } => {
@@ -176,8 +165,7 @@ impl Object {
                         a.be32(1, hook.number);
                         a.be32(2, hook.priority as u32);
                     });
-                    // NF_ACCEPT: what no rule decides goes its way.
-                    attrs.be32(5, 1);
+                    // Without a policy, what no rule decides goes its way.
                     attrs.string(7, hook.kind);
                 }
             }
@@ -187,7 +175,7 @@ impl Object {
                     let mut rule = Expressions(a);
                     statements.iter().for_each(|statement| statement.encode(&mut rule));
                 });
-                attrs.bytes(7, &comment_data(comment));
+                self::comment(attrs, 7, comment);
             }
         }
     }
@@ -229,24 +217,20 @@ impl fmt::Display for Command<'_> {
 }
 
 /// What `nft` shows as a comment: type 0, length, text, NUL (libnftnl's `udata.h`).
-pub(crate) fn comment_data(text: &str) -> Vec<u8> {
-    let len = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
-    let mut data = vec![0, len];
-    data.extend(text.bytes().take(usize::from(len) - 1));
-    data.push(0);
-    data
+pub(crate) fn comment(attrs: &mut Attrs<'_>, kind: u16, text: &str) {
+    let text = text.as_bytes();
+    let text = text.get(..usize::from(u8::MAX) - 1).unwrap_or(text);
+    attrs.pieces(kind, [&[0, text.len() as u8 + 1], text, &[0]]);
 }
 
 impl Set {
-    /// NFT_SET_CONSTANT and NFT_SET_INTERVAL.
-    const CONSTANT: u32 = 2;
+    /// NFT_SET_INTERVAL.
     const INTERVAL: u32 = 4;
 
     fn encode(&self, attrs: &mut Attrs<'_>) {
         // `nft` knows the key types by these numbers; to the kernel they mean nothing.
         let (flags, key_type, key_len) = match self.key {
             Key::Port => (Self::INTERVAL, 13, 2),
-            Key::AddressType => (Self::CONSTANT, 38, 4),
             Key::Interface => (0, 41, 16),
             Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
@@ -258,7 +242,7 @@ impl Set {
         attrs.be32(4, key_type);
         attrs.be32(5, key_len);
         attrs.be32(10, self.id);
-        if matches!(self.key, Key::AddressType | Key::Interface) {
+        if self.key == Key::Interface {
             attrs.bytes(13, &HOST_ORDER);
         }
     }
@@ -275,7 +259,6 @@ impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.key {
             Key::Port => "type inet_service; flags interval;",
-            Key::AddressType => "type fib_addrtype; flags constant;",
             Key::Interface => "type ifname;",
             Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
             Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
@@ -296,9 +279,6 @@ impl Elements {
                         element(list, &end.to_be_bytes(), true);
                     }
                 }
-            }
-            Elements::AddressTypes(types) => {
-                types.iter().for_each(|t| element(list, &u32::from(t.number).to_ne_bytes(), false));
             }
             Elements::Interfaces(names) => {
                 for name in names {
@@ -347,7 +327,6 @@ impl fmt::Display for Elements {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Elements::Ports(ranges) => comma_separated(f, ranges),
-            Elements::AddressTypes(types) => comma_separated(f, types.iter().map(|t| t.name)),
             Elements::Interfaces(names) => comma_separated(f, names.iter().map(|name| format!("\"{name}\""))),
             Elements::Addresses(family, ranges) => comma_separated(
                 f,

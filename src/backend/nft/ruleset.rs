@@ -5,17 +5,17 @@
 //! ```text
 //! prerouting ─┬─ straight to a listener ──────────────── guarded, drop
 //!             ├─ has a transparent socket ── divert ──── mark, accept
-//!             ├─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
-//!             └─ an error about what a transparent socket sent ── divert
+//!             └─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
 //! output ─────┬─ from a transparent socket ───────────── accept
 //!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
 //! ```
 //!
-//! `select` has the addresses. With NAT redirection `intercept` translates,
+//! `select` has the addresses; where none are given, it is but a statement of
+//! the rules that would lead there. With NAT redirection `intercept` translates,
 //! and hangs from the nat hooks; without connection tracking the raw hooks
 //! have the same selection once more, and `untrack` at its end.
 
-use super::object::{AddressType, Elements, Hook, Key, Object, Set, SetName, Variant};
+use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{Statement, Verdict};
 use crate::list::List;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
@@ -37,8 +37,6 @@ pub(crate) const GUARDED: &str = "guarded";
 
 const PORTS: &str = "ports";
 const INTERFACES: &str = "interfaces";
-/// The address types that are this host's own or nobody's.
-const OWN: &str = "own";
 
 /// Which set of prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,18 +66,12 @@ impl Which {
     }
 }
 
-/// Addresses that are this host's, or that nobody can have a connection with.
-const OWN_TYPES: [AddressType; 4] = [
-    AddressType { number: libc::RTN_LOCAL, name: "local" },
-    AddressType { number: libc::RTN_BROADCAST, name: "broadcast" },
-    AddressType { number: libc::RTN_ANYCAST, name: "anycast" },
-    AddressType { number: libc::RTN_MULTICAST, name: "multicast" },
-];
-
 /// The objects that hold a plan, within its table; the sets are named in one variant.
 pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
-    let mut ruleset = Ruleset { plan, variant, objects: Vec::new() };
-    ruleset.objects.extend([INTERCEPTED, DIVERTED, DROPPED, GUARDED].map(|name| Object::Counter { name }));
+    let mut ruleset = Ruleset { plan, variant, objects: Vec::with_capacity(USUAL) };
+    for name in [INTERCEPTED, DIVERTED, DROPPED, GUARDED] {
+        ruleset.objects.push(Object::Counter { name });
+    }
     if plan.mode != Mode::DivertOnly {
         ruleset.sets();
     }
@@ -93,11 +85,11 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
         Mode::Tproxy => {
             ruleset.divert_chain();
             ruleset.intercept_chain();
-            ruleset.select_chain(SELECT, INTERCEPT, None);
+            ruleset.select_chain(&TO_INTERCEPT);
         }
         Mode::Redirect => {
             ruleset.intercept_chain();
-            ruleset.select_chain(SELECT, INTERCEPT, None);
+            ruleset.select_chain(&TO_INTERCEPT);
         }
     }
     if plan.notrack {
@@ -107,14 +99,16 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     plan.guarded().for_each(|listener| ruleset.guard(&listener));
     match plan.mode {
         Mode::Redirect => ruleset.redirecting(),
-        Mode::DivertOnly => {
-            ruleset.diverting();
-            ruleset.errors(PREROUTING.0, Verdict::Jump(DIVERT));
-        }
+        Mode::DivertOnly => ruleset.diverting(),
         Mode::Tproxy => ruleset.proxying(),
     }
     ruleset.objects
 }
+
+/// So many objects have plans with few sets.
+const USUAL: usize = 24;
+
+const LEAVE: Statement = Statement::Verdict(Verdict::Return);
 
 /// The base chains, by the names of `nft`'s hooks and priorities.
 const PREROUTING: (&str, Option<Hook>) = ("prerouting", Some(Hook::MANGLE_PREROUTING));
@@ -123,6 +117,19 @@ const RAW_PREROUTING: (&str, Option<Hook>) = ("raw-prerouting", Some(Hook::RAW_P
 const RAW_OUTPUT: (&str, Option<Hook>) = ("raw-output", Some(Hook::RAW_OUTPUT));
 const NAT_PREROUTING: (&str, Option<Hook>) = ("nat-prerouting", Some(Hook::NAT_PREROUTING));
 const NAT_OUTPUT: (&str, Option<Hook>) = ("nat-output", Some(Hook::NAT_OUTPUT));
+
+/// What the addresses choose, and where it goes.
+struct Selection {
+    /// The chain's name.
+    name: &'static str,
+    then: &'static str,
+    /// Only what has an address of this host as its source.
+    first: Option<Statement>,
+}
+
+const TO_INTERCEPT: Selection = Selection { name: SELECT, then: INTERCEPT, first: None };
+const TO_UNTRACK: Selection = Selection { name: SELECT_RAW, then: UNTRACK, first: None };
+const TO_LOOP: Selection = Selection { name: SELECT_LOCAL, then: LOOP, first: Some(Statement::SourceIsLocal) };
 
 /// A plan, and the objects that have been made of it.
 struct Ruleset<'a> {
@@ -145,22 +152,23 @@ impl Ruleset<'_> {
         SetName { base, len: None, variant: self.variant }
     }
 
-    /// What comes in for a transparent socket.
-    fn diverting(&mut self) {
-        for protocol in self.plan.protocols.iter() {
-            self.of_socket(PREROUTING.0, "there is a transparent socket", protocol, Verdict::Jump(DIVERT));
-        }
-    }
-
-    /// What routers and hosts say of a transparent socket's packets: that they are too big, or refused. It comes for the
-    /// address that the socket has, which is another host's, and would go on to that host; the socket would go on sending.
+    /// What comes in for a transparent socket, and the errors about what it has sent: what routers and hosts say of its
+    /// packets, that they are too big, or refused. They come for the address that the socket has, which is another host's,
+    /// and would go on to that host; the socket would go on sending.
     ///
-    /// These are the last rules: what was decided before does not pay for them.
-    fn errors(&mut self, hook: &'static str, verdict: Verdict) {
-        for family in self.plan.families.iter() {
-            let about = [Statement::Icmp(family), Statement::TransparentSocket, Statement::Verdict(verdict)];
-            self.rule(hook, "an error about what a transparent socket sent", &[&about]);
-        }
+    /// The kernel looks for no socket of other protocols than TCP, UDP and those of control messages, so one rule is
+    /// enough; what is not served does not pay for it.
+    fn diverting(&mut self) {
+        let unserved = [Protocol::Tcp, Protocol::Udp].into_iter().find(|p| !self.plan.protocols.contains(*p));
+        self.rule(
+            PREROUTING.0,
+            "there is a transparent socket",
+            &[
+                only(self.plan.families.only()).as_slice(),
+                unserved.map(Statement::ProtocolIsNot).as_slice(),
+                &[Statement::TransparentSocket, Statement::Verdict(Verdict::Jump(DIVERT))],
+            ],
+        );
     }
 
     /// What comes in, and what the host itself sends, for the listeners.
@@ -171,37 +179,36 @@ impl Ruleset<'_> {
             self.rule(PREROUTING.0, "the host's own, come round", &[&round]);
         }
         for protocol in self.plan.protocols.iter() {
-            self.candidates(PREROUTING.0, "by port and interface", protocol, true, SELECT);
+            self.candidates(PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
-        self.errors(PREROUTING.0, Verdict::Jump(DIVERT));
         let Some(mark) = self.plan.output_mark else { return };
         // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
         self.chain((LOOP, None));
         self.rule(LOOP, "round by lo", &[&[Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)]]);
-        self.select_chain(SELECT_LOCAL, LOOP, Some(Statement::SourceIsLocal));
+        self.select_chain(&TO_LOOP);
         self.chain(OUTPUT);
-        self.own_output(OUTPUT.0, SELECT_LOCAL);
+        self.own_output(OUTPUT.0, &TO_LOOP);
     }
 
     /// NAT, of what comes in and of what the host itself sends.
     fn redirecting(&mut self) {
         self.chain(NAT_PREROUTING);
         for protocol in self.plan.protocols.iter() {
-            self.candidates(NAT_PREROUTING.0, "by port and interface", protocol, true, SELECT);
+            self.candidates(NAT_PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
         if self.plan.output_mark.is_some() {
             self.chain(NAT_OUTPUT);
-            self.own_output(NAT_OUTPUT.0, SELECT);
+            self.own_output(NAT_OUTPUT.0, &TO_INTERCEPT);
         }
     }
 
     /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
-    fn own_output(&mut self, hook: &'static str, select: &'static str) {
+    fn own_output(&mut self, hook: &'static str, selection: &Selection) {
         for protocol in self.plan.protocols.iter() {
             self.of_socket(hook, "from a transparent socket", protocol, Verdict::Accept);
         }
         for protocol in self.plan.protocols.iter() {
-            self.candidates(hook, "by port", protocol, false, select);
+            self.candidates(hook, "by port", protocol, false, selection);
         }
     }
 
@@ -210,7 +217,7 @@ impl Ruleset<'_> {
         self.chain((UNTRACK, None));
         self.rule(UNTRACK, "not tracked", &[&[Statement::Notrack]]);
         if self.plan.mode == Mode::Tproxy {
-            self.select_chain(SELECT_RAW, UNTRACK, None);
+            self.select_chain(&TO_UNTRACK);
         }
         for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
             self.chain(hook);
@@ -221,12 +228,16 @@ impl Ruleset<'_> {
                     self.answers(hook.0, Statement::Protocol(protocol));
                 }
                 if self.plan.mode == Mode::Tproxy && (incoming || self.plan.output_mark.is_some()) {
-                    self.candidates(hook.0, "to be intercepted", protocol, incoming, SELECT_RAW);
+                    self.candidates(hook.0, TO_BE_INTERCEPTED, protocol, incoming, &TO_UNTRACK);
                 }
             }
             if incoming {
                 // Connection tracking would call an error about what it has not tracked invalid.
-                self.errors(hook.0, Verdict::Goto(UNTRACK));
+                for family in self.plan.families.iter() {
+                    let goto = Statement::Verdict(Verdict::Goto(UNTRACK));
+                    let about = [Statement::Icmp(family), Statement::TransparentSocket, goto];
+                    self.rule(hook.0, "an error about what a transparent socket sent", &[&about]);
+                }
             }
         }
     }
@@ -241,16 +252,15 @@ impl Ruleset<'_> {
     fn divert_chain(&mut self) {
         let mark_and_accept =
             [Statement::SetMark(self.plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
-        let leave = Statement::Verdict(Verdict::Return);
         self.chain((DIVERT, None));
         let may_meet_time_wait = self.plan.mode == Mode::Tproxy && self.plan.protocols.tcp;
         if may_meet_time_wait {
             // What most packets are for comes first: each `socket` is a look-up.
             self.rule(DIVERT, "to the socket", &[&[Statement::WildcardSocket(false)], &mark_and_accept]);
         }
-        self.rule(DIVERT, "a listener on every address", &[&[Statement::WildcardSocket(true), leave]]);
+        self.rule(DIVERT, "a listener on every address", &[&[Statement::WildcardSocket(true), LEAVE]]);
         if may_meet_time_wait {
-            self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, leave]]);
+            self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, LEAVE]]);
         }
         self.rule(DIVERT, "to the socket", &[&mark_and_accept]);
     }
@@ -296,42 +306,53 @@ impl Ruleset<'_> {
         self.rule(INTERCEPT, "to the listener", &[only(family).as_slice(), &of_protocol, deliver]);
     }
 
-    /// The addresses: sources, destinations never to intercept, destinations to intercept; in that order.
-    fn select_chain(&mut self, name: &'static str, then: &'static str, first: Option<Statement>) {
-        let (plan, variant) = (self.plan, self.variant);
-        let goto = Statement::Verdict(Verdict::Goto(then));
-        let leave = Statement::Verdict(Verdict::Return);
+    /// The addresses, if there are any: sources, destinations never to intercept, destinations to intercept; in that order.
+    fn select_chain(&mut self, selection: &Selection) {
+        if self.has_no_addresses(selection) {
+            return;
+        }
+        let (plan, variant, name) = (self.plan, self.variant, selection.name);
         self.chain((name, None));
         for (src, family) in each(&plan.src, plan.families) {
             let mut lengths = [None; LENGTHS];
             lengths.iter_mut().zip(src.lengths(family)).for_each(|(place, len)| *place = Some(len));
             let ranges = Which::Src.set(family, None, variant);
             let elsewhere = Statement::SourceInNone { family, lengths, ranges };
-            self.rule(name, "from elsewhere", &[&[elsewhere, leave]]);
+            self.rule(name, "from elsewhere", &[&[elsewhere, LEAVE]]);
         }
         for (bypass, family) in each(&plan.bypass, plan.families) {
             for set in Which::Bypass.sets(bypass, family, variant) {
                 let bypass = Statement::DestinationIn { family, set };
-                self.rule(name, "to be left alone", &[&[bypass, leave]]);
+                self.rule(name, "to be left alone", &[&[bypass, LEAVE]]);
             }
         }
         if name == SELECT {
             self.answers(name, Statement::Answer);
         }
-        if name == SELECT_LOCAL && plan.may_choose_own_answers() && plan.protocols.tcp {
+        if self.leaves_own_answers(selection) {
             self.own_answers(name);
+        }
+        if plan.dst.is_none() {
+            self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &anothers(selection)]);
         }
         for (dst, family) in each(&plan.dst, plan.families) {
             for set in Which::Dst.sets(dst, family, variant) {
-                let named = Statement::DestinationIn { family, set };
-                self.rule(name, "to be intercepted", &[first.as_slice(), &[named, goto]]);
+                let named =
+                    [Statement::DestinationIn { family, set }, Statement::Verdict(Verdict::Goto(selection.then))];
+                self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &named]);
             }
         }
-        if plan.dst.is_none() {
-            let own = Statement::DestinationTypeIn(self.set(OWN));
-            self.rule(name, "to this host, or to nobody", &[&[own, leave]]);
-            self.rule(name, "to be intercepted", &[first.as_slice(), &[goto]]);
-        }
+    }
+
+    /// What would be the selection's chain is one rule.
+    fn has_no_addresses(&self, selection: &Selection) -> bool {
+        let plan = self.plan;
+        let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some();
+        !given && !self.leaves_own_answers(selection)
+    }
+
+    fn leaves_own_answers(&self, selection: &Selection) -> bool {
+        selection.name == SELECT_LOCAL && self.plan.may_choose_own_answers() && self.plan.protocols.tcp
     }
 
     /// Leaves alone the answers of what is left alone, as far as they match a statement: one rule for each set.
@@ -345,7 +366,7 @@ impl Ruleset<'_> {
         let plan = self.plan;
         for (bypass, family) in each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers()) {
             for set in Which::Bypass.sets(bypass, family, self.variant) {
-                let answer = [of, Statement::SourceIn { family, set }, Statement::Verdict(Verdict::Return)];
+                let answer = [of, Statement::SourceIn { family, set }, LEAVE];
                 self.rule(chain, "an answer of what is left alone", &[&answer]);
             }
         }
@@ -357,10 +378,9 @@ impl Ruleset<'_> {
     /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
     /// service here has accepted. UDP has no such thing, and is intercepted.
     fn own_answers(&mut self, name: &'static str) {
-        let leave = Statement::Verdict(Verdict::Return);
-        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, leave];
+        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, LEAVE];
         self.rule(name, "of a service of this host", &[&accepted]);
-        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::Answer, leave]]);
+        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::Answer, LEAVE]]);
     }
 
     /// Connections made straight to the listener would be proxied to itself, again and again.
@@ -391,14 +411,14 @@ impl Ruleset<'_> {
         self.rule(chain, comment, &[only(self.plan.families.only()).as_slice(), &of_socket]);
     }
 
-    /// Packets of a protocol to the ports, by the interfaces if they are incoming, go to the chain that selects.
+    /// Packets of a protocol to the ports, by the interfaces if they are incoming, of which the addresses choose.
     fn candidates(
         &mut self,
         chain: &'static str,
         comment: &'static str,
         protocol: Protocol,
         incoming: bool,
-        select: &'static str,
+        selection: &Selection,
     ) {
         let plan = self.plan;
         let ports = match (plan.ports.as_slice(), one_port(plan)) {
@@ -407,6 +427,11 @@ impl Ruleset<'_> {
             _ => Some(Statement::DestinationPortIn(self.set(PORTS))),
         };
         let by_interface = incoming && !plan.interfaces.is_empty();
+        let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
+        let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
+            true => (selection.first, &anothers(selection)),
+            false => (None, &choose),
+        };
         self.rule(
             chain,
             comment,
@@ -416,7 +441,8 @@ impl Ruleset<'_> {
                 &[Statement::Protocol(protocol)],
                 ports.as_slice(),
                 by_interface.then_some(Statement::InterfaceIn(self.set(INTERFACES))).as_slice(),
-                &[Statement::Verdict(Verdict::Goto(select))],
+                first.as_slice(),
+                choose,
             ],
         );
     }
@@ -436,10 +462,6 @@ impl Ruleset<'_> {
                 self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
             }
         }
-        if plan.dst.is_none() {
-            let set = self.empty_set(self.set(OWN), Key::AddressType);
-            self.objects.push(Object::Elements { set, elements: Elements::AddressTypes(&OWN_TYPES) });
-        }
         for (which, prefixes) in [(Which::Src, &plan.src), (Which::Bypass, &plan.bypass), (Which::Dst, &plan.dst)] {
             for (prefixes, family) in each(prefixes, plan.families) {
                 for set in which.sets(prefixes, family, self.variant) {
@@ -456,6 +478,13 @@ impl Ruleset<'_> {
         self.objects.push(Object::Set(Set { name, key, id }));
         name
     }
+}
+
+const TO_BE_INTERCEPTED: &str = "to be intercepted";
+
+/// Not what is for this host, or for nobody.
+fn anothers(selection: &Selection) -> [Statement; 2] {
+    [Statement::DestinationIsAnothers, Statement::Verdict(Verdict::Goto(selection.then))]
 }
 
 /// A set of prefixes with each of the families, if there is one.

@@ -14,8 +14,13 @@ const VERDICT: u32 = 0;
 const REG_1: u32 = 1;
 const REG_2: u32 = 2;
 
-/// NFT_CMP_EQ.
+/// NFT_CMP_EQ and NFT_CMP_NEQ.
 const EQ: u32 = 0;
+const NOT_EQ: u32 = 1;
+
+/// The types of addresses that are this host's, or that nobody can have a connection with: local, broadcast, anycast and
+/// multicast, which are neighbours (`linux/rtnetlink.h`).
+const OWN_TYPES: std::ops::RangeInclusive<u8> = libc::RTN_LOCAL..=libc::RTN_MULTICAST;
 
 /// One statement of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +29,8 @@ pub(crate) enum Statement {
     Family(Family),
     /// Only this transport protocol's packets.
     Protocol(Protocol),
+    /// Only packets of other protocols than this.
+    ProtocolIsNot(Protocol),
     /// Only this family's control messages: ICMP, or ICMPv6.
     Icmp(Family),
     /// Only packets to this address; the family is matched before.
@@ -53,8 +60,8 @@ pub(crate) enum Statement {
     SourceIsLocal,
     /// Only packets to an address of this host.
     DestinationIsLocal,
-    /// Only packets whose destination is of a type of this set.
-    DestinationTypeIn(SetName),
+    /// Only packets whose destination is neither this host's own nor nobody's.
+    DestinationIsAnothers,
     /// Only packets for which there is a transparent socket, and errors about what one has sent: in control messages the
     /// kernel looks for the socket of the packet that they quote, and in others than errors for none
     /// (`nf_sk_lookup_slow_v4`, `_v6`).
@@ -100,6 +107,7 @@ impl fmt::Display for Statement {
         match self {
             Statement::Family(family) => write!(f, "meta nfproto {}", nfproto(*family)),
             Statement::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
+            Statement::ProtocolIsNot(protocol) => write!(f, "meta l4proto != {protocol}"),
             Statement::Icmp(family) => write!(f, "meta l4proto {}", family.icmp_name()),
             Statement::Destination(IpAddr::V4(addr)) => write!(f, "ip daddr {addr}"),
             Statement::Destination(IpAddr::V6(addr)) => write!(f, "ip6 daddr {addr}"),
@@ -126,7 +134,9 @@ impl fmt::Display for Statement {
             Statement::Assured => f.write_str("ct status & assured == assured"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
             Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
-            Statement::DestinationTypeIn(set) => write!(f, "fib daddr type @{set}"),
+            Statement::DestinationIsAnothers => {
+                write!(f, "fib daddr type != {}-{}", OWN_TYPES.start(), OWN_TYPES.end())
+            }
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
             Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
             Statement::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
@@ -200,6 +210,10 @@ impl Statement {
         match self {
             Statement::Family(family) => rule.only(*family),
             Statement::Protocol(protocol) => rule.only_protocol(protocol.number()),
+            Statement::ProtocolIsNot(protocol) => {
+                rule.meta_load(META_L4PROTO, REG_1);
+                rule.compare_as(NOT_EQ, REG_1, &[protocol.number()]);
+            }
             Statement::Icmp(family) => rule.only_protocol(family.icmp_number()),
             Statement::Destination(addr) => rule.compare_destination(*addr),
             Statement::DestinationPort(port) => {
@@ -263,9 +277,10 @@ impl Statement {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
             }
-            Statement::DestinationTypeIn(set) => {
+            Statement::DestinationIsAnothers => {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
-                rule.lookup(*set, REG_1);
+                rule.in_network_order(REG_1);
+                rule.outside(REG_1, *OWN_TYPES.start(), *OWN_TYPES.end());
             }
             Statement::TransparentSocket => {
                 rule.socket_load(SOCKET_TRANSPARENT, REG_1);
@@ -389,10 +404,39 @@ impl Expressions<'_, '_> {
     }
 
     fn compare(&mut self, register: u32, value: &[u8]) {
+        self.compare_as(EQ, register, value);
+    }
+
+    fn compare_as(&mut self, relation: u32, register: u32, value: &[u8]) {
         self.expression("cmp", |a| {
             a.be32(1, register);
-            a.be32(2, EQ);
+            a.be32(2, relation);
             a.nest(3, |a| a.bytes(1, value));
+        });
+    }
+
+    /// A number of 4 bytes, of which only then the first byte counts most.
+    fn in_network_order(&mut self, register: u32) {
+        /// NFT_BYTEORDER_HTON.
+        const TO_NETWORK: u32 = 1;
+        self.expression("byteorder", |a| {
+            a.be32(1, register);
+            a.be32(2, register);
+            a.be32(3, TO_NETWORK);
+            a.be32(4, 4);
+            a.be32(5, 4);
+        });
+    }
+
+    /// Only what is not in this range, of numbers in network order.
+    fn outside(&mut self, register: u32, first: u8, last: u8) {
+        /// NFT_RANGE_NEQ.
+        const OUTSIDE: u32 = 1;
+        self.expression("range", |a| {
+            a.be32(1, register);
+            a.be32(2, OUTSIDE);
+            a.nest(3, |a| a.be32(1, first.into()));
+            a.nest(4, |a| a.be32(1, last.into()));
         });
     }
 

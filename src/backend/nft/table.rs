@@ -14,7 +14,7 @@ const PREFIX: &str = "libtproxy-";
 
 /// The name of an instance's table.
 pub(crate) fn name_of(instance: &str) -> String {
-    format!("{PREFIX}{instance}")
+    [PREFIX, instance].concat()
 }
 
 /// The instance that a table of this name would be of.
@@ -33,11 +33,16 @@ pub(crate) struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "libtproxy: priority {} table {}", self.priority, self.table)
+        f.write_str(&self.comment())
     }
 }
 
 impl Place {
+    /// The comment, as it is shown.
+    pub fn comment(&self) -> String {
+        ["libtproxy: priority ", &self.priority.to_string(), " table ", &self.table.to_string()].concat()
+    }
+
     fn parse(comment: &str) -> Option<Place> {
         let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').list();
         match words[..] {
@@ -81,14 +86,13 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         }
     };
     let header = header(super::INET, 0);
-    let generation = channel
-        .get(SUBSYSTEM | GET_GENERATION, &header)
-        .map_err(failed)?
+    let (generation, tables) =
+        channel.get_then_dump(SUBSYSTEM | GET_GENERATION, SUBSYSTEM | GET_TABLE, &header).map_err(failed)?;
+    let generation = generation
         .as_deref()
         .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
-    let tables = channel.dump(SUBSYSTEM | GET_TABLE, &header, &|_| {}).map_err(failed)?;
     Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).list()))
 }
 

@@ -68,7 +68,7 @@ impl Tracer {
         objects.push(Object::Rule { chain: WATCHED[0].0, statements: vec![Statement::Trace], comment: "follow" });
         let changes: Vec<Change<'_>> = std::iter::once(Change::Make).chain(objects.iter().map(Change::Add)).list();
         commit(nft, TABLE, None, &changes)?;
-        Ok(Tracer { reports, buffer: vec![0; 32 << 10] })
+        Ok(Tracer { reports, buffer: Vec::with_capacity(32 << 10) })
     }
 
     /// What has been reported since.
@@ -76,8 +76,8 @@ impl Tracer {
         const TRACE: u16 = 17;
         let mut steps = Vec::new();
         // Reports that were lost for want of room are lost; the others are worth as much.
-        while let Ok(len) = self.reports.receive(&mut self.buffer) {
-            let messages = wire::messages(self.buffer.get(..len).unwrap_or_default());
+        while self.reports.receive(&mut self.buffer).is_ok() {
+            let messages = wire::messages(&self.buffer);
             messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)).onto(&mut steps);
         }
         steps

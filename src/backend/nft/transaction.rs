@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::object::{Elements, Object, SetName, comment_data};
+use super::object::{Elements, Object, SetName, comment};
 use super::table::Place;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
@@ -22,6 +22,9 @@ const RESOURCE: u16 = 10;
 const OWNER: u32 = 2;
 /// unless NFT_TABLE_F_PERSIST: then it becomes an orphan, which another may adopt.
 pub(super) const PERSIST: u32 = 4;
+
+/// More bytes than most messages have.
+const MOST_NEED: usize = 240;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -58,7 +61,7 @@ pub(crate) fn commit(
     generation: Option<u32>,
     changes: &[Change<'_>],
 ) -> Result<()> {
-    let mut batch = Buffer::default();
+    let mut batch = Buffer::with_room((changes.len() + 2) * MOST_NEED);
     let begin = channel.next_seq();
     batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |a| {
         if let Some(generation) = generation {
@@ -225,7 +228,7 @@ impl Change<'_> {
             Change::Claim { place, persist } => {
                 a.string(1, table);
                 a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                a.bytes(6, &comment_data(&place.to_string()));
+                comment(a, 6, &place.comment());
             }
             Change::Adopt => {
                 a.string(1, table);
@@ -321,7 +324,7 @@ mod tests {
         assert_eq!(error.errno(), libc::EOPNOTSUPP);
         let sentence = error.to_string();
         assert!(
-            sentence.starts_with("nft add rule inet t prerouting meta l4proto ipv6-icmp socket transparent 1"),
+            sentence.starts_with("nft add rule inet t prerouting meta l4proto != udp socket transparent 1"),
             "{sentence}"
         );
         assert!(sentence.contains("modprobe nft_socket"), "{sentence}");

@@ -40,7 +40,7 @@ impl Transport for Spoiling {
         Transport::send(&mut self.socket, &bytes)
     }
 
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
         Transport::receive(&mut self.socket, buffer)
     }
 }
@@ -113,6 +113,29 @@ fn each_message(mut attempt: impl FnMut(&Arc<AtomicUsize>) -> Result<()>) -> usi
         }
     }
     panic!("it never ends");
+}
+
+/// Asked for the rules of all families, the kernel says nothing of one that has none.
+#[test]
+fn a_family_without_a_single_rule_is_no_reason_to_fail() {
+    enter_own_network();
+    run("ip -6 rule flush");
+    run("ip -6 rule del pref 0");
+    let (mut nft, mut route) = channels().unwrap();
+    let found = route::rules(&mut route, Families::ALL).unwrap();
+    assert!(!found.is_empty() && found.iter().all(|rule| rule.family == crate::model::Family::V4), "{found:?}");
+    let rules = Rules::install(&config()).unwrap();
+    let ours = |rule: &&FoundRule| rule.ours;
+    let found = route::rules(&mut route, Families::ALL).unwrap();
+    assert_eq!(found.iter().filter(ours).count(), 6, "{found:?}");
+    // Nor is the list cut short when there is more than one part of it.
+    for pref in 1000..1300 {
+        run(&format!("ip rule add pref {pref} lookup main"));
+    }
+    let found = route::rules(&mut route, Families::ALL).unwrap();
+    assert_eq!((found.iter().filter(ours).count(), found.len()), (6, 3 + 6 + 300));
+    assert_eq!(table::list(&mut nft).unwrap().1.len(), 1);
+    rules.remove().unwrap();
 }
 
 #[test]
