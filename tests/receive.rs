@@ -6,6 +6,8 @@ mod common;
 use std::ffi::c_int;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{self as unix, UnixDatagram};
 use std::ptr::null_mut;
 
 use common::datagrams::*;
@@ -83,6 +85,24 @@ fn an_address_without_room_is_cut_and_one_with_none_at_all_loses_no_datagram() {
     assert_eq!((rc, len), (Ok(4), 28));
     assert_eq!(dst[20..], [0xaa; 20]);
     assert_ne!(dst[8..20], [0xaa; 12]);
+}
+
+#[test]
+fn a_sender_of_another_family_is_none() {
+    let path = std::env::temp_dir().join(format!("tproxy-sender-with-a-long-name-{}", std::process::id()));
+    let sender = UnixDatagram::bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let to = unix::SocketAddr::from_abstract_name(format!("tproxy-{}", std::process::id())).unwrap();
+    let receiver = UnixDatagram::bind_addr(&to).unwrap();
+    sender.send_to_addr(b"local", &to).unwrap();
+    let (mut bytes, mut src, mut len) = ([0u8; 10], [0xaau8; 40], 40);
+    // SAFETY: room for the bytes, and for an address of that length.
+    let rc = unsafe {
+        let (addr, src, none) = (bytes.as_mut_ptr().cast(), src.as_mut_ptr().cast(), null_mut());
+        tp_recvfrom(receiver.as_raw_fd(), addr, 10, 0, src, &raw mut len, none, null_mut())
+    };
+    assert_eq!((rc, &bytes[..5]), (5, &b"local"[..]));
+    assert_eq!((len, &src[..2], src[2]), (0, &[0; 2][..], 0xaa));
 }
 
 #[test]

@@ -108,6 +108,10 @@ pub(super) fn receive_one(
     if len < 0 {
         return Err(io::Error::last_os_error());
     }
+    if !source.is_ipv4() && !source.is_ipv6() {
+        // Of another family, whose names may be longer, it is none.
+        *source = KernelAddr::NONE;
+    }
     Ok((len as usize, control.parse(&message)))
 }
 
