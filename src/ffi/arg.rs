@@ -53,7 +53,7 @@ pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) 
 /// A socket address that is only passed on.
 ///
 /// # Safety
-/// As for [`address`].
+/// As for [`address()`].
 #[inline(always)]
 pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<KernelAddr> {
     let len = len as usize;
@@ -70,7 +70,7 @@ pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: sock
 /// Why it is none.
 ///
 /// # Safety
-/// As for [`address`].
+/// As for [`address()`].
 #[cold]
 #[inline(never)]
 unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
