@@ -85,7 +85,7 @@ impl Reader {
             "ct" if number(1).is_some() => self.load(number(1), Some(Value::Connection { states: u32::MAX })),
             "bitwise" => self.bitwise(data),
             "cmp" => self.compare(data),
-            "range" => self.read.rule.parts.push(Part::OnlyIf(Condition::Other)),
+            "range" => self.range(data),
             "lookup" => self.lookup(data),
             "tproxy" => self.tproxy(data),
             "redir" => {
@@ -197,6 +197,25 @@ impl Reader {
         self.read.rule.parts.push(part);
     }
 
+    fn range(&mut self, data: &[u8]) {
+        // NFT_RANGE_EQ, _NEQ.
+        const OUTSIDE: u32 = 1;
+        let number = |kind| wire::be32_of(data, kind);
+        let end = |kind| wire::attribute(data, kind).and_then(|value| wire::be32_of(value, 1));
+        let value = number(1).and_then(|source| value_in(&self.registers, source));
+        // All types behind RTN_UNICAST are this host's, or nobody's.
+        let condition = match (value, end(3), end(4)) {
+            (Some(Value::DestinationType), Some(first), Some(last))
+                if (u32::from(libc::RTN_LOCAL)..=last).contains(&first) =>
+            {
+                Condition::DestinationIsLocal
+            }
+            _ => Condition::Other,
+        };
+        let outside = number(2) == Some(OUTSIDE) && condition != Condition::Other;
+        self.read.rule.parts.push(if outside { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) });
+    }
+
     fn lookup(&mut self, data: &[u8]) {
         const INVERTED: u32 = 1;
         let number = |kind| wire::be32_of(data, kind);
@@ -306,7 +325,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_expression_panics(payload in wire::odd::answer(0)) {
-            for name in ["immediate", "meta", "payload", "fib", "socket", "ct", "bitwise", "cmp", "lookup", "tproxy", "redir", "nat", "match", "target"] {
+            for name in ["immediate", "meta", "payload", "fib", "socket", "ct", "bitwise", "cmp", "range", "lookup", "tproxy", "redir", "nat", "match", "target"] {
                 let mut buffer = Buffer::default();
                 buffer.message(1, 0, 1, &[], |a| {
                     a.string(1, name);
