@@ -282,6 +282,8 @@ int main(int argc, char **argv)
         unsigned count = (unsigned)atoi(argv[2]);
         if (strcmp(argv[1], "reply") == 0)
             by_library(count, 100, false);
+        else if (strcmp(argv[1], "sendto") == 0)
+            by_sendto(count, 100, false);
         else if (strcmp(argv[1], "segments") == 0)
             by_library(count, SEGMENT, true);
         else

@@ -967,9 +967,11 @@ int tp_replier_open(const struct tp_replier_config *config,
  * UDP_SEGMENT does either, in one pass through the kernel. Where it cannot,
  * they are sent one by one.
  *
- * What is longer than the way out allows is sent in fragments, and without
- * IPv4's DF flag: the news of a smaller MTU further on would not come here,
- * but to whom the source address belongs.
+ * What is longer than the way out allows is sent in fragments, and more than
+ * 524 bytes without IPv4's DF flag: the news of a smaller MTU further on
+ * would not come here, but to whom the source address belongs. (Linux takes
+ * no path to be narrower than 552 bytes: DEFAULT_MIN_PMTU,
+ * net/ipv4/route.c.)
  *
  * dgrams, count: an array of any length. Returns how many of it were sent;
  * 0 is no failure of the call. Or -1 with errno: EFAULT: replier or dgrams is

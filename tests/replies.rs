@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -203,6 +204,56 @@ fn a_replier_of_raw_sockets_takes_no_port() {
         });
         let lens: Vec<usize> = hear(&client, 5).iter().map(|(bytes, _)| bytes.len()).collect();
         assert_eq!(lens, [0, 1, 99, 4000, 65_507]);
+    }
+}
+
+#[test]
+fn routers_may_cut_what_is_long() {
+    let lab = Lab::new();
+    let (client, packets) = lab.client.run(|| {
+        use socket2::{Domain, Protocol, Socket, Type};
+        (udp(at(v4().client, 0)), Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP)).unwrap())
+    });
+    let (from, here) = (at(nobody(false, 1), 53), client.local_addr().unwrap());
+    lab.proxy.run(|| {
+        let mut replier = open(&replier_config());
+        for len in [524, 525] {
+            assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None);
+        }
+    });
+    let uncut: Vec<(usize, bool)> = (0..2)
+        .map(|_| {
+            let mut packet = [0; 1000];
+            let len = (&packets).read(&mut packet).unwrap();
+            // RFC 791: the header has 20 bytes, and DF is the second bit of byte 6; UDP's has 8.
+            (len - 28, packet[6] & 0x40 != 0)
+        })
+        .collect();
+    assert_eq!(uncut, [(524, true), (525, false)]);
+}
+
+#[test]
+fn a_way_out_that_is_narrower_than_any_path_is_no_hindrance() {
+    let lab = Lab::new();
+    // IPv6 needs 1280, and is off on this interface.
+    lab.proxy.sh("ip link set eth0 mtu 300");
+    let client = lab.client.run(|| udp(at(v4().client, 0)));
+    let (here, far) = (client.local_addr().unwrap(), at(nobody(false, 1), 53));
+    for ports in [1, 2] {
+        lab.proxy.run(|| {
+            let mut replier = open(&replier_config());
+            let mut bytes = [[b'x'; 400]; 6];
+            let mut batch: Vec<_> = bytes
+                .iter_mut()
+                .zip(0..)
+                .map(|(bytes, n)| reply_of(bytes, SocketAddr::new(far.ip(), 53 + n % ports), here))
+                .collect();
+            assert_eq!(replier.reply(&mut batch), 6);
+            assert_eq!(reply(&mut replier, far, here, &[b'x'; 400]), None);
+            assert_eq!(reply(&mut replier, far, here, &[b'x'; 200]), None);
+        });
+        let lens: Vec<usize> = hear(&client, 8).iter().map(|(bytes, _)| bytes.len()).collect();
+        assert_eq!(lens, [400, 400, 400, 400, 400, 400, 400, 200]);
     }
 }
 

@@ -88,6 +88,8 @@ const END: u8 = u8::MAX;
 struct Group {
     first: u8,
     last: u8,
+    /// How long the longest of them is.
+    longest: usize,
 }
 
 /// At most [`BATCH`] datagrams, by source port.
@@ -109,7 +111,7 @@ impl Batch {
         let (from, to) = datagram.ends();
         if from.is_ipv4() && to.is_ipv4() {
             check(datagram, from, to)?;
-            self.push(from, to, number);
+            self.push(from, to, number, datagram.data().len());
             return Ok(());
         }
         let (mut from, mut to) = (*from, *to);
@@ -123,26 +125,27 @@ impl Batch {
             return Err(libc::EAFNOSUPPORT);
         }
         check(datagram, &from, &to)?;
-        self.push(&from, &to, number);
+        self.push(&from, &to, number, datagram.data().len());
         Ok(())
     }
 
     #[inline(always)]
-    fn push(&mut self, from: &KernelAddr, to: &KernelAddr, number: usize) {
+    fn push(&mut self, from: &KernelAddr, to: &KernelAddr, number: usize, len: usize) {
         let key = Key::new(from.is_ipv6(), from.port());
         let place = self.items.get().len() as u8;
         self.items.push(Item { flow: Flow { from: *from, to: *to }, number: number as u8, next: END });
+        let alone = Group { first: place, last: place, longest: len };
         let mut at = key.spread() as usize;
         loop {
             let entry = &mut self.table[at % (2 * BATCH)];
             match self.ports.get_mut().get_mut(usize::from(entry.wrapping_sub(1))) {
                 Some((found, group)) if *found == key => {
-                    append(self.items.get_mut(), group, Group { first: place, last: place });
+                    append(self.items.get_mut(), group, alone);
                     return;
                 }
                 Some(_) => at += 1,
                 None => {
-                    self.ports.push((key, Group { first: place, last: place }));
+                    self.ports.push((key, alone));
                     *entry = self.ports.get().len() as u8;
                     return;
                 }
@@ -156,6 +159,7 @@ impl Batch {
 fn append(items: &mut [Item], group: &mut Group, more: Group) {
     items[usize::from(group.last)].next = more.first;
     group.last = more.last;
+    group.longest = group.longest.max(more.longest);
 }
 
 /// A list from an item on.
@@ -229,10 +233,10 @@ impl Replier {
         let mut raw = [None; 2];
         let mut room = Room::new();
         for (key, group) in ports.get() {
-            match self.sources.way(*key, now) {
+            match self.sources.way(*key, group.longest, now) {
                 Ok(Way::Port(fd)) => {
-                    let by = By { items: items.get(), datagrams, fd, flags: self.flags };
-                    by.send(group.first, false, &mut room, &mut errors);
+                    let by = By { items: items.get(), datagrams, fd, flags: self.flags, raw: false };
+                    by.send(group.first, &mut room, &mut errors);
                 }
                 Ok(Way::Raw) => match &mut raw[usize::from(key.is_v6())] {
                     Some(all) => append(items.get_mut(), all, *group),
@@ -264,7 +268,7 @@ impl Replier {
     ) {
         let numbers = || from_item(items, group.first).map(|item| usize::from(item.number));
         match self.sources.raw(v6) {
-            Ok(fd) => By { items, datagrams, fd, flags: self.flags }.send(group.first, true, room, errors),
+            Ok(fd) => By { items, datagrams, fd, flags: self.flags, raw: true }.send(group.first, room, errors),
             Err(error) => numbers().for_each(|number| errors[number] = error.errno()),
         }
         self.raw += numbers().filter(|number| errors[*number] == 0).count() as u64;
@@ -277,12 +281,13 @@ struct By<'a, 'b> {
     datagrams: &'a [Datagram<'b>],
     fd: BorrowedFd<'a>,
     flags: i32,
+    raw: bool,
 }
 
 impl<'a> By<'a, '_> {
     /// Sends a list of datagrams.
     #[inline(always)]
-    fn send(&self, first: u8, raw: bool, room: &mut Room, errors: &mut [i32; BATCH]) {
+    fn send(&self, first: u8, room: &mut Room, errors: &mut [i32; BATCH]) {
         let mut outbox = Outbox::new(room);
         let mut next = first;
         while let Some(item) = self.items.get(usize::from(next)) {
@@ -294,8 +299,8 @@ impl<'a> By<'a, '_> {
                 0 => data.len(),
                 unit => unit.min(data.len()),
             };
-            if raw || unit != data.len() {
-                self.push_pieces(&mut outbox, place, unit, raw, errors);
+            if self.raw || unit != data.len() {
+                self.push_pieces(&mut outbox, place, unit, errors);
                 continue;
             }
             if outbox.is_full() {
@@ -310,7 +315,8 @@ impl<'a> By<'a, '_> {
 
     /// Adds what may be more than one message, or is to have a header.
     #[inline(never)]
-    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u8, unit: usize, raw: bool, errors: &mut [i32; BATCH]) {
+    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u8, unit: usize, errors: &mut [i32; BATCH]) {
+        let raw = self.raw;
         let item = &self.items[usize::from(place)];
         let data = self.datagrams[usize::from(item.number)].data();
         if raw && unit > raw::LONGEST {
@@ -341,8 +347,11 @@ impl<'a> By<'a, '_> {
     #[inline(never)]
     fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: &io::Error, errors: &mut [i32; BATCH]) {
         let items = from_item(self.items, message.first);
+        // In fragments it may fit.
+        let cut = refuses_segments(error) && !self.raw && source::let_be_cut(self.fd).is_ok();
+        let again = message.segments > 1 && refuses_segments(error) || cut && errno(error) == libc::EMSGSIZE;
         for (item, part) in items.zip(outbox.parts(message)) {
-            let error = if message.segments > 1 && refuses_segments(error) {
+            let error = if again {
                 send_one_by_one(message.flow, message.unit, part, self.fd, self.flags)
             } else {
                 Err(errno(error))

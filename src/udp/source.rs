@@ -33,6 +33,10 @@ use crate::sys;
 const DUMMY_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 const DUMMY_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 1, 0, 0, 0, 1);
 
+/// The longest data of an IPv4 datagram that no path cuts: Linux takes none to be narrower than 552 bytes
+/// (`DEFAULT_MIN_PMTU`, net/ipv4/route.c), of which the headers are 28.
+const NEVER_CUT: usize = 552 - 28;
+
 /// How long a port counts as taken: one attempt a second costs nothing, and
 /// nobody waits longer for a port that is free again.
 const TAKEN_MS: u64 = 1000;
@@ -103,6 +107,8 @@ pub(super) enum Way<'a> {
 struct Source {
     /// `None`: it is taken.
     socket: Option<Socket>,
+    /// What it sends may be cut on its way.
+    cut: bool,
     /// When this was found out.
     since: u64,
     used: u64,
@@ -160,8 +166,8 @@ impl Sources {
         self.ports.retain(|_, source| now < source.used.saturating_add(idle));
     }
 
-    /// How datagrams leave from a port.
-    pub(super) fn way(&mut self, key: Key, now: u64) -> Result<Way<'_>> {
+    /// How datagrams leave from a port, none of which is longer than this.
+    pub(super) fn way(&mut self, key: Key, longest: usize, now: u64) -> Result<Way<'_>> {
         if self.raw_only {
             return Ok(Way::Raw);
         }
@@ -177,12 +183,21 @@ impl Sources {
                 self.evict();
             }
             let socket = self.open_port(key)?;
-            self.ports.insert(key, Source { socket, since: now, used: now, turn });
+            self.ports.insert(key, Source { socket, cut: key.is_v6(), since: now, used: now, turn });
         }
         Ok(match self.ports.get_mut(&key) {
             Some(source) => {
                 (source.used, source.turn) = (now, turn);
-                source.socket.as_ref().map_or(Way::Raw, |socket| Way::Port(socket.as_fd()))
+                match &source.socket {
+                    Some(socket) => {
+                        if longest > NEVER_CUT && !source.cut {
+                            let_be_cut(socket.as_fd())?;
+                            source.cut = true;
+                        }
+                        Way::Port(socket.as_fd())
+                    }
+                    None => Way::Raw,
+                }
             }
             None => Way::Raw,
         })
@@ -242,12 +257,30 @@ fn port_socket(key: Key) -> Result<Socket> {
     }
     socket.set_reuse_address(true).map_err(failed)?;
     bind(&socket, &addr.into())?;
+    if !key.is_v6() {
+        // What nobody cuts needs no number to be put together by, which the kernel would have to find for each datagram.
+        sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
+            .map_err(failed)?;
+    }
     Ok(socket)
+}
+
+/// What a router further on has to say of a packet's size goes to whom the source address belongs, never here. So IPv4's
+/// routers shall fragment, rather than drop. (IPv6's cannot: there the path's MTU counts.)
+///
+/// A socket of IPv6's does not know the option.
+#[cold]
+pub(super) fn let_be_cut(fd: BorrowedFd<'_>) -> Result<()> {
+    sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        .map_err(|e| Error::socket(Step::Prepare, Ends::default(), &e))
 }
 
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
 fn raw_socket(v6: bool) -> Result<Socket> {
     let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
+    if !v6 {
+        let_be_cut(socket.as_fd())?;
+    }
     bind(&socket, &dummy(Key::new(v6, 0)).into())?;
     Ok(socket)
 }
@@ -261,11 +294,5 @@ fn deaf(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     // BPF_RET 0: keep no byte of it.
     let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
     socket.attach_filter(&[nothing]).map_err(failed)?;
-    if !v6 {
-        // What a router further on has to say of a packet's size goes to whom the source address belongs, never
-        // here. So routers shall fragment, rather than drop. (IPv6 routers cannot: there the path's MTU counts.)
-        sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
-            .map_err(failed)?;
-    }
     Ok(socket)
 }
