@@ -986,9 +986,11 @@ int tp_replier_open(const struct tp_replier_config *config,
  * EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
  * EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).
  *
- * System calls: one sendmmsg for each TP_BATCH_MAX datagrams and source port
- * among them, and one for all whose source port is another's; one more for each
- * that fails. A new source port costs seven more. Nothing is allocated.
+ * System calls: for each 256 datagrams one sendmmsg for each source port among
+ * them, and one for all whose source port is another's; one more for each
+ * TP_BATCH_MAX that have a port in common, and for each that fails. A new
+ * source port costs seven more. Nothing is allocated. The more datagrams, up
+ * to 256, the less each of them costs.
  */
 int tp_reply(struct tp_replier *replier,
              struct tp_datagram *dgrams,

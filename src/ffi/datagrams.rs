@@ -333,9 +333,11 @@ pub unsafe extern "C" fn tp_replier_open(
 /// EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
 /// EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).
 ///
-/// System calls: one sendmmsg for each TP_BATCH_MAX datagrams and source port
-/// among them, and one for all whose source port is another's; one more for each
-/// that fails. A new source port costs seven more. Nothing is allocated.
+/// System calls: for each 256 datagrams one sendmmsg for each source port among
+/// them, and one for all whose source port is another's; one more for each
+/// TP_BATCH_MAX that have a port in common, and for each that fails. A new
+/// source port costs seven more. Nothing is allocated. The more datagrams, up
+/// to 256, the less each of them costs.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_reply(
     replier: *mut tp_replier,

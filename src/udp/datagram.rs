@@ -1,5 +1,6 @@
 //! The datagram that C and Rust share.
 
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
@@ -34,7 +35,7 @@ pub struct Datagram<'a> {
     /// not look at them.
     flags: u32,
     /// The errno value of this datagram, 0 if it was received or sent.
-    error: i32,
+    error: Cell<i32>,
     /// Who sent it, and whom tp_reply sends to.
     client: sockaddr_storage,
     /// Where it was going, and where tp_reply's datagram comes from. ss_family
@@ -60,7 +61,7 @@ impl<'a> Datagram<'a> {
             len: 0,
             segment_len: 0,
             flags: 0,
-            error: 0,
+            error: Cell::new(0),
             client: message::NO_ADDRESS,
             orig_dst: message::NO_ADDRESS,
             _memory: PhantomData,
@@ -100,7 +101,7 @@ impl<'a> Datagram<'a> {
 
     /// The errno value that sending it gave, if it was not sent.
     pub fn error(&self) -> Option<i32> {
-        (self.error != 0).then_some(self.error)
+        Some(self.error.get()).filter(|errno| *errno != 0)
     }
 
     /// Who sent it, and whom a reply goes to.
@@ -141,8 +142,8 @@ impl<'a> Datagram<'a> {
     }
 
     #[inline(always)]
-    pub(super) fn set_error(&mut self, errno: i32) {
-        self.error = errno;
+    pub(super) fn set_error(&self, errno: i32) {
+        self.error.set(errno);
     }
 
     /// Where the kernel puts a datagram: its bytes, their number, its sender.
@@ -157,7 +158,7 @@ impl<'a> Datagram<'a> {
         self.len = len;
         self.segment_len = control.segment_len;
         self.flags = cut | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
-        self.error = 0;
+        self.error.set(0);
         message::store_address(&mut self.orig_dst, &control.orig_dst);
     }
 }

@@ -146,15 +146,22 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     Ok(received)
 }
 
-/// At most [`BATCH`] of something, in place: only what is pushed is written.
-pub(super) struct Few<T> {
-    items: [MaybeUninit<T>; BATCH],
+/// At most `N` of something, in place: only what is pushed is written.
+pub(super) struct Few<T, const N: usize> {
+    items: [MaybeUninit<T>; N],
     len: usize,
 }
 
-impl<T: Copy> Few<T> {
-    pub(super) const fn new() -> Few<T> {
-        Few { items: [const { MaybeUninit::uninit() }; BATCH], len: 0 }
+impl<T: Copy, const N: usize> Few<T, N> {
+    pub(super) const fn new() -> Few<T, N> {
+        Few { items: [const { MaybeUninit::uninit() }; N], len: 0 }
+    }
+
+    /// Has as many of the same instead.
+    #[inline(always)]
+    pub(super) fn fill(&mut self, item: T, len: usize) {
+        self.items[..len].fill(MaybeUninit::new(item));
+        self.len = len;
     }
 
     /// Appends one, for which there must be room.
@@ -199,7 +206,7 @@ pub(super) struct Message<'d> {
     /// How long each of its datagrams is, but for the last, which may be shorter.
     pub unit: usize,
     /// The place of its first datagram among those that were given to send.
-    pub first: u8,
+    pub first: u16,
     /// How many datagrams it is on the wire.
     pub segments: u8,
     first_part: u8,
@@ -241,7 +248,7 @@ impl Room {
 /// Messages for one `sendmmsg(2)`.
 pub(super) struct Outbox<'r, 'd> {
     room: &'r mut Room,
-    messages: Few<Message<'d>>,
+    messages: Few<Message<'d>, BATCH>,
     /// How many parts of data there are.
     parts: usize,
     n_iovecs: usize,
@@ -274,7 +281,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
     pub(super) fn push(
         &mut self,
         flow: &'d Flow,
-        first: u8,
+        first: u16,
         unit: usize,
         data: &'d [u8],
         header: Option<[u8; raw::HEADER]>,

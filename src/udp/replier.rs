@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::BATCH;
 use super::datagram::Datagram;
 use super::message::{Few, Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox, Room};
 use super::raw;
@@ -71,38 +70,43 @@ fn check(datagram: &Datagram<'_>, from: &KernelAddr, to: &KernelAddr) -> std::re
     }
 }
 
+/// How many replies are sorted by their ports at once. More than a system call takes: the more there are, the more have a
+/// port in common.
+const SORTED: usize = 256;
+
 /// A datagram that can go.
 #[derive(Clone, Copy)]
 struct Item {
     flow: Flow,
-    number: u8,
+    number: u16,
     /// The place of the next one that goes by the same socket.
-    next: u8,
+    next: u16,
 }
 
 /// No item's place.
-const END: u8 = u8::MAX;
+const END: u16 = u16::MAX;
 
 /// Items that go by the same socket, in the caller's order: a list.
 #[derive(Clone, Copy)]
 struct Group {
-    first: u8,
-    last: u8,
+    first: u16,
+    last: u16,
     /// How long the longest of them is.
     longest: usize,
 }
 
-/// At most [`BATCH`] datagrams, by source port.
+/// At most [`SORTED`] datagrams, by source port.
 struct Batch {
-    items: Few<Item>,
-    ports: Few<(Key, Group)>,
-    /// A hash table: one more than the place in `ports`, or 0. Half of it stays empty, so that searches end.
-    table: [u8; 2 * BATCH],
+    items: Few<Item, SORTED>,
+    ports: Few<(Key, Group), SORTED>,
+    /// A hash table: one more than the place in `ports`, or 0. Its length is a power of two, and half of it stays empty,
+    /// so that searches end.
+    table: Few<u16, { 2 * SORTED }>,
 }
 
 impl Batch {
     const fn new() -> Batch {
-        Batch { items: Few::new(), ports: Few::new(), table: [0; 2 * BATCH] }
+        Batch { items: Few::new(), ports: Few::new(), table: Few::new() }
     }
 
     /// Adds a datagram, or says why it cannot go.
@@ -132,12 +136,13 @@ impl Batch {
     #[inline(always)]
     fn push(&mut self, from: &KernelAddr, to: &KernelAddr, number: usize, len: usize) {
         let key = Key::new(from.is_ipv6(), from.port());
-        let place = self.items.get().len() as u8;
-        self.items.push(Item { flow: Flow { from: *from, to: *to }, number: number as u8, next: END });
+        let place = self.items.get().len() as u16;
+        self.items.push(Item { flow: Flow { from: *from, to: *to }, number: number as u16, next: END });
         let alone = Group { first: place, last: place, longest: len };
+        let table = self.table.get_mut();
         let mut at = key.spread() as usize;
         loop {
-            let entry = &mut self.table[at % (2 * BATCH)];
+            let entry = &mut table[at & (table.len() - 1)];
             match self.ports.get_mut().get_mut(usize::from(entry.wrapping_sub(1))) {
                 Some((found, group)) if *found == key => {
                     append(self.items.get_mut(), group, alone);
@@ -146,7 +151,7 @@ impl Batch {
                 Some(_) => at += 1,
                 None => {
                     self.ports.push((key, alone));
-                    *entry = self.ports.get().len() as u8;
+                    *entry = self.ports.get().len() as u16;
                     return;
                 }
             }
@@ -164,7 +169,7 @@ fn append(items: &mut [Item], group: &mut Group, more: Group) {
 
 /// A list from an item on.
 #[inline(always)]
-fn from_item(items: &[Item], first: u8) -> impl Iterator<Item = &Item> {
+fn from_item(items: &[Item], first: u16) -> impl Iterator<Item = &Item> {
     let mut next = first;
     std::iter::from_fn(move || {
         let item = items.get(usize::from(next))?;
@@ -193,12 +198,9 @@ impl Replier {
         let now = sys::coarse_ms();
         self.sources.sweep(now);
         let mut sent = 0;
-        for batch in datagrams.chunks_mut(BATCH) {
-            let errors = self.reply_batch(batch, now);
-            for (datagram, error) in batch.iter_mut().zip(errors) {
-                datagram.set_error(error);
-                sent += usize::from(error == 0);
-            }
+        for batch in datagrams.chunks_mut(SORTED) {
+            self.reply_batch(batch, now);
+            sent += batch.iter().filter(|datagram| datagram.error().is_none()).count();
         }
         self.sent += sent as u64;
         self.errors += (datagrams.len() - sent) as u64;
@@ -221,13 +223,11 @@ impl Replier {
 
     /// One system call for each source port, and one for all that are raw.
     #[inline(always)]
-    fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) -> [i32; BATCH] {
-        let mut errors = [0; BATCH];
+    fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) {
         let mut batch = Batch::new();
+        batch.table.fill(0, 2 * datagrams.len().next_power_of_two());
         for (number, datagram) in datagrams.iter().enumerate() {
-            if let Err(errno) = batch.add(datagram, number) {
-                errors[number] = errno;
-            }
+            datagram.set_error(batch.add(datagram, number).err().unwrap_or(0));
         }
         let Batch { items, ports, .. } = &mut batch;
         let mut raw = [None; 2];
@@ -236,7 +236,7 @@ impl Replier {
             match self.sources.way(*key, group.longest, now) {
                 Ok(Way::Port(fd)) => {
                     let by = By { items: items.get(), datagrams, fd, flags: self.flags, raw: false };
-                    by.send(group.first, &mut room, &mut errors);
+                    by.send(group.first, &mut room);
                 }
                 Ok(Way::Raw) => match &mut raw[usize::from(key.is_v6())] {
                     Some(all) => append(items.get_mut(), all, *group),
@@ -244,34 +244,25 @@ impl Replier {
                 },
                 Err(error) => {
                     from_item(items.get(), group.first)
-                        .for_each(|item| errors[usize::from(item.number)] = error.errno());
+                        .for_each(|item| datagrams[usize::from(item.number)].set_error(error.errno()));
                 }
             }
         }
         for (v6, group) in [false, true].into_iter().zip(raw) {
             if let Some(group) = group {
-                self.reply_raw(v6, group, items.get(), datagrams, &mut room, &mut errors);
+                self.reply_raw(v6, group, items.get(), datagrams, &mut room);
             }
         }
-        errors
     }
 
     #[inline(never)]
-    fn reply_raw(
-        &mut self,
-        v6: bool,
-        group: Group,
-        items: &[Item],
-        datagrams: &[Datagram<'_>],
-        room: &mut Room,
-        errors: &mut [i32; BATCH],
-    ) {
-        let numbers = || from_item(items, group.first).map(|item| usize::from(item.number));
+    fn reply_raw(&mut self, v6: bool, group: Group, items: &[Item], datagrams: &[Datagram<'_>], room: &mut Room) {
+        let ours = || from_item(items, group.first).map(|item| &datagrams[usize::from(item.number)]);
         match self.sources.raw(v6) {
-            Ok(fd) => By { items, datagrams, fd, flags: self.flags, raw: true }.send(group.first, room, errors),
-            Err(error) => numbers().for_each(|number| errors[number] = error.errno()),
+            Ok(fd) => By { items, datagrams, fd, flags: self.flags, raw: true }.send(group.first, room),
+            Err(error) => ours().for_each(|datagram| datagram.set_error(error.errno())),
         }
-        self.raw += numbers().filter(|number| errors[*number] == 0).count() as u64;
+        self.raw += ours().filter(|datagram| datagram.error().is_none()).count() as u64;
     }
 }
 
@@ -287,7 +278,7 @@ struct By<'a, 'b> {
 impl<'a> By<'a, '_> {
     /// Sends a list of datagrams.
     #[inline(always)]
-    fn send(&self, first: u8, room: &mut Room, errors: &mut [i32; BATCH]) {
+    fn send(&self, first: u16, room: &mut Room) {
         let mut outbox = Outbox::new(room);
         let mut next = first;
         while let Some(item) = self.items.get(usize::from(next)) {
@@ -300,27 +291,27 @@ impl<'a> By<'a, '_> {
                 unit => unit.min(data.len()),
             };
             if self.raw || unit != data.len() {
-                self.push_pieces(&mut outbox, place, unit, errors);
+                self.push_pieces(&mut outbox, place, unit);
                 continue;
             }
             if outbox.is_full() {
-                self.flush(&mut outbox, errors);
+                self.flush(&mut outbox);
             }
             if !outbox.join(&item.flow, data) {
                 outbox.push(&item.flow, place, unit, data, None);
             }
         }
-        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error, errors));
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error));
     }
 
     /// Adds what may be more than one message, or is to have a header.
     #[inline(never)]
-    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u8, unit: usize, errors: &mut [i32; BATCH]) {
+    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u16, unit: usize) {
         let raw = self.raw;
         let item = &self.items[usize::from(place)];
         let data = self.datagrams[usize::from(item.number)].data();
         if raw && unit > raw::LONGEST {
-            errors[usize::from(item.number)] = libc::EMSGSIZE;
+            self.datagrams[usize::from(item.number)].set_error(libc::EMSGSIZE);
             return;
         }
         // What goes into one message.
@@ -328,7 +319,7 @@ impl<'a> By<'a, '_> {
         let flow = &item.flow;
         for data in pieces(data, most) {
             if outbox.is_full() {
-                self.flush(outbox, errors);
+                self.flush(outbox);
             }
             if raw || !outbox.join(flow, data) {
                 let header = raw.then(|| raw::header(flow.from.into(), flow.to.into(), data));
@@ -339,13 +330,13 @@ impl<'a> By<'a, '_> {
 
     #[cold]
     #[inline(never)]
-    fn flush(&self, outbox: &mut Outbox<'_, 'a>, errors: &mut [i32; BATCH]) {
-        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error, errors));
+    fn flush(&self, outbox: &mut Outbox<'_, 'a>) {
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error));
     }
 
     #[cold]
     #[inline(never)]
-    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: &io::Error, errors: &mut [i32; BATCH]) {
+    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: &io::Error) {
         let items = from_item(self.items, message.first);
         // In fragments it may fit.
         let cut = refuses_segments(error) && !self.raw && source::let_be_cut(self.fd).is_ok();
@@ -357,7 +348,7 @@ impl<'a> By<'a, '_> {
                 Err(errno(error))
             };
             if let Err(errno) = error {
-                errors[usize::from(item.number)] = errno;
+                self.datagrams[usize::from(item.number)].set_error(errno);
             }
         }
     }
@@ -417,11 +408,12 @@ mod tests {
         fn datagrams_are_grouped_by_port_and_family_in_their_order(
             // Few ports, so that some are the same, and many.
             ports in prop_oneof![
-                proptest::collection::vec((1u16..8, 0u8..4), 0..=BATCH),
-                proptest::collection::vec((any::<u16>(), 0u8..4), 0..=BATCH),
+                proptest::collection::vec((1u16..8, 0u8..4), 0..=SORTED),
+                proptest::collection::vec((any::<u16>(), 0u8..4), 0..=SORTED),
             ]
         ) {
             let mut batch = Batch::new();
+            batch.table.fill(0, 2 * SORTED);
             let mut expected: Vec<(Key, Vec<usize>)> = Vec::new();
             for (number, (port, kind)) in ports.iter().enumerate() {
                 let (from, to) = [

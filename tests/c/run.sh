@@ -121,7 +121,7 @@ calls() {
 for family in 4 6; do
     expect "tp_recvfrom: one system call, IPv$family" calls recvfrom$family recvmsg 1
     expect "tp_recv_datagrams: one system call for 64, IPv$family" calls recv_datagrams$family recvmmsg 1
-    expect "tp_reply: one system call for each of 3 ports, IPv$family" calls reply$family sendmmsg 3
+    expect "tp_reply: one system call for each of 3 ports, with 64 datagrams each, IPv$family" calls reply$family sendmmsg 3
     expect "tp_reply: one system call for all that are raw, IPv$family" calls reply$family-raw sendmmsg 1
 done
 

@@ -69,13 +69,13 @@ static int orig_dst_by_hand(int fd, struct sockaddr *addr, socklen_t *len)
     return transparent ? getsockname(fd, addr, len) : -1;
 }
 
-/* Datagrams, received or answered: this many, from this many ports. */
+/* Datagrams are received this many at once, and answered from this many ports: as many from each. */
 enum { DATAGRAMS = 64, PORTS = 3 };
 
 static int datagrams(const char *name, struct sockaddr *loopback, socklen_t len)
 {
     static char bytes[DATAGRAMS][64];
-    static struct tp_datagram dgrams[DATAGRAMS];
+    static struct tp_datagram dgrams[PORTS * DATAGRAMS];
     struct sockaddr_storage to;
     socklen_t to_len = sizeof to;
     int fd = tp_socket(loopback->sa_family, SOCK_DGRAM, 0);
@@ -101,17 +101,21 @@ static int datagrams(const char *name, struct sockaddr *loopback, socklen_t len)
         mark();
         return n == DATAGRAMS ? fd : -1;
     }
+    bool raw = strstr(name, "raw") != NULL;
+    int answers = raw ? DATAGRAMS : PORTS * DATAGRAMS;
     struct tp_replier *replier;
-    struct tp_replier_config config = { .flags = strstr(name, "raw") != NULL ? TP_REPLIER_RAW : 0 };
-    if (tp_replier_open(&config, sizeof config, &replier) != 0)
+    struct tp_replier_config config = { .flags = raw ? TP_REPLIER_RAW : 0 };
+    if (n != DATAGRAMS || tp_replier_open(&config, sizeof config, &replier) != 0)
         return -1;
     /* The first round makes the sockets. Ports are at the same place for both families. */
     for (int round = 0; round < 2; round++) {
-        for (int i = 0; i < DATAGRAMS; i++)
+        for (int i = 0; i < answers; i++) {
+            dgrams[i] = dgrams[i % DATAGRAMS];
             ((struct sockaddr_in *)&dgrams[i].orig_dst)->sin_port = htons(4000 + i % PORTS);
+        }
         if (round == 1)
             mark();
-        if (tp_reply(replier, dgrams, n) != DATAGRAMS)
+        if (tp_reply(replier, dgrams, answers) != answers)
             return -1;
         if (round == 1)
             mark();
