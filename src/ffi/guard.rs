@@ -1,7 +1,7 @@
 //! The way out of every call: return value, errno, last error, and no panic.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::fmt::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::OnceLock;
@@ -59,7 +59,12 @@ fn remember(error: &dyn fmt::Display) {
 
 /// Runs the body of a call: its value and the caller's errno on success, else
 /// -1, errno (last of all) and the sentence.
-pub(super) fn guard<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
+pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
+    guarded(&mut body)
+}
+
+/// One for all bodies: what is around them is not made for each.
+fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
     let errno = sys::Errno::here();
     answer(quietly(|| {
         let value = body()?;
@@ -142,7 +147,7 @@ mod tests {
 
     #[test]
     fn success_leaves_errno_and_the_sentence_alone() {
-        assert_eq!(guard::<i32>(|| Err(Error::invalid("first"))), -1);
+        assert_eq!(guard(|| Err(Error::invalid("first"))), -1);
         sys::set_errno(libc::ENOTTY);
         let value = guard(|| {
             sys::set_errno(libc::EINPROGRESS);
@@ -153,14 +158,14 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_enotrecoverable() {
-        assert_eq!(guard::<isize>(|| panic!("not to be seen")), -1);
+        assert_eq!(guard(|| panic!("not to be seen")), -1);
         assert_eq!(sys::errno(), libc::ENOTRECOVERABLE);
         assert!(sentence().contains("panic"));
     }
 
     #[test]
     fn a_long_sentence_is_cut_between_characters() {
-        guard::<i32>(|| Err(Error::invalid_with(format_args!("{}", "é\0".repeat(CAPACITY)))));
+        guard(|| Err(Error::invalid_with(format_args!("{}", "é\0".repeat(CAPACITY)))));
         let sentence = sentence();
         assert!(sentence.len() < CAPACITY && sentence.len() > CAPACITY - 5);
         assert!(sentence.starts_with("é?é?"));
