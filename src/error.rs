@@ -7,7 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use crate::address::KernelAddr;
-use crate::sys;
+use crate::sys::Errno;
 
 /// What every fallible call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -82,16 +82,20 @@ impl Error {
     /// What was being done failed.
     #[cold]
     #[inline(never)]
-    pub(crate) fn io(what: fmt::Arguments<'_>, cause: &io::Error) -> Self {
-        Error::with(errno_of(cause), format_args!("{what}: {cause}"))
+    pub(crate) fn io(what: fmt::Arguments<'_>, cause: Errno) -> Self {
+        Error::with(cause.0, format_args!("{what}: {cause}"))
     }
 
     /// A system call on a socket failed.
+    pub(crate) fn socket(step: Step, ends: Ends, cause: impl Into<Errno>) -> Self {
+        Error::of_socket(step, ends, cause.into())
+    }
+
     #[cold]
     #[inline(never)]
-    pub(crate) fn socket(step: Step, ends: Ends, cause: &io::Error) -> Self {
+    fn of_socket(step: Step, ends: Ends, Errno(errno): Errno) -> Self {
         let ends = (ends != Ends::default()).then(|| Box::new(ends));
-        Error(What::Socket { errno: errno_of(cause), step, ends })
+        Error(What::Socket { errno, step, ends })
     }
 
     /// The errno value, as in `errno(3)`.
@@ -100,10 +104,6 @@ impl Error {
             What::Sentence { errno, .. } | What::Socket { errno, .. } => errno,
         }
     }
-}
-
-pub(crate) fn errno_of(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 impl fmt::Display for Error {
@@ -119,7 +119,7 @@ impl fmt::Display for Error {
                 if let Some(remote) = ends.remote {
                     write!(f, " to {}", SocketAddr::from(remote))?;
                 }
-                write!(f, ": {}", sys::Describe(*errno))?;
+                write!(f, ": {}", Errno(*errno))?;
                 match step.cure(*errno) {
                     Some(cure) => write!(f, "; {cure}"),
                     None => Ok(()),
@@ -201,7 +201,7 @@ mod tests {
     fn a_socket_error_names_the_call_the_ends_the_cause_and_the_cure() {
         let addr = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
         let ends = Ends { local: Some(addr("192.0.2.1:0")), remote: Some(addr("[2001:db8::1]:80")) };
-        let error = Error::socket(Step::Connect, ends, &io::Error::from_raw_os_error(libc::ENETUNREACH));
+        let error = Error::socket(Step::Connect, ends, Errno(libc::ENETUNREACH));
         assert_eq!(error.errno(), libc::ENETUNREACH);
         assert_eq!(
             error.to_string(),

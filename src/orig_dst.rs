@@ -1,6 +1,5 @@
 //! Where an intercepted connection was going.
 
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
@@ -24,9 +23,9 @@ pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
 /// As [`orig_dst`], for the caller to whom its time matters: in place.
 #[inline(always)]
 pub(crate) fn find(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
-    let failed = |e: io::Error| match e.raw_os_error() {
-        Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT) => not_of_a_family(),
-        _ => Error::socket(Step::Inspect, Ends::default(), &e),
+    let failed = |e: sys::Errno| match e.0 {
+        libc::EOPNOTSUPP | libc::ENOPROTOOPT => not_of_a_family(),
+        _ => Error::socket(Step::Inspect, Ends::default(), e),
     };
     let transparent = sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)?;
     sys::local_addr(fd, addr).map_err(failed)?;
@@ -54,9 +53,9 @@ fn before_nat(fd: BorrowedFd<'_>, local: KernelAddr) -> Result<SocketAddr> {
             Some(found) => Ok(found),
             None => Err(Error::new(libc::EIO, "connection tracking answered with an address of no known family")),
         },
-        Err(e) => Err(match e.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
-            _ => Error::socket(Step::Inspect, Ends { local: Some(local), remote: None }, &e),
+        Err(e) => Err(match sys::Errno::from(e) {
+            sys::Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
+            e => Error::socket(Step::Inspect, Ends { local: Some(local), remote: None }, e),
         }),
     }
 }

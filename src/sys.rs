@@ -24,19 +24,56 @@ pub(crate) fn set_errno(value: i32) {
     unsafe { *libc::__errno_location() = value }
 }
 
+/// Why a system call failed. Displays as the C library describes it, without allocating.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Errno(pub i32);
+
+/// What a system call gives.
+pub(crate) type Result<T> = std::result::Result<T, Errno>;
+
+impl Errno {
+    /// Of the last call.
+    pub(crate) fn last() -> Errno {
+        Errno(errno())
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut buffer = [0 as libc::c_char; 128];
+        // SAFETY: the buffer is valid for writes of its length. This is the
+        // POSIX strerror_r, which always ends its text with a NUL.
+        let text = unsafe {
+            libc::strerror_r(self.0, buffer.as_mut_ptr(), buffer.len());
+            std::ffi::CStr::from_ptr(buffer.as_ptr())
+        };
+        match text.to_str() {
+            Ok(text) if !text.is_empty() => f.write_str(text),
+            _ => write!(f, "errno {}", self.0),
+        }
+    }
+}
+
+/// (Those of `std` and `socket2` may be anything, and so take code wherever they are dropped.)
+impl From<io::Error> for Errno {
+    fn from(error: io::Error) -> Errno {
+        Errno(error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
 /// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
-pub(crate) struct Errno {
+pub(crate) struct Kept {
     place: *mut i32,
     value: i32,
 }
 
-impl Errno {
+impl Kept {
     #[inline(always)]
-    pub(crate) fn here() -> Errno {
+    pub(crate) fn errno() -> Kept {
         // SAFETY: a valid pointer to this thread's errno.
         let place = unsafe { libc::__errno_location() };
         // SAFETY: as above.
-        Errno { place, value: unsafe { *place } }
+        Kept { place, value: unsafe { *place } }
     }
 
     #[inline(always)]
@@ -56,25 +93,25 @@ pub(crate) fn coarse_ms() -> u64 {
 
 /// `getsockopt` of an `int`.
 #[inline(always)]
-pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32> {
     let mut value: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: value and len are valid for writes, and len is value's size.
     let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
-    if rc == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(value) } else { Err(Errno::last()) }
 }
 
 /// `getsockopt` of a struct: the buffer is given and filled. Returns how much of it.
-pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize> {
     let mut len = buffer.len() as libc::socklen_t;
     // SAFETY: the buffer is valid for reads and writes of len bytes.
     let rc = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) };
-    if rc == 0 { Ok(len as usize) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(len as usize) } else { Err(Errno::last()) }
 }
 
 /// `setsockopt` of an `int`.
 #[inline(always)]
-pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> Result<()> {
     // SAFETY: value is valid for reads of the length given.
     let rc = unsafe {
         libc::setsockopt(
@@ -85,48 +122,48 @@ pub(crate) fn setsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
 /// `socket(2)`.
 #[inline(always)]
-pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
     // SAFETY: a plain system call.
     let fd = unsafe { libc::socket(domain, kind, protocol) };
     // SAFETY: a new descriptor, ours alone.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(io::Error::last_os_error()) }
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
 }
 
 /// `bind(2)`.
 #[inline(always)]
-pub(crate) fn bind(fd: BorrowedFd<'_>, addr: &KernelAddr) -> io::Result<()> {
+pub(crate) fn bind(fd: BorrowedFd<'_>, addr: &KernelAddr) -> Result<()> {
     let bytes = addr.as_bytes();
     // SAFETY: an address, valid for reads of its length.
     let rc = unsafe { libc::bind(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len() as libc::socklen_t) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
 /// `connect(2)`: whether it is done, or under way (EINPROGRESS).
 #[inline(always)]
-pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> io::Result<bool> {
+pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> Result<bool> {
     let bytes = addr.as_bytes();
     // SAFETY: as above.
     let rc = unsafe { libc::connect(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len() as libc::socklen_t) };
     match rc {
         0 => Ok(true),
         _ if errno() == libc::EINPROGRESS => Ok(false),
-        _ => Err(io::Error::last_os_error()),
+        _ => Err(Errno::last()),
     }
 }
 
 /// `getsockname(2)`.
 #[inline(always)]
-pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> io::Result<()> {
+pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     let place = addr.as_mut_bytes();
     let mut len = place.len() as libc::socklen_t;
     // SAFETY: both are valid for writes, and len is the size of the place.
     let rc = unsafe { libc::getsockname(fd.as_raw_fd(), place.as_mut_ptr().cast(), &raw mut len) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
 /// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).
@@ -139,7 +176,7 @@ pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
 }
 
 /// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
-pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
+pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
     // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both
     // are valid when all zero.
     let ((), addr) = unsafe {
@@ -155,27 +192,27 @@ pub(crate) fn netlink_address(port: u32) -> io::Result<SockAddr> {
 }
 
 /// `recv(2)` in place of what is in the buffer, as much as it has room for.
-pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> io::Result<()> {
+pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> Result<()> {
     buffer.clear();
     // SAFETY: the whole capacity is valid for writes.
     let len = unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.capacity(), 0) };
-    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    let len = usize::try_from(len).map_err(|_| Errno::last())?;
     // SAFETY: so many bytes were written, and no more than there is room for.
     unsafe { buffer.set_len(len) };
     Ok(())
 }
 
 /// Gives this thread a network namespace of its own.
-pub(crate) fn unshare_network() -> io::Result<()> {
+pub(crate) fn unshare_network() -> Result<()> {
     // SAFETY: a plain system call; it changes this thread alone.
-    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
 /// Puts this thread into a network namespace.
-pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: a plain system call; it changes this thread alone.
     let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
 /// Does something while this thread gets no signals; threads that it starts get none at all.
@@ -195,7 +232,7 @@ pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
 
 /// Does something in a thread of its own, of this name, and waits for its end; `None`: it panicked.
 /// (`std::thread` brings many times the code.)
-pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F) -> io::Result<Option<T>> {
+pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F) -> Result<Option<T>> {
     /// As `std` has it.
     const STACK: usize = 2 << 20;
     struct Work<T, F> {
@@ -226,25 +263,25 @@ pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F
         }
         errno
     };
-    if errno == 0 { Ok(work.outcome) } else { Err(io::Error::from_raw_os_error(errno)) }
+    if errno == 0 { Ok(work.outcome) } else { Err(Errno(errno)) }
 }
 
 /// A path or a word, as the C library takes it.
-fn c_path(path: &str) -> io::Result<CString> {
-    CString::new(path).map_err(|_| io::ErrorKind::InvalidInput.into())
+fn c_path(path: &str) -> Result<CString> {
+    CString::new(path).map_err(|_| Errno(libc::EINVAL))
 }
 
 /// Opens a file, to be read. (`std::fs` brings many times the code, here and below.)
-pub(crate) fn open(path: &str) -> io::Result<OwnedFd> {
+pub(crate) fn open(path: &str) -> Result<OwnedFd> {
     let path = c_path(path)?;
     // SAFETY: a NUL-terminated path.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
     // SAFETY: a new descriptor, ours alone.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(io::Error::last_os_error()) }
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
 }
 
 /// What is left to be read of a file.
-fn rest_of(file: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+fn rest_of(file: BorrowedFd<'_>) -> Result<Vec<u8>> {
     const ROOM: usize = 4096;
     let mut bytes: Vec<u8> = Vec::new();
     loop {
@@ -257,15 +294,15 @@ fn rest_of(file: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
             // SAFETY: the kernel has written so many.
             Ok(len) => unsafe { bytes.set_len(bytes.len() + len) },
             Err(_) if errno() == libc::EINTR => {}
-            Err(_) => return Err(io::Error::last_os_error()),
+            Err(_) => return Err(Errno::last()),
         }
     }
 }
 
 /// The text of a file.
-pub(crate) fn read(path: &str) -> io::Result<String> {
+pub(crate) fn read(path: &str) -> Result<String> {
     let bytes = rest_of(open(path)?.as_fd())?;
-    String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+    String::from_utf8(bytes).map_err(|_| Errno(libc::EILSEQ))
 }
 
 /// How large a file is; `None`: it is not there, or nobody says.
@@ -288,11 +325,11 @@ pub(crate) fn link_of(path: &str) -> Option<String> {
 }
 
 /// A file in memory that holds a text, to be read from its beginning.
-pub(crate) fn file_of(text: &str) -> io::Result<OwnedFd> {
+pub(crate) fn file_of(text: &str) -> Result<OwnedFd> {
     // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
     let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
-        return Err(io::Error::last_os_error());
+        return Err(Errno::last());
     }
     // SAFETY: it is ours alone.
     let file = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -300,7 +337,7 @@ pub(crate) fn file_of(text: &str) -> io::Result<OwnedFd> {
     while !left.is_empty() {
         // SAFETY: valid for reads of that length.
         let len = unsafe { libc::write(fd, left.as_ptr().cast(), left.len()) };
-        left = usize::try_from(len).ok().and_then(|len| left.get(len..)).ok_or_else(io::Error::last_os_error)?;
+        left = usize::try_from(len).ok().and_then(|len| left.get(len..)).ok_or_else(Errno::last)?;
     }
     rewind(file.as_fd());
     Ok(file)
@@ -324,7 +361,7 @@ pub(crate) struct Outcome {
 /// What it reads and writes are files in memory, not pipes: one that ends
 /// early does not end this process with SIGPIPE, and nothing waits for a full
 /// pipe. (`std::process::Command` brings several times the code.)
-pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outcome> {
+pub(crate) fn run(program: &str, args: &[&str], input: &str) -> Result<Outcome> {
     let mut words = vec![c_path(program)?];
     for word in args {
         words.push(c_path(word)?);
@@ -336,8 +373,8 @@ pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outco
     let mut status = 0;
     // SAFETY: status is valid for writes.
     while unsafe { libc::waitpid(pid, &raw mut status, 0) } < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
+        let error = Errno::last();
+        if error != Errno(libc::EINTR) {
             return Err(error);
         }
     }
@@ -352,11 +389,11 @@ pub(crate) fn run(program: &str, args: &[&str], input: &str) -> io::Result<Outco
 
 /// Starts a program with these for its standard input, output and error, and
 /// with no signal blocked or, for SIGPIPE, ignored. The arguments end with NULL.
-fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> io::Result<libc::pid_t> {
+fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> Result<libc::pid_t> {
     unsafe extern "C" {
         static environ: *const *mut libc::c_char;
     }
-    let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) };
+    let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
     let mut pid = 0;
     // SAFETY: both are initialised before anything else is done with them, and destroyed at the end; the arguments are
     // NUL-terminated and the last is NULL; environ is the C library's.
@@ -386,25 +423,6 @@ fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> io::Result<libc::p
         started?;
     }
     Ok(pid)
-}
-
-/// An errno value that displays as the C library describes it, without allocating.
-pub(crate) struct Describe(pub i32);
-
-impl fmt::Display for Describe {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut buffer = [0 as libc::c_char; 128];
-        // SAFETY: the buffer is valid for writes of its length. This is the
-        // POSIX strerror_r, which always ends its text with a NUL.
-        let text = unsafe {
-            libc::strerror_r(self.0, buffer.as_mut_ptr(), buffer.len());
-            std::ffi::CStr::from_ptr(buffer.as_ptr())
-        };
-        match text.to_str() {
-            Ok(text) if !text.is_empty() => f.write_str(text),
-            _ => write!(f, "errno {}", self.0),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -437,7 +455,7 @@ mod tests {
     #[test]
     fn a_program_that_is_not_there_is_not_found() {
         for name in ["no-such-program-anywhere", "/usr/sbin/no-such-program"] {
-            assert_eq!(run(name, &[], "").err().unwrap().kind(), io::ErrorKind::NotFound);
+            assert_eq!(run(name, &[], "").err(), Some(Errno(libc::ENOENT)));
         }
     }
 

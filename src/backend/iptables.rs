@@ -418,17 +418,18 @@ impl Tool {
     }
 
     fn run(&self, program: &str, args: &[&str], input: &str) -> Result<String> {
-        let failed = |e: std::io::Error| {
-            let missing = e.kind() == std::io::ErrorKind::NotFound;
-            let errno = if missing { libc::EOPNOTSUPP } else { e.raw_os_error().unwrap_or(libc::EIO) };
-            let cure = if missing { "; install the package iptables" } else { "" };
+        let failed = |e: sys::Errno| {
+            let (errno, cure) = match e.0 {
+                libc::ENOENT => (libc::EOPNOTSUPP, "; install the package iptables"),
+                errno => (errno, ""),
+            };
             Error::with(errno, format_args!("{program}: {e}{cure}"))
         };
         let outcome = ["", "/usr/sbin/", "/sbin/"]
             .iter()
             .map(|directory| sys::run(&format!("{directory}{program}"), args, input))
-            .find(|outcome| !matches!(outcome, Err(e) if e.kind() == std::io::ErrorKind::NotFound))
-            .unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
+            .find(|outcome| !matches!(outcome, Err(sys::Errno(libc::ENOENT))))
+            .unwrap_or(Err(sys::Errno(libc::ENOENT)))
             .map_err(failed)?;
         if outcome.success {
             return Ok(String::from_utf8_lossy(&outcome.output).into_owned());

@@ -124,7 +124,7 @@ fn act(channel: &mut Channel, what: &str, kind: u16, header: &[u8], attrs: &dyn 
     let seq = channel.next_seq();
     let mut message = Buffer::default();
     message.message(kind, flags, seq, header, attrs);
-    let answers = channel.exchange(&message, seq).map_err(|e| Error::io(format_args!("ip {what}"), &e))?;
+    let answers = channel.exchange(&message, seq).map_err(|e| Error::io(format_args!("ip {what}"), e))?;
     match answers.failures.first() {
         Some(failure) => Err(Error::with(failure.errno, format_args!("ip {what}: {failure}"))),
         None if answers.acked => Ok(()),

@@ -27,6 +27,7 @@ use crate::list::List;
 use crate::model::{Families, Family, Mark};
 use crate::netlink::wire::{self, Attrs, Buffer};
 use crate::netlink::{Channel, Failure};
+use crate::sys;
 
 /// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 't'. Not among
 /// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
@@ -115,7 +116,7 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
             Ok(dumped) => dumped.iter().filter_map(|payload| parse_rule(payload)).onto(&mut found),
             Err(_) if !needed.contains(family) || needed == Families::ALL && family == Family::V6 => {}
             Err(e) => {
-                let errno = e.raw_os_error().unwrap_or(libc::EIO);
+                let errno = e.0;
                 let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
                 let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
                 return Err(Error::with(errno, format_args!("ip {} rule show: {e}{cure}", flag(family))));
@@ -140,7 +141,7 @@ pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
     const FLAGS_AT: usize = 8;
     let mut query = [0; 16];
     query[4..FLAGS_AT].copy_from_slice(&LOOPBACK.to_ne_bytes());
-    let failed = |e: std::io::Error| Error::io(format_args!("ip link show lo"), &e);
+    let failed = |e: sys::Errno| Error::io(format_args!("ip link show lo"), e);
     let link = channel.get(libc::RTM_GETLINK, &query).map_err(failed)?;
     let flags = link.and_then(|link| wire::u32_at(&link, FLAGS_AT)).unwrap_or(0);
     if flags & libc::IFF_UP as u32 == 0 {
@@ -244,7 +245,7 @@ pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result
     match outcome.first_failure {
         Some((entry, failure)) => Err(Error::with(
             failure.errno,
-            format_args!("ip {}: {}", entry.command(Operation::Delete), crate::sys::Describe(failure.errno)),
+            format_args!("ip {}: {}", entry.command(Operation::Delete), sys::Errno(failure.errno)),
         )),
         None => Ok(()),
     }
@@ -313,7 +314,7 @@ fn send(
     }
     let failed =
         |errno: i32, e: &dyn fmt::Display| Error::with(errno, format_args!("rtnetlink: sending routes and rules: {e}"));
-    let answers = channel.exchange(&messages, last).map_err(|e| failed(e.raw_os_error().unwrap_or(libc::EIO), &e))?;
+    let answers = channel.exchange(&messages, last).map_err(|e| failed(e.0, &e))?;
     if !answers.acked && answers.failures.iter().all(|failure| failure.seq != last) {
         return Err(failed(libc::EIO, &"the kernel did not acknowledge"));
     }

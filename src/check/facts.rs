@@ -114,7 +114,7 @@ impl Facts {
     }
 
     /// What was seen, or a note that it was not.
-    fn seen<T>(&mut self, what: &str, seen: std::io::Result<T>) -> Option<T> {
+    fn seen<T>(&mut self, what: &str, seen: sys::Result<T>) -> Option<T> {
         seen.map_err(|e| self.miss(format_args!("{what}: {e}"))).ok()
     }
 
@@ -138,7 +138,7 @@ impl Facts {
                     self.rules.extend(rules);
                     &mut self.routed
                 }
-                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => &mut self.unrouted,
+                Err(sys::Errno(libc::EOPNOTSUPP)) => &mut self.unrouted,
                 Err(e) => {
                     self.miss(format_args!("{family} routing rules: {e}"));
                     continue;

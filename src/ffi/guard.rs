@@ -65,7 +65,7 @@ pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
 
 /// One for all bodies: what is around them is not made for each.
 fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
-    let errno = sys::Errno::here();
+    let errno = sys::Kept::errno();
     answer(quietly(|| {
         let value = body()?;
         errno.put_back();

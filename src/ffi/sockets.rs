@@ -12,7 +12,7 @@ use crate::address::KernelAddr;
 use crate::error::Error;
 use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
-use crate::sys::Errno;
+use crate::sys::Kept;
 
 /// The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
 pub const TP_NONBLOCK: u32 = 0x1;
@@ -217,7 +217,7 @@ pub unsafe extern "C" fn tp_connect_from(
             return Err(Error::invalid("flags: TP_DATA_FOLLOWS is for streams, not for TP_DGRAM"));
         }
         // A connection under way, a port that is taken: calls fail on the way to success.
-        let errno = Errno::here();
+        let errno = Kept::errno();
         let socket = socket::connect_between(&mut src, &mut dst, options)?;
         errno.put_back();
         Ok(socket.into_raw_fd())

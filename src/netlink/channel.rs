@@ -1,7 +1,7 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -38,25 +38,25 @@ const DUMP: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
 /// What carries the bytes: the kernel's socket, or a test's stand-in.
 pub(crate) trait Transport: Send {
     /// Sends messages as one datagram; the kernel has acted on them when it returns.
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()>;
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()>;
     /// Receives one datagram in place of what is in the buffer, as much of it as there is room for, or fails with
     /// `WouldBlock` when there is none.
-    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()>;
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()>;
 }
 
 impl Transport for Socket {
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let sent = match self.write(bytes) {
-            Err(e) if e.raw_os_error() == Some(libc::EMSGSIZE) => {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
+        let sent = match self.write(bytes).map_err(sys::Errno::from) {
+            Err(sys::Errno(libc::EMSGSIZE)) => {
                 enlarge_send_buffer(self, bytes.len());
                 self.write(bytes)?
             }
             sent => sent?,
         };
-        if sent == bytes.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) }
+        if sent == bytes.len() { Ok(()) } else { Err(sys::Errno(libc::EMSGSIZE)) }
     }
 
-    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
         sys::receive(self.as_fd(), buffer)
     }
 }
@@ -86,7 +86,7 @@ pub(crate) struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", sys::Describe(self.errno))?;
+        write!(f, "{}", sys::Errno(self.errno))?;
         match &self.text {
             Some(text) => write!(f, " ({text})"),
             None => Ok(()),
@@ -114,12 +114,12 @@ pub(crate) struct Channel {
 
 impl Channel {
     /// A channel to the kernel.
-    pub fn open(family: i32) -> io::Result<Channel> {
+    pub fn open(family: i32) -> sys::Result<Channel> {
         Ok(Channel::over(Box::new(Channel::socket(family)?)))
     }
 
     /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
-    pub fn socket(family: i32) -> io::Result<Socket> {
+    pub fn socket(family: i32) -> sys::Result<Socket> {
         let kind = Type::RAW.cloexec().nonblocking();
         let socket = Socket::new_raw(Domain::from(libc::AF_NETLINK), kind, Some(Protocol::from(family)))?;
         for option in SOCKET_OPTIONS {
@@ -144,7 +144,7 @@ impl Channel {
     ///
     /// The kernel answers in the order of the messages, and before all others if a transaction cannot be committed
     /// (`nfnetlink_rcv_batch`): after the answer to the last nothing comes.
-    pub fn exchange(&mut self, messages: &Buffer, last: u32) -> io::Result<Answers> {
+    pub fn exchange(&mut self, messages: &Buffer, last: u32) -> sys::Result<Answers> {
         self.send(messages)?;
         let mut answers = Answers::default();
         self.drain(&mut |message| {
@@ -160,7 +160,7 @@ impl Channel {
     }
 
     /// Asks for one object; gives its payload behind the message header.
-    pub fn get(&mut self, kind: u16, header: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    pub fn get(&mut self, kind: u16, header: &[u8]) -> sys::Result<Option<Vec<u8>>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
         request.message(kind, REQUEST, seq, header, |_| {});
@@ -176,7 +176,7 @@ impl Channel {
     }
 
     /// Asks for one object, and then for all of a kind, in one go.
-    pub fn get_then_dump(&mut self, one: u16, all: u16, header: &[u8]) -> io::Result<(Option<Vec<u8>>, Dumped)> {
+    pub fn get_then_dump(&mut self, one: u16, all: u16, header: &[u8]) -> sys::Result<(Option<Vec<u8>>, Dumped)> {
         for _ in 0..DUMP_TRIES {
             let (first, second) = (self.next_seq(), self.next_seq());
             let mut request = Buffer::default();
@@ -194,17 +194,17 @@ impl Channel {
                 return Ok((found, listed));
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+        Err(sys::Errno(libc::EAGAIN))
     }
 
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
-    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> io::Result<Dumped> {
+    pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> sys::Result<Dumped> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, usize::MAX)? {
                 return Ok(found);
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+        Err(sys::Errno(libc::EAGAIN))
     }
 
     /// The first so many objects of a kind, or a few more, and whether these are all: of a list that may be very long. It
@@ -215,14 +215,14 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<(Dumped, bool)> {
+    ) -> sys::Result<(Dumped, bool)> {
         for _ in 0..DUMP_TRIES {
             if let Some(found) = self.dump_once(kind, header, filter, most)? {
                 let all = found.len() < most;
                 return Ok((found, all));
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+        Err(sys::Errno(libc::EAGAIN))
     }
 
     /// `None`: the list changed while it was read.
@@ -232,7 +232,7 @@ impl Channel {
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> io::Result<Option<Dumped>> {
+    ) -> sys::Result<Option<Dumped>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
         request.message(kind, DUMP, seq, header, filter);
@@ -246,7 +246,7 @@ impl Channel {
         seq: u32,
         most: usize,
         others: &mut dyn FnMut(&wire::Message<'_>),
-    ) -> io::Result<Option<Dumped>> {
+    ) -> sys::Result<Option<Dumped>> {
         self.send(request)?;
         let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
         self.drain(&mut |message| {
@@ -267,19 +267,19 @@ impl Channel {
             _ if interrupted => Ok(None),
             None if found.len() >= most => Ok(Some(found)),
             Some(0) => Ok(Some(found)),
-            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
-            None => Err(io::Error::from_raw_os_error(libc::EPROTO)),
+            Some(errno) => Err(sys::Errno(errno)),
+            None => Err(sys::Errno(libc::EPROTO)),
         }
     }
 
-    fn send(&mut self, messages: &Buffer) -> io::Result<()> {
-        let bytes = messages.bytes().ok_or_else(|| io::Error::from_raw_os_error(libc::EMSGSIZE))?;
+    fn send(&mut self, messages: &Buffer) -> sys::Result<()> {
+        let bytes = messages.bytes().ok_or(sys::Errno(libc::EMSGSIZE))?;
         self.transport.send(bytes)
     }
 
     /// Receives until `each` says that a message was the last, or nothing is left: the answers are there when `send`
     /// returns.
-    fn drain(&mut self, each: &mut dyn FnMut(&wire::Message<'_>) -> bool) -> io::Result<()> {
+    fn drain(&mut self, each: &mut dyn FnMut(&wire::Message<'_>) -> bool) -> sys::Result<()> {
         loop {
             match self.transport.receive(&mut self.received) {
                 // All that came together is looked at.
@@ -289,8 +289,8 @@ impl Channel {
                         return Ok(());
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(sys::Errno(libc::EAGAIN)) => return Ok(()),
+                Err(sys::Errno(libc::EINTR)) => {}
                 Err(e) => return Err(e),
             }
         }
@@ -298,12 +298,12 @@ impl Channel {
 }
 
 /// The payload of the answer to a question for one object.
-fn object(message: &wire::Message<'_>) -> io::Result<Option<Vec<u8>>> {
+fn object(message: &wire::Message<'_>) -> sys::Result<Option<Vec<u8>>> {
     if message.kind >= FIRST_OF_FAMILY {
         return Ok(Some(message.payload.to_vec()));
     }
     match parse_error(message) {
-        Some(failure) => Err(io::Error::from_raw_os_error(failure.errno)),
+        Some(failure) => Err(sys::Errno(failure.errno)),
         None => Ok(None),
     }
 }
@@ -324,15 +324,15 @@ pub(crate) fn process_of_port(port: u32) -> u32 {
 /// with it (`netlink_release`, `nft_rcv_nl_event`).
 ///
 /// The port also says whose it is: [`process_of_port`].
-fn bind_to_fresh_port(socket: &Socket) -> io::Result<()> {
+fn bind_to_fresh_port(socket: &Socket) -> sys::Result<()> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let mut outcome = Ok(());
     for _ in 0..1 << COUNTER_BITS {
         let count = COUNTER.fetch_add(1, Ordering::Relaxed) % (1 << COUNTER_BITS);
-        outcome = socket.bind(&sys::netlink_address(std::process::id() << COUNTER_BITS | count)?);
-        match &outcome {
-            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) => {}
-            _ => break,
+        let address = sys::netlink_address(std::process::id() << COUNTER_BITS | count)?;
+        outcome = socket.bind(&address).map_err(sys::Errno::from);
+        if outcome != Err(sys::Errno(libc::EADDRINUSE)) {
+            break;
         }
     }
     outcome
@@ -365,12 +365,12 @@ mod tests {
     struct Canned(VecDeque<Vec<u8>>);
 
     impl Transport for Canned {
-        fn send(&mut self, _: &[u8]) -> io::Result<()> {
+        fn send(&mut self, _: &[u8]) -> sys::Result<()> {
             Ok(())
         }
 
-        fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
-            *buffer = self.0.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+            *buffer = self.0.pop_front().ok_or(sys::Errno(libc::EAGAIN))?;
             Ok(())
         }
     }
@@ -402,13 +402,13 @@ mod tests {
 
     #[test]
     fn a_dump_that_never_ends_is_an_error() {
-        assert_eq!(channel(vec![]).dump(1, &[], &|_| {}).unwrap_err().raw_os_error(), Some(libc::EPROTO));
+        assert_eq!(channel(vec![]).dump(1, &[], &|_| {}).unwrap_err(), sys::Errno(libc::EPROTO));
     }
 
     #[test]
     fn of_two_questions_the_first_may_be_the_only_one_that_is_answered() {
         let refused = channel(vec![error(1, libc::EPERM, "")]).get_then_dump(1, 1, &[]).unwrap_err();
-        assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        assert_eq!(refused, sys::Errno(libc::EPERM));
         let message = |kind, seq, payload: &[u8]| {
             let mut buffer = Buffer::default();
             buffer.message(kind, 0, seq, payload, |_| {});
@@ -421,13 +421,13 @@ mod tests {
         let together = [all, done].concat();
         assert!(channel(vec![one, together]).get_then_dump(1, 1, &[]).is_ok());
         let cut = channel(vec![message(0x10, 1, b"one.")]).get_then_dump(1, 1, &[]).unwrap_err();
-        assert_eq!(cut.raw_os_error(), Some(libc::EPROTO));
+        assert_eq!(cut, sys::Errno(libc::EPROTO));
     }
 
     #[test]
     fn a_dump_that_the_kernel_refuses_gives_its_errno() {
         let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], &|_| {}).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        assert_eq!(error, sys::Errno(libc::EPERM));
     }
 
     proptest! {

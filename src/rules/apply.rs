@@ -322,13 +322,13 @@ fn is_set(object: &Object) -> bool {
 
 fn channels() -> Result<(Channel, Channel)> {
     let nft = Channel::open(libc::NETLINK_NETFILTER).map_err(|e| {
-        let errno = match e.raw_os_error() {
-            Some(libc::EPROTONOSUPPORT) => libc::EOPNOTSUPP,
-            other => other.unwrap_or(libc::EIO),
+        let errno = match e.0 {
+            libc::EPROTONOSUPPORT => libc::EOPNOTSUPP,
+            other => other,
         };
         Error::with(errno, format_args!("socket(NETLINK_NETFILTER): {e}; the kernel needs CONFIG_NF_TABLES"))
     })?;
-    let route = Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), &e))?;
+    let route = Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), e))?;
     Ok((nft, route))
 }
 

@@ -1,5 +1,6 @@
 //! What a caller wishes for, in values that cannot be misread.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
@@ -76,13 +77,14 @@ impl Listener {
     /// The socket must be a TCP or UDP socket of IPv4 or IPv6 that is bound to a port, listens if it is TCP, and is
     /// transparent unless the mode is [`Mode::Redirect`]; else the error says which of these it is not.
     pub fn from_fd(fd: BorrowedFd<'_>, mode: Mode) -> Result<Listener> {
-        let failed = |e: std::io::Error| Error::socket(Step::Inspect, Ends::default(), &e);
+        let failed = |e| Error::socket(Step::Inspect, Ends::default(), e);
+        let unknown = |e: io::Error| failed(e.into());
         let socket = SockRef::from(&fd);
-        let domain = socket.domain().map_err(failed)?;
+        let domain = socket.domain().map_err(unknown)?;
         if domain != Domain::IPV4 && domain != Domain::IPV6 {
             return Err(Error::invalid("it is not a socket of IPv4 or IPv6"));
         }
-        let protocol = match socket.r#type().map_err(failed)? {
+        let protocol = match socket.r#type().map_err(unknown)? {
             Type::STREAM => Protocol::Tcp,
             Type::DGRAM => Protocol::Udp,
             _ => return Err(Error::invalid("it is neither a stream nor a datagram socket")),
@@ -100,7 +102,7 @@ impl Listener {
                  a listener made with socket, bind and listen",
             ));
         }
-        let local = socket.local_addr().map_err(failed)?.as_socket();
+        let local = socket.local_addr().map_err(unknown)?.as_socket();
         let local = local.ok_or_else(|| Error::invalid("it has no address of IPv4 or IPv6"))?;
         if local.port() == 0 {
             return Err(Error::invalid("it is not bound to a port"));
@@ -109,7 +111,7 @@ impl Listener {
         if protocol == Protocol::Tcp && listens()? == 0 {
             return Err(Error::invalid("it does not listen: call listen first"));
         }
-        let dual_stack = domain == Domain::IPV6 && !socket.only_v6().map_err(failed)?;
+        let dual_stack = domain == Domain::IPV6 && !socket.only_v6().map_err(unknown)?;
         Ok(Listener::new(local, protocol, dual_stack))
     }
 

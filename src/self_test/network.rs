@@ -1,7 +1,6 @@
 //! Two networks that nobody else uses, joined.
 
-use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -59,20 +58,20 @@ impl Network {
     /// sent, without a word. So: until both have heard each other.
     fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
         const PATIENCE: u64 = 500; // ms
-        let failed = |e: io::Error| Error::io(format_args!("a veth pair that was just made"), &e);
-        let open = |own: IpAddr| -> io::Result<UdpSocket> {
+        let failed = |e: sys::Errno| Error::io(format_args!("a veth pair that was just made"), e);
+        let open = |own: IpAddr| -> sys::Result<(UdpSocket, SocketAddr)> {
             let socket = UdpSocket::bind((own, 0))?;
             socket.set_nonblocking(true)?;
-            Ok(socket)
+            let addr = socket.local_addr()?;
+            Ok((socket, addr))
         };
-        let near = open(gateway).map_err(failed)?;
-        let far = self.outside(|| open(client))?.map_err(failed)?;
-        let (near_addr, far_addr) = (near.local_addr().map_err(failed)?, far.local_addr().map_err(failed)?);
+        let (near, near_addr) = open(gateway).map_err(failed)?;
+        let (far, far_addr) = self.outside(|| open(client))?.map_err(failed)?;
         let deadline = sys::coarse_ms() + PATIENCE;
         let (mut near_heard, mut far_heard) = (false, false);
         while !(near_heard && far_heard) {
             if sys::coarse_ms() > deadline {
-                return Err(failed(io::ErrorKind::TimedOut.into()));
+                return Err(failed(sys::Errno(libc::ETIMEDOUT)));
             }
             // What is not sent now is sent next time.
             let _ = near.send_to(b"?", far_addr);
@@ -94,7 +93,7 @@ impl Network {
 
     /// Does something outside.
     pub fn outside<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
-        let failed = |e: io::Error| Error::io(format_args!("setns(CLONE_NEWNET)"), &e);
+        let failed = |e: sys::Errno| Error::io(format_args!("setns(CLONE_NEWNET)"), e);
         sys::enter_network(self.outside.as_fd()).map_err(failed)?;
         let outcome = body();
         sys::enter_network(self.inside.as_fd()).map_err(failed)?;
@@ -103,8 +102,8 @@ impl Network {
 }
 
 fn unshared() -> Result<OwnedFd> {
-    let failed = |e: io::Error| {
-        let errno = e.raw_os_error().unwrap_or(libc::EIO);
+    let failed = |e: sys::Errno| {
+        let errno = e.0;
         let cure = if errno == libc::EPERM {
             "; a network of its own takes CAP_SYS_ADMIN: run as root, or `unshare -r PROGRAM`"
         } else {
@@ -117,11 +116,11 @@ fn unshared() -> Result<OwnedFd> {
 }
 
 fn channel() -> Result<Channel> {
-    Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), &e))
+    Channel::open(libc::NETLINK_ROUTE).map_err(|e| Error::io(format_args!("socket(NETLINK_ROUTE)"), e))
 }
 
 fn interfaces(channel: &mut Channel) -> Result<Vec<Interface>> {
-    routing::interfaces(channel).map_err(|e| Error::io(format_args!("ip link show"), &e))
+    routing::interfaces(channel).map_err(|e| Error::io(format_args!("ip link show"), e))
 }
 
 fn index(channel: &mut Channel, name: &str) -> Result<u32> {

@@ -10,7 +10,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::network::Network;
 use crate::address::canonical;
 use crate::backend::nft::trace::{Step, Tracer};
-use crate::error::{Error, Result, errno_of};
+use crate::error::{Error, Result};
 use crate::list::List;
 use crate::model::{Families, Family, Mode, Plan, Protocol};
 use crate::netlink::Channel;
@@ -136,7 +136,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     }
     let listeners = listeners(&config, network)?;
     let mut nft =
-        Channel::open(libc::NETLINK_NETFILTER).map_err(|e| Error::io(format_args!("socket(NETLINK_NETFILTER)"), &e))?;
+        Channel::open(libc::NETLINK_NETFILTER).map_err(|e| Error::io(format_args!("socket(NETLINK_NETFILTER)"), e))?;
     // Where nf_tables is missing, iptables may do, and nothing is traced.
     let mut tracer = Tracer::start(&mut nft).ok();
     let _rules = Rules::install(&config)?;
@@ -196,7 +196,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
                 if let Some(addr) = listener.addr {
                     network.own(addr)?;
                 }
-                ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), &e))?
+                ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), e))?
             }
             (_, Protocol::Tcp) => socket::listen(addr, -1, ListenOptions { nonblocking: true, reuse_port: false })?,
             (_, Protocol::Udp) => {
@@ -211,7 +211,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
 }
 
 /// What NAT needs: a listener that is not transparent.
-fn ordinary(addr: SocketAddr) -> io::Result<Socket> {
+fn ordinary(addr: SocketAddr) -> sys::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM.cloexec().nonblocking(), None)?;
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -223,13 +223,13 @@ fn ordinary(addr: SocketAddr) -> io::Result<Socket> {
 
 /// Sends a probe; this thread is outside.
 fn send(probe: &mut Probe) {
-    let sent = || -> io::Result<Socket> {
+    let sent = || -> sys::Result<Socket> {
         let kind = if probe.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
         let socket = Socket::new(Domain::for_address(probe.to), kind.cloexec().nonblocking(), None)?;
         socket.bind(&SockAddr::from(probe.from))?;
-        match socket.connect(&SockAddr::from(probe.to)) {
-            Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
-            _ => {}
+        match socket.connect(&SockAddr::from(probe.to)).map_err(sys::Errno::from) {
+            Ok(()) | Err(sys::Errno(libc::EINPROGRESS)) => {}
+            failed => failed?,
         }
         if probe.protocol == Protocol::Udp {
             socket.send(b"?")?;
@@ -300,7 +300,10 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
 
 /// Answers a datagram from the address that it was sent to.
 fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
-    let failed = |e: io::Error| Error::with(errno_of(&e), format_args!("{e}"));
+    let failed = |e: io::Error| {
+        let e = sys::Errno::from(e);
+        Error::with(e.0, format_args!("{e}"))
+    };
     if mode == Mode::DivertOnly {
         // The listener has that very address.
         return listener.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed);
@@ -314,12 +317,10 @@ fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
 /// Whether the answer has come.
 fn hear(probe: &mut Probe) {
     let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
-    match socket.read(&mut [0; 16]) {
+    match socket.read(&mut [0; 16]).map_err(sys::Errno::from) {
         Ok(1..) if probe.fate == Fate::Unanswered => probe.settle(Fate::Served),
         Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".to_owned())),
-        Err(e)
-            if [io::ErrorKind::WouldBlock, io::ErrorKind::NotConnected, io::ErrorKind::Interrupted]
-                .contains(&e.kind()) => {}
+        Err(sys::Errno(libc::EAGAIN | libc::ENOTCONN | libc::EINTR)) => {}
         Err(e) => probe.settle(Fate::Failed(e.to_string())),
     }
 }

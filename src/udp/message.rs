@@ -5,7 +5,6 @@
 //! is allocated.
 
 use std::ffi::c_void;
-use std::io;
 use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -17,6 +16,7 @@ use super::control::{Control, Outgoing};
 use super::datagram::{CTRUNC, Datagram, TRUNC};
 use super::raw;
 use crate::address::KernelAddr;
+use crate::sys;
 
 /// No address: AF_UNSPEC.
 // SAFETY: integers, for which all zero is valid.
@@ -96,7 +96,7 @@ pub(super) fn receive_one(
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
     source: &mut KernelAddr,
-) -> io::Result<(usize, Control)> {
+) -> sys::Result<(usize, Control)> {
     let mut control = ControlRoom::EMPTY;
     let mut part = iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let name = source.as_mut_bytes();
@@ -106,7 +106,7 @@ pub(super) fn receive_one(
     // SAFETY: what the message points to is alive, and as long as it says.
     let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
     if len < 0 {
-        return Err(io::Error::last_os_error());
+        return Err(sys::Errno::last());
     }
     if !source.is_ipv4() && !source.is_ipv6() {
         // Of another family, whose names may be longer, it is none.
@@ -116,7 +116,7 @@ pub(super) fn receive_one(
 }
 
 /// One `recvmmsg(2)`, straight into the datagrams. Those beyond the number that it gives are as they were.
-pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> io::Result<usize> {
+pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> sys::Result<usize> {
     let mut controls = [const { ControlRoom::EMPTY }; BATCH];
     let mut parts = [const { MaybeUninit::<iovec>::uninit() }; BATCH];
     let mut messages = [const { MaybeUninit::<mmsghdr>::uninit() }; BATCH];
@@ -134,7 +134,7 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     let received = unsafe {
         libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr().cast(), count as libc::c_uint, flags as _, ptr::null_mut())
     };
-    let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    let received = usize::try_from(received).map_err(|_| sys::Errno::last())?;
     for (at, datagram) in datagrams.iter_mut().take(received).enumerate() {
         // SAFETY: one of the messages above.
         let message = unsafe { messages[at].assume_init_ref() };
@@ -371,7 +371,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
         &mut self,
         fd: BorrowedFd<'_>,
         flags: i32,
-        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, io::Error),
+        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, sys::Errno),
     ) {
         let len = self.messages.get().len();
         let mut at = 0;
@@ -387,7 +387,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
             };
             match usize::try_from(sent) {
                 Ok(sent) => at += sent,
-                Err(_) => at = self.say(at, io::Error::last_os_error(), &mut failed),
+                Err(_) => at = self.say(at, sys::Errno::last(), &mut failed),
             }
         }
         self.messages = Few::new();
@@ -401,16 +401,15 @@ impl<'r, 'd> Outbox<'r, 'd> {
     fn say(
         &self,
         at: usize,
-        error: io::Error,
-        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, io::Error),
+        error: sys::Errno,
+        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, sys::Errno),
     ) -> usize {
-        let errno = error.raw_os_error();
         let messages = self.messages.get();
         failed(self, &messages[at], error);
-        if let Some(errno @ (libc::EAGAIN | libc::EINTR)) = errno {
+        if let sys::Errno(libc::EAGAIN | libc::EINTR) = error {
             // No room, or a signal: the rest would fare no better.
             for rest in &messages[at + 1..] {
-                failed(self, rest, io::Error::from_raw_os_error(errno));
+                failed(self, rest, error);
             }
             return messages.len();
         }

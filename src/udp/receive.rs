@@ -37,7 +37,7 @@ pub(crate) fn receive_one(
     orig_dst: &mut KernelAddr,
 ) -> Result<usize> {
     let (len, control) = message::receive_one(fd, buffer, flags, source)
-        .map_err(|e| Error::socket(Step::Receive, Ends::default(), &e))?;
+        .map_err(|e| Error::socket(Step::Receive, Ends::default(), e))?;
     *orig_dst = control.orig_dst;
     orig_dst.take_family(source.family());
     Ok(len)
@@ -46,5 +46,5 @@ pub(crate) fn receive_one(
 /// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
 /// `recvmmsg(2)`, which waits for the first alone. Gives their number.
 pub fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> Result<usize> {
-    message::receive(fd, datagrams, flags).map_err(|e| Error::socket(Step::Receive, Ends::default(), &e))
+    message::receive(fd, datagrams, flags).map_err(|e| Error::socket(Step::Receive, Ends::default(), e))
 }

@@ -1,6 +1,5 @@
 //! Answers, from any source.
 
-use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::datagram::Datagram;
@@ -9,7 +8,7 @@ use super::raw;
 use super::source::{self, Key, Sources, Way};
 use crate::address::KernelAddr;
 use crate::error::Result;
-use crate::sys;
+use crate::sys::{self, Errno};
 
 /// How a [`Replier`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -301,7 +300,7 @@ impl<'a> By<'a, '_> {
                 outbox.push(&item.flow, place, unit, data, None);
             }
         }
-        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error));
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, error));
     }
 
     /// Adds what may be more than one message, or is to have a header.
@@ -331,23 +330,20 @@ impl<'a> By<'a, '_> {
     #[cold]
     #[inline(never)]
     fn flush(&self, outbox: &mut Outbox<'_, 'a>) {
-        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, &error));
+        outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, error));
     }
 
     #[cold]
     #[inline(never)]
-    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: &io::Error) {
+    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: Errno) {
         let items = from_item(self.items, message.first);
         // In fragments it may fit.
         let cut = refuses_segments(error) && !self.raw && source::let_be_cut(self.fd).is_ok();
-        let again = message.segments > 1 && refuses_segments(error) || cut && errno(error) == libc::EMSGSIZE;
+        let again = message.segments > 1 && refuses_segments(error) || cut && error == Errno(libc::EMSGSIZE);
         for (item, part) in items.zip(outbox.parts(message)) {
-            let error = if again {
-                send_one_by_one(message.flow, message.unit, part, self.fd, self.flags)
-            } else {
-                Err(errno(error))
-            };
-            if let Err(errno) = error {
+            let error =
+                if again { send_one_by_one(message.flow, message.unit, part, self.fd, self.flags) } else { Err(error) };
+            if let Err(Errno(errno)) = error {
                 self.datagrams[usize::from(item.number)].set_error(errno);
             }
         }
@@ -357,23 +353,17 @@ impl<'a> By<'a, '_> {
 /// Whether the kernel may take the same bytes one by one: no segment offload
 /// on the way out (EIO, and EINVAL before Linux 4.18), or a segment that only
 /// fits in fragments (EINVAL, EMSGSIZE).
-fn refuses_segments(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EMSGSIZE | libc::EIO | libc::EOPNOTSUPP))
+fn refuses_segments(error: Errno) -> bool {
+    matches!(error.0, libc::EINVAL | libc::EMSGSIZE | libc::EIO | libc::EOPNOTSUPP)
 }
 
 /// Sends each segment as a datagram of its own.
-fn send_one_by_one(
-    flow: &Flow,
-    unit: usize,
-    data: &[u8],
-    fd: BorrowedFd<'_>,
-    flags: i32,
-) -> std::result::Result<(), i32> {
+fn send_one_by_one(flow: &Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> sys::Result<()> {
     let mut first_error = None;
     let mut room = Room::new();
     let mut outbox = Outbox::new(&mut room);
     let mut send = |outbox: &mut Outbox<'_, '_>| {
-        outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(errno(&error)));
+        outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(error));
     };
     for segment in pieces(data, unit) {
         if outbox.is_full() {
@@ -390,10 +380,6 @@ fn send_one_by_one(
 fn pieces(data: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
     let (first, rest) = data.split_at(len.min(data.len()));
     std::iter::once(first).chain(rest.chunks(len.max(1)))
-}
-
-fn errno(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 #[cfg(test)]

@@ -250,17 +250,19 @@ fn dummy(key: Key) -> SocketAddr {
 fn port_socket(key: Key) -> Result<Socket> {
     let addr = dummy(key);
     let socket = deaf(key.is_v6(), Type::DGRAM, None)?;
-    let failed = |e| Error::socket(Step::Prepare, Ends { local: Some(addr.into()), remote: None }, &e);
+    let set = |level, option, value| {
+        sys::setsockopt_int(socket.as_fd(), level, option, value)
+            .map_err(|e| Error::socket(Step::Prepare, Ends { local: Some(addr.into()), remote: None }, e))
+    };
     if key.is_v6() {
         // Or it would share the port with IPv4's sockets too.
-        socket.set_only_v6(true).map_err(failed)?;
+        set(libc::SOL_IPV6, libc::IPV6_V6ONLY, 1)?;
     }
-    socket.set_reuse_address(true).map_err(failed)?;
+    set(libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     bind(&socket, &addr.into())?;
     if !key.is_v6() {
         // What nobody cuts needs no number to be put together by, which the kernel would have to find for each datagram.
-        sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
-            .map_err(failed)?;
+        set(libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)?;
     }
     Ok(socket)
 }
@@ -272,7 +274,7 @@ fn port_socket(key: Key) -> Result<Socket> {
 #[cold]
 pub(super) fn let_be_cut(fd: BorrowedFd<'_>) -> Result<()> {
     sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
-        .map_err(|e| Error::socket(Step::Prepare, Ends::default(), &e))
+        .map_err(|e| Error::socket(Step::Prepare, Ends::default(), e))
 }
 
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
@@ -289,10 +291,9 @@ fn raw_socket(v6: bool) -> Result<Socket> {
 fn deaf(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = open(domain, kind, protocol)?;
-    let failed = |e| Error::socket(Step::Prepare, Ends::default(), &e);
     make_transparent(&socket, domain)?;
     // BPF_RET 0: keep no byte of it.
     let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
-    socket.attach_filter(&[nothing]).map_err(failed)?;
+    socket.attach_filter(&[nothing]).map_err(|e| Error::socket(Step::Prepare, Ends::default(), e))?;
     Ok(socket)
 }

@@ -6,6 +6,7 @@ use super::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
+use crate::sys;
 
 /// Every table of ours is called this and the name of its instance. Some
 /// names alone ("tproxy", "ip") are words of the nft language, which could
@@ -71,8 +72,8 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
     const GET_TABLE: u16 = 1;
     const GET_GENERATION: u16 = 16;
     const GENERATION_ID: u16 = 1;
-    let failed = |e: std::io::Error| {
-        let errno = e.raw_os_error().unwrap_or(libc::EIO);
+    let failed = |e: sys::Errno| {
+        let errno = e.0;
         match errno {
             libc::EOPNOTSUPP | libc::EINVAL => Error::new(
                 libc::EOPNOTSUPP,
@@ -156,7 +157,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
     let header = header(super::INET, 0);
     let dumped = channel
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
-        .map_err(|e| Error::io(format_args!("nft list table inet {table}"), &e))?;
+        .map_err(|e| Error::io(format_args!("nft list table inet {table}"), e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
     Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).list())
 }

@@ -60,7 +60,7 @@ impl Tracer {
         /// NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTRACE.
         const ADD_MEMBERSHIP: i32 = 1;
         const TRACES: i32 = 9;
-        let failed = |e: std::io::Error| Error::io(format_args!("nft monitor trace"), &e);
+        let failed = |e: sys::Errno| Error::io(format_args!("nft monitor trace"), e);
         let reports = Channel::socket(libc::NETLINK_NETFILTER).map_err(failed)?;
         sys::setsockopt_int(reports.as_fd(), libc::SOL_NETLINK, ADD_MEMBERSHIP, TRACES).map_err(failed)?;
         let mut objects: Vec<Object> =

@@ -80,7 +80,7 @@ pub(crate) fn commit(
     batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
 
     let answers = channel.exchange(&batch, last).map_err(|e| {
-        let errno = e.raw_os_error().unwrap_or(libc::EIO);
+        let errno = e.0;
         let cure = if errno == libc::EMSGSIZE {
             "; raise sysctl net.core.wmem_max, or have CAP_NET_ADMIN over the whole host"
         } else {
@@ -120,7 +120,7 @@ pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) ->
     let answers = match channel.exchange(&batch, last) {
         Ok(answers) => answers,
         Err(e) => {
-            let error = Error::io(format_args!("nf_tables"), &e);
+            let error = Error::io(format_args!("nf_tables"), e);
             return changes.iter().map(|_| Err(error.clone())).collect();
         }
     };

@@ -2,14 +2,13 @@
 
 mod reader;
 
-use std::io;
-
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
 use crate::backend::nft::{SUBSYSTEM, header};
 use crate::list::List;
 use crate::model::Family;
 use crate::netlink::{Channel, wire};
 use crate::sort;
+use crate::sys;
 use reader::{Read, Reader};
 
 /// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
@@ -25,7 +24,7 @@ const SETS_MAX: usize = 200;
 /// Every chain of the families IPv4, IPv6 and inet, with its rules.
 ///
 /// EPERM without CAP_NET_ADMIN.
-pub(crate) fn chains(channel: &mut Channel) -> io::Result<Vec<Chain>> {
+pub(crate) fn chains(channel: &mut Channel) -> sys::Result<Vec<Chain>> {
     let mut chains: Vec<(u8, Chain)> =
         channel.dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), &|_| {})?.iter().filter_map(|p| parse_chain(p)).list();
     // A host of Kubernetes has thousands of chains.

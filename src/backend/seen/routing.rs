@@ -1,10 +1,9 @@
 //! Everybody's routing policy rules, the routes of a table, and the interfaces. It needs no privilege.
 
-use std::io;
-
 use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::netlink::{Channel, wire};
+use crate::sys;
 
 /// What a routing policy rule does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +57,7 @@ const SOURCE_PORT: u16 = 23;
 const DESTINATION_PORT: u16 = 24;
 
 /// The rules of a family, in the order in which they are asked.
-pub(crate) fn rules(channel: &mut Channel, family: Family) -> io::Result<Vec<Rule>> {
+pub(crate) fn rules(channel: &mut Channel, family: Family) -> sys::Result<Vec<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let dumped = channel.dump(libc::RTM_GETRULE, &header, &|_| {})?;
     Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).list())
@@ -108,7 +107,7 @@ pub(crate) struct Route {
 const ROUTES_MAX: usize = 1000;
 
 /// The first routes of a table, and whether they are all.
-pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool)> {
+pub(crate) fn routes(family: Family, table: u32) -> sys::Result<(Vec<Route>, bool)> {
     const ROUTE_TABLE: u16 = 15;
     let mut header = [0; 12];
     header[0] = family.nfproto();
@@ -116,7 +115,7 @@ pub(crate) fn routes(family: Family, table: u32) -> io::Result<(Vec<Route>, bool
     let (dumped, all) =
         match channel.dump_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), ROUTES_MAX) {
             // A table that has never had a route.
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (Vec::new(), true),
+            Err(sys::Errno(libc::ENOENT)) => (Vec::new(), true),
             dumped => dumped?,
         };
     let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
@@ -164,7 +163,7 @@ pub(crate) struct Interface {
 const SWITCHES: [(usize, &str); 5] =
     [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
-pub(crate) fn interfaces(channel: &mut Channel) -> io::Result<Vec<Interface>> {
+pub(crate) fn interfaces(channel: &mut Channel) -> sys::Result<Vec<Interface>> {
     Ok(channel.dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?.iter().filter_map(|payload| parse_interface(payload)).list())
 }
 

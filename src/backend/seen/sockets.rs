@@ -1,11 +1,11 @@
 //! Who listens, by sock_diag(7). It needs no privilege.
 
-use std::io;
 use std::net::IpAddr;
 
 use crate::list::List;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Channel, wire};
+use crate::sys;
 
 /// A socket that gets what comes for a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Listener {
 }
 
 /// Every listening TCP socket and every bound, unconnected UDP socket.
-pub(crate) fn listeners(channel: &mut Channel) -> io::Result<Vec<Listener>> {
+pub(crate) fn listeners(channel: &mut Channel) -> sys::Result<Vec<Listener>> {
     /// SOCK_DIAG_BY_FAMILY; TCP_LISTEN and TCP_CLOSE (a UDP socket that is not connected), as bits.
     const BY_FAMILY: u16 = 20;
     const LISTEN: u32 = 1 << 10;
@@ -55,7 +55,7 @@ pub(crate) fn listeners(channel: &mut Channel) -> io::Result<Vec<Listener>> {
             match channel.dump(BY_FAMILY, &request, &|_| {}) {
                 Ok(dumped) => dumped.iter().filter_map(|payload| parse(protocol, payload)).onto(&mut found),
                 // No such family or protocol here.
-                Err(e) if [Some(libc::ENOENT), Some(libc::EAFNOSUPPORT)].contains(&e.raw_os_error()) => {}
+                Err(sys::Errno(libc::ENOENT | libc::EAFNOSUPPORT)) => {}
                 Err(e) => return Err(e),
             }
         }

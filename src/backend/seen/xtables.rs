@@ -1,6 +1,5 @@
 //! The matches and targets of iptables, as both its variants have them, and the tables of the legacy one.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -122,13 +121,13 @@ pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
     match sys::read(file) {
         Ok(text) => Some(text.lines().map(str::to_owned).list()),
         // The kernel has none of it.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Some(Vec::new()),
+        Err(sys::Errno(libc::ENOENT)) => Some(Vec::new()),
         Err(_) => None,
     }
 }
 
 /// The chains of one table of the legacy variant.
-pub(crate) fn legacy_chains(family: Family, table: &str) -> io::Result<Vec<Chain>> {
+pub(crate) fn legacy_chains(family: Family, table: &str) -> sys::Result<Vec<Chain>> {
     /// IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES, the same numbers for IPv6; `struct ipt_getinfo` and the head of
     /// `struct ipt_get_entries`.
     const GET_INFO: i32 = 64;
@@ -151,7 +150,7 @@ pub(crate) fn legacy_chains(family: Family, table: &str) -> io::Result<Vec<Chain
     ask(socket.as_fd(), GET_INFO, &mut info)?;
     let size = u32_at(&info, INFO - 4).unwrap_or(0) as usize;
     if size > MOST {
-        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        return Err(sys::Errno(libc::EFBIG));
     }
     let mut entries = vec![0; HEAD + size];
     entries[NAME..NAME + 4].copy_from_slice(&(size as u32).to_ne_bytes());

@@ -1,6 +1,5 @@
 //! Whatever message the kernel refuses, nothing is left, or everything is as it was.
 
-use std::io;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +10,7 @@ use super::*;
 use crate::netlink::Transport;
 use crate::prefix::Prefix;
 use crate::rules::{Listener, PortRange, Protocol};
+use crate::sys;
 
 /// A transport to the kernel that spoils one message: the kernel gets one of a type that it does not know.
 struct Spoiling {
@@ -22,7 +22,7 @@ struct Spoiling {
 const NEVER: usize = usize::MAX / 2;
 
 impl Transport for Spoiling {
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
         let mut bytes = bytes.to_vec();
         let mut at = 0;
         while at < bytes.len() {
@@ -40,7 +40,7 @@ impl Transport for Spoiling {
         Transport::send(&mut self.socket, &bytes)
     }
 
-    fn receive(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
         Transport::receive(&mut self.socket, buffer)
     }
 }
@@ -57,7 +57,7 @@ fn spoiling(left: &Arc<AtomicUsize>) -> (Channel, Channel) {
 #[allow(unsafe_code)]
 fn enter_own_network() {
     // SAFETY: a plain system call, which changes this thread alone.
-    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", io::Error::last_os_error());
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", sys::Errno::last());
     run("ip link set lo up");
 }
 
