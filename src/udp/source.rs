@@ -17,8 +17,6 @@
 //! Who holds the port on the wildcard address and does not share it keeps it:
 //! then a raw socket sends, with a UDP header of our own.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -42,7 +40,7 @@ const NEVER_CUT: usize = 552 - 28;
 const TAKEN_MS: u64 = 1000;
 
 /// What a socket is for: a port and a family, in one word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key(u32);
 
 impl Key {
@@ -68,33 +66,6 @@ impl Key {
     }
 }
 
-impl Hash for Key {
-    #[inline(always)]
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.spread());
-    }
-}
-
-/// Gives a [`Key`]'s own hash.
-#[derive(Default)]
-pub(super) struct Spread(u64);
-
-impl Hasher for Spread {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(self.0 << 8 ^ u64::from(*byte)));
-    }
-
-    #[inline(always)]
-    fn write_u64(&mut self, value: u64) {
-        self.0 = value;
-    }
-
-    #[inline(always)]
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
 /// How a reply leaves.
 pub(super) enum Way<'a> {
     /// From a socket of its source port.
@@ -105,6 +76,7 @@ pub(super) enum Way<'a> {
 
 /// What is known of a port.
 struct Source {
+    key: Key,
     /// `None`: it is taken.
     socket: Option<Socket>,
     /// What it sends may be cut on its way.
@@ -116,6 +88,13 @@ struct Source {
     turn: u64,
 }
 
+impl Source {
+    /// What is known still holds.
+    fn serves(&self, now: u64) -> bool {
+        self.socket.is_some() || now < self.since + TAKEN_MS
+    }
+}
+
 /// Counts of what was done.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Counts {
@@ -125,7 +104,8 @@ pub(super) struct Counts {
 }
 
 pub(super) struct Sources {
-    ports: HashMap<Key, Source, BuildHasherDefault<Spread>>,
+    /// In the order of their keys.
+    ports: Vec<Source>,
     raw: [Option<Socket>; 2],
     limit: usize,
     idle_ms: u64,
@@ -140,7 +120,7 @@ impl Sources {
     pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Sources {
         Sources {
             // All the room that there will ever be: a reply allocates nothing.
-            ports: HashMap::with_capacity_and_hasher(limit, BuildHasherDefault::default()),
+            ports: Vec::with_capacity(limit),
             raw: [None, None],
             limit,
             idle_ms,
@@ -153,7 +133,7 @@ impl Sources {
 
     /// How many sockets are open.
     pub(super) fn open(&self) -> usize {
-        self.ports.values().filter(|source| source.socket.is_some()).count() + self.raw.iter().flatten().count()
+        self.ports.iter().filter(|source| source.socket.is_some()).count() + self.raw.iter().flatten().count()
     }
 
     /// Closes what was not used for long. Cheap enough for every call: it looks at most four times in that time.
@@ -163,7 +143,7 @@ impl Sources {
         }
         self.next_sweep = now + (self.idle_ms / 4).max(1);
         let idle = self.idle_ms;
-        self.ports.retain(|_, source| now < source.used.saturating_add(idle));
+        self.ports.retain(|source| now < source.used.saturating_add(idle));
     }
 
     /// How datagrams leave from a port, none of which is longer than this.
@@ -173,34 +153,44 @@ impl Sources {
         }
         self.turn += 1;
         let turn = self.turn;
-        let known = self.ports.get(&key).is_some_and(|source| source.socket.is_some() || now < source.since + TAKEN_MS);
-        if known {
-            self.counts.hits += 1;
-        } else {
-            self.counts.misses += 1;
-            // First, so that there is never one more than allowed.
-            if self.ports.len() >= self.limit && !self.ports.contains_key(&key) {
-                self.evict();
+        let source = match self.place(key) {
+            Ok(place) if self.ports[place].serves(now) => {
+                self.counts.hits += 1;
+                &mut self.ports[place]
             }
-            let socket = self.open_port(key)?;
-            self.ports.insert(key, Source { socket, cut: key.is_v6(), since: now, used: now, turn });
+            known => {
+                self.counts.misses += 1;
+                self.learn(key, known.ok(), now)?
+            }
+        };
+        (source.used, source.turn) = (now, turn);
+        let Some(socket) = &source.socket else { return Ok(Way::Raw) };
+        if longest > NEVER_CUT && !source.cut {
+            let_be_cut(socket.as_fd())?;
+            source.cut = true;
         }
-        Ok(match self.ports.get_mut(&key) {
-            Some(source) => {
-                (source.used, source.turn) = (now, turn);
-                match &source.socket {
-                    Some(socket) => {
-                        if longest > NEVER_CUT && !source.cut {
-                            let_be_cut(socket.as_fd())?;
-                            source.cut = true;
-                        }
-                        Way::Port(socket.as_fd())
-                    }
-                    None => Way::Raw,
-                }
-            }
-            None => Way::Raw,
-        })
+        Ok(Way::Port(socket.as_fd()))
+    }
+
+    /// Where a port is, or would be.
+    fn place(&self, key: Key) -> std::result::Result<usize, usize> {
+        self.ports.binary_search_by_key(&key, |source| source.key)
+    }
+
+    /// Finds out about a port of which nothing is known, or nothing that still holds.
+    #[cold]
+    #[inline(never)]
+    fn learn(&mut self, key: Key, known: Option<usize>, now: u64) -> Result<&mut Source> {
+        match known {
+            Some(place) => drop(self.ports.remove(place)),
+            // First, so that there is never one more than allowed.
+            None if self.ports.len() >= self.limit => _ = self.evict(),
+            None => {}
+        }
+        let socket = self.open_port(key)?;
+        let (Ok(place) | Err(place)) = self.place(key);
+        self.ports.insert(place, Source { key, socket, cut: key.is_v6(), since: now, used: now, turn: 0 });
+        Ok(&mut self.ports[place])
     }
 
     /// The raw socket of a family.
@@ -230,8 +220,8 @@ impl Sources {
 
     /// Forgets what was not used for longest.
     fn evict(&mut self) -> bool {
-        let oldest = self.ports.iter().min_by_key(|(_, source)| source.turn).map(|(key, _)| *key);
-        let evicted = oldest.and_then(|key| self.ports.remove(&key)).is_some();
+        let oldest = (0..self.ports.len()).min_by_key(|place| self.ports[*place].turn);
+        let evicted = oldest.map(|place| self.ports.remove(place)).is_some();
         self.counts.evictions += u64::from(evicted);
         evicted
     }
