@@ -15,6 +15,19 @@ pub(crate) fn by(write: impl Fn(&mut fmt::Formatter<'_>) -> fmt::Result) -> impl
     By(write)
 }
 
+/// Texts that are kept.
+pub(crate) trait Owned {
+    /// As `to_owned`, whose code would be at every place where it is called.
+    fn owned(&self) -> String;
+}
+
+impl Owned for str {
+    #[inline(never)]
+    fn owned(&self) -> String {
+        self.to_owned()
+    }
+}
+
 /// What is before a mark and behind it, where it is there. (The standard library's search brings several KB, for texts
 /// that are longer than any here.)
 pub(crate) fn split_once<'a>(text: &'a str, mark: &str) -> Option<(&'a str, &'a str)> {

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
 use crate::prefix::PrefixSet;
+use crate::text::Owned;
 use crate::{sort, sys, text};
 
 /// Rules are looked at one by one: more prefixes than this would cost every packet too much.
@@ -286,16 +287,16 @@ impl Found {
         let (prefix, marker) = (chain_name(instance, ""), format!("--comment \"{}\"", comment(instance)));
         for line in save.lines() {
             if let Some(name) = line.strip_prefix('*') {
-                table = name.to_owned();
+                table = name.owned();
             } else if let Some(chain) = line.strip_prefix(':').and_then(|rest| rest.split(' ').next()) {
                 // No other instance's: the parts have no '-' in them.
                 if chain.strip_prefix(&prefix).is_some_and(|part| !part.contains('-')) {
-                    found.chains.push((table.clone(), chain.to_owned()));
+                    found.chains.push((table.clone(), chain.owned()));
                 }
             } else if let Some(rule) = line.strip_prefix("-A ")
                 && text::contains(rule, &marker)
             {
-                found.jumps.push((table.clone(), rule.to_owned()));
+                found.jumps.push((table.clone(), rule.owned()));
             }
         }
         sort::unique(&mut found.chains);
@@ -313,7 +314,7 @@ impl Found {
 fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
     let mut text = String::new();
     let found_in = found.chains.iter().chain(&found.jumps).map(|(table, _)| table.clone());
-    let mut names: Vec<String> = wanted.iter().map(|table| table.name.to_owned()).chain(found_in).list();
+    let mut names: Vec<String> = wanted.iter().map(|table| table.name.owned()).chain(found_in).list();
     sort::unique(&mut names);
     for table_name in names {
         // Writing to a String does not fail.
@@ -393,7 +394,7 @@ impl Tool {
     /// The instances that have rules here: those whose jumps say so. A chain's name alone may be anybody's.
     pub fn instances(&self) -> Result<Vec<String>> {
         let marker = format!("--comment \"{}", comment(""));
-        let name = |line: &str| Some(text::split_once(line, &marker)?.1.split_once('"')?.0.to_owned());
+        let name = |line: &str| Some(text::split_once(line, &marker)?.1.split_once('"')?.0.owned());
         let mut names = self.saved()?.lines().filter_map(name).list();
         sort::unique(&mut names);
         Ok(names)
@@ -408,7 +409,7 @@ impl Tool {
             let (packets, bytes) = counters.split_once(':')?;
             let (chain, rule) = rule.split_once(' ')?;
             let part = chain.strip_prefix(&prefix)?;
-            Some((part.to_owned(), rule.to_owned(), packets.parse().ok()?, bytes.parse().ok()?))
+            Some((part.owned(), rule.owned(), packets.parse().ok()?, bytes.parse().ok()?))
         };
         Ok(save.lines().filter_map(parse).list())
     }

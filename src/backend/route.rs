@@ -28,6 +28,7 @@ use crate::model::{Families, Family, Mark};
 use crate::netlink::wire::{self, Attrs, Buffer};
 use crate::netlink::{Channel, Failure};
 use crate::sys;
+use crate::text::Owned;
 
 /// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 't'. Not among
 /// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
@@ -414,7 +415,7 @@ impl Entry {
                 let what = match kind {
                     RuleKind::Goto(target) => format!("iif lo fwmark {mark} goto {target}"),
                     RuleKind::Lookup(table) => format!("fwmark {mark} lookup {table}"),
-                    RuleKind::Nop => "nop".to_owned(),
+                    RuleKind::Nop => "nop".owned(),
                     RuleKind::Foreign => String::new(),
                 };
                 format!("{} rule {verb} pref {priority} {what} protocol {PROTOCOL}", flag(family))

@@ -13,6 +13,7 @@ use crate::list::List;
 use crate::model::{Families, Family};
 use crate::netlink::Channel;
 use crate::sys;
+use crate::text::Owned;
 
 /// RT_TABLE_LOCAL: it has an entry for every address of the host, and none that matters here.
 const LOCAL_TABLE: u32 = 255;
@@ -124,11 +125,11 @@ impl Facts {
         self.capabilities = Capabilities::parse(&status).unwrap_or_default();
         let ids = sys::read("/proc/thread-self/uid_map").unwrap_or_default();
         self.initial_user_namespace = procfs::is_initial_user_namespace(&ids);
-        self.program = sys::link_of("/proc/self/exe").unwrap_or_else(|| "PROGRAM".to_owned());
+        self.program = sys::link_of("/proc/self/exe").unwrap_or_else(|| "PROGRAM".owned());
         let own = sys::descriptor_limits().map(|(soft, hard)| Descriptors::of(std::process::id(), soft, hard));
         self.descriptors.extend(own);
         let kernel = sys::read("/proc/sys/kernel/osrelease").unwrap_or_default();
-        self.kernel = kernel.trim().to_owned();
+        self.kernel = kernel.trim().owned();
     }
 
     fn look_at_routing(&mut self, channel: &mut Channel) {

@@ -8,6 +8,7 @@ use crate::backend::route::RULES;
 use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, Rule};
 use crate::list::List;
 use crate::model::{Families, Family, Mark};
+use crate::text::Owned;
 
 /// An instance of this library.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,7 +73,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain]) -> Vec<Instance> {
             named.flat_map(|chain| &chain.rules).list()
         };
         Some(Instance {
-            name: name.to_owned(),
+            name: name.owned(),
             table: table.name.clone(),
             place,
             owner: table.owner,

@@ -2,6 +2,7 @@
 
 use crate::backend::seen::routing::Interface;
 use crate::list::List;
+use crate::text::Owned;
 use crate::{sort, sys, text};
 
 /// What this process may do (capabilities(7)).
@@ -110,7 +111,7 @@ impl Sysctls {
         ];
         let read = |path: &str| {
             let text = sys::read(&format!("/proc/sys/net/{path}")).ok()?;
-            Some((path.to_owned(), text.trim().to_owned()))
+            Some((path.owned(), text.trim().owned()))
         };
         let mut found: Vec<(String, String)> = PATHS.into_iter().filter_map(read).list();
         for Interface { name, switches, .. } in interfaces {

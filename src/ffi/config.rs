@@ -10,6 +10,7 @@ use super::arg;
 use crate::error::{Error, Result};
 use crate::list;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
+use crate::text::Owned;
 
 /// Only bring packets to transparent sockets that they belong to: listeners
 /// on addresses that this host does not own, and connections from such
@@ -249,7 +250,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         )
     };
     Ok(Config {
-        name: name.to_owned(),
+        name: name.owned(),
         listeners,
         mode,
         backend: match config.backend {
@@ -341,7 +342,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
     let name = |item: &*const c_char| {
         // SAFETY: by the caller's word.
         let name = unsafe { arg::text(what, *item) }?;
-        Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
+        Ok(name.ok_or_else(|| arg::null(what))?.owned())
     };
     list::all(items.iter().map(name))
 }

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::model::{Families, Plan};
 use crate::netlink::Channel;
+use crate::text::Owned;
 
 /// Places for instances that ask for none of their own: routing rules from
 /// this preference on, four each, and a routing table each.
@@ -208,7 +209,7 @@ fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Erro
             // It will be gone in a moment: look again.
             return Some(Error::new(libc::ERESTART, "what a dead instance left there is being removed"));
         }
-        let owner = table.owner.map_or("what persists".to_owned(), |pid| format!("process {pid}"));
+        let owner = table.owner.map_or("what persists".owned(), |pid| format!("process {pid}"));
         let other = table.place.unwrap_or(*place);
         return Some(Error::with(
             libc::EBUSY,

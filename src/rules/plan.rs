@@ -7,6 +7,7 @@ use super::config::{Config, Listener};
 use crate::error::{Error, Result};
 use crate::model::{Families, Family, Intercept, Mark, Mode, Plan, PortRange, Protocol, Protocols};
 use crate::prefix::{Prefix, PrefixSet};
+use crate::text::Owned;
 use crate::{sort, text};
 
 /// An instance's name is part of names in the kernel, which are bounded.
@@ -157,7 +158,7 @@ pub(super) fn name(name: &str) -> Result<String> {
         && !name.starts_with('-')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
     if fits {
-        Ok(name.to_owned())
+        Ok(name.owned())
     } else {
         Err(Error::invalid_with(format_args!(
             "name {}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)",

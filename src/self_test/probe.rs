@@ -19,6 +19,7 @@ use crate::prefix::Prefix;
 use crate::rules::{Config, Listener, Rules};
 use crate::socket::{self, ListenOptions};
 use crate::sys;
+use crate::text::Owned;
 
 /// In milliseconds. The first packet of a connection is sent again after a second.
 const PATIENCE: u64 = 1300;
@@ -67,11 +68,11 @@ impl Probe {
     pub fn seen(&self) -> String {
         // Its first packet; later ones go the same way.
         let Some(packet) = self.steps.first().map(|step| step.packet) else {
-            return "; it was never seen to come in".to_owned();
+            return "; it was never seen to come in".owned();
         };
         let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).list();
         if let Some(by) = steps.iter().find(|step| step.dropped) {
-            let rule = by.rule.map_or("its policy".to_owned(), |handle| format!("rule {handle}"));
+            let rule = by.rule.map_or("its policy".owned(), |handle| format!("rule {handle}"));
             return format!("; last seen in chain {} of table {}, where {rule} dropped it", by.chain, by.table);
         }
         let Some(hook) = steps.iter().rev().find_map(|step| step.hook()) else { return String::new() };
@@ -319,7 +320,7 @@ fn hear(probe: &mut Probe) {
     let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
     match socket.read(&mut [0; 16]).map_err(sys::Errno::from) {
         Ok(1..) if probe.fate == Fate::Unanswered => probe.settle(Fate::Served),
-        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".to_owned())),
+        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".owned())),
         Err(sys::Errno(libc::EAGAIN | libc::ENOTCONN | libc::EINTR)) => {}
         Err(e) => probe.settle(Fate::Failed(e.to_string())),
     }

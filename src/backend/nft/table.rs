@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
 use crate::sys;
+use crate::text::Owned;
 
 /// Every table of ours is called this and the name of its instance. Some
 /// names alone ("tproxy", "ip") are words of the nft language, which could
@@ -105,7 +106,7 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
     let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
-        name: wire::string_of(attrs, NAME)?.to_owned(),
+        name: wire::string_of(attrs, NAME)?.owned(),
         place: comment.and_then(Place::parse),
         owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
         persistent: flags & super::transaction::PERSIST != 0,
@@ -126,7 +127,7 @@ pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
     const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
-        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).list())
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.owned())).list())
     };
     Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
 }
@@ -145,7 +146,7 @@ pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>>
         let name = wire::string_of(attrs, NAME)?;
         let data = wire::attribute(attrs, DATA)?;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
-        Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
+        Some((name.owned(), number(PACKETS)?, number(BYTES)?))
     };
     Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).list())
 }

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
+use crate::text::Owned;
 
 /// The table that watches. No instance can have this name.
 const TABLE: &str = "libtproxy--trace";
@@ -99,7 +100,7 @@ fn parse(payload: &[u8]) -> Option<Step> {
     const DROP: u32 = 0;
     let attrs = payload.get(header(0, 0).len()..)?;
     let number = |kind| wire::be32_of(attrs, kind);
-    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
     let verdict = wire::attribute(attrs, VERDICT).and_then(|v| wire::attribute(v, 1)).and_then(wire::be32);
     let family = number(NFPROTO)?;
     // RFC 791: the protocol is the 10th byte; RFC 8200: the next header is the 7th.

@@ -10,6 +10,7 @@ use crate::list::List;
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
 use crate::text;
+use crate::text::Owned;
 
 /// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
 const BEGIN: u16 = 0x10;
@@ -146,7 +147,7 @@ fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &C
             let message = batch.message_at(at).unwrap_or_default();
             (Command { change, table }.to_string(), expression_at(message, failure.offset))
         }
-        None => ("nf_tables".to_owned(), None),
+        None => ("nf_tables".owned(), None),
     };
     rejected(failure, &step, expression)
 }

@@ -9,6 +9,7 @@ use crate::model::Family;
 use crate::netlink::{Channel, wire};
 use crate::sort;
 use crate::sys;
+use crate::text::Owned;
 use reader::{Read, Reader};
 
 /// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
@@ -96,7 +97,7 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
     let nfproto = *payload.first()?;
     let family = family_of(nfproto)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
     let (table, name) = (text(TABLE)?, text(NAME)?);
     let hook = wire::attribute(attrs, HOOK).and_then(|hook| {
         let number = |kind| wire::be32_of(hook, kind);
@@ -128,7 +129,7 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     let family = *payload.first()?;
     family_of(family)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
     let place = Whereabouts { family, table: text(TABLE)?, chain: text(CHAIN)? };
     let mut reader = Reader::default();
     for (_, expression) in wire::attributes(wire::attribute(attrs, EXPRESSIONS).unwrap_or_default()) {

@@ -4,6 +4,7 @@ use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::netlink::{Channel, wire};
 use crate::sys;
+use crate::text::Owned;
 
 /// What a routing policy rule does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,9 +184,9 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
     let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
-        name: wire::string_of(attrs, NAME)?.to_owned(),
+        name: wire::string_of(attrs, NAME)?.owned(),
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
-        kind: kind.unwrap_or_default().to_owned(),
+        kind: kind.unwrap_or_default().owned(),
         master: wire::u32_of(attrs, MASTER).unwrap_or(0),
         switches: SWITCHES.into_iter().filter_map(switch).list(),
     })

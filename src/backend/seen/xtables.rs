@@ -9,6 +9,7 @@ use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
 use crate::list::List;
 use crate::model::Family;
 use crate::netlink::wire::{u16_at, u32_at};
+use crate::text::Owned;
 use crate::{sort, sys};
 
 /// A match (`-m`) by its name and its `struct xt_*_info`.
@@ -222,8 +223,8 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
     let new = |name: &str, hook: Option<Hook>| Chain {
         origin: Origin::IptablesLegacy,
         family: Some(family),
-        table: table.to_owned(),
-        name: name.to_owned(),
+        table: table.owned(),
+        name: name.owned(),
         hook,
         drops: false,
         rules: Vec::new(),

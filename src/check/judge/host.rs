@@ -8,6 +8,7 @@ use crate::check::facts::Descriptors;
 use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::procfs::{self, Capabilities};
 use crate::model::Family;
+use crate::text::Owned;
 use crate::{sort, text};
 
 /// The default limit of most systems; a proxy that has less was given less.
@@ -119,7 +120,7 @@ pub(super) fn good(found: &mut Findings, kind: &'static Kind, words: fmt::Argume
 
 fn iptables(scene: &Scene<'_>, found: &mut Findings) {
     let facts = scene.facts;
-    let installed = if facts.iptables.is_empty() { "none".to_owned() } else { facts.iptables.join(", ") };
+    let installed = if facts.iptables.is_empty() { "none".owned() } else { facts.iptables.join(", ") };
     let mut by_nft = Vec::new();
     for chain in facts.chains.iter().flatten() {
         if chain.origin == Origin::IptablesNft && chain.hook.is_some() {
@@ -128,7 +129,7 @@ fn iptables(scene: &Scene<'_>, found: &mut Findings) {
         }
     }
     sort::unique(&mut by_nft);
-    let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
+    let listed = |tables: &[String]| if tables.is_empty() { "no tables".owned() } else { tables.join(", ") };
     let (by_nft, legacy) = (listed(&by_nft), listed(&facts.legacy_tables));
     say!(found, Severity::Note, findings::IPTABLES, "installed: {installed}; nft variant: {by_nft}; legacy: {legacy}");
 }

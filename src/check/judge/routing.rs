@@ -11,6 +11,7 @@ use crate::check::walk::{self, Way};
 use crate::list::List;
 use crate::model::{Family, Mark};
 use crate::text;
+use crate::text::Owned;
 
 /// What marks rules and routes as ours (`route::PROTOCOL`).
 pub(super) const PROTOCOL: u8 = crate::backend::route::PROTOCOL;
@@ -399,7 +400,7 @@ fn system_rules(scene: &Scene<'_>, found: &mut Findings) {
 
 /// The command that deletes a rule.
 fn deletion(rule: &Rule) -> String {
-    format!("ip {} rule del pref {} {}", flag(rule.family), rule.priority, selector(rule)).trim_end().to_owned()
+    format!("ip {} rule del pref {} {}", flag(rule.family), rule.priority, selector(rule)).trim_end().owned()
 }
 
 /// A rule in few words.
@@ -430,5 +431,5 @@ fn selector(rule: &Rule) -> String {
             Action::Refuse => Ok(()),
         }
     });
-    words.to_string().trim_end().to_owned()
+    words.to_string().trim_end().owned()
 }

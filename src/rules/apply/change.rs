@@ -5,6 +5,7 @@ use super::*;
 use crate::backend::nft::table::Contents;
 use crate::list::List;
 use crate::prefix::{self, Prefix, PrefixSet};
+use crate::text::Owned;
 
 impl Rules {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
@@ -199,7 +200,7 @@ fn names_of(objects: &[Object]) -> Contents {
     let mut names = Contents::default();
     for object in objects {
         match object {
-            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
+            Object::Chain { name, .. } => names.chains.push((*name).owned()),
             Object::Set(set) => names.sets.push(set.name.to_string()),
             _ => {}
         }

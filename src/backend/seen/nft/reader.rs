@@ -6,6 +6,7 @@ use super::family_of;
 use crate::backend::seen::filter::{Condition, Part, Rule, Verdict};
 use crate::backend::seen::xtables;
 use crate::netlink::wire;
+use crate::text::Owned;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Read {
@@ -121,7 +122,7 @@ impl Reader {
             return self.load(register, Some(Value::Constant(constant.to_vec())));
         }
         let Some(verdict) = wire::attribute(value, 2) else { return };
-        let chain = || wire::string_of(verdict, 2).unwrap_or_default().to_owned();
+        let chain = || wire::string_of(verdict, 2).unwrap_or_default().owned();
         let verdict = match wire::be32_of(verdict, 1).map(|code| code as i32) {
             Some(ACCEPT) => Verdict::Accept,
             Some(DROP) => Verdict::Drop,
@@ -226,7 +227,7 @@ impl Reader {
         };
         let parts = &mut self.read.rule.parts;
         if let (Some(Value::DestinationPort), Some(set)) = (value, wire::string_of(data, 1)) {
-            self.read.port_sets.push((parts.len(), set.to_owned()));
+            self.read.port_sets.push((parts.len(), set.owned()));
         }
         let inverted = number(5).unwrap_or(0) & INVERTED != 0;
         parts.push(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) });
