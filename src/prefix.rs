@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::model::Family;
 
+mod ordered;
 mod set;
 
 pub(crate) use set::{Change, Contents, LENGTHS, PrefixSet};

@@ -7,9 +7,9 @@
 //! of a set of their own, which is asked for a packet's address without the
 //! bits of the host. All the others become ranges.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use super::ordered::Ordered;
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
 use crate::list::List;
@@ -37,9 +37,9 @@ pub(crate) struct PrefixSet {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Half {
     /// The lengths with a set of their own, and the networks of each.
-    hashed: Vec<(u8, BTreeSet<Prefix>)>,
+    hashed: Vec<(u8, Ordered)>,
     /// The others,
-    rest: BTreeSet<Prefix>,
+    rest: Ordered,
     /// and how many of them are of each length that is there, in the order of lengths.
     counts: Vec<(u8, usize)>,
 }
@@ -80,7 +80,7 @@ impl PrefixSet {
 
     pub fn of(&self, family: Family) -> impl Iterator<Item = Prefix> {
         let half = self.half(family);
-        half.hashed.iter().flat_map(|(_, networks)| networks).chain(&half.rest).copied()
+        half.hashed.iter().flat_map(|(_, networks)| networks.iter()).chain(half.rest.iter()).copied()
     }
 
     /// The lengths of a family that have a set of their own.
@@ -92,8 +92,8 @@ impl PrefixSet {
     pub fn contents(&self, family: Family) -> Contents {
         let half = self.half(family);
         let networks =
-            half.hashed.iter().map(|(len, networks)| (*len, networks.iter().map(|prefix| prefix.addr).collect()));
-        Contents { networks: networks.collect(), ranges: merged(half.rest.iter().map(Prefix::range)) }
+            half.hashed.iter().map(|(len, networks)| (*len, networks.iter().map(|prefix| prefix.addr).list()));
+        Contents { networks: networks.list(), ranges: merged(half.rest.iter().map(Prefix::range)) }
     }
 
     /// Adds and removes prefixes.
@@ -148,14 +148,9 @@ impl Half {
         lengths.retain(|(_, count)| *count >= many);
         sort::by_key(&mut lengths, |(len, count)| (std::cmp::Reverse(*count), *len));
         lengths.truncate(LENGTHS);
-        let hashed = lengths.iter().map(|(len, _)| {
-            let networks = prefixes.clone().filter(|prefix| prefix.len == *len);
-            (*len, networks.copied().collect())
-        });
-        let mut half = Half { hashed: hashed.list(), ..Half::default() };
-        prefixes
-            .filter(|prefix| !lengths.iter().any(|(len, _)| *len == prefix.len))
-            .for_each(|prefix| half.insert(prefix));
+        let hashed = lengths.iter().map(|(len, _)| (*len, Ordered::default())).list();
+        let mut half = Half { hashed, ..Half::default() };
+        prefixes.for_each(|prefix| half.insert(prefix));
         half
     }
 
@@ -257,7 +252,7 @@ impl Half {
 
     /// The prefixes that begin at an address or above.
     fn from(&self, family: Family, first: u128) -> impl Iterator<Item = &Prefix> {
-        self.rest.range(Prefix { addr: address(family, first), len: 0 }..)
+        self.rest.from(Prefix { addr: address(family, first), len: 0 })
     }
 
     /// The ranges within windows that none of them crosses.
@@ -293,6 +288,7 @@ fn count_of(counts: &mut Vec<(u8, usize)>, len: u8) -> &mut usize {
 mod tests {
     use super::*;
     use crate::prefix::mask;
+    use std::collections::BTreeSet;
     use proptest::prelude::*;
 
     fn prefix(text: &str) -> Prefix {
