@@ -288,8 +288,8 @@ fn count_of(counts: &mut Vec<(u8, usize)>, len: u8) -> &mut usize {
 mod tests {
     use super::*;
     use crate::prefix::mask;
-    use std::collections::BTreeSet;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     fn prefix(text: &str) -> Prefix {
         let (addr, len) = text.split_once('/').unwrap();
