@@ -203,7 +203,7 @@ class Run:
     def library(self):
         path = os.path.join(self.build, "stage", "lib", "libtproxy.so")
         needed = re.findall(r"NEEDED.*\[(.*)\]", demo.run("readelf", "-d", path))
-        self.say("", "## The shared library", "", f"- {os.stat(path).st_size:,} bytes, stripped; NEEDED: {', '.join(needed)}")
+        self.say("", "## The shared library", "", f"- {os.stat(path).st_size:,} bytes, stripped (wanted: at most {420 << 10:,}); NEEDED: {', '.join(needed)}")
         took = {path: [], os.path.join(self.build, "bench", "libnothing.so"): []}
         for _ in range(20):
             for library, times in took.items():
