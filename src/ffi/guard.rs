@@ -66,10 +66,12 @@ pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
 /// One for all bodies: what is around them is not made for each.
 fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
     let errno = sys::Kept::errno();
-    answer(quietly(|| {
-        let value = body()?;
-        errno.put_back();
-        Ok(value)
+    unless_panicked(quietly(|| {
+        answer(|| {
+            let value = body()?;
+            errno.put_back();
+            Ok(value)
+        })
     }))
 }
 
@@ -78,19 +80,23 @@ fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
 /// code, is caught too, but reported as the program reports its own.
 #[inline(always)]
 pub(super) fn guard_hot<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
-    answer(caught(body))
+    unless_panicked(caught(|| answer(body)))
 }
 
 #[inline(always)]
-fn answer<T: From<i8>>(outcome: std::result::Result<Result<T>, ()>) -> T {
-    match outcome {
-        Ok(Ok(value)) => return value,
-        Ok(Err(error)) => fail(error),
-        Err(()) => {
-            fail(Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"));
-        }
-    }
-    T::from(-1)
+fn answer<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
+    body().unwrap_or_else(|error| {
+        fail(error);
+        T::from(-1)
+    })
+}
+
+#[inline(always)]
+fn unless_panicked<T: From<i8>>(answer: std::result::Result<T, ()>) -> T {
+    answer.unwrap_or_else(|()| {
+        fail(Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it"));
+        T::from(-1)
+    })
 }
 
 /// errno is written last.
