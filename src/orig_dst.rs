@@ -7,7 +7,7 @@ use socket2::SockRef;
 
 use crate::address::{KernelAddr, as_family_of, canonical};
 use crate::error::{Ends, Error, Result, Step};
-use crate::sys;
+use crate::sys::{self, Errno};
 
 /// The original destination of an accepted stream socket.
 ///
@@ -23,51 +23,62 @@ pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
 /// As [`orig_dst`], for the caller to whom its time matters: in place.
 #[inline(always)]
 pub(crate) fn find(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
-    let failed = |e: sys::Errno| match e.0 {
-        libc::EOPNOTSUPP | libc::ENOPROTOOPT => not_of_a_family(),
-        _ => Error::socket(Step::Inspect, Ends::default(), e),
-    };
-    let transparent = sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT).map_err(failed)?;
-    sys::local_addr(fd, addr).map_err(failed)?;
+    match sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT) {
+        Ok(0) => before_nat(fd, addr),
+        Ok(_) => own_address(fd, addr).map_err(no_address),
+        Err(why) => Err(no_address(why)),
+    }
+}
+
+/// The socket's own address.
+#[inline(always)]
+fn own_address(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> sys::Result<()> {
+    sys::local_addr(fd, addr)?;
     if !addr.is_ipv4() && !addr.is_ipv6() {
-        return Err(not_of_a_family());
+        return Err(Errno(libc::EAFNOSUPPORT));
     }
     if addr.is_unspecified() || addr.port() == 0 {
-        return Err(not_accepted());
-    }
-    if transparent == 0 {
-        *addr = before_nat(fd, *addr)?.into();
+        return Err(Errno(libc::ENOTCONN));
     }
     Ok(())
 }
 
-/// What connection tracking knows of a connection that came to this address.
-fn before_nat(fd: BorrowedFd<'_>, local: KernelAddr) -> Result<SocketAddr> {
-    let socket = SockRef::from(&fd);
-    // The level follows the address, not the socket: a v4-mapped connection is IPv4's.
-    let found = if canonical(local.into()).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
-    match found {
-        Ok(found) => match found.as_socket().map(|found| as_family_of(local.into(), found)) {
-            // Tracked, but not translated: the client wanted this very socket.
-            Some(same) if same == local.into() => Err(not_intercepted()),
-            Some(found) => Ok(found),
-            None => Err(Error::new(libc::EIO, "connection tracking answered with an address of no known family")),
-        },
-        Err(e) => Err(match sys::Errno::from(e) {
-            sys::Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
-            e => Error::socket(Step::Inspect, Ends { local: Some(local), remote: None }, e),
-        }),
+#[cold]
+#[inline(never)]
+fn no_address(why: Errno) -> Error {
+    match why.0 {
+        libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENOPROTOOPT => {
+            Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket")
+        }
+        libc::ENOTCONN => Error::new(
+            libc::ENOTCONN,
+            "not an accepted connection: the socket has no address of its own (is it the listener?)",
+        ),
+        _ => Error::socket(Step::Inspect, Ends::default(), why),
     }
 }
 
-#[cold]
-fn not_of_a_family() -> Error {
-    Error::new(libc::EAFNOSUPPORT, "the descriptor is not an IPv4 or IPv6 stream socket")
-}
-
-#[cold]
-fn not_accepted() -> Error {
-    Error::new(libc::ENOTCONN, "not an accepted connection: the socket has no address of its own (is it the listener?)")
+/// What connection tracking knows of a connection that came to the socket's own address.
+#[inline(never)]
+fn before_nat(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
+    own_address(fd, addr).map_err(no_address)?;
+    let local = SocketAddr::from(*addr);
+    let socket = SockRef::from(&fd);
+    // The level follows the address, not the socket: a v4-mapped connection is IPv4's.
+    let found = if canonical(local).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    let found = found.map_err(|e| match Errno::from(e) {
+        Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
+        e => Error::socket(Step::Inspect, Ends { local: Some(*addr), remote: None }, e),
+    })?;
+    let unknown = || Error::new(libc::EIO, "connection tracking answered with an address of no known family");
+    match as_family_of(local, found.as_socket().ok_or_else(unknown)?) {
+        // Tracked, but not translated: the client wanted this very socket.
+        same if same == local => Err(not_intercepted()),
+        found => {
+            *addr = found.into();
+            Ok(())
+        }
+    }
 }
 
 #[cold]
