@@ -19,16 +19,17 @@ impl KernelAddr {
     /// Reads one, by the family that it names; `None` if it is another's or too short.
     #[inline(always)]
     pub(crate) fn parse(bytes: &[u8]) -> Option<KernelAddr> {
-        let mut addr = KernelAddr::NONE;
-        match family(bytes)? {
-            // The rest, sin_zero, says nothing.
-            libc::AF_INET if bytes.len() >= size_of::<libc::sockaddr_in>() => {
-                *addr.0.first_chunk_mut::<8>()? = *bytes.first_chunk()?;
-            }
-            libc::AF_INET6 => addr.0 = *bytes.first_chunk()?,
-            _ => return None,
+        AddrRef::parse(bytes).map(KernelAddr::from)
+    }
+
+    /// Hands on where it is, if it is one.
+    #[inline(always)]
+    pub(crate) fn hand_on<T>(&self, body: impl FnOnce(AddrRef<'_>) -> T) -> Option<T> {
+        match (self.family(), self.0.first_chunk()) {
+            (Some(libc::AF_INET), Some(v4)) => Some(body(AddrRef::V4(v4))),
+            (Some(libc::AF_INET6), _) => Some(body(AddrRef::V6(&self.0))),
+            _ => None,
         }
-        Some(addr)
     }
 
     /// The place, for the kernel to write to: of another family it has no more than the beginning.
@@ -134,12 +135,7 @@ impl KernelAddr {
     #[inline(always)]
     pub(crate) fn take_family(&mut self, family: Option<i32>) {
         if family == Some(libc::AF_INET6) && self.is_ipv4() {
-            let (port, ip) = (self.field::<2>(2), self.field::<4>(4));
-            *self = KernelAddr::NONE;
-            self.0[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-            self.0[2..4].copy_from_slice(&port);
-            self.0[18..20].copy_from_slice(&[0xff; 2]);
-            self.0[20..24].copy_from_slice(&ip);
+            *self = KernelAddr(v4_mapped(&self.field(0)));
         }
     }
 
@@ -154,6 +150,62 @@ impl KernelAddr {
     pub(crate) fn as_bytes(&self) -> &[u8] {
         if self.is_ipv4() { &self.0[..size_of::<libc::sockaddr_in>()] } else { &self.0 }
     }
+}
+
+/// An address where it lies, of a length that is its family's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AddrRef<'a> {
+    /// Without the rest of the struct, `sin_zero`, which says nothing.
+    V4(&'a [u8; 8]),
+    V6(&'a Bytes),
+}
+
+impl<'a> AddrRef<'a> {
+    /// By the family that is there; `None` if it is another's or too short.
+    #[inline(always)]
+    pub(crate) fn parse(bytes: &'a [u8]) -> Option<AddrRef<'a>> {
+        match family(bytes)? {
+            libc::AF_INET if bytes.len() >= size_of::<libc::sockaddr_in>() => bytes.first_chunk().map(AddrRef::V4),
+            libc::AF_INET6 => bytes.first_chunk().map(AddrRef::V6),
+            _ => None,
+        }
+    }
+
+    /// Hands it on as a socket of that family has it: an IPv6 socket has IPv4 addresses v4-mapped.
+    #[inline(always)]
+    pub(crate) fn of_family<T>(self, family: Option<i32>, body: impl FnOnce(AddrRef<'_>) -> T) -> T {
+        match self {
+            AddrRef::V4(v4) if family == Some(libc::AF_INET6) => body(AddrRef::V6(&v4_mapped(v4))),
+            // Said of each, so that the body need not ask again.
+            AddrRef::V4(v4) => body(AddrRef::V4(v4)),
+            AddrRef::V6(v6) => body(AddrRef::V6(v6)),
+        }
+    }
+}
+
+impl From<AddrRef<'_>> for KernelAddr {
+    #[inline(always)]
+    fn from(addr: AddrRef<'_>) -> KernelAddr {
+        match addr {
+            AddrRef::V4(v4) => {
+                let mut addr = KernelAddr::NONE;
+                addr.0[..v4.len()].copy_from_slice(v4);
+                addr
+            }
+            AddrRef::V6(v6) => KernelAddr(*v6),
+        }
+    }
+}
+
+/// The IPv6 struct for an IPv4 one.
+#[inline(always)]
+fn v4_mapped(v4: &[u8; 8]) -> Bytes {
+    let mut bytes = [0; size_of::<Bytes>()];
+    bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+    bytes[2..4].copy_from_slice(&v4[2..4]);
+    bytes[18..20].copy_from_slice(&[0xff; 2]);
+    bytes[20..24].copy_from_slice(&v4[4..]);
+    bytes
 }
 
 impl From<KernelAddr> for SocketAddr {

@@ -1,16 +1,17 @@
 //! What C gives, decoded: NULL, lengths and families are checked here, once.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use libc::{sockaddr, sockaddr_storage, socklen_t};
 
-use crate::address::{self, KernelAddr};
+use crate::address::{self, AddrRef, KernelAddr};
 use crate::error::{Error, Result};
 
 /// A pointer that must not be NULL was.
 #[cold]
+#[inline(never)]
 pub(super) fn null(what: &str) -> Error {
     Error::with(libc::EFAULT, format_args!("{what} is NULL"))
 }
@@ -29,6 +30,7 @@ pub(super) unsafe fn fd<'a>(fd: c_int) -> Result<BorrowedFd<'a>> {
 }
 
 #[cold]
+#[inline(never)]
 fn bad_descriptor(fd: c_int) -> Error {
     Error::with(libc::EBADF, format_args!("descriptor {fd}: Bad file descriptor"))
 }
@@ -92,6 +94,9 @@ unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
     }
 }
 
+/// The length of an IPv4 address's struct.
+const V4: usize = size_of::<libc::sockaddr_in>();
+
 /// Where an address goes: the place and its size, which becomes the address's.
 pub(super) struct AddressOut {
     addr: *mut sockaddr,
@@ -99,58 +104,77 @@ pub(super) struct AddressOut {
 }
 
 impl AddressOut {
+    /// `None`: [`no_place`] says why.
     #[inline(always)]
-    pub(super) fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<AddressOut> {
-        if addr.is_null() || len.is_null() {
-            return Err(no_place(what, addr));
-        }
-        Ok(AddressOut { addr, len })
+    pub(super) fn new(addr: *mut sockaddr, len: *mut socklen_t) -> Option<AddressOut> {
+        (!addr.is_null() && !len.is_null()).then_some(AddressOut { addr, len })
     }
 
-    /// Writes the address and its length, or nothing if there is too little room.
+    /// Writes the address and its length, or nothing: then there is too little room for the length that it gives
+    /// ([`AddressOut::too_little`] says so).
     ///
     /// # Safety
     /// The length is valid for reads and writes, the place for writes of that length.
     #[inline(always)]
-    pub(super) unsafe fn write(&self, value: &KernelAddr) -> Result<()> {
+    pub(super) unsafe fn write(&self, value: AddrRef<'_>) -> std::result::Result<(), usize> {
         // SAFETY: by the caller's word.
         let room = unsafe { self.len.read_unaligned() } as usize;
-        let needed = value.as_bytes().len();
-        if room < needed {
-            return Err(too_little_room(room, needed));
+        match value {
+            // SAFETY: by the caller's word, and there is room.
+            AddrRef::V4(v4) if room >= V4 => unsafe { self.write_v4(v4) },
+            // SAFETY: as above.
+            AddrRef::V6(v6) if room >= v6.len() => unsafe { self.write_v6(v6) },
+            AddrRef::V4(_) => return Err(V4),
+            AddrRef::V6(v6) => return Err(v6.len()),
         }
-        // SAFETY: there is room for it.
-        unsafe { self.write_whole(value) };
         Ok(())
+    }
+
+    /// # Safety
+    /// As for [`write`](Self::write).
+    #[cold]
+    #[inline(never)]
+    pub(super) unsafe fn too_little(&self, needed: usize) -> Error {
+        // SAFETY: by the caller's word.
+        let room = unsafe { self.len.read_unaligned() };
+        Error::invalid_with(format_args!(
+            "the address needs {needed} bytes, but there is room for {room}: use a struct sockaddr_storage"
+        ))
     }
 
     /// # Safety
     /// As for [`write`](Self::write), and there is room.
     #[inline(always)]
-    unsafe fn write_whole(&self, value: &KernelAddr) {
-        let (bytes, place) = (value.as_bytes(), self.addr.cast::<u8>());
+    unsafe fn write_v4(&self, v4: &[u8; 8]) {
         // SAFETY: by the caller's word.
         unsafe {
-            // Two lengths that the compiler knows are two moves each; one that it does not is a call.
-            match bytes.first_chunk() {
-                Some(v6) => place.cast::<address::Bytes>().write_unaligned(*v6),
-                None => place.copy_from_nonoverlapping(bytes.as_ptr(), size_of::<libc::sockaddr_in>()),
-            }
-            self.len.write_unaligned(bytes.len() as socklen_t);
+            self.addr.cast::<[[u8; 8]; 2]>().write_unaligned([*v4, [0; 8]]);
+            self.len.write_unaligned(V4 as socklen_t);
+        }
+    }
+
+    /// # Safety
+    /// As for [`write`](Self::write), and there is room.
+    #[inline(always)]
+    unsafe fn write_v6(&self, v6: &address::Bytes) {
+        // SAFETY: by the caller's word.
+        unsafe {
+            self.addr.cast::<address::Bytes>().write_unaligned(*v6);
+            self.len.write_unaligned(v6.len() as socklen_t);
         }
     }
 }
 
 #[cold]
-fn no_place(what: &str, addr: *mut sockaddr) -> Error {
+#[inline(never)]
+pub(super) fn no_place(what: &str, addr: *mut sockaddr) -> Error {
     if addr.is_null() { null(what) } else { null(&format!("{what}: the length")) }
 }
 
 #[cold]
-fn too_little_room(room: usize, len: usize) -> Error {
-    Error::invalid_with(format_args!(
-        "the address needs {len} bytes, but there is room for {room}: use a struct sockaddr_storage"
-    ))
+#[inline(never)]
+fn no_room(what: &str, room: usize) -> Error {
+    Error::invalid_with(format_args!("{what}: {room} bytes are no room for an address: use a struct sockaddr_storage"))
 }
 
 /// Where the address of a datagram goes that has been received: it must not be
@@ -165,13 +189,11 @@ impl DatagramAddressOut {
         if addr.is_null() {
             return Ok(DatagramAddressOut(None));
         }
-        let out = AddressOut::new(what, addr, len)?;
+        let Some(out) = AddressOut::new(addr, len) else { return Err(no_place(what, addr)) };
         // SAFETY: by the caller's word.
         let room = unsafe { out.len.read_unaligned() } as usize;
-        if room < size_of::<libc::sockaddr_in>() {
-            return Err(Error::invalid_with(format_args!(
-                "{what}: {room} bytes are no room for an address: use a struct sockaddr_storage"
-            )));
+        if room < V4 {
+            return Err(no_room(what, room));
         }
         Ok(DatagramAddressOut(Some(out)))
     }
@@ -181,27 +203,41 @@ impl DatagramAddressOut {
     /// # Safety
     /// As for [`new`](Self::new).
     #[inline(always)]
-    pub(super) unsafe fn write(&self, value: &KernelAddr) {
+    pub(super) unsafe fn write(&self, value: Option<AddrRef<'_>>) {
         let Some(out) = &self.0 else { return };
-        if value.is_none() {
-            // SAFETY: by the caller's word; there is room for more than the family.
-            unsafe {
-                out.addr.cast::<libc::sa_family_t>().write_unaligned(libc::AF_UNSPEC as libc::sa_family_t);
-                out.len.write_unaligned(0);
-            }
-            return;
-        }
-        let bytes = value.as_bytes();
-        // SAFETY: by the caller's word; no more is written than there is room for.
+        // SAFETY: by the caller's word; no more is written than there is room for, which is enough for an IPv4 address.
         unsafe {
-            let room = out.len.read_unaligned() as usize;
-            if room >= bytes.len() {
-                return out.write_whole(value);
+            match value {
+                Some(AddrRef::V4(v4)) => out.write_v4(v4),
+                Some(AddrRef::V6(v6)) => {
+                    let room = out.len.read_unaligned() as usize;
+                    if room >= v6.len() {
+                        return out.write_v6(v6);
+                    }
+                    out.addr.cast::<u8>().copy_from_nonoverlapping(v6.as_ptr(), room);
+                    out.len.write_unaligned(v6.len() as socklen_t);
+                }
+                None => {
+                    out.addr.cast::<libc::sa_family_t>().write_unaligned(libc::AF_UNSPEC as libc::sa_family_t);
+                    out.len.write_unaligned(0);
+                }
             }
-            out.addr.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), room);
-            out.len.write_unaligned(bytes.len() as socklen_t);
         }
     }
+}
+
+/// The family of an address that may be NULL, or too short to have one.
+///
+/// # Safety
+/// `addr` is NULL or valid for reads of `len` bytes.
+#[inline(always)]
+pub(super) unsafe fn family(addr: *const c_void, len: socklen_t) -> Option<c_int> {
+    let family = addr.cast::<libc::sa_family_t>();
+    if family.is_null() || (len as usize) < size_of::<libc::sa_family_t>() {
+        return None;
+    }
+    // SAFETY: not NULL, and long enough.
+    Some(unsafe { family.read_unaligned() }.into())
 }
 
 /// A string, or `None` for NULL.
@@ -222,12 +258,21 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<Option<
 /// # Safety
 /// `items` is NULL or valid for reads of `len` items.
 pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Result<&'a [T]> {
+    // SAFETY: by the caller's word.
+    unsafe { slice(items, len) }.ok_or_else(|| no_array(what, items, len))
+}
+
+/// The same; `None`: [`no_array`] says why.
+///
+/// # Safety
+/// As for [`array()`].
+#[inline(always)]
+pub(super) unsafe fn slice<'a, T>(items: *const T, len: usize) -> Option<&'a [T]> {
     if len == 0 {
-        return Ok(&[]);
+        return Some(&[]);
     }
-    check_array(what, items, len)?;
     // SAFETY: not NULL, valid for len items by the caller's word, aligned, and not too large.
-    Ok(unsafe { std::slice::from_raw_parts(items, len) })
+    is_array(items, len).then(|| unsafe { std::slice::from_raw_parts(items, len) })
 }
 
 /// The same, to be written.
@@ -238,22 +283,28 @@ pub(super) unsafe fn array_mut<'a, T>(what: &str, items: *mut T, len: usize) -> 
     if len == 0 {
         return Ok(&mut []);
     }
-    check_array(what, items, len)?;
+    if !is_array(items, len) {
+        return Err(no_array(what, items, len));
+    }
     // SAFETY: as for array().
     Ok(unsafe { std::slice::from_raw_parts_mut(items, len) })
 }
 
-fn check_array<T>(what: &str, items: *const T, len: usize) -> Result<()> {
+fn is_array<T>(items: *const T, len: usize) -> bool {
+    !items.is_null() && items.is_aligned() && len <= isize::MAX as usize / size_of::<T>().max(1)
+}
+
+/// Why it is none.
+#[cold]
+#[inline(never)]
+pub(super) fn no_array<T>(what: &str, items: *const T, len: usize) -> Error {
     if items.is_null() {
-        return Err(null(what));
+        null(what)
+    } else if !items.is_aligned() {
+        Error::invalid_with(format_args!("{what}: the array is not aligned"))
+    } else {
+        Error::invalid_with(format_args!("{what}: {len} items are more than memory holds"))
     }
-    if !items.is_aligned() {
-        return Err(Error::invalid_with(format_args!("{what}: the array is not aligned")));
-    }
-    if len > isize::MAX as usize / size_of::<T>().max(1) {
-        return Err(Error::invalid_with(format_args!("{what}: {len} items are more than memory holds")));
-    }
-    Ok(())
 }
 
 /// Where a struct goes that may grow: an older caller's has room for less.

@@ -8,9 +8,9 @@ use libc::{msghdr, sockaddr, socklen_t, ssize_t};
 use super::arg::{self, AddressOut, DatagramAddressOut, SizedOut};
 use super::guard::{guard, guard_hot};
 use super::sockets::TP_NONBLOCK;
-use crate::address::{self, KernelAddr};
+use crate::address::KernelAddr;
 use crate::error::{Error, Result};
-use crate::udp::{self, Control, Datagram, Options, Replier};
+use crate::udp::{self, ControlRoom, Datagram, Options, Replier};
 
 /// In tp_datagram.flags: the datagram was longer than its place; len is what
 /// there was room for, and the rest is lost.
@@ -122,12 +122,17 @@ pub unsafe extern "C" fn tp_recvfrom(
             unsafe { (DatagramAddressOut::new("src", src, srclen)?, DatagramAddressOut::new("dst", dst, dstlen)?) };
         // SAFETY: the caller's descriptor, open during the call.
         let fd = unsafe { arg::fd(fd) }?;
-        let (mut source, mut orig_dst) = (KernelAddr::NONE, KernelAddr::NONE);
-        let received = udp::receive_one(fd, buffer, flags, &mut source, &mut orig_dst)?;
+        let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
+        let (received, orig_dst) = udp::receive_one(fd, buffer, flags, &mut source, &mut control)?;
         // SAFETY: by the caller's word.
         unsafe {
-            src.write(&source);
-            dst.write(&orig_dst);
+            match orig_dst {
+                Some(found) => found.of_family(source.family(), |addr| dst.write(Some(addr))),
+                None => dst.write(None),
+            }
+            if source.hand_on(|addr| src.write(Some(addr))).is_none() {
+                src.write(None);
+            }
         }
         Ok(received as ssize_t)
     })
@@ -151,27 +156,27 @@ pub unsafe extern "C" fn tp_recvfrom(
 /// System calls: none. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
+    /// C need not have aligned it.
+    #[repr(C, packed)]
+    struct Unaligned(msghdr);
     guard_hot(|| {
-        let out = AddressOut::new("addr", addr, addrlen)?;
-        if msg.is_null() {
-            return Err(arg::null("msg"));
+        let Some(out) = AddressOut::new(addr, addrlen) else { return Err(arg::no_place("addr", addr)) };
+        // SAFETY: NULL, or valid for reads by the caller's word.
+        let Some(msg) = (unsafe { msg.cast::<Unaligned>().as_ref() }) else { return Err(arg::null("msg")) };
+        let (control, len) = (msg.0.msg_control.cast::<u8>(), msg.0.msg_controllen);
+        // SAFETY: by the caller's word.
+        let Some(control) = (unsafe { arg::slice(control, len) }) else {
+            return Err(arg::no_array("msg_control", control, len));
+        };
+        let Some(found) = udp::orig_dst(control) else { return Err(no_orig_dst(msg.0.msg_flags)) };
+        // SAFETY: by the caller's word.
+        let family = unsafe { arg::family(msg.0.msg_name, msg.0.msg_namelen) };
+        // SAFETY: by the caller's word.
+        match found.of_family(family, |addr| unsafe { out.write(addr) }) {
+            Ok(()) => Ok(0),
+            // SAFETY: as above.
+            Err(needed) => Err(unsafe { out.too_little(needed) }),
         }
-        // SAFETY: by the caller's word; C need not have aligned it.
-        let msg = unsafe { msg.read_unaligned() };
-        // SAFETY: by the caller's word.
-        let control = unsafe { arg::array("msg_control", msg.msg_control.cast::<u8>(), msg.msg_controllen) }?;
-        let name_len = if msg.msg_name.is_null() { 0 } else { msg.msg_namelen as usize };
-        // SAFETY: by the caller's word.
-        let name = unsafe { arg::array("msg_name", msg.msg_name.cast::<u8>(), name_len) }?;
-        let mut found = Control::default();
-        found.read(control);
-        if found.orig_dst.is_none() {
-            return Err(no_orig_dst(msg.msg_flags));
-        }
-        found.orig_dst.take_family(address::family(name));
-        // SAFETY: by the caller's word.
-        unsafe { out.write(&found.orig_dst) }?;
-        Ok(0)
     })
 }
 

@@ -253,12 +253,15 @@ pub unsafe extern "C" fn tp_connect_from(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard_hot(|| {
-        let out = AddressOut::new("addr", addr, addrlen)?;
+        let Some(out) = AddressOut::new(addr, addrlen) else { return Err(arg::no_place("addr", addr)) };
         let mut found = KernelAddr::NONE;
         // SAFETY: the caller's descriptor, open during the call.
         orig_dst::find(unsafe { arg::fd(fd) }?, &mut found)?;
         // SAFETY: by the caller's word.
-        unsafe { out.write(&found) }?;
+        if let Some(Err(needed)) = found.hand_on(|addr| unsafe { out.write(addr) }) {
+            // SAFETY: as above.
+            return Err(unsafe { out.too_little(needed) });
+        }
         Ok(0)
     })
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::address::KernelAddr;
+use crate::address::{AddrRef, KernelAddr};
 
 /// `UDP_GRO` and `UDP_SEGMENT`, include/uapi/linux/udp.h.
 pub(super) const UDP_GRO: i32 = 104;
@@ -40,14 +40,10 @@ impl Control {
     }
 
     #[inline(always)]
-    pub(crate) fn read(&mut self, mut data: &[u8]) {
-        while let Some(header) = data.first_chunk::<HEADER>() {
-            let (len, level, kind) = decode_header(header);
-            let Some(body) = data.get(HEADER..len) else { break };
-            match (level, kind) {
-                (libc::SOL_IP, libc::IP_ORIGDSTADDR) | (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR)
-                    if self.orig_dst.is_none() =>
-                {
+    pub(super) fn read(&mut self, data: &[u8]) {
+        let _: Option<()> = find(data, |what, body| {
+            match what {
+                ORIG_DST_V4 | ORIG_DST_V6 if self.orig_dst.is_none() => {
                     self.orig_dst = KernelAddr::parse(body).unwrap_or_default();
                 }
                 (libc::SOL_UDP, UDP_GRO) => {
@@ -56,8 +52,32 @@ impl Control {
                 }
                 _ => {}
             }
-            data = data.get(align(len)..).unwrap_or_default();
+            None
+        });
+    }
+}
+
+const ORIG_DST_V4: (i32, i32) = (libc::SOL_IP, libc::IP_ORIGDSTADDR);
+const ORIG_DST_V6: (i32, i32) = (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR);
+
+/// The original destination alone, where it lies.
+#[inline(always)]
+pub(crate) fn orig_dst(data: &[u8]) -> Option<AddrRef<'_>> {
+    find(data, |what, body| match what {
+        ORIG_DST_V4 | ORIG_DST_V6 => AddrRef::parse(body),
+        _ => None,
+    })
+}
+
+/// What is first made of a message: of its level and type, and its bytes. One that is cut short ends them.
+#[inline(always)]
+fn find<'a, T>(mut data: &'a [u8], mut make: impl FnMut((i32, i32), &'a [u8]) -> Option<T>) -> Option<T> {
+    loop {
+        let (len, level, kind) = decode_header(data.first_chunk()?);
+        if let Some(made) = make((level, kind), data.get(HEADER..len)?) {
+            return Some(made);
         }
+        data = data.get(align(len)..)?;
     }
 }
 
@@ -208,7 +228,8 @@ mod tests {
                 data.extend(one);
             }
             data.truncate(cut);
-            Control::parse(&data);
+            let found = orig_dst(&data).map(KernelAddr::from);
+            prop_assert_eq!(found.unwrap_or_default(), Control::parse(&data).orig_dst);
         }
 
         #[test]
@@ -220,6 +241,7 @@ mod tests {
             };
             let data = [address(to), message(libc::SOL_UDP, UDP_GRO, &segment.to_ne_bytes())].concat();
             prop_assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: segment as u32 });
+            prop_assert_eq!(orig_dst(&data).map(KernelAddr::from), Some(to.into()));
             // However much is cut off, what is left is read or passed over.
             for len in 0..data.len() {
                 let cut = Control::parse(&data[..len]);

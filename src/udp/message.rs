@@ -62,19 +62,17 @@ const CONTROL: usize = 192;
 
 /// Aligned as `struct cmsghdr` is.
 #[repr(C, align(8))]
-struct ControlRoom([MaybeUninit<u8>; CONTROL]);
+pub(crate) struct ControlRoom([MaybeUninit<u8>; CONTROL]);
 
 impl ControlRoom {
-    const EMPTY: ControlRoom = ControlRoom([MaybeUninit::uninit(); CONTROL]);
+    pub(crate) const EMPTY: ControlRoom = ControlRoom([MaybeUninit::uninit(); CONTROL]);
 
     /// What the kernel wrote there.
     #[inline(always)]
-    fn parse(&self, message: &msghdr) -> Control {
+    fn written(&self, message: &msghdr) -> &[u8] {
         let len = message.msg_controllen.min(CONTROL);
-        let mut control = Control::default();
         // SAFETY: the kernel has written so many bytes.
-        control.read(unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) });
-        control
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) }
     }
 }
 
@@ -89,30 +87,27 @@ fn msghdr_of(name: *mut c_void, name_len: usize, parts: *mut iovec, n_parts: usi
     message
 }
 
-/// One `recvmsg(2)`: how many bytes, and what the control data say. `source`, which was none, is from whom.
+/// One `recvmsg(2)`: how many bytes, and the control data. `source`, which was none, is from whom; of another family
+/// than IPv4 and IPv6 it has no more than the beginning.
 #[inline(always)]
-pub(super) fn receive_one(
+pub(super) fn receive_one<'c>(
     fd: BorrowedFd<'_>,
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
     source: &mut KernelAddr,
-) -> sys::Result<(usize, Control)> {
-    let mut control = ControlRoom::EMPTY;
+    control: &'c mut ControlRoom,
+) -> sys::Result<(usize, &'c [u8])> {
     let mut part = iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let name = source.as_mut_bytes();
     let mut message = msghdr_of(name.as_mut_ptr().cast(), name.len(), &raw mut part, 1);
-    message.msg_control = (&raw mut control).cast();
+    message.msg_control = ptr::from_mut(control).cast();
     message.msg_controllen = CONTROL;
     // SAFETY: what the message points to is alive, and as long as it says.
     let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
     if len < 0 {
         return Err(sys::Errno::last());
     }
-    if !source.is_ipv4() && !source.is_ipv6() {
-        // Of another family, whose names may be longer, it is none.
-        *source = KernelAddr::NONE;
-    }
-    Ok((len as usize, control.parse(&message)))
+    Ok((len as usize, control.written(&message)))
 }
 
 /// One `recvmmsg(2)`, straight into the datagrams. Those beyond the number that it gives are as they were.
@@ -138,7 +133,8 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     for (at, datagram) in datagrams.iter_mut().take(received).enumerate() {
         // SAFETY: one of the messages above.
         let message = unsafe { messages[at].assume_init_ref() };
-        let control = controls[at].parse(&message.msg_hdr);
+        let mut control = Control::default();
+        control.read(controls[at].written(&message.msg_hdr));
         let cut = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
         let cut = cut(libc::MSG_TRUNC, TRUNC) | cut(libc::MSG_CTRUNC, CTRUNC);
         datagram.received(message.msg_len as usize, control, cut);

@@ -19,7 +19,9 @@ mod replier;
 mod source;
 
 pub use control::Control;
+pub(crate) use control::orig_dst;
 pub use datagram::Datagram;
+pub(crate) use message::ControlRoom;
 pub(crate) use receive::receive_one;
 pub use receive::{Received, receive, receive_from};
 pub use replier::{Options, Replier, Stats};

@@ -4,9 +4,10 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
+use super::control;
 use super::datagram::Datagram;
-use super::message;
-use crate::address::KernelAddr;
+use super::message::{self, ControlRoom};
+use crate::address::{AddrRef, KernelAddr};
 use crate::error::{Ends, Error, Result, Step};
 
 /// What [`receive_from`] says of a datagram.
@@ -22,25 +23,25 @@ pub struct Received {
 
 /// `recvfrom(2)` with the original destination, in one system call.
 pub fn receive_from(fd: BorrowedFd<'_>, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
-    let (mut source, mut orig_dst) = (KernelAddr::NONE, KernelAddr::NONE);
-    let len = receive_one(fd, buffer, flags, &mut source, &mut orig_dst)?;
-    Ok(Received { len, source: source.get(), orig_dst: orig_dst.get() })
+    let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
+    let (len, orig_dst) = receive_one(fd, buffer, flags, &mut source, &mut control)?;
+    let orig_dst = orig_dst.map(|found| found.of_family(source.family(), |addr| KernelAddr::from(addr).into()));
+    Ok(Received { len, source: source.get(), orig_dst })
 }
 
-/// As [`receive_from`], for the caller to whom its time matters: both addresses were none.
+/// As [`receive_from`], for the caller to whom its time matters: `source` was none, and the original destination is
+/// where the kernel wrote it.
 #[inline(always)]
-pub(crate) fn receive_one(
+pub(crate) fn receive_one<'c>(
     fd: BorrowedFd<'_>,
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
     source: &mut KernelAddr,
-    orig_dst: &mut KernelAddr,
-) -> Result<usize> {
-    let (len, control) = message::receive_one(fd, buffer, flags, source)
+    control: &'c mut ControlRoom,
+) -> Result<(usize, Option<AddrRef<'c>>)> {
+    let (len, control) = message::receive_one(fd, buffer, flags, source, control)
         .map_err(|e| Error::socket(Step::Receive, Ends::default(), e))?;
-    *orig_dst = control.orig_dst;
-    orig_dst.take_family(source.family());
-    Ok(len)
+    Ok((len, control::orig_dst(control)))
 }
 
 /// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
