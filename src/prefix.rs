@@ -1,5 +1,6 @@
 //! Address prefixes, and the ranges of addresses that they cover.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,9 +14,10 @@ mod set;
 pub(crate) use set::{Change, Contents, LENGTHS, PrefixSet};
 
 /// An address and how many of its leading bits count.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+///
+/// IPv4 is before IPv6, and each in the order of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Prefix {
-    /// IPv4 before IPv6, then in the order of addresses.
     addr: IpAddr,
     len: u8,
 }
@@ -54,6 +56,20 @@ impl Prefix {
     fn range(&self) -> Range {
         let first = number(self.addr);
         Range { first, last: first | host_mask(self.family(), self.len) }
+    }
+}
+
+/// As derived, but by numbers: long lists are put in their order.
+impl Ord for Prefix {
+    fn cmp(&self, other: &Prefix) -> Ordering {
+        let order = |prefix: &Prefix| (prefix.addr.is_ipv6(), number(prefix.addr), prefix.len);
+        order(self).cmp(&order(other))
+    }
+}
+
+impl PartialOrd for Prefix {
+    fn partial_cmp(&self, other: &Prefix) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -136,6 +152,16 @@ fn merged(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_order_is_that_of_addresses_and_lengths(a: (IpAddr, u8), b: (IpAddr, u8)) {
+            let made = |(addr, len): (IpAddr, u8)| Prefix::new(addr, if addr.is_ipv4() { len % 33 } else { len % 129 }).unwrap();
+            let (a, b) = (made(a), made(b));
+            prop_assert_eq!(a.cmp(&b), (a.addr, a.len).cmp(&(b.addr, b.len)));
+        }
+    }
 
     #[test]
     fn what_is_no_prefix_is_refused() {
