@@ -125,8 +125,10 @@ typedef struct tp_replier tp_replier;
 #define TP_DGRAM_CTRUNC 2
 
 /**
- * In tp_datagram.flags: the kernel gave no original destination, because the
- * socket was not told to report it (tp_socket, tp_set_transparent).
+ * In tp_datagram.flags: there is no original destination, because the socket
+ * was not told to report it (tp_socket, tp_set_transparent), or because an
+ * IPv6 datagram was sent to the unspecified or a v4-mapped address, which
+ * would mean this host, or IPv4, to a socket call.
  */
 #define TP_DGRAM_NO_ORIG_DST 4
 
@@ -179,10 +181,12 @@ typedef struct tp_replier tp_replier;
 #define TP_RULES_FAIL_OPEN 8
 
 /**
- * Leave connections alone that are made straight to a listener's own address
- * and port. By default they are dropped, since a proxy that connects to
- * the original destination would connect to itself, without end. (A listener
- * on loopback cannot be reached from outside, and needs no such rule.)
+ * Accept connections and datagrams that are sent straight to a listener's
+ * own address and port. By default they are dropped, since a proxy that
+ * connects to the original destination would connect to itself, without end.
+ * Dropped is what goes to an address of this host, link-local ones included,
+ * or to a broadcast, anycast or multicast address. (A listener on loopback
+ * cannot be reached from outside, and needs no such rule.)
  */
 #define TP_RULES_ALLOW_DIRECT 16
 
@@ -554,7 +558,10 @@ struct tp_rules_config {
     size_t n_bypass;
     /**
      * Names of the interfaces by which forwarded traffic comes in. They need
-     * not exist yet.
+     * not exist yet. A trailing '*' makes a name a pattern, with both backends:
+     * "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
+     * name that ends with '+' is EOPNOTSUPP with iptables, to which it would
+     * be a pattern.
      */
     const char *const *interfaces;
     /**
@@ -774,8 +781,10 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  *
  * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
- * family, an unknown flag, or TP_DATA_FOLLOWS with TP_DGRAM. EAFNOSUPPORT: a family other than AF_INET and
- * AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
+ * family, an unknown flag, TP_DATA_FOLLOWS with TP_DGRAM, or src or dst is
+ * unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
+ * address of this host, or to this host. EAFNOSUPPORT: a family other than
+ * AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
  * CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
  * signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
  * EHOSTUNREACH and the rest of connect(2). EMFILE, ENFILE, ENOBUFS, ENOMEM:
@@ -1022,6 +1031,16 @@ void tp_replier_close(struct tp_replier *replier);
  * what goes to this host's own addresses, to loopback, broadcast or
  * multicast, unless dst names it. While there is no listener, what would be
  * intercepted is dropped, so that nothing gets past the proxy.
+ *
+ * Packets that no other host can have sent are never intercepted; if they
+ * match the selection, they are dropped and counted as dropped. These are
+ * packets that did not come in by lo and have one of this host's own
+ * addresses, a broadcast or a multicast address as their source; packets to
+ * 127.0.0.0/8 or ::1 that did not come in by lo; IPv4 packets from or to
+ * 0.0.0.0/8; and IPv6 packets from or to the unspecified address (::), a
+ * v4-mapped one (::ffff:0:0/96) or another of ::/80. IPv6 packets with such an
+ * address are not diverted to transparent sockets either. (With iptables and
+ * TP_RULES_REDIRECT they are left alone: the nat table cannot drop.)
  *
  * The table belongs to the process: the kernel removes it when the process
  * ends, however it ends, and no other program can change it (`nft flush

@@ -239,6 +239,13 @@ impl From<SocketAddr> for KernelAddr {
     }
 }
 
+/// `::` or an address in ::ffff:0:0/96: to the socket interface they mean every address and IPv4, in a packet neither.
+#[inline(always)]
+pub(crate) fn is_unspecified_or_v4_mapped(v6: &Bytes) -> bool {
+    let addr = KernelAddr(*v6);
+    addr.is_v4_mapped() || addr.field::<16>(8) == [0; 16]
+}
+
 /// The address family that a socket address names.
 pub(crate) fn family(bytes: &[u8]) -> Option<i32> {
     bytes.first_chunk().map(|family| i32::from(u16::from_ne_bytes(*family)))

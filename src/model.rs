@@ -277,10 +277,23 @@ pub(crate) struct Plan {
     /// `None`: nobody has asked for any.
     pub bypass: Option<PrefixSet>,
     /// Where forwarded traffic comes in; none: everywhere.
-    pub interfaces: Vec<String>,
+    pub interfaces: Interfaces,
     /// `None`: whatever is free.
     pub table: Option<u32>,
     pub priority: Option<u32>,
+}
+
+/// Interfaces by which packets come in: those of these names, and those whose names begin so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Interfaces {
+    pub names: Vec<String>,
+    pub prefixes: Vec<String>,
+}
+
+impl Interfaces {
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.prefixes.is_empty()
+    }
 }
 
 /// A listener, for one family or for both.

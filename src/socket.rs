@@ -143,11 +143,26 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
     if src.is_ipv4() != dst.is_ipv4() {
         return Err(Error::new(libc::EAFNOSUPPORT, "the source and the destination are of different address families"));
     }
+    if src.is_unspecified() || dst.is_unspecified() {
+        return Err(unspecified(src));
+    }
     if options.keep_port && src.port() != 0 {
         connect_from_port(src, dst, options)
     } else {
         connect_from_any(src, dst, options)
     }
+}
+
+#[cold]
+#[inline(never)]
+fn unspecified(src: &KernelAddr) -> Error {
+    Error::invalid(match src.is_unspecified() {
+        true => {
+            "the source is 0.0.0.0 or ::, from which the kernel would connect with an address of this host: give the \
+             address that the server shall see, or use connect(2)"
+        }
+        false => "the destination is 0.0.0.0 or ::, which the kernel takes for this host: give the server's address",
+    })
 }
 
 /// From the source's own port if it can be had, else from any.

@@ -63,7 +63,7 @@ fn with_everything<T>(body: impl FnOnce(&tp_rules_config) -> T) -> T {
     let src = prefixes(&["10.0.0.0/8"]);
     let dst = prefixes(&["255.255.255.255/32", "198.51.101.0/24", "::/0", "198.51.100.0/24", "198.51.100.128/25"]);
     let bypass = prefixes(&["198.51.100.7/32"]);
-    let interfaces = [c"wg-1".as_ptr(), c"eth0".as_ptr()];
+    let interfaces = [c"wg-1".as_ptr(), c"ppp*".as_ptr(), c"eth0".as_ptr()];
     body(&tp_rules_config {
         name: c"two".as_ptr(),
         listeners: fds.as_ptr(),

@@ -101,6 +101,53 @@ fn port_ranges_are_intercepted_to_their_ends() {
     }
 }
 
+/// The clients come by eth0. A trailing `*` is a pattern, and nothing else is, on both backends.
+#[test]
+fn interface_patterns_match_the_same_on_both_backends() {
+    for backend in [TP_BACKEND_NFT, TP_BACKEND_IPTABLES] {
+        let lab = Lab::new();
+        let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+        let install = |names: &[&std::ffi::CStr]| {
+            let names: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
+            Rules::install(&tp_rules_config {
+                listeners: &raw const fd,
+                n_listeners: 1,
+                backend,
+                interfaces: names.as_ptr(),
+                n_interfaces: names.len(),
+                ..config()
+            })
+        };
+        for (names, matches) in [
+            (&[c"e*"][..], true),
+            (&[c"eth0*"], true),
+            (&[c"ppp*", c"eth0"], true),
+            (&[c"ppp0", c"et*"], true),
+            (&[c"eth1*", c"et", c"th0", c"wg0"], false),
+        ] {
+            let _rules = lab.proxy.run(|| install(names)).unwrap();
+            for hosts in [v4(), v6()] {
+                // Nothing listens on the server: what is not intercepted is refused at once.
+                let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), PATIENCE));
+                assert_eq!(outcome.is_ok(), matches, "{names:?} with backend {backend}");
+            }
+        }
+        for bad in [c"*", c"e*0", c"eth0,eth1*x"] {
+            let error = lab.proxy.run(|| install(&[bad])).unwrap_err();
+            assert_eq!(error.errno, libc::EINVAL, "{error}");
+        }
+        // To iptables this is a pattern, to the kernel a name like another.
+        match lab.proxy.run(|| install(&[c"eth+"])) {
+            Err(error) => assert_eq!((backend, error.errno), (TP_BACKEND_IPTABLES, libc::EOPNOTSUPP), "{error}"),
+            Ok(_rules) => {
+                assert_eq!(backend, TP_BACKEND_NFT);
+                assert!(lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), PATIENCE)).is_err());
+            }
+        }
+    }
+}
+
 #[test]
 fn megabytes_and_half_close_both_ways() {
     let lab = Lab::new();

@@ -112,7 +112,7 @@ fn what_is_dropped_was_dropped_by_a_rule() {
     let found =
         tested("0.0.0.0:3129", |c| (c.dst, c.n_dst, c.ports, c.n_ports) = (own.as_ptr(), 1, &raw const port, 1));
     assert_eq!(found[0].severity, TP_FAILURE, "{found:#?}");
-    let words = "; last seen in chain prerouting of table libtproxy-tproxy, where rule ";
+    let words = "; last seen in chain direct of table libtproxy-tproxy, where rule ";
     assert!(found[0].found.contains(words) && found[0].found.ends_with(" dropped it"), "{found:#?}");
 }
 

@@ -22,6 +22,16 @@ const PREFIXES_MAX: usize = 1000;
 pub(crate) fn check(plan: &Plan) -> Result<()> {
     let unsupported = |what: &str| Err(Error::with(libc::EOPNOTSUPP, format_args!("the iptables backend {what}")));
     let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
+    if let Some(name) = plan.interfaces.names.iter().find(|name| name.ends_with('+')) {
+        return Err(Error::with(
+            libc::EOPNOTSUPP,
+            format_args!(
+                "the iptables backend would take interface {} for a pattern (iptables -i): use the nf_tables backend, or \
+                 rename the interface",
+                text::quoted(name)
+            ),
+        ));
+    }
     if plan.fail_open {
         unsupported("always drops what finds no listener (xt_TPROXY): TP_RULES_FAIL_OPEN needs nf_tables")
     } else if plan.notrack {
@@ -70,7 +80,8 @@ fn comment(instance: &str) -> String {
     format!("libtproxy {instance}")
 }
 
-/// The parts: `p`rerouting, `d`ivert, `s`ources, `t`o destinations, `i`ntercept; `o`utput, and the same for it.
+/// The parts: `p`rerouting, `d`ivert, `s`ources, `t`o destinations, `v`et, `i`ntercept; for the host's own packets
+/// `o`utput, `ls`, `lt`, and `l`, which marks them.
 struct Builder<'a> {
     plan: &'a Plan,
     family: Family,
@@ -125,7 +136,7 @@ impl Builder<'_> {
         }
         if let Some(bypass) = &self.plan.bypass {
             self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
-            if self.plan.may_choose_answers() && then == "i" {
+            if self.plan.may_choose_answers() && then == "v" {
                 // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
                 self.by_prefixes(&mut to, "-m conntrack --ctdir REPLY -s", bypass, "-j RETURN");
             }
@@ -144,6 +155,51 @@ impl Builder<'_> {
         chains.extend([to, from]);
     }
 
+    /// As in the nf_tables rules: refuses what no other host can have sent, and has the rest intercepted. It is reached
+    /// from PREROUTING only, where `-i` and `--limit-iface-in` may be used. The nat table does not allow DROP: there
+    /// RETURN leaves such packets alone.
+    fn vet(&self, refuse: &str) -> Chain {
+        let mut chain = self.chain("v");
+        for types in self.own_types() {
+            chain.rule(format_args!("! -i lo -m addrtype --src-type {types} -j {refuse}"));
+        }
+        match self.family {
+            // xt_addrtype finds a link-local address only on an interface that it is given.
+            Family::V6 => {
+                chain.rule(format_args!(
+                    "! -i lo -s fe80::/10 -m addrtype --src-type LOCAL --limit-iface-in -j {refuse}"
+                ));
+                Builder::refuse_reserved(&mut chain, refuse);
+            }
+            Family::V4 if self.plan.dst.is_some() => {
+                chain.rule(format_args!("! -i lo -d 127.0.0.0/8 -j {refuse}"));
+                chain.rule(format_args!("-s 0.0.0.0/8 -j {refuse}"));
+                chain.rule(format_args!("-d 0.0.0.0/8 -j {refuse}"));
+            }
+            Family::V4 => {}
+        }
+        chain.rule(format_args!("{}", self.jump("i")));
+        chain
+    }
+
+    /// As in the nf_tables rules: IPv6 addresses of ::/80, except ::1 by `lo`.
+    fn refuse_reserved(chain: &mut Chain, refuse: &str) {
+        for option in ["-s", "-d"] {
+            chain.rule(format_args!("! -i lo {option} ::/80 -j {refuse}"));
+            chain.rule(format_args!("{option} ::/128 -j {refuse}"));
+            chain.rule(format_args!("{option} ::ffff:0:0/96 -j {refuse}"));
+        }
+    }
+
+    /// The types of addresses that are this host's, or no host's, as `-m addrtype` takes them. For IPv6 it knows no
+    /// broadcast, which there is none of, and no packet is of type MULTICAST and another (`match_type6`, xt_addrtype.c).
+    fn own_types(&self) -> &'static [&'static str] {
+        match self.family {
+            Family::V4 => &["LOCAL,BROADCAST,ANYCAST,MULTICAST"],
+            Family::V6 => &["LOCAL,ANYCAST", "MULTICAST"],
+        }
+    }
+
     fn guards(&self, pre: &mut Chain) {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
@@ -152,7 +208,14 @@ impl Builder<'_> {
         for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
             let Intercept { protocol, port, .. } = listener;
             let to = option("-d", listener);
-            pre.rule(format_args!("-p {protocol} --dport {port}{to} -m addrtype --dst-type LOCAL{not} -j DROP"));
+            let straight = format!("-p {protocol} --dport {port}{to}");
+            for types in self.own_types() {
+                pre.rule(format_args!("{straight} -m addrtype --dst-type {types}{not} -j DROP"));
+            }
+            if self.family == Family::V6 && listener.addr.is_none() {
+                // Nor does it find a link-local address of this host without an interface; no router forwards to one.
+                pre.rule(format_args!("{straight} -d fe80::/10{not} -j DROP"));
+            }
         }
     }
 
@@ -161,16 +224,15 @@ impl Builder<'_> {
         if self.plan.interfaces.is_empty() {
             self.by_ports(chain, "", protocol, &jump);
         }
-        for name in &self.plan.interfaces {
+        let patterns = self.plan.interfaces.prefixes.iter().map(|prefix| format!("{prefix}+"));
+        for name in self.plan.interfaces.names.iter().cloned().chain(patterns) {
             self.by_ports(chain, &format!("-i {name} "), protocol, &jump);
         }
     }
 
-    fn set_mark(&self, part: &str, mark: Mark) -> Chain {
-        let mut chain = self.chain(part);
+    fn set_mark(&self, chain: &mut Chain, mark: Mark) {
         chain.rule(format_args!("-j MARK --set-xmark {mark}"));
         chain.rule(format_args!("-j ACCEPT"));
-        chain
     }
 
     fn own_output(&self, then: &str) -> Chain {
@@ -196,7 +258,12 @@ impl Builder<'_> {
         self.guards(&mut pre);
         let divert = format!("-m socket --transparent {}", self.jump("d"));
         if self.plan.mode != Mode::Redirect {
-            chains.push(self.set_mark("d", self.plan.mark));
+            let mut diverted = self.chain("d");
+            if self.family == Family::V6 {
+                Builder::refuse_reserved(&mut diverted, "DROP");
+            }
+            self.set_mark(&mut diverted, self.plan.mark);
+            chains.push(diverted);
             for protocol in self.plan.protocols.iter() {
                 // A new connection that meets an old one in TIME_WAIT is for TPROXY to decide.
                 let whole = protocol == Protocol::Tcp && self.plan.mode == Mode::Tproxy;
@@ -211,11 +278,13 @@ impl Builder<'_> {
                 let (on, mark) = (option("--on-ip", listener), self.plan.mark);
                 intercept.rule(format_args!("-p {protocol} -j TPROXY --on-port {port}{on} --tproxy-mark {mark}"));
             }
-            chains.push(intercept);
-            self.select(&mut chains, ["s", "t"], "i");
+            chains.extend([intercept, self.vet("DROP")]);
+            self.select(&mut chains, ["s", "t"], "v");
             if let Some(mark) = self.plan.output_mark {
-                pre.rule(format_args!("-m mark --mark {mark} {}", self.jump("i")));
-                chains.push(self.set_mark("l", mark));
+                pre.rule(format_args!("-i lo -m mark --mark {mark} {}", self.jump("i")));
+                let mut marked = self.chain("l");
+                self.set_mark(&mut marked, mark);
+                chains.push(marked);
                 self.select(&mut chains, ["ls", "lt"], "l");
                 chains.push(self.own_output("ls"));
                 jumps.push(("OUTPUT", self.name("o")));
@@ -241,13 +310,14 @@ impl Builder<'_> {
                 None => intercept.rule(format_args!("-p {protocol} -j REDIRECT --to-ports {port}")),
             }
         }
-        let mut chains = vec![intercept];
-        self.select(&mut chains, ["s", "t"], "i");
+        let mut chains = vec![intercept, self.vet("RETURN")];
+        self.select(&mut chains, ["s", "t"], "v");
         self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
         chains.push(pre);
         let mut jumps = vec![("PREROUTING", self.name("p"))];
         if self.plan.output_mark.is_some() {
-            chains.push(self.own_output("s"));
+            self.select(&mut chains, ["ls", "lt"], "i");
+            chains.push(self.own_output("ls"));
             jumps.push(("OUTPUT", self.name("o")));
         }
         Table { name: "nat", chains, jumps }

@@ -34,7 +34,7 @@ use crate::text::Owned;
 /// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
 pub(crate) const PROTOCOL: u8 = 116;
 /// LOOPBACK_IFINDEX: `lo` is number 1 in every network namespace.
-const LOOPBACK: u32 = 1;
+pub(crate) const LOOPBACK: u32 = 1;
 
 /// How many preferences one instance has.
 pub(crate) const RULES: u32 = 4;

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use crate::backend::iptables;
+use crate::backend::nft::ruleset;
 use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::route::RULES;
 use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, Rule};
@@ -189,7 +190,7 @@ pub(super) fn interceptions(chains: &[Chain]) -> Vec<Interception> {
 /// Where our chains hang, and those of iptables that have TPROXY.
 const MANGLE: i32 = -150;
 
-/// The ports in an instance's base chains: not that of the listener, which is guarded there.
+/// The ports in an instance's base chains: not that of the listener, which leads to a chain that only drops.
 fn ports_of_instance(chains: &[Chain], instance: &str) -> Option<Vec<(u16, u16)>> {
     let ports: Vec<_> = leading_on(chains, instance).filter_map(ports_of).flatten().list();
     (!ports.is_empty()).then_some(ports)
@@ -199,7 +200,10 @@ fn ports_of_instance(chains: &[Chain], instance: &str) -> Option<Vec<(u16, u16)>
 fn leading_on<'a>(chains: &'a [Chain], instance: &str) -> impl Iterator<Item = &'a Rule> {
     let own = chains.iter().filter(move |chain| owner_of(chain) == Some(instance));
     own.flat_map(|chain| &chain.rules).filter(|rule| {
-        let on = |part: &Part| matches!(part, Part::Verdict(filter::Verdict::Goto(_) | filter::Verdict::Jump(_)));
+        let on = |part: &Part| match part {
+            Part::Verdict(filter::Verdict::Goto(to) | filter::Verdict::Jump(to)) => !ruleset::only_refuses(to),
+            _ => false,
+        };
         rule.parts.iter().any(on)
     })
 }

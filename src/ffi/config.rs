@@ -35,10 +35,12 @@ pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
 /// Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
 /// EOPNOTSUPP.
 pub const TP_RULES_FAIL_OPEN: u32 = 0x8;
-/// Leave connections alone that are made straight to a listener's own address
-/// and port. By default they are dropped, since a proxy that connects to
-/// the original destination would connect to itself, without end. (A listener
-/// on loopback cannot be reached from outside, and needs no such rule.)
+/// Accept connections and datagrams that are sent straight to a listener's
+/// own address and port. By default they are dropped, since a proxy that
+/// connects to the original destination would connect to itself, without end.
+/// Dropped is what goes to an address of this host, link-local ones included,
+/// or to a broadcast, anycast or multicast address. (A listener on loopback
+/// cannot be reached from outside, and needs no such rule.)
 pub const TP_RULES_ALLOW_DIRECT: u32 = 0x10;
 /// Keep what is intercepted, and what transparent sockets send, out of
 /// connection tracking.
@@ -187,7 +189,10 @@ pub struct tp_rules_config {
     /// How many prefixes.
     pub n_bypass: usize,
     /// Names of the interfaces by which forwarded traffic comes in. They need
-    /// not exist yet.
+    /// not exist yet. A trailing '*' makes a name a pattern, with both backends:
+    /// "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
+    /// name that ends with '+' is EOPNOTSUPP with iptables, to which it would
+    /// be a pattern.
     pub interfaces: *const *const c_char,
     /// How many names. 0: every interface.
     pub n_interfaces: usize,

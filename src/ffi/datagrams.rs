@@ -18,8 +18,10 @@ pub const TP_DGRAM_TRUNC: u32 = 0x1;
 /// In tp_datagram.flags: the socket reports more than there was room for, so
 /// that the original destination or the segment length may be missing.
 pub const TP_DGRAM_CTRUNC: u32 = 0x2;
-/// In tp_datagram.flags: the kernel gave no original destination, because the
-/// socket was not told to report it (tp_socket, tp_set_transparent).
+/// In tp_datagram.flags: there is no original destination, because the socket
+/// was not told to report it (tp_socket, tp_set_transparent), or because an
+/// IPv6 datagram was sent to the unspecified or a v4-mapped address, which
+/// would mean this host, or IPv4, to a socket call.
 pub const TP_DGRAM_NO_ORIG_DST: u32 = 0x4;
 
 /// The most datagrams that one tp_recv_datagrams receives, and that tp_reply

@@ -25,6 +25,16 @@ pub struct tp_rules {
 /// multicast, unless dst names it. While there is no listener, what would be
 /// intercepted is dropped, so that nothing gets past the proxy.
 ///
+/// Packets that no other host can have sent are never intercepted; if they
+/// match the selection, they are dropped and counted as dropped. These are
+/// packets that did not come in by lo and have one of this host's own
+/// addresses, a broadcast or a multicast address as their source; packets to
+/// 127.0.0.0/8 or ::1 that did not come in by lo; IPv4 packets from or to
+/// 0.0.0.0/8; and IPv6 packets from or to the unspecified address (::), a
+/// v4-mapped one (::ffff:0:0/96) or another of ::/80. IPv6 packets with such an
+/// address are not diverted to transparent sockets either. (With iptables and
+/// TP_RULES_REDIRECT they are left alone: the nat table cannot drop.)
+///
 /// The table belongs to the process: the kernel removes it when the process
 /// ends, however it ends, and no other program can change it (`nft flush
 /// ruleset` leaves it alone). A child that was forked and did not exec keeps

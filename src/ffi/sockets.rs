@@ -180,8 +180,10 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
-/// family, an unknown flag, or TP_DATA_FOLLOWS with TP_DGRAM. EAFNOSUPPORT: a family other than AF_INET and
-/// AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
+/// family, an unknown flag, TP_DATA_FOLLOWS with TP_DGRAM, or src or dst is
+/// unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
+/// address of this host, or to this host. EAFNOSUPPORT: a family other than
+/// AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
 /// CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
 /// signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
 /// EHOSTUNREACH and the rest of connect(2). EMFILE, ENFILE, ENOBUFS, ENOMEM:

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::config::{Config, Listener};
 use crate::error::{Error, Result};
-use crate::model::{Families, Family, Intercept, Mark, Mode, Plan, PortRange, Protocol, Protocols};
+use crate::model::{Families, Family, Intercept, Interfaces, Mark, Mode, Plan, PortRange, Protocol, Protocols};
 use crate::prefix::{Prefix, PrefixSet};
 use crate::text::Owned;
 use crate::{sort, text};
@@ -130,26 +130,34 @@ fn output_mark(mark: Mark) -> Result<Mark> {
     })
 }
 
-fn interfaces(names: &[String]) -> Result<Vec<String>> {
-    if names.is_empty() {
-        return Ok(Vec::new());
-    }
+/// Names, and patterns: a trailing `*` stands for any letters, and for none. A `*` elsewhere would be one of the name's
+/// own letters to the kernel, and a pattern to those who read it, so it is refused.
+fn interfaces(names: &[String]) -> Result<Interfaces> {
     // IFNAMSIZ less the NUL; `dev_valid_name` in net/core/dev.c.
-    let valid = |name: &&String| {
+    let valid = |name: &&str| {
         (1..libc::IFNAMSIZ).contains(&name.len())
             && *name != "."
             && *name != ".."
-            && !name.contains(|c: char| c == '/' || c == ':' || c == '"' || c.is_whitespace() || c.is_control())
+            && !name.contains(|c: char| "/:\"*".contains(c) || c.is_whitespace() || c.is_control())
     };
-    if let Some(bad) = names.iter().find(|name| !valid(name)) {
-        return Err(Error::invalid_with(format_args!(
-            "interfaces: {} cannot be an interface's name",
-            text::quoted(bad)
-        )));
+    let mut found = Interfaces::default();
+    for name in names {
+        let (word, list) = match name.strip_suffix('*') {
+            Some(prefix) => (prefix, &mut found.prefixes),
+            None => (name.as_str(), &mut found.names),
+        };
+        if !valid(&word) {
+            return Err(Error::invalid_with(format_args!(
+                "interfaces: {} is neither the name of an interface (1 to 15 bytes, without '/', ':', '*', quotes and \
+                 spaces) nor the beginning of one with a '*' behind it",
+                text::quoted(name)
+            )));
+        }
+        list.push(word.owned());
     }
-    let mut names = names.to_vec();
-    sort::unique(&mut names);
-    Ok(names)
+    sort::unique(&mut found.names);
+    sort::unique(&mut found.prefixes);
+    Ok(found)
 }
 
 pub(super) fn name(name: &str) -> Result<String> {
@@ -369,8 +377,11 @@ mod tests {
         check(&|c| c.ports = vec![PortRange { first: 2, last: 1 }], "ports 2-1");
         check(&|c| c.protocols.udp = true, "asks for udp");
         check(&|c| (c.local_output, c.mark, c.mark_mask) = (true, 4, 4), "no bit left");
-        check(&|c| c.interfaces = vec![String::new()], "cannot be an interface's name");
-        check(&|c| c.interfaces = vec!["a-name-of-16-chr".into()], "cannot be an interface's name");
+        for bad in
+            ["", "a-name-of-16-chr", "*", "a-name-of-16-chr*", "e*h0", "eth**", "a b", "eth0,eth1 ", ".", "a\u{1b}"]
+        {
+            check(&|c| c.interfaces = vec![bad.into()], "is neither the name of an interface");
+        }
         check(&|c| (c.mode, c.notrack) = (Mode::Redirect, true), "connection tracking's work");
         check(&|c| c.ports = vec![PortRange { first: 0, last: 1 }], "at least 1");
     }

@@ -14,16 +14,27 @@ mod probe;
 
 use crate::check::findings::{self, Finding, Findings, Severity};
 use crate::error::{Error, Result};
-use crate::model::{Family, Protocol};
+use crate::model::{Family, Interfaces, Protocol};
 use crate::rules::{Config, plan};
 use crate::{sys, text};
 use probe::{Fate, Probe};
+
+/// A name that the configuration chooses.
+fn interface(interfaces: &Interfaces) -> String {
+    match (interfaces.names.first(), interfaces.prefixes.first()) {
+        (Some(name), _) => name.clone(),
+        // "ppp*" is "ppp" too, which must do where there is no room for more.
+        (None, Some(prefix)) if prefix.len() + 1 < libc::IFNAMSIZ => format!("{prefix}0"),
+        (None, Some(prefix)) => prefix.clone(),
+        (None, None) => "eth0".to_owned(),
+    }
+}
 
 /// Sends a connection and a datagram of each family, as far as the wish asks for them, through its rules.
 pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     let plan = plan::make(config)?;
     let worker = || -> Result<Vec<Finding>> {
-        let network = network::Network::new(config.interfaces.first().map_or("eth0", String::as_str))?;
+        let network = network::Network::new(&interface(&plan.interfaces))?;
         let mut found = Findings::default();
         probe::run(config, &plan, &network)?.iter().for_each(|probe| judge(probe, &mut found));
         skipped(config, &plan, &mut found);

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::address::{AddrRef, KernelAddr};
+use crate::address::{self, AddrRef, KernelAddr};
 
 /// `UDP_GRO` and `UDP_SEGMENT`, include/uapi/linux/udp.h.
 pub(super) const UDP_GRO: i32 = 104;
@@ -44,7 +44,7 @@ impl Control {
         let _: Option<()> = find(data, |what, body| {
             match what {
                 ORIG_DST_V4 | ORIG_DST_V6 if self.orig_dst.is_none() => {
-                    self.orig_dst = KernelAddr::parse(body).unwrap_or_default();
+                    self.orig_dst = destination(what, body).map(KernelAddr::from).unwrap_or_default();
                 }
                 (libc::SOL_UDP, UDP_GRO) => {
                     let len = body.first_chunk().map_or(0, |len| i32::from_ne_bytes(*len));
@@ -64,9 +64,23 @@ const ORIG_DST_V6: (i32, i32) = (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR);
 #[inline(always)]
 pub(crate) fn orig_dst(data: &[u8]) -> Option<AddrRef<'_>> {
     find(data, |what, body| match what {
-        ORIG_DST_V4 | ORIG_DST_V6 => AddrRef::parse(body),
+        ORIG_DST_V4 | ORIG_DST_V6 => destination(what, body),
         _ => None,
     })
+}
+
+/// The address in such a message, unless it is one that an IPv6 packet cannot be going to.
+///
+/// A datagram of IPv4 has `IP_ORIGDSTADDR`, on a dual-stack socket too. So a v4-mapped address in `IPV6_ORIGDSTADDR` is
+/// what a sender wrote into an IPv6 header: a program that answered or connected to it would use IPv4, and reach what
+/// the sender cannot reach, such as 127.0.0.1. The same holds for `::`, which `connect(2)` takes for this host.
+#[inline(always)]
+fn destination(what: (i32, i32), body: &[u8]) -> Option<AddrRef<'_>> {
+    match AddrRef::parse(body)? {
+        AddrRef::V6(v6) if what != ORIG_DST_V6 || address::is_unspecified_or_v4_mapped(v6) => None,
+        AddrRef::V4(_) if what != ORIG_DST_V4 => None,
+        addr => Some(addr),
+    }
 }
 
 /// What is first made of a message: of its level and type, and its bytes. One that is cut short ends them.
@@ -200,6 +214,22 @@ mod tests {
         ]
         .concat();
         assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: 1200 });
+    }
+
+    #[test]
+    fn orig_dst_that_no_ipv6_packet_has_is_refused() {
+        let mapped = |addr: &str| address(SocketAddrV6::new(addr.parse().unwrap(), 53, 0, 0).into());
+        for refused in ["::ffff:127.0.0.1", "::ffff:192.0.2.1", "::ffff:0.0.0.0", "::"] {
+            assert_eq!(Control::parse(&mapped(refused)), Control::default(), "{refused}");
+            assert_eq!(orig_dst(&mapped(refused)), None, "{refused}");
+        }
+        // Packets to ::1 come by lo.
+        for taken in ["::1", "2001:db8::1", "::fffe:192.0.2.1"] {
+            assert!(orig_dst(&mapped(taken)).is_some(), "{taken}");
+        }
+        // The address of one family under the name of the other.
+        let body = &address("192.0.2.1:5".parse().unwrap())[HEADER..HEADER + 16];
+        assert_eq!(orig_dst(&message(libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR, body)), None);
     }
 
     #[test]

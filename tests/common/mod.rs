@@ -436,6 +436,7 @@ pub fn prefixes(texts: &[&str]) -> Vec<tp_prefix> {
 }
 
 /// Installed rules, removed at the end of the scope.
+#[derive(Debug)]
 pub struct Rules(*mut tp_rules);
 
 // SAFETY: the header says that any thread may use the handle, and several at a time.

@@ -3,12 +3,15 @@
 //! A packet's way, from the base chains at the bottom of [`compile`]:
 //!
 //! ```text
-//! prerouting ─┬─ straight to a listener ──────────────── guarded, drop
-//!             ├─ has a transparent socket ── divert ──── mark, accept
-//!             └─ port, interface ── select ── intercept ─ tproxy, mark, accept, or drop
+//! prerouting ─┬─ port of a listener ── direct ──────────── to this host: guarded, drop
+//!             ├─ has a transparent socket ── divert ────── mark, accept
+//!             └─ port, interface ── select ── vet ── intercept ─ tproxy, mark, accept, or drop
 //! output ─────┬─ from a transparent socket ───────────── accept
 //!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
 //! ```
+//!
+//! `vet` drops packets whose addresses cannot be those of a connection between two hosts, which a proxy would take for
+//! its own or for those of loopback; so does `reserved`, for IPv6, in `vet` and in `divert`.
 //!
 //! `select` has the addresses; where none are given, it is but a statement of
 //! the rules that would lead there. With NAT redirection `intercept` translates,
@@ -16,13 +19,17 @@
 //! have the same selection once more, and `untrack` at its end.
 
 use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
-use super::statement::{Statement, Verdict};
+use super::statement::{InterfacePrefix, Side, Statement, Verdict};
 use crate::list::List;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
+const DIRECT: &str = "direct";
+const VET: &str = "vet";
+const RESERVED: &str = "reserved";
+const RESERVED_BY_LO: &str = "reserved-by-lo";
 const LOOP: &str = "loop";
 const UNTRACK: &str = "untrack";
 const DEFRAGMENT: &str = "defragment";
@@ -37,6 +44,11 @@ pub(crate) const GUARDED: &str = "guarded";
 
 const PORTS: &str = "ports";
 const INTERFACES: &str = "interfaces";
+
+/// Chains that refuse packets, and do not lead any to a listener.
+pub(crate) fn only_refuses(chain: &str) -> bool {
+    [DIRECT, RESERVED, RESERVED_BY_LO].contains(&chain)
+}
 
 /// Which set of prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +87,9 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
     if plan.mode != Mode::DivertOnly {
         ruleset.sets();
     }
+    if plan.families.v6 {
+        ruleset.reserved_chains();
+    }
     match plan.mode {
         Mode::DivertOnly => {
             ruleset.divert_chain();
@@ -85,13 +100,19 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
         Mode::Tproxy => {
             ruleset.divert_chain();
             ruleset.intercept_chain();
+            ruleset.vet_chain();
             ruleset.select_chain(&TO_INTERCEPT);
         }
         Mode::Redirect => {
             ruleset.intercept_chain();
+            ruleset.vet_chain();
             ruleset.select_chain(&TO_INTERCEPT);
+            if plan.output_mark.is_some() {
+                ruleset.select_chain(&TO_REDIRECT);
+            }
         }
     }
+    ruleset.direct_chain();
     if plan.notrack {
         ruleset.untracked();
     }
@@ -106,7 +127,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
 }
 
 /// So many objects have plans with few sets.
-const USUAL: usize = 24;
+const USUAL: usize = 36;
 
 const LEAVE: Statement = Statement::Verdict(Verdict::Return);
 
@@ -127,7 +148,8 @@ struct Selection {
     first: Option<Statement>,
 }
 
-const TO_INTERCEPT: Selection = Selection { name: SELECT, then: INTERCEPT, first: None };
+const TO_INTERCEPT: Selection = Selection { name: SELECT, then: VET, first: None };
+const TO_REDIRECT: Selection = Selection { name: SELECT_LOCAL, then: INTERCEPT, first: None };
 const TO_UNTRACK: Selection = Selection { name: SELECT_RAW, then: UNTRACK, first: None };
 const TO_LOOP: Selection = Selection { name: SELECT_LOCAL, then: LOOP, first: Some(Statement::SourceIsLocal) };
 
@@ -175,7 +197,8 @@ impl Ruleset<'_> {
     fn proxying(&mut self) {
         self.diverting();
         if let Some(mark) = self.plan.output_mark {
-            let round = [Statement::MarkIs(mark), Statement::Verdict(Verdict::Goto(INTERCEPT))];
+            let round =
+                [Statement::MarkIs(mark), Statement::FromLoopback(true), Statement::Verdict(Verdict::Goto(INTERCEPT))];
             self.rule(PREROUTING.0, "the host's own, come round", &[&round]);
         }
         for protocol in self.plan.protocols.iter() {
@@ -198,7 +221,7 @@ impl Ruleset<'_> {
         }
         if self.plan.output_mark.is_some() {
             self.chain(NAT_OUTPUT);
-            self.own_output(NAT_OUTPUT.0, &TO_INTERCEPT);
+            self.own_output(NAT_OUTPUT.0, &TO_REDIRECT);
         }
     }
 
@@ -253,6 +276,7 @@ impl Ruleset<'_> {
         let mark_and_accept =
             [Statement::SetMark(self.plan.mark), Statement::Count(DIVERTED), Statement::Verdict(Verdict::Accept)];
         self.chain((DIVERT, None));
+        self.refuse_reserved(DIVERT);
         let may_meet_time_wait = self.plan.mode == Mode::Tproxy && self.plan.protocols.tcp;
         if may_meet_time_wait {
             // What most packets are for comes first: each `socket` is a look-up.
@@ -263,6 +287,66 @@ impl Ruleset<'_> {
             self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, LEAVE]]);
         }
         self.rule(DIVERT, "to the socket", &[&mark_and_accept]);
+    }
+
+    /// Drops IPv6 packets from or to addresses of `::/80`, except those between `::1` and this host that came in by `lo`.
+    ///
+    /// To the socket interface such addresses mean other things than in a packet: `::` every address, and v4-mapped ones
+    /// IPv4. A packet to ::ffff:127.0.0.1 would have a proxy connect to this host's own 127.0.0.1; `fib` calls them
+    /// unicast addresses, and the kernel forwards them.
+    fn reserved_chains(&mut self) {
+        let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
+        self.chain((RESERVED_BY_LO, None));
+        self.rule(RESERVED_BY_LO, "from the network", &[&[Statement::FromLoopback(false)], &drop]);
+        for side in [Side::Source, Side::Destination] {
+            self.rule(RESERVED_BY_LO, "unspecified or v4-mapped", &[&[Statement::ReservedNotLoopback(side)], &drop]);
+        }
+        self.chain((RESERVED, None));
+        for side in [Side::Source, Side::Destination] {
+            let reserved = [Statement::Reserved(side), Statement::Verdict(Verdict::Goto(RESERVED_BY_LO))];
+            self.rule(RESERVED, "not an address of another host", &[&reserved]);
+        }
+    }
+
+    fn refuse_reserved(&mut self, chain: &'static str) {
+        if self.plan.families.v6 {
+            let vet = [Statement::Family(Family::V6), Statement::Verdict(Verdict::Jump(RESERVED))];
+            self.rule(chain, "reserved addresses", &[&vet]);
+        }
+    }
+
+    /// Drops what no other host can have sent: packets from an address of this host, to which a proxy's answers would
+    /// come back as if they were new, from a broadcast or multicast address, and packets to loopback. IPv4's routing does
+    /// much the same (`fib_validate_source`, unless accept_local is set), IPv6's does not.
+    fn vet_chain(&mut self) {
+        let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
+        self.chain((VET, None));
+        let spoofed = [Statement::FromLoopback(false), Statement::SourceIsNoOther];
+        self.rule(VET, "not from another host", &[&spoofed, &drop]);
+        self.refuse_reserved(VET);
+        if self.plan.dst.is_some() && self.plan.families.v4 {
+            // Without `dst` no local destination comes here. The kernel lets both pass on their way to a local socket:
+            // 127.0.0.0/8 with net.ipv4.conf.*.route_localnet, 0.0.0.0 to 0.0.0.0 always (`ip_route_input_slow`).
+            let loopback = [Statement::FromLoopback(false), Statement::Network8(Side::Destination, 127)];
+            self.rule(VET, "to loopback", &[&loopback, &drop]);
+            for side in [Side::Source, Side::Destination] {
+                self.rule(VET, "unspecified", &[&[Statement::Network8(side, 0)], &drop]);
+            }
+        }
+        self.rule(VET, TO_BE_INTERCEPTED, &[&[Statement::Verdict(Verdict::Goto(INTERCEPT))]]);
+    }
+
+    /// Drops packets to a listener's port that are for this host: the listener would take them for intercepted ones.
+    fn direct_chain(&mut self) {
+        if self.plan.guarded().next().is_none() {
+            return;
+        }
+        let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
+        self.chain((DIRECT, None));
+        self.rule(DIRECT, "straight to the listener", &[&[Statement::DestinationIsLocal], &drop]);
+        if self.plan.guarded().any(|listener| listener.family != Some(Family::V4)) {
+            self.rule(DIRECT, "straight to the listener", &[&[Statement::DestinationIsLinkLocal], &drop]);
+        }
     }
 
     /// A chain that nothing leads to: a `tproxy` anywhere makes the kernel put fragments together before it looks at them
@@ -387,20 +471,16 @@ impl Ruleset<'_> {
     fn guard(&mut self, listener: &Intercept) {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
-        let straight = [
-            Statement::Protocol(listener.protocol),
-            Statement::DestinationPort(listener.port),
-            Statement::DestinationIsLocal,
-        ];
+        let port = [Statement::Protocol(listener.protocol), Statement::DestinationPort(listener.port)];
         self.rule(
             PREROUTING.0,
-            "straight to the listener",
+            "to the listener's port",
             &[
                 only(listener.family).as_slice(),
-                &straight,
+                &port,
                 listener.addr.map(Statement::Destination).as_slice(),
                 redirected.then_some(Statement::NotTranslated).as_slice(),
-                &[Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)],
+                &[Statement::Verdict(Verdict::Jump(DIRECT))],
             ],
         );
     }
@@ -426,25 +506,37 @@ impl Ruleset<'_> {
             (_, Some(port)) => Some(Statement::DestinationPort(port)),
             _ => Some(Statement::DestinationPortIn(self.set(PORTS))),
         };
-        let by_interface = incoming && !plan.interfaces.is_empty();
         let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
         let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
             true => (selection.first, &anothers(selection)),
             false => (None, &choose),
         };
-        self.rule(
-            chain,
-            comment,
-            &[
-                // A protocol that is served over one family alone is left alone over the other.
-                only(plan.family_of(protocol)).as_slice(),
-                &[Statement::Protocol(protocol)],
-                ports.as_slice(),
-                by_interface.then_some(Statement::InterfaceIn(self.set(INTERFACES))).as_slice(),
-                first.as_slice(),
-                choose,
-            ],
-        );
+        for interface in self.interfaces(incoming) {
+            self.rule(
+                chain,
+                comment,
+                &[
+                    // A protocol that is served over one family only is not intercepted over the other.
+                    only(plan.family_of(protocol)).as_slice(),
+                    &[Statement::Protocol(protocol)],
+                    ports.as_slice(),
+                    interface.as_slice(),
+                    first.as_slice(),
+                    choose,
+                ],
+            );
+        }
+    }
+
+    /// One statement for all names, and one for each pattern; `None`: packets of every interface.
+    fn interfaces(&self, incoming: bool) -> Vec<Option<Statement>> {
+        let interfaces = &self.plan.interfaces;
+        if !incoming || interfaces.is_empty() {
+            return vec![None];
+        }
+        let names = (!interfaces.names.is_empty()).then_some(Statement::InterfaceIn(self.set(INTERFACES)));
+        let like = |prefix: &String| Statement::InterfaceLike(InterfacePrefix::new(prefix));
+        names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).list()
     }
 
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
@@ -456,9 +548,9 @@ impl Ruleset<'_> {
                 self.objects.push(Object::Elements { set, elements: Elements::Ports(piece.to_vec()) });
             }
         }
-        if !plan.interfaces.is_empty() {
+        if !plan.interfaces.names.is_empty() {
             let set = self.empty_set(self.set(INTERFACES), Key::Interface);
-            for piece in plan.interfaces.chunks(IN_A_MESSAGE) {
+            for piece in plan.interfaces.names.chunks(IN_A_MESSAGE) {
                 self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
             }
         }

@@ -2,9 +2,10 @@
 //! and encoded as the expressions that the kernel runs, side by side.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use super::object::SetName;
+use crate::backend::route::LOOPBACK;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;
 use crate::prefix::{self, LENGTHS};
@@ -17,6 +18,9 @@ const REG_2: u32 = 2;
 /// NFT_CMP_EQ and NFT_CMP_NEQ.
 const EQ: u32 = 0;
 const NOT_EQ: u32 = 1;
+/// NFT_CMP_LTE and NFT_CMP_GTE.
+const AT_MOST: u32 = 3;
+const AT_LEAST: u32 = 5;
 
 /// The types of addresses that are this host's, or that nobody can have a connection with: local, broadcast, anycast and
 /// multicast, which are neighbours (`linux/rtnetlink.h`).
@@ -48,6 +52,8 @@ pub(crate) enum Statement {
     DestinationIn { family: Family, set: SetName },
     /// Only packets that came in by an interface of this set.
     InterfaceIn(SetName),
+    /// Only packets that came in by an interface whose name begins so.
+    InterfaceLike(InterfacePrefix),
     /// Only packets whose mark has this value in our bits.
     MarkIs(Mark),
     /// Only packets whose destination was not translated.
@@ -58,8 +64,22 @@ pub(crate) enum Statement {
     Assured,
     /// Only packets from an address of this host.
     SourceIsLocal,
-    /// Only packets to an address of this host.
+    /// Only packets whose source is no address of another host: it is one of this host's, broadcast, anycast, multicast.
+    SourceIsNoOther,
+    /// Only packets whose destination reaches a socket of this host: its own addresses, broadcast, anycast, multicast.
     DestinationIsLocal,
+    /// Only packets whose destination is a link-local IPv6 address. No router forwards these (RFC 4291, 2.5.6), so it
+    /// is an address of this host; `fib` does not find it when the packet comes by `lo` (`nft_fib6_flowi_init`).
+    DestinationIsLinkLocal,
+    /// Only IPv6 packets with this address in `::/80`: unspecified, loopback, v4-mapped, or v4-compatible (RFC 4291,
+    /// 2.5.2 to 2.5.5). None of them is the address of another host.
+    Reserved(Side),
+    /// The same, except `::1`.
+    ReservedNotLoopback(Side),
+    /// Only IPv4 packets whose address has this first byte: a network of length 8.
+    Network8(Side, u8),
+    /// Only packets that came in by `lo`, or by any other interface.
+    FromLoopback(bool),
     /// Only packets whose destination is neither this host's own nor nobody's.
     DestinationIsAnothers,
     /// Only packets for which there is a transparent socket, and errors about what one has sent: in control messages the
@@ -90,6 +110,41 @@ pub(crate) enum Statement {
     Trace,
     /// What becomes of the packet.
     Verdict(Verdict),
+}
+
+/// The beginning of interface names: at most 15 bytes (IFNAMSIZ less the NUL).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct InterfacePrefix {
+    bytes: [u8; libc::IFNAMSIZ],
+    len: usize,
+}
+
+impl InterfacePrefix {
+    pub fn new(prefix: &str) -> InterfacePrefix {
+        let mut bytes = [0; libc::IFNAMSIZ];
+        bytes.iter_mut().zip(prefix.bytes()).for_each(|(place, byte)| *place = byte);
+        InterfacePrefix { bytes, len: prefix.len().min(libc::IFNAMSIZ) }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// One of a packet's two addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Source => "saddr",
+            Side::Destination => "daddr",
+        })
+    }
 }
 
 /// The end of a rule.
@@ -127,13 +182,23 @@ impl fmt::Display for Statement {
                 write!(f, "{} daddr{} @{set}", header(*family), Masked(*family, set.len))
             }
             Statement::InterfaceIn(set) => write!(f, "iifname @{set}"),
+            Statement::InterfaceLike(prefix) => {
+                write!(f, "iifname \"{}*\"", String::from_utf8_lossy(prefix.as_bytes()))
+            }
             Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
             Statement::Answer => f.write_str("ct direction reply"),
             Statement::Assured => f.write_str("ct status & assured == assured"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
-            Statement::DestinationIsLocal => f.write_str("fib daddr type local"),
+            Statement::SourceIsNoOther => write!(f, "fib saddr type {}-{}", OWN_TYPES.start(), OWN_TYPES.end()),
+            Statement::DestinationIsLocal => write!(f, "fib daddr type {}-{}", OWN_TYPES.start(), OWN_TYPES.end()),
+            Statement::DestinationIsLinkLocal => f.write_str("ip6 daddr fe80::/10"),
+            Statement::Reserved(side) => write!(f, "ip6 {side} ::/80"),
+            Statement::ReservedNotLoopback(side) => write!(f, "ip6 {side} ::/80 ip6 {side} != ::1"),
+            Statement::Network8(side, first) => write!(f, "ip {side} {first}.0.0.0/8"),
+            Statement::FromLoopback(true) => f.write_str("iif \"lo\""),
+            Statement::FromLoopback(false) => f.write_str("iif != \"lo\""),
             Statement::DestinationIsAnothers => {
                 write!(f, "fib daddr type != {}-{}", OWN_TYPES.start(), OWN_TYPES.end())
             }
@@ -248,6 +313,10 @@ impl Statement {
                 rule.meta_load(META_IIFNAME, REG_1);
                 rule.lookup(*set, REG_1);
             }
+            Statement::InterfaceLike(prefix) => {
+                rule.meta_load(META_IIFNAME, REG_1);
+                rule.compare(REG_1, prefix.as_bytes());
+            }
             Statement::MarkIs(mark) => {
                 rule.meta_load(META_MARK, REG_1);
                 if mark.mask != u32::MAX {
@@ -273,9 +342,28 @@ impl Statement {
                 rule.load_address_type(FIB_SOURCE, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
             }
-            Statement::DestinationIsLocal => {
-                rule.load_address_type(FIB_DESTINATION, REG_1);
-                rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
+            Statement::SourceIsNoOther => rule.only_own_type(FIB_SOURCE),
+            Statement::DestinationIsLocal => rule.only_own_type(FIB_DESTINATION),
+            Statement::DestinationIsLinkLocal => {
+                rule.only(Family::V6);
+                rule.load_destination(Family::V6, REG_1);
+                rule.mask_address(Family::V6, Some(10), REG_1);
+                rule.compare(REG_1, &Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).octets());
+            }
+            Statement::Reserved(side) => rule.only_reserved(*side),
+            Statement::ReservedNotLoopback(side) => {
+                rule.only_reserved(*side);
+                rule.load_address(Family::V6, *side, None, REG_1);
+                rule.compare_as(NOT_EQ, REG_1, &Ipv6Addr::LOCALHOST.octets());
+            }
+            Statement::Network8(side, first) => {
+                rule.only(Family::V4);
+                rule.load_address(Family::V4, *side, Some(1), REG_1);
+                rule.compare(REG_1, &[*first]);
+            }
+            Statement::FromLoopback(yes) => {
+                rule.meta_load(META_IIF, REG_1);
+                rule.compare_as(if *yes { EQ } else { NOT_EQ }, REG_1, &LOOPBACK.to_ne_bytes());
             }
             Statement::DestinationIsAnothers => {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
@@ -347,6 +435,7 @@ impl Statement {
 }
 
 const META_MARK: u32 = 3;
+const META_IIF: u32 = 4;
 const META_IIFNAME: u32 = 6;
 const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
@@ -474,18 +563,25 @@ impl Expressions<'_, '_> {
     }
 
     /// RFC 791: source and destination are 4 bytes each, from 12; RFC 8200: 16 bytes each, from 8.
+    /// An address, or only its first bytes.
+    fn load_address(&mut self, family: Family, side: Side, bytes: Option<u32>, register: u32) {
+        let (source, len) = match family {
+            Family::V4 => (12, 4),
+            Family::V6 => (8, 16),
+        };
+        let offset = match side {
+            Side::Source => source,
+            Side::Destination => source + len,
+        };
+        self.payload_load(NETWORK_HEADER, offset, bytes.unwrap_or(len), register);
+    }
+
     fn load_source(&mut self, family: Family, register: u32) {
-        match family {
-            Family::V4 => self.payload_load(NETWORK_HEADER, 12, 4, register),
-            Family::V6 => self.payload_load(NETWORK_HEADER, 8, 16, register),
-        }
+        self.load_address(family, Side::Source, None, register);
     }
 
     fn load_destination(&mut self, family: Family, register: u32) {
-        match family {
-            Family::V4 => self.payload_load(NETWORK_HEADER, 16, 4, register),
-            Family::V6 => self.payload_load(NETWORK_HEADER, 24, 16, register),
-        }
+        self.load_address(family, Side::Destination, None, register);
     }
 
     fn mask_address(&mut self, family: Family, len: Option<u8>, register: u32) {
@@ -507,6 +603,13 @@ impl Expressions<'_, '_> {
                 self.compare(REG_1, &addr.octets());
             }
         }
+    }
+
+    /// Only IPv6 addresses in `::/80`: the first 10 bytes are zero.
+    fn only_reserved(&mut self, side: Side) {
+        self.only(Family::V6);
+        self.load_address(Family::V6, side, Some(10), REG_1);
+        self.compare(REG_1, &[0; 10]);
     }
 
     fn only(&mut self, family: Family) {
@@ -554,6 +657,13 @@ impl Expressions<'_, '_> {
             a.be32(2, ADDRESS_TYPE);
             a.be32(1, register);
         });
+    }
+
+    fn only_own_type(&mut self, of: u32) {
+        self.load_address_type(of, REG_1);
+        self.in_network_order(REG_1);
+        self.compare_as(AT_LEAST, REG_1, &u32::from(*OWN_TYPES.start()).to_be_bytes());
+        self.compare_as(AT_MOST, REG_1, &u32::from(*OWN_TYPES.end()).to_be_bytes());
     }
 
     fn lookup(&mut self, set: SetName, register: u32) {

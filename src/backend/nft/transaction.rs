@@ -308,7 +308,7 @@ mod tests {
             dst: None,
             src: None,
             bypass: None,
-            interfaces: Vec::new(),
+            interfaces: Default::default(),
             table: None,
             priority: None,
         };

@@ -237,6 +237,7 @@ mod tests {
                 only(Condition::Ports(vec![(80, 80)])),
                 only(Condition::Mark { mask: 0x3000, value: 0x2000 }),
                 only(Condition::DestinationIsLocal),
+                only(Condition::DestinationIsLocal),
                 only(Condition::TransparentSocket),
                 Part::Tproxy { family: Some(Family::V4), addr: Some([127, 0, 0, 1].into()), port: 3129 },
                 Part::SetMark { keep: !0x3000, set: Some(0x2000) },

@@ -276,6 +276,11 @@ fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition>
         let port = port(constant)?;
         return Some(Condition::Ports(vec![if operation == AT_MOST { (0, port) } else { (port, u16::MAX) }]));
     }
+    // From RTN_LOCAL on all types are this host's, or nobody's; in network order, as what is compared in size is.
+    if let (Value::DestinationType, AT_MOST | AT_LEAST) = (value, operation) {
+        let kind = constant.first_chunk().map(|bytes| u32::from_be_bytes(*bytes))?;
+        return (kind >= u32::from(libc::RTN_LOCAL)).then_some(Condition::DestinationIsLocal);
+    }
     if operation != EQUAL && operation != NOT_EQUAL {
         return None;
     }
