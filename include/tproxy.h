@@ -298,7 +298,10 @@ typedef struct tp_replier tp_replier;
 struct tp_replier;
 
 /**
- * Installed rules. Calls on one handle may come from any thread.
+ * Installed rules. Calls on one handle may come from any thread of the process
+ * that installed them. A forked child may use its copy only after that process
+ * has ended, and no two children at the same time; until then its calls fail
+ * with EBUSY, and tp_remove_rules frees the copy and removes nothing.
  */
 struct tp_rules;
 
@@ -1082,11 +1085,34 @@ int tp_install_rules(const struct tp_rules_config *config, size_t size, struct t
  * no longer diverted. rules may be NULL, which does nothing. The handle is
  * gone whatever is returned; no other call may use it at the same time.
  *
+ * In a forked child of the process that installed the rules, while that
+ * process lives, it removes nothing (as tp_forget_rules) and returns 0. After
+ * that process has ended, the first child that calls it removes the rules for
+ * all.
+ *
  * Returns 0, or -1 with errno if something could not be removed, which
- * tp_last_error names. Rules and routes that somebody else removed already
- * are no error.
+ * tp_last_error names. EBADF: the program has closed the descriptors of the
+ * handle; nothing is written to them or closed, and tp_purge_rules removes
+ * what is left. Rules and routes that were removed already are no error.
  */
 int tp_remove_rules(struct tp_rules *rules);
+
+/**
+ * Gives up a forked child's copy of a handle: closes the child's copies of
+ * the descriptors, frees the handle, and removes nothing.
+ *
+ * A worker process that was forked by the process which installed the rules
+ * calls it once, first of all. Until every process that has the descriptors
+ * has ended or called it, the kernel keeps the table. In the process that
+ * installed the rules it leaves routing behind, which the next
+ * tp_install_rules or tp_purge_rules removes; there, call tp_remove_rules.
+ *
+ * @param rules  handle, or NULL, which does nothing. The handle is freed.
+ *
+ * Async-signal-safe: no. Thread-safe; no other call may use the handle at the
+ * same time. errno is unchanged.
+ */
+void tp_forget_rules(struct tp_rules *rules);
 
 /**
  * Replaces what the rules ask for, in one transaction: every packet is treated
@@ -1096,7 +1122,8 @@ int tp_remove_rules(struct tp_rules *rules);
  * they are, and so do table and priority (leave them zero, or say the same).
  * On failure the old rules are as they were.
  *
- * Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is NULL.
+ * Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is
+ * NULL; EBADF, EBUSY, EDEADLK, ENOENT: as tp_rules_stats.
  */
 int tp_replace_rules(struct tp_rules *rules, const struct tp_rules_config *config, size_t size);
 
@@ -1129,6 +1156,7 @@ int tp_purge_rules(const char *name);
  * that the rules do not serve. ENOENT: a prefix to be removed is not there.
  * EMSGSIZE: a larger change than one transaction may be here (some 10,000
  * prefixes with the default net.core.wmem_max, any number as root of the host).
+ * EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
  */
 int tp_update_rules(struct tp_rules *rules,
                     uint32_t set,
@@ -1144,6 +1172,11 @@ int tp_update_rules(struct tp_rules *rules,
  *
  * Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
  * less than the first version's. E2BIG: larger than this library knows.
+ * ENOENT: the table is gone, or is another instance's by now. EBADF: the
+ * program has closed the descriptors of the handle, or something else has
+ * their numbers. EBUSY: this is a forked child, and the process that
+ * installed the rules lives (tp_read_stats works). EDEADLK: another thread
+ * was in a call on the handle when this process was forked.
  */
 int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
 

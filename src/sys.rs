@@ -91,6 +91,71 @@ pub(crate) fn coarse_ms() -> u64 {
     now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
 }
 
+/// Nanoseconds since some moment.
+pub(crate) fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: now is valid for writes.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
+}
+
+/// What a descriptor refers to: device and inode, which no other open socket has (sockfs), nor another open file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+/// `None`: the descriptor is not open.
+pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
+    // SAFETY: a struct of integers, valid for writes.
+    unsafe {
+        let mut found: libc::stat = std::mem::zeroed();
+        #[allow(clippy::unnecessary_cast, clippy::useless_conversion, reason = "their width is the platform's")]
+        (libc::fstat(fd.as_raw_fd(), &raw mut found) == 0)
+            .then_some(Identity { device: found.st_dev as u64, inode: found.st_ino as u64 })
+    }
+}
+
+/// A word in a page of its own that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
+pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64> {
+    const PAGE: usize = 4096;
+    // SAFETY: a new private mapping, which is given back if the kernel does not do what it is for.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if page == libc::MAP_FAILED {
+            return None;
+        }
+        if libc::madvise(page, PAGE, libc::MADV_WIPEONFORK) != 0 {
+            libc::munmap(page, PAGE);
+            return None;
+        }
+        Some(page.cast())
+    }
+}
+
+/// `pidfd_open(2)`, Linux 5.3: readable when this process has ended.
+pub(crate) fn pidfd_of_this_process() -> Result<OwnedFd> {
+    // SAFETY: a plain system call that gives a new descriptor (close-on-exec), or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(libc::getpid()), 0 as libc::c_long) };
+    // SAFETY: it is ours alone.
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }) } else { Err(Errno::last()) }
+}
+
+/// Whether `poll(2)` says so, without waiting.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one struct, valid for reads and writes.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
+}
+
+/// Whether there is a process of this number, whether or not it may be signalled.
+pub(crate) fn process_exists(pid: u32) -> bool {
+    // SAFETY: signal 0 is not sent.
+    i32::try_from(pid).is_ok_and(|pid| unsafe { libc::kill(pid, 0) } == 0 || errno() != libc::ESRCH)
+}
+
 /// `getsockopt` of an `int`.
 #[inline(always)]
 pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32> {
@@ -189,6 +254,29 @@ pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
         })
     }?;
     Ok(addr)
+}
+
+/// The port of a netlink socket that is bound (`nl_pid`, netlink(7)).
+pub(crate) fn netlink_port(fd: BorrowedFd<'_>) -> Result<u32> {
+    // SAFETY: a struct of integers; it and its length are valid for writes.
+    unsafe {
+        let mut addr: libc::sockaddr_nl = std::mem::zeroed();
+        let mut len = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+        match libc::getsockname(fd.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) {
+            0 => Ok(addr.nl_pid),
+            _ => Err(Errno::last()),
+        }
+    }
+}
+
+/// The network namespace that a socket is in (`ioctl(SIOCGSKNS)`, Linux 4.9; it needs CAP_NET_ADMIN there, not /proc).
+pub(crate) fn network_of(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
+    /// include/uapi/linux/sockios.h.
+    const SIOCGSKNS: u32 = 0x894c;
+    // SAFETY: it takes no argument, and gives a new descriptor (close-on-exec) or -1.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS as _) };
+    // SAFETY: it is ours alone.
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
 }
 
 /// `recv(2)` in place of what is in the buffer, as much as it has room for.

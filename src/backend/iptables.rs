@@ -70,6 +70,11 @@ fn chain_name(instance: &str, part: &str) -> String {
     format!("tp-{instance}-{part}")
 }
 
+/// The names of an instance's chains, for people.
+pub(crate) fn chains_of(instance: &str) -> String {
+    chain_name(instance, "*")
+}
+
 /// The instance that a chain of this name would be of.
 pub(crate) fn instance_of(chain: &str) -> Option<&str> {
     chain.strip_prefix("tp-")?.rsplit_once('-').map(|(instance, _)| instance)

@@ -1,5 +1,6 @@
 //! What turns a plan into something that the kernel takes, and (`seen`) reads what it has from whomever.
 
+pub(crate) mod holder;
 pub(crate) mod iptables;
 pub(crate) mod link;
 pub(crate) mod nft;

@@ -128,12 +128,13 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
 }
 
 /// Whether any interface has an IPv6 address: `::1` at least, unless IPv6 is not built in or switched off.
-pub(crate) fn has_ipv6(channel: &mut Channel) -> bool {
+pub(crate) fn has_ipv6(channel: &mut Channel) -> Result<bool> {
     /// `struct ifaddrmsg` of any address of the family.
     const ANY: [u8; 8] = [libc::AF_INET6 as u8, 0, 0, 0, 0, 0, 0, 0];
     // Without IPv6 in the kernel the dump is of every other family (`rtnl_dump_all`).
     let is_v6 = |address: &Vec<u8>| address.first() == Some(&ANY[0]);
-    channel.dump(libc::RTM_GETADDR, &ANY, &|_| {}).is_ok_and(|addresses| addresses.iter().any(is_v6))
+    let addresses = channel.dump(libc::RTM_GETADDR, &ANY, &|_| {});
+    addresses.map(|addresses| addresses.iter().any(is_v6)).map_err(|e| Error::io(format_args!("ip -6 addr show"), e))
 }
 
 /// The local route needs `lo`: what is routed to it is dropped while it is down.

@@ -6,7 +6,7 @@ use std::ffi::c_int;
 use libc::{msghdr, sockaddr, socklen_t, ssize_t};
 
 use super::arg::{self, AddressOut, DatagramAddressOut, SizedOut};
-use super::guard::{guard, guard_hot};
+use super::guard::{guard, guard_hot, guard_uncancellable};
 use super::sockets::TP_NONBLOCK;
 use crate::address::KernelAddr;
 use crate::error::{Error, Result};
@@ -161,7 +161,7 @@ pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr
     /// C need not have aligned it.
     #[repr(C, packed)]
     struct Unaligned(msghdr);
-    guard_hot(|| {
+    guard_uncancellable(|| {
         let Some(out) = AddressOut::new(addr, addrlen) else { return Err(arg::no_place("addr", addr)) };
         // SAFETY: NULL, or valid for reads by the caller's word.
         let Some(msg) = (unsafe { msg.cast::<Unaligned>().as_ref() }) else { return Err(arg::null("msg")) };

@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_int};
 use std::fmt::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::sys;
@@ -57,6 +58,36 @@ fn remember(error: &dyn fmt::Display) {
     });
 }
 
+/// Keeps `pthread_cancel(3)` from ending this thread in the middle of a call: unwinding through it would abort the
+/// program. A cancellation that comes meanwhile is acted on at the program's next cancellation point. No system call.
+struct Uncancelled {
+    before: c_int,
+}
+
+impl Uncancelled {
+    #[inline(always)]
+    fn new() -> Uncancelled {
+        let mut before = 0;
+        // SAFETY: before is valid for writes; the state is one of the two that there are.
+        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &raw mut before) };
+        Uncancelled { before }
+    }
+}
+
+impl Drop for Uncancelled {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the state that there was.
+        unsafe { pthread_setcancelstate(self.before, std::ptr::null_mut()) };
+    }
+}
+
+/// pthread.h, of glibc and musl.
+const PTHREAD_CANCEL_DISABLE: c_int = 1;
+unsafe extern "C" {
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
 /// Runs the body of a call: its value and the caller's errno on success, else
 /// -1, errno (last of all) and the sentence.
 pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
@@ -65,6 +96,7 @@ pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
 
 /// One for all bodies: what is around them is not made for each.
 fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
+    let _uncancelled = Uncancelled::new();
     let errno = sys::Kept::errno();
     unless_panicked(quietly(|| {
         answer(|| {
@@ -80,6 +112,13 @@ fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
 /// code, is caught too, but reported as the program reports its own.
 #[inline(always)]
 pub(super) fn guard_hot<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
+    let _uncancelled = Uncancelled::new();
+    guard_uncancellable(body)
+}
+
+/// The same for a call that has no cancellation point in it (pthreads(7)), not even where it fails.
+#[inline(always)]
+pub(super) fn guard_uncancellable<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
     unless_panicked(caught(|| answer(body)))
 }
 
@@ -113,6 +152,7 @@ fn fail(error: Error) {
 /// call costs no more system calls than the others.
 type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send>;
 static PREVIOUS_HOOK: OnceLock<Hook> = OnceLock::new();
+static HOOK_IS_SET: AtomicBool = AtomicBool::new(false);
 
 fn silence_own_panics() -> Hook {
     let previous = panic::take_hook();
@@ -125,9 +165,10 @@ fn silence_own_panics() -> Hook {
 
 /// Catches a panic, and keeps it off the host program's standard error.
 fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
-    // The hook cannot be changed by a thread that is panicking.
-    if !std::thread::panicking() {
-        PREVIOUS_HOOK.get_or_init(silence_own_panics);
+    // The hook cannot be changed by a thread that is panicking. No thread waits for another that sets it: in a forked
+    // child that one would not be there.
+    if !std::thread::panicking() && !HOOK_IS_SET.swap(true, Ordering::AcqRel) {
+        let _ = PREVIOUS_HOOK.set(silence_own_panics());
     }
     let outer = IN_CALL.replace(true);
     let outcome = caught(body);

@@ -1,7 +1,6 @@
 //! Rules.
 
 use std::ffi::{c_char, c_int};
-use std::sync::{Mutex, MutexGuard};
 
 use super::arg::{self, SizedOut};
 use super::config::*;
@@ -9,10 +8,13 @@ use super::guard::guard;
 use crate::error::{Error, Result};
 use crate::rules::{self, Rules};
 
-/// Installed rules. Calls on one handle may come from any thread.
+/// Installed rules. Calls on one handle may come from any thread of the process
+/// that installed them. A forked child may use its copy only after that process
+/// has ended, and no two children at the same time; until then its calls fail
+/// with EBUSY, and tp_remove_rules frees the copy and removes nothing.
 #[allow(non_camel_case_types)]
 pub struct tp_rules {
-    rules: Mutex<Rules>,
+    rules: Rules,
 }
 
 /// Makes the kernel bring connections to the listeners: an nf_tables table of
@@ -79,7 +81,7 @@ pub unsafe extern "C" fn tp_install_rules(
         }
         // SAFETY: by the caller's word.
         let installed = Rules::install(&unsafe { decode(&config) }?)?;
-        let handle = Box::new(tp_rules { rules: Mutex::new(installed) });
+        let handle = Box::new(tp_rules { rules: installed });
         // SAFETY: not NULL, and the caller's to be written.
         unsafe { rules.write_unaligned(Box::into_raw(handle)) };
         Ok(0)
@@ -92,9 +94,15 @@ pub unsafe extern "C" fn tp_install_rules(
 /// no longer diverted. rules may be NULL, which does nothing. The handle is
 /// gone whatever is returned; no other call may use it at the same time.
 ///
+/// In a forked child of the process that installed the rules, while that
+/// process lives, it removes nothing (as tp_forget_rules) and returns 0. After
+/// that process has ended, the first child that calls it removes the rules for
+/// all.
+///
 /// Returns 0, or -1 with errno if something could not be removed, which
-/// tp_last_error names. Rules and routes that somebody else removed already
-/// are no error.
+/// tp_last_error names. EBADF: the program has closed the descriptors of the
+/// handle; nothing is written to them or closed, and tp_purge_rules removes
+/// what is left. Rules and routes that were removed already are no error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
     guard(|| {
@@ -102,11 +110,33 @@ pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
             return Ok(0);
         }
         // SAFETY: it came from Box::into_raw, and ends here.
-        let handle = unsafe { Box::from_raw(rules) };
-        let rules = handle.rules.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        rules.remove()?;
+        unsafe { Box::from_raw(rules) }.rules.remove()?;
         Ok(0)
     })
+}
+
+/// Gives up a forked child's copy of a handle: closes the child's copies of
+/// the descriptors, frees the handle, and removes nothing.
+///
+/// A worker process that was forked by the process which installed the rules
+/// calls it once, first of all. Until every process that has the descriptors
+/// has ended or called it, the kernel keeps the table. In the process that
+/// installed the rules it leaves routing behind, which the next
+/// tp_install_rules or tp_purge_rules removes; there, call tp_remove_rules.
+///
+/// @param rules  handle, or NULL, which does nothing. The handle is freed.
+///
+/// Async-signal-safe: no. Thread-safe; no other call may use the handle at the
+/// same time. errno is unchanged.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_forget_rules(rules: *mut tp_rules) {
+    let _: c_int = guard(|| {
+        if !rules.is_null() {
+            // SAFETY: it came from Box::into_raw, and ends here.
+            unsafe { Box::from_raw(rules) }.rules.forget();
+        }
+        Ok(0)
+    });
 }
 
 /// Replaces what the rules ask for, in one transaction: every packet is treated
@@ -116,14 +146,15 @@ pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
 /// they are, and so do table and priority (leave them zero, or say the same).
 /// On failure the old rules are as they were.
 ///
-/// Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is NULL.
+/// Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is
+/// NULL; EBADF, EBUSY, EDEADLK, ENOENT: as tp_rules_stats.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const tp_rules_config, size: usize) -> c_int {
     guard(|| {
         // SAFETY: by the caller's word; the struct is integers and pointers.
         let config = unsafe { arg::sized("config", config, size, FIRST_VERSION) }?;
         // SAFETY: by the caller's word.
-        let mut rules = unsafe { locked(rules) }?;
+        let rules = unsafe { installed(rules) }?;
         // SAFETY: by the caller's word.
         rules.replace(&unsafe { decode(&config) }?)?;
         Ok(0)
@@ -163,6 +194,7 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
 /// that the rules do not serve. ENOENT: a prefix to be removed is not there.
 /// EMSGSIZE: a larger change than one transaction may be here (some 10,000
 /// prefixes with the default net.core.wmem_max, any number as root of the host).
+/// EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_update_rules(
     rules: *mut tp_rules,
@@ -184,7 +216,7 @@ pub unsafe extern "C" fn tp_update_rules(
         // SAFETY: by the caller's word.
         let remove = unsafe { prefixes("remove", remove, n_remove) }?;
         // SAFETY: by the caller's word.
-        unsafe { locked(rules) }?.update(set, &add, &remove)?;
+        unsafe { installed(rules) }?.update(set, &add, &remove)?;
         Ok(0)
     })
 }
@@ -195,12 +227,17 @@ pub unsafe extern "C" fn tp_update_rules(
 ///
 /// Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
 /// less than the first version's. E2BIG: larger than this library knows.
+/// ENOENT: the table is gone, or is another instance's by now. EBADF: the
+/// program has closed the descriptors of the handle, or something else has
+/// their numbers. EBUSY: this is a forked child, and the process that
+/// installed the rules lives (tp_read_stats works). EDEADLK: another thread
+/// was in a call on the handle when this process was forked.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_rules_stats, size: usize) -> c_int {
     guard(|| {
         let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
         // SAFETY: by the caller's word.
-        let found = unsafe { locked(rules) }?.stats()?;
+        let found = unsafe { installed(rules) }?.stats()?;
         // SAFETY: by the caller's word.
         unsafe { out.write(as_c(&found)) };
         Ok(0)
@@ -298,12 +335,11 @@ pub unsafe extern "C" fn tp_render_rules(
     })
 }
 
-/// The rules behind a handle, for this call alone.
+/// The rules behind a handle.
 ///
 /// # Safety
 /// `rules` is NULL or a handle that has not been removed.
-unsafe fn locked<'a>(rules: *const tp_rules) -> Result<MutexGuard<'a, Rules>> {
+unsafe fn installed<'a>(rules: *const tp_rules) -> Result<&'a Rules> {
     // SAFETY: by the caller's word.
-    let handle = unsafe { rules.as_ref() }.ok_or_else(|| arg::null("rules"))?;
-    Ok(handle.rules.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    unsafe { rules.as_ref() }.map(|handle| &handle.rules).ok_or_else(|| arg::null("rules"))
 }

@@ -7,7 +7,7 @@ use libc::{sockaddr, socklen_t};
 use socket2::{Domain, Protocol, Type};
 
 use super::arg::{self, AddressOut};
-use super::guard::{guard, guard_hot};
+use super::guard::{guard, guard_hot, guard_uncancellable};
 use crate::address::KernelAddr;
 use crate::error::Error;
 use crate::orig_dst;
@@ -254,7 +254,7 @@ pub unsafe extern "C" fn tp_connect_from(
 /// socket is not transparent. Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
-    guard_hot(|| {
+    guard_uncancellable(|| {
         let Some(out) = AddressOut::new(addr, addrlen) else { return Err(arg::no_place("addr", addr)) };
         let mut found = KernelAddr::NONE;
         // SAFETY: the caller's descriptor, open during the call.

@@ -1,13 +1,13 @@
 //! An exchange of messages with the kernel: send, and collect the answers.
 
 use std::fmt;
-use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::wire::{self, Attrs, Buffer};
+use crate::process::Held;
 use crate::sys;
 
 /// NLMSG_ERROR: an acknowledgement (error 0) or an error.
@@ -42,23 +42,47 @@ pub(crate) trait Transport: Send {
     /// Receives one datagram in place of what is in the buffer, as much of it as there is room for, or fails with
     /// `WouldBlock` when there is none.
     fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()>;
+    /// The kernel's socket, as long as it is the one that was opened.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 impl Transport for Socket {
     fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
-        let sent = match self.write(bytes).map_err(sys::Errno::from) {
-            Err(sys::Errno(libc::EMSGSIZE)) => {
-                enlarge_send_buffer(self, bytes.len());
-                self.write(bytes)?
-            }
-            sent => sent?,
-        };
-        if sent == bytes.len() { Ok(()) } else { Err(sys::Errno(libc::EMSGSIZE)) }
+        send_to(self, bytes)
     }
 
     fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
         sys::receive(self.as_fd(), buffer)
     }
+}
+
+/// A socket of ours that a program may have closed along with its own descriptors. Who keeps it from one call of the
+/// program to the next asks [`Channel::descriptor`] first whether it is still there.
+impl Transport for Held {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
+        send_to(&SockRef::from(&self.get_unchecked().ok_or(sys::Errno(libc::EBADF))?), bytes)
+    }
+
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+        sys::receive(self.get_unchecked().ok_or(sys::Errno(libc::EBADF))?, buffer)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.get()
+    }
+}
+
+fn send_to(socket: &Socket, bytes: &[u8]) -> sys::Result<()> {
+    let sent = match socket.send(bytes).map_err(sys::Errno::from) {
+        Err(sys::Errno(libc::EMSGSIZE)) => {
+            enlarge_send_buffer(socket, bytes.len());
+            socket.send(bytes)?
+        }
+        sent => sent?,
+    };
+    if sent == bytes.len() { Ok(()) } else { Err(sys::Errno(libc::EMSGSIZE)) }
 }
 
 /// A datagram has to fit into the send buffer (`netlink_sendmsg`). Beyond
@@ -108,6 +132,8 @@ pub(crate) struct Answers {
 /// A netlink socket and its sequence numbers.
 pub(crate) struct Channel {
     transport: Box<dyn Transport>,
+    /// The socket's own address. 0: it is not the kernel's socket.
+    port: u32,
     seq: u32,
     received: Vec<u8>,
 }
@@ -115,7 +141,18 @@ pub(crate) struct Channel {
 impl Channel {
     /// A channel to the kernel.
     pub fn open(family: i32) -> sys::Result<Channel> {
-        Ok(Channel::over(Box::new(Channel::socket(family)?)))
+        let socket = Channel::socket(family)?;
+        let port = sys::netlink_port(socket.as_fd())?;
+        Ok(Channel { port, ..Channel::over(Box::new(Held::new(socket))) })
+    }
+
+    /// The socket, as long as the program has not closed it.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.transport.descriptor()
+    }
+
+    pub fn port(&self) -> u32 {
+        self.port
     }
 
     /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
@@ -132,7 +169,7 @@ impl Channel {
 
     /// A channel over any transport.
     pub fn over(transport: Box<dyn Transport>) -> Channel {
-        Channel { transport, seq: 0, received: Vec::with_capacity(RECEIVE_BUFFER) }
+        Channel { transport, port: 0, seq: 0, received: Vec::with_capacity(RECEIVE_BUFFER) }
     }
 
     pub fn next_seq(&mut self) -> u32 {

@@ -7,6 +7,8 @@
 //! the same backwards. What a killed process leaves behind is routing that no
 //! packet is marked for; whoever comes next sweeps it.
 
+use std::os::fd::BorrowedFd;
+
 use crate::backend::iptables::{self, Tool};
 use crate::backend::nft::object::{Object, Variant};
 use crate::backend::nft::ruleset::{self, Which};
@@ -22,9 +24,8 @@ use super::config::Config;
 use super::place::{self, Claim};
 use super::plan;
 
-/// Rules that are installed. They end with [`Rules::remove`], with this value
-/// (unless they persist), or with the process, whichever comes first.
-pub struct Rules {
+/// Rules that are installed, and what they are changed by. [`super::Rules`] decides who may change them.
+pub struct Instance {
     /// The channel whose socket owns the table.
     nft: Channel,
     route: Channel,
@@ -35,7 +36,6 @@ pub struct Rules {
     routing: Routing,
     /// The rules are in iptables, and the table holds but the name and the place.
     by_iptables: bool,
-    installed: bool,
 }
 
 /// Packets and bytes since the rules were installed.
@@ -71,29 +71,29 @@ pub enum Set {
     Bypass,
 }
 
-impl Rules {
+impl Instance {
     /// Makes the kernel deliver to the listeners what the wish asks for.
     ///
     /// On failure nothing is left.
-    pub fn install(config: &Config) -> Result<Rules> {
+    pub fn install(config: &Config) -> Result<Instance> {
         let plan = plan::make(config)?;
-        let by_nft = |plan| channels().and_then(|(nft, route)| Rules::install_over(config, plan, nft, route));
+        let by_nft = |plan| channels().and_then(|(nft, route)| Instance::install_over(config, plan, nft, route));
         match config.backend {
             Backend::Nft => by_nft(plan),
-            Backend::Iptables => Rules::install_by_iptables(config, plan),
+            Backend::Iptables => Instance::install_by_iptables(config, plan),
             Backend::Auto => by_nft(plan).or_else(|error| {
                 let plan = plan::make(config)?;
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }
-                Rules::install_by_iptables(config, plan).map_err(|other| {
+                Instance::install_by_iptables(config, plan).map_err(|other| {
                     Error::with(other.errno(), format_args!("{error}; and by iptables instead: {other}"))
                 })
             }),
         }
     }
 
-    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Rules> {
+    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
         if !shows_later {
@@ -123,7 +123,7 @@ impl Rules {
                 }
             }
         };
-        let mut rules = Rules { nft, route, table, plan, variant, routing, by_iptables: false, installed: true };
+        let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: false };
         if adopted {
             rules.take_over()?;
         }
@@ -133,9 +133,44 @@ impl Rules {
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
         if self.by_iptables {
-            return by_iptables::counted_by_iptables(&self.plan.name, self.plan.families);
+            return self.counted();
         }
+        self.require_table()?;
         counted(&mut self.nft, &self.table)
+    }
+
+    /// Refuses to speak for a table that is gone, or that another socket has made since.
+    fn require_table(&mut self) -> Result<()> {
+        let port = self.nft.port();
+        match table::find(&mut self.nft, &self.table)? {
+            Some(found) if port == 0 || found.owner_port == Some(port) => Ok(()),
+            _ => Err(Error::with(
+                libc::ENOENT,
+                format_args!(
+                    "the rules are gone: table inet {} was removed, or is that of another instance by now; remove this \
+                     handle and install the rules again",
+                    self.table
+                ),
+            )),
+        }
+    }
+
+    /// The sockets that it works by are still those that it opened.
+    pub fn has_its_sockets(&self) -> bool {
+        self.sockets().count() == 2
+    }
+
+    /// Those of its sockets that the program has not closed.
+    pub fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.nft, &self.route].into_iter().filter_map(Channel::descriptor)
+    }
+
+    pub fn persists(&self) -> bool {
+        self.plan.persist
+    }
+
+    pub fn name(&self) -> &str {
+        &self.plan.name
     }
 
     /// Removes the rules, the routing, the table, and what they did.
@@ -147,10 +182,7 @@ impl Rules {
     }
 
     fn undo(&mut self) -> Result<()> {
-        if !std::mem::take(&mut self.installed) {
-            return Ok(());
-        }
-        let rules = if self.by_iptables { by_iptables::forget(&self.plan.name) } else { Ok(()) };
+        let rules = if self.by_iptables { self.remove_chains() } else { Ok(()) };
         let routing = route::delete(&mut self.route, &self.routing);
         let table = match delete_table(&mut self.nft, &self.table) {
             // A host without nf_tables has no claims.
@@ -158,20 +190,6 @@ impl Rules {
             done => done,
         };
         rules.and(routing).and(table)
-    }
-}
-
-impl Drop for Rules {
-    fn drop(&mut self) {
-        if !self.plan.persist {
-            let _ = self.undo();
-        }
-    }
-}
-
-impl std::fmt::Debug for Rules {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Rules").field("table", &self.table).field("routing", &self.routing).finish_non_exhaustive()
     }
 }
 
@@ -216,10 +234,11 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     for table in &tables {
         let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
         match (table.place, table.owner) {
-            (_, Some(pid)) if named => {
+            (_, Some(_)) if named => {
+                let owner = place::owner_of(table).unwrap_or_default();
                 return Err(Error::with(
                     libc::EBUSY,
-                    format_args!("process {pid} has these rules (table inet {}), and lives", table.name),
+                    format_args!("{owner} has these rules (table inet {}), and lives: end it first", table.name),
                 ));
             }
             // The routing is nobody's when the table is gone, and is swept below.
@@ -248,7 +267,7 @@ pub fn purge(name: Option<&str>) -> Result<()> {
 /// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
 fn serve(config: &Config, plan: &mut Plan, route: &mut Channel) -> Result<()> {
     let either = config.families.is_empty() && plan.families == Families::ALL;
-    if either && !route::has_ipv6(route) {
+    if either && !route::has_ipv6(route)? {
         plan.leave_ipv6();
     }
     if plan.mode != Mode::Redirect && !plan.families.v6 {

@@ -4,12 +4,14 @@
 
 mod apply;
 mod config;
+mod handle;
 mod place;
 pub(crate) mod plan;
 mod render;
 
 pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;
-pub use apply::{Count, Rules, Set, Stats, purge, stats_of};
+pub use apply::{Count, Set, Stats, purge, stats_of};
 pub use config::{Config, Listener};
+pub use handle::Rules;
 pub use render::{render_iptables, render_nft};

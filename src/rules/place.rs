@@ -5,6 +5,7 @@
 //! ruleset is still the one that was read. So nobody gets a name or a place
 //! that a living instance has, and what no table speaks for is a dead one's.
 
+use crate::backend::holder;
 use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
@@ -132,16 +133,16 @@ fn is_lived_in(tables: &[Table], rule: &FoundRule) -> bool {
 }
 
 fn covers(place: &Place, priority: u32) -> bool {
-    (place.priority..place.priority + RULES).contains(&priority)
+    (place.priority..=last_of(place)).contains(&priority)
 }
 
 /// The place of the instance's orphaned table; `None`: the name is free.
 fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Place>> {
     let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(None) };
-    if let Some(pid) = table.owner {
+    if let Some(owner) = owner_of(table) {
         return Err(Error::with(
             libc::EBUSY,
-            format_args!("process {pid} has rules of this name (table inet {name}); give yours another `name`"),
+            format_args!("{owner} has rules of this name (table inet {name}): end it, or give yours another `name`"),
         ));
     }
     match table.place {
@@ -171,6 +172,11 @@ fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Pl
     }
 }
 
+/// Who owns a table, in words; `None`: no living process.
+pub(super) fn owner_of(table: &Table) -> Option<String> {
+    Some(holder::described(table.owner_port?, table.owner?))
+}
+
 /// The place of an instance on a host where nothing is taken.
 pub(super) fn first(plan: &Plan) -> Place {
     numbered(plan, 0)
@@ -186,49 +192,72 @@ fn numbered(plan: &Plan, number: u32) -> Place {
 
 /// The first place that neither a table of ours nor a rule of someone else occupies.
 fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], avoid: &[u32]) -> Result<Place> {
-    let mut refusal = None;
+    let mut occupied = None;
     for number in 0..PLACES {
         let place = numbered(plan, number);
-        match occupied(&place, tables, rules) {
+        match occupant(&place, tables, rules) {
             None if !avoid.contains(&place.table) => return Ok(place),
             None => {}
-            Some(error) => refusal = Some(error),
+            Some(occupant) => occupied = Some((place, occupant)),
         }
         if plan.priority.is_some() && plan.table.is_some() {
             break;
         }
     }
-    Err(refusal.unwrap_or_else(|| Error::new(libc::EBUSY, "every routing table for an instance is taken")))
+    Err(match occupied {
+        Some((place, occupant)) => refusal(&place, &occupant),
+        None => Error::new(libc::EBUSY, "every routing table for an instance is taken"),
+    })
 }
 
-fn occupied(place: &Place, tables: &[Table], rules: &[FoundRule]) -> Option<Error> {
-    let last = place.priority + RULES - 1;
+/// What is in the way of an instance.
+enum Occupant<'a> {
+    Instance(&'a Table, Place),
+    Rule(&'a FoundRule),
+}
+
+fn occupant<'a>(place: &Place, tables: &'a [Table], rules: &'a [FoundRule]) -> Option<Occupant<'a>> {
     let overlaps = |other: &Place| other.priority.abs_diff(place.priority) < RULES || other.table == place.table;
-    if let Some(table) = tables.iter().find(|table| table.place.as_ref().is_some_and(overlaps)) {
-        if table.name == SWEEPER {
+    let table = tables.iter().find_map(|table| Some((table, table.place.filter(overlaps)?)));
+    let foreign = || rules.iter().find(|rule| !rule.ours && covers(place, rule.priority));
+    table.map(|(table, other)| Occupant::Instance(table, other)).or_else(|| foreign().map(Occupant::Rule))
+}
+
+/// The error for a place that is occupied.
+fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
+    match occupant {
+        Occupant::Instance(table, _) if table.name == SWEEPER => {
             // It will be gone in a moment: look again.
-            return Some(Error::new(libc::ERESTART, "what a dead instance left there is being removed"));
+            Error::new(libc::ERESTART, "what a dead instance left there is being removed")
         }
-        let owner = table.owner.map_or("what persists".owned(), |pid| format!("process {pid}"));
-        let other = table.place.unwrap_or(*place);
-        return Some(Error::with(
-            libc::EBUSY,
+        Occupant::Instance(table, other) => {
+            let owner = owner_of(table).unwrap_or_else(|| "what persists".owned());
+            Error::with(
+                libc::EBUSY,
+                format_args!(
+                    "{owner} (table inet {}) has routing rules {}-{} and routing table {}: choose another `priority` and \
+                     `table`",
+                    table.name,
+                    other.priority,
+                    last_of(other),
+                    other.table
+                ),
+            )
+        }
+        Occupant::Rule(foreign) => Error::with(
+            libc::EEXIST,
             format_args!(
-                "{owner} (table inet {}) has routing rules {}-{} and routing table {}: choose another `priority` and \
-                 `table`",
-                table.name,
-                other.priority,
-                other.priority + RULES - 1,
-                other.table
+                "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{} are needed: choose another",
+                foreign.family,
+                foreign.priority,
+                place.priority,
+                last_of(place)
             ),
-        ));
-    }
-    let foreign = rules.iter().find(|rule| !rule.ours && covers(place, rule.priority))?;
-    Some(Error::with(
-        libc::EEXIST,
-        format_args!(
-            "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{last} are needed: choose another",
-            foreign.family, foreign.priority, place.priority
         ),
-    ))
+    }
+}
+
+/// The last preference of a place. What a comment of others says may be as large as can be.
+fn last_of(place: &Place) -> u32 {
+    place.priority.saturating_add(RULES - 1)
 }

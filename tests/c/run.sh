@@ -137,5 +137,14 @@ expect "udp_proxy: a thousand clients, fifty servers, twenty ports" python3 "$he
 expect "tcp_load: build" cc -std=c11 -pedantic -O2 $flags -pthread "$here/tcp_load.c" -o "$work/tcp_load"
 expect "relay: ends, resets, back-pressure, limits, idle, stop, and a mixed load with kills" python3 "$here/relay.py" "$root/build/examples" "$work/tcp_load"
 
+expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/cancel.c" \
+    $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"
+expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams connect socket-error \
+    reply install iptables purge check self_test
+expect "lifecycle: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/lifecycle.c" \
+    $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/lifecycle"
+expect "lifecycle: fork, daemon, exec, exit, closefrom, chroot, capabilities, threads" \
+    python3 "$here/lifecycle.py" "$root/build/examples" "$work/lifecycle"
+
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -213,6 +213,7 @@ tp_replier_close = _function("tp_replier_close", None, c_void_p)
 
 tp_install_rules = _function("tp_install_rules", c_int, POINTER(tp_rules_config), c_size_t, POINTER(c_void_p))
 tp_remove_rules = _function("tp_remove_rules", c_int, c_void_p)
+tp_forget_rules = _function("tp_forget_rules", None, c_void_p)
 tp_replace_rules = _function("tp_replace_rules", c_int, c_void_p, POINTER(tp_rules_config), c_size_t)
 tp_purge_rules = _function("tp_purge_rules", c_int, c_char_p)
 tp_update_rules = _function(

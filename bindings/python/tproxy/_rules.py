@@ -135,8 +135,12 @@ class Rules:
 
     Any thread may use it. Whoever drops the last reference without
     :meth:`remove` gets a ResourceWarning, and the rules are removed; but not
-    those with ``RulesFlag.PERSIST``. In a child by ``fork`` the end of a ``with``
-    block leaves the rules alone, which are the parent's.
+    those with ``RulesFlag.PERSIST``.
+
+    A child by ``fork`` (``multiprocessing`` with that start method) has a copy.
+    While the parent lives, the methods of the copy raise OSError (EBUSY), and
+    :meth:`remove`, the end of a ``with`` block and the end of the copy leave the
+    rules alone. Workers call :meth:`forget`, so that the rules end with the parent.
     """
 
     def __init__(self, handle: int | None, persist: bool) -> None:
@@ -144,7 +148,16 @@ class Rules:
         self._persist = persist
         self._owner = os.getpid()
         # While C is at work without the GIL, another thread must not free the handle.
-        self._lock = threading.Lock()
+        self._thread_lock = threading.Lock()
+        self._lock_owner = self._owner
+
+    @property
+    def _lock(self) -> threading.Lock:
+        if self._lock_owner != os.getpid():
+            # A thread of the parent may have had it at the fork, and is not here to release it. The library has a lock
+            # of its own, which knows.
+            self._thread_lock, self._lock_owner = threading.Lock(), os.getpid()
+        return self._thread_lock
 
     def _installed(self) -> int:
         if self._handle is None:
@@ -181,6 +194,12 @@ class Rules:
         with self._lock:
             handle, self._handle = self._handle, None
             checked(c.tp_remove_rules(handle))
+
+    def forget(self) -> None:
+        """Gives up a forked child's copy: closes its descriptors and removes nothing. To forget twice is fine."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+            c.tp_forget_rules(handle)
 
     def __enter__(self) -> Rules:
         return self

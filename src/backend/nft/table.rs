@@ -62,8 +62,10 @@ pub(crate) struct Table {
     pub name: String,
     /// `None`: it is not one of ours.
     pub place: Option<Place>,
-    /// The process whose living socket owns it.
+    /// The process that opened the socket which owns it.
     pub owner: Option<u32>,
+    /// The port of that socket.
+    pub owner_port: Option<u32>,
     /// It outlives its owner.
     pub persistent: bool,
 }
@@ -98,6 +100,11 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
     Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).list()))
 }
 
+/// The table of this name, if there is one.
+pub(crate) fn find(channel: &mut Channel, name: &str) -> Result<Option<Table>> {
+    Ok(list(channel)?.1.into_iter().find(|table| table.name == name))
+}
+
 fn parse(attrs: &[u8]) -> Option<Table> {
     const NAME: u16 = 1;
     const FLAGS: u16 = 2;
@@ -109,6 +116,7 @@ fn parse(attrs: &[u8]) -> Option<Table> {
         name: wire::string_of(attrs, NAME)?.owned(),
         place: comment.and_then(Place::parse),
         owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
+        owner_port: wire::be32_of(attrs, OWNER),
         persistent: flags & super::transaction::PERSIST != 0,
     })
 }

@@ -219,6 +219,7 @@ mod tests {
             name: "libtproxy-tproxy".to_owned(),
             place: Some(place),
             owner,
+            owner_port: owner,
             persistent: true,
         });
         // A destination is our own text for the kernel's numbers.

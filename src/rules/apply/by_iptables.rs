@@ -3,11 +3,13 @@
 
 use super::*;
 use crate::backend::iptables::{self, Tool};
+use crate::sys;
 use crate::text;
+use std::os::fd::AsFd;
 
-impl Rules {
+impl Instance {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
-    pub(super) fn install_by_iptables(config: &Config, mut plan: Plan) -> Result<Rules> {
+    pub(super) fn install_by_iptables(config: &Config, mut plan: Plan) -> Result<Instance> {
         iptables::check(&plan)?;
         let (mut nft, mut route) = channels()?;
         serve(config, &mut plan, &mut route)?;
@@ -21,10 +23,52 @@ impl Rules {
             return Err(error);
         }
         let variant = Variant::default();
-        // From here on dropping the value undoes all.
-        let rules = Rules { nft, route, table, plan, variant, routing, by_iptables: true, installed: true };
-        enforce(&rules.plan)?;
+        let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: true };
+        if let Err(error) = enforce(&rules.plan) {
+            let _ = rules.undo();
+            return Err(error);
+        }
         Ok(rules)
+    }
+
+    pub(super) fn remove_chains(&self) -> Result<()> {
+        let name = &self.plan.name;
+        self.in_its_network(|| remove_chains(name))
+    }
+
+    pub(super) fn counted(&self) -> Result<Stats> {
+        let (name, families) = (&self.plan.name, self.plan.families);
+        self.in_its_network(|| counted_by_iptables(name, families))
+    }
+
+    /// Runs programs in the network namespace that the rules are in. They work in that of the thread that starts them,
+    /// which may have moved to another since the rules were installed.
+    fn in_its_network<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let failed = |what: &str, e: sys::Errno| {
+            Error::with(
+                e.0,
+                format_args!(
+                    "{what} the network namespace in which the rules were installed: {e}; call from a thread that is in \
+                     that namespace"
+                ),
+            )
+        };
+        let gone = sys::Errno(libc::EBADF);
+        let network =
+            self.route.descriptor().ok_or(gone).and_then(sys::network_of).map_err(|e| failed("finding", e))?;
+        let here = Channel::socket(libc::NETLINK_ROUTE);
+        let here = here.and_then(|socket| sys::network_of(socket.as_fd())).map_err(|e| failed("finding", e))?;
+        if sys::identity_of(here.as_fd()) == sys::identity_of(network.as_fd()) {
+            return body();
+        }
+        // A namespace is a thread's. This thread is the caller's, and stays where it is.
+        let elsewhere = || {
+            sys::enter_network(network.as_fd()).map_err(|e| failed("entering", e))?;
+            body()
+        };
+        let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_rules", elsewhere));
+        let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
+        outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
     }
 
     /// One transaction for each family; if one fails, the old rules come back.
@@ -33,8 +77,11 @@ impl Rules {
         let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
-        if let Err(error) = enforce(&plan) {
-            let _ = enforce(&self.plan);
+        if let Err(error) = self.in_its_network(|| enforce(&plan)) {
+            let _ = {
+                let before = &self.plan;
+                self.in_its_network(|| enforce(before))
+            };
             let _ = route::delete_entries(&mut self.route, &added);
             return Err(error);
         }
@@ -56,24 +103,35 @@ pub(super) fn enforce(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn forget(instance: &str) -> Result<()> {
+/// Removes the chains of an instance in this thread's network namespace.
+fn remove_chains(instance: &str) -> Result<()> {
     Families::ALL.iter().map(|family| Tool::choose(family).remove(instance)).fold(Ok(()), Result::and)
 }
 
 /// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
 pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<Stats> {
-    let mut stats = Stats::default();
+    let (mut stats, mut chains_exist) = (Stats::default(), false);
     for family in families.iter() {
         for (part, rule, packets, bytes) in Tool::choose(family).counters(instance)? {
+            chains_exist = true;
             let count = match part.as_str() {
                 "i" => &mut stats.intercepted,
                 "d" if text::contains(&rule, "-j MARK") => &mut stats.diverted,
                 "p" if rule.ends_with("-j DROP") => &mut stats.guarded,
                 _ => continue,
             };
-            count.packets += packets;
-            count.bytes += bytes;
+            count.packets = count.packets.saturating_add(packets);
+            count.bytes = count.bytes.saturating_add(bytes);
         }
     }
-    Ok(stats)
+    if chains_exist {
+        return Ok(stats);
+    }
+    Err(Error::with(
+        libc::ENOENT,
+        format_args!(
+            "the rules are gone: iptables has no chains {}; install the rules again",
+            iptables::chains_of(instance)
+        ),
+    ))
 }

@@ -7,7 +7,7 @@ use crate::list::List;
 use crate::prefix::{self, Prefix, PrefixSet};
 use crate::text::Owned;
 
-impl Rules {
+impl Instance {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
@@ -34,7 +34,7 @@ impl Rules {
     /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
     /// [`Mode::DivertOnly`]).
     ///
-    /// What it costs does not grow with the set. Once in a while it takes as long as [`Rules::replace`]: when so many
+    /// What it costs does not grow with the set. Once in a while it takes as long as [`Instance::replace`]: when so many
     /// prefixes of a length have come that they get a set of their own.
     pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         let missing = |name: &str| {

@@ -124,7 +124,7 @@ fn a_family_without_a_single_rule_is_no_reason_to_fail() {
     let (mut nft, mut route) = channels().unwrap();
     let found = route::rules(&mut route, Families::ALL).unwrap();
     assert!(!found.is_empty() && found.iter().all(|rule| rule.family == crate::model::Family::V4), "{found:?}");
-    let rules = Rules::install(&config()).unwrap();
+    let rules = Instance::install(&config()).unwrap();
     let ours = |rule: &&FoundRule| rule.ours;
     let found = route::rules(&mut route, Families::ALL).unwrap();
     assert_eq!(found.iter().filter(ours).count(), 6, "{found:?}");
@@ -145,12 +145,18 @@ fn an_install_that_fails_at_any_message_leaves_nothing() {
     let redirect = Config { mode: Mode::Redirect, ..config() };
     let divert = Config { mode: Mode::DivertOnly, ..Config::default() };
     for config in [config(), full(), redirect, divert] {
+        let undisturbed = Instance::install(&config).unwrap();
+        let installed = state();
+        undisturbed.remove().unwrap();
         let messages = each_message(|left| {
             let (nft, route) = spoiling(left);
-            let outcome = Rules::install_over(&config, plan::make(&config).unwrap(), nft, route);
+            let outcome = Instance::install_over(&config, plan::make(&config).unwrap(), nft, route);
             // The removal, if there is anything to remove, goes undisturbed.
             let rest = left.swap(NEVER, Ordering::Relaxed);
-            let outcome = outcome.map(drop);
+            if outcome.is_ok() {
+                assert_eq!(state(), installed, "it succeeded, and something is missing");
+            }
+            let outcome = outcome.and_then(Instance::remove);
             left.store(rest, Ordering::Relaxed);
             assert_eq!(state(), before);
             outcome
@@ -166,13 +172,14 @@ fn a_replacement_that_fails_at_any_message_changes_nothing() {
         each_message(|left| {
             let faults = Arc::new(AtomicUsize::new(NEVER));
             let (nft, route) = spoiling(&faults);
-            let mut rules = Rules::install_over(&from, plan::make(&from).unwrap(), nft, route).unwrap();
+            let mut rules = Instance::install_over(&from, plan::make(&from).unwrap(), nft, route).unwrap();
             let before = state();
             faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
             let outcome = rules.replace(&to);
             left.store(faults.swap(NEVER, Ordering::Relaxed), Ordering::Relaxed);
             let after = state();
             assert_eq!(outcome.is_err(), after == before, "{before}\n---- and then\n{after}");
+            rules.remove().unwrap();
             outcome
         });
     }
@@ -206,7 +213,7 @@ fn an_update_that_fails_at_any_message_changes_nothing() {
             let faults = Arc::new(AtomicUsize::new(NEVER));
             let (nft, route) = spoiling(&faults);
             let plan = plan::make(&config).unwrap();
-            let mut rules = Rules::install_over(&config, plan.clone(), nft, route).unwrap();
+            let mut rules = Instance::install_over(&config, plan.clone(), nft, route).unwrap();
             let before = sorted_state();
             faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
             let outcome = rules.update(set, add, remove);
@@ -214,6 +221,7 @@ fn an_update_that_fails_at_any_message_changes_nothing() {
             let after = sorted_state();
             assert_eq!(outcome.is_err(), after == before, "{before:?}\n---- and then\n{after:?}");
             assert_eq!(outcome.is_err(), rules.plan == plan);
+            rules.remove().unwrap();
             outcome
         });
     }

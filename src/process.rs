@@ -1,0 +1,306 @@
+//! Which process this is, across fork: what a parent holds is not its child's to change while the parent lives.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+use crate::sys::{self, Identity};
+
+/// A number that changes in a forked child. It never is 0.
+///
+/// A process id does not tell a child from its parent where they are in different PID namespaces, and may be given again.
+pub(crate) fn generation() -> u64 {
+    static WIPED_ON_FORK: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
+    let mut cell = WIPED_ON_FORK.load(Ordering::Acquire);
+    if cell.is_null() {
+        // Without such memory (before Linux 4.14) the process id has to do.
+        let Some(new) = sys::memory_wiped_on_fork() else { return u64::from(std::process::id()) };
+        // Another thread may have been faster; a page too many is no harm.
+        cell = match WIPED_ON_FORK.compare_exchange(cell, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => new,
+            Err(first) => first,
+        };
+    }
+    // SAFETY: it points to a mapping that is never unmapped, zero-filled and aligned to a page.
+    #[allow(unsafe_code)]
+    let cell = unsafe { &*cell };
+    match cell.load(Ordering::Acquire) {
+        // The clock was ahead of the parent's number when the child began.
+        0 => match cell.compare_exchange(0, sys::monotonic_ns() | 1, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => cell.load(Ordering::Acquire),
+            Err(first) => first,
+        },
+        known => known,
+    }
+}
+
+/// What this process is to the one that made something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Relation {
+    Itself,
+    /// A child of it, or of a child, while it lives.
+    ChildOfLiving,
+    /// The same, after it has ended.
+    ChildOfEnded,
+}
+
+/// The process that made something.
+#[derive(Debug)]
+pub(crate) struct Maker {
+    pub pid: u32,
+    generation: u64,
+    /// Readable once the process has ended. `None`: the kernel gives none (before Linux 5.3, or in a sandbox).
+    pidfd: Option<Held>,
+}
+
+impl Maker {
+    /// This process.
+    pub fn new() -> Maker {
+        let pidfd = sys::pidfd_of_this_process().ok().map(Held::new);
+        Maker { pid: std::process::id(), generation: generation(), pidfd }
+    }
+
+    pub fn relation(&self) -> Relation {
+        if self.generation == generation() {
+            return Relation::Itself;
+        }
+        let ended = match self.pidfd.as_ref().and_then(Held::get) {
+            Some(pidfd) => sys::is_readable(pidfd),
+            None => !sys::process_exists(self.pid),
+        };
+        if ended { Relation::ChildOfEnded } else { Relation::ChildOfLiving }
+    }
+}
+
+/// A descriptor that is used and closed only as long as it is what it was: a program may have closed it with all others,
+/// and opened something else under its number.
+#[derive(Debug)]
+pub(crate) struct Held {
+    fd: Option<OwnedFd>,
+    identity: Option<Identity>,
+}
+
+impl Held {
+    pub fn new(fd: impl Into<OwnedFd>) -> Held {
+        let fd = fd.into();
+        Held { identity: sys::identity_of(fd.as_fd()), fd: Some(fd) }
+    }
+
+    /// The descriptor, if it is still the same.
+    pub fn get(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd).filter(|fd| self.identity.is_some() && sys::identity_of(*fd) == self.identity)
+    }
+}
+
+impl Held {
+    /// The descriptor, whatever it may be by now: within the call that opened it, or that has asked [`Held::get`].
+    pub fn get_unchecked(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let intact = self.get().is_some();
+        if let Some(fd) = self.fd.take()
+            && !intact
+        {
+            // Not ours to close.
+            std::mem::forget(fd);
+        }
+    }
+}
+
+/// The number of a descriptor that something else owns, and what it refers to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Descriptor {
+    number: RawFd,
+    identity: Identity,
+}
+
+impl Descriptor {
+    pub fn of(fd: BorrowedFd<'_>) -> Option<Descriptor> {
+        sys::identity_of(fd).map(|identity| Descriptor { number: fd.as_raw_fd(), identity })
+    }
+
+    /// Closes it, if it still refers to the same. Only where its owner is never used or dropped again.
+    pub fn close(self) {
+        // SAFETY: at worst it is no open descriptor, and then not used.
+        #[allow(unsafe_code)]
+        unsafe {
+            if sys::identity_of(BorrowedFd::borrow_raw(self.number)) == Some(self.identity) {
+                drop(OwnedFd::from_raw_fd(self.number));
+            }
+        }
+    }
+}
+
+/// It was locked by another thread when this process was forked, and will never be unlocked here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LockedAtFork;
+
+/// A mutex that tells when the thread that holds it was left behind by fork.
+#[derive(Debug)]
+pub(crate) struct ForkMutex<T> {
+    mutex: Mutex<T>,
+    /// The generation of the process whose thread holds it; 0: none does, or has just begun to.
+    holder: AtomicU64,
+}
+
+pub(crate) struct ForkGuard<'a, T> {
+    guard: MutexGuard<'a, T>,
+    holder: &'a AtomicU64,
+}
+
+impl<T> ForkMutex<T> {
+    /// How often, in steps of a millisecond, it is looked whether the thread that took it says whose it is.
+    const TRIES: u32 = 1000;
+
+    pub fn new(value: T) -> ForkMutex<T> {
+        ForkMutex { mutex: Mutex::new(value), holder: AtomicU64::new(0) }
+    }
+
+    pub fn lock(&self) -> Result<ForkGuard<'_, T>, LockedAtFork> {
+        for _ in 0..Self::TRIES {
+            let guard = match self.mutex.try_lock() {
+                Ok(guard) => guard,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => match self.holder.load(Ordering::Acquire) {
+                    0 => {
+                        std::thread::sleep(Duration::from_millis(1));
+                        continue;
+                    }
+                    holder if holder == generation() => self.mutex.lock().unwrap_or_else(PoisonError::into_inner),
+                    _ => return Err(LockedAtFork),
+                },
+            };
+            self.holder.store(generation(), Ordering::Release);
+            return Ok(ForkGuard { guard, holder: &self.holder });
+        }
+        Err(LockedAtFork)
+    }
+
+    /// The value, if no thread that was left behind had it.
+    pub fn into_inner(self) -> Result<T, LockedAtFork> {
+        match self.lock().map(drop) {
+            Ok(()) => Ok(self.mutex.into_inner().unwrap_or_else(PoisonError::into_inner)),
+            Err(locked) => {
+                // It may be half changed: neither used nor dropped.
+                std::mem::forget(self);
+                Err(locked)
+            }
+        }
+    }
+}
+
+impl<T> std::ops::Deref for ForkGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> std::ops::DerefMut for ForkGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
+
+impl<T> Drop for ForkGuard<'_, T> {
+    fn drop(&mut self) {
+        self.holder.store(0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs something in a forked child; gives its exit status.
+    #[allow(unsafe_code)]
+    fn in_child(body: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child runs code that takes no lock of another thread, and ends by _exit.
+        unsafe {
+            match libc::fork() {
+                0 => libc::_exit(i32::from(!body())),
+                pid => {
+                    let mut status = 0;
+                    assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
+                    status == 0
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn generation_in_child_is_another() {
+        let own = generation();
+        assert_eq!(own, generation());
+        assert!(in_child(|| generation() != own && generation() == generation()));
+        assert_eq!(own, generation());
+    }
+
+    #[test]
+    fn relation_in_child_depends_on_whether_the_maker_lives() {
+        let maker = Maker::new();
+        assert_eq!(maker.relation(), Relation::Itself);
+        assert!(in_child(|| maker.relation() == Relation::ChildOfLiving));
+        // A grandchild outlives its parent, which made something.
+        let (reader, writer) = std::io::pipe().unwrap();
+        assert!(in_child(|| {
+            let maker = Maker::new();
+            #[allow(unsafe_code)]
+            // SAFETY: as in in_child().
+            if unsafe { libc::fork() } == 0 {
+                let ended = (0..2000).any(|_| {
+                    std::thread::sleep(Duration::from_millis(5));
+                    maker.relation() == Relation::ChildOfEnded
+                });
+                let _ = std::io::Write::write_all(&mut &writer, &[u8::from(ended)]);
+            }
+            true
+        }));
+        drop(writer);
+        let mut said = Vec::new();
+        std::io::Read::read_to_end(&mut &reader, &mut said).unwrap();
+        assert_eq!(said, [1]);
+    }
+
+    #[test]
+    fn held_descriptor_that_was_replaced_is_neither_used_nor_closed() {
+        let file = |name: &str| OwnedFd::from(std::fs::File::open(name).unwrap());
+        let held = Held::new(file("/dev/null"));
+        let number = held.get().unwrap().as_raw_fd();
+        let other = file("/dev/zero");
+        // SAFETY: plain system calls on descriptors of this test.
+        #[allow(unsafe_code)]
+        let reused = unsafe {
+            assert_eq!(libc::dup2(other.as_raw_fd(), number), number);
+            OwnedFd::from_raw_fd(number)
+        };
+        assert!(held.get().is_none());
+        drop(held);
+        assert!(sys::identity_of(reused.as_fd()).is_some(), "it was closed");
+    }
+
+    #[test]
+    fn mutex_that_another_thread_holds_at_fork_is_refused_in_the_child() {
+        let mutex = ForkMutex::new(7);
+        let (locked, unlock) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _guard = mutex.lock().unwrap();
+                locked.wait();
+                unlock.wait();
+            });
+            locked.wait();
+            assert!(in_child(|| mutex.lock().err() == Some(LockedAtFork)));
+            unlock.wait();
+            assert_eq!(*mutex.lock().unwrap(), 7);
+        });
+        assert!(in_child(|| mutex.lock().is_ok()));
+        assert_eq!(mutex.into_inner(), Ok(7));
+    }
+}
