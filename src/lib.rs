@@ -29,6 +29,7 @@ mod model;
 mod netlink;
 mod orig_dst;
 mod prefix;
+mod program;
 pub mod rules;
 mod self_test;
 pub mod socket;
