@@ -62,6 +62,30 @@
  * its comment says otherwise. No call prints, exits or changes a signal
  * handler; none but tp_self_test starts a thread.
  *
+ * Environment. No call reads an environment variable.
+ *
+ * Programs. Only rules by iptables (TP_BACKEND_IPTABLES) need programs:
+ * iptables-save and iptables-restore, and those of ip6tables. No other program
+ * is ever run. These calls run them:
+ *   tp_install_rules, if it installs rules by iptables
+ *   tp_replace_rules, tp_update_rules, tp_remove_rules, tp_rules_stats and
+ *     tp_read_stats, for rules that are by iptables
+ *   tp_purge_rules, if the kernel has chains of this library in iptables
+ *   tp_self_test, if it tests rules by iptables
+ * Programs are sought in /usr/sbin, /sbin, /usr/bin and /bin, never by PATH. Their
+ * environment is PATH and LC_ALL, which the library sets. They start with no
+ * signal blocked or ignored. They are children of the process: its SIGCHLD
+ * handler is called, and waitpid(-1) may return them. SIGCHLD may be ignored,
+ * and children may be waited for elsewhere: the library then sees from the
+ * kernel's tables whether a program did its work. iptables does not run while
+ * the real and the effective user differ (EPERM), as in a set-user-ID program.
+ * A call fails with
+ *   ETIMEDOUT  a program did not end within 60 seconds; it was killed
+ *   EAGAIN     another program has held the lock of the legacy iptables
+ *              (/run/xtables.lock) for 5 seconds
+ *   EOPNOTSUPP the programs are not installed, or the kernel lacks a match
+ *   EIO        a program failed for another reason
+ *
  * Privileges. CAP_NET_RAW or CAP_NET_ADMIN for sockets, CAP_NET_ADMIN for rules,
  * in the user namespace that owns the network namespace; root in `unshare -rn`
  * has both there.
@@ -215,15 +239,14 @@ typedef struct tp_replier tp_replier;
 
 /**
  * `iptables-restore`, one transaction for each family, in chains of our own;
- * the nft or the legacy variant, whichever has rules already. Refused with
+ * in the legacy variant if that has rules already, else in the nft variant if
+ * that has rules, else in the one that is called `iptables`. Refused with
  * EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
  * 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
  * what they intercept, until the next tp_install_rules of that name or
  * tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
  * sockets but those whose SO_MARK is the mark of the rules. What is dropped for
- * want of a listener is counted as intercepted. The programs are run as
- * children: the process must not ignore SIGCHLD, nor wait for children that it
- * did not start.
+ * want of a listener is counted as intercepted. Programs are run: see above.
  */
 #define TP_BACKEND_IPTABLES 2
 
@@ -1026,8 +1049,8 @@ void tp_replier_close(struct tp_replier *replier);
 
 /**
  * Makes the kernel bring connections to the listeners: an nf_tables table of
- * this process, and policy routing. No other program is run (but for
- * `iptables-restore` and `iptables-save`, with that backend).
+ * this process, and policy routing. It runs no program, except with
+ * TP_BACKEND_IPTABLES, and with TP_BACKEND_AUTO where nf_tables is missing.
  *
  * What is intercepted is what comes in from the network for someone else, and
  * with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
@@ -1132,10 +1155,22 @@ int tp_replace_rules(struct tp_rules *rules, const struct tp_rules_config *confi
  * persist, and routing. Never what a living process has.
  *
  * name: the instance's, or NULL for all of them. An instance that left
- * nothing is no error.
+ * nothing is no error. On success nothing is left: if it cannot be known
+ * whether something is left, the call fails.
  *
- * Returns 0, or -1 with errno: EBUSY: a living process has these rules.
- * EINVAL: no valid name. EPERM: no CAP_NET_ADMIN over this network namespace.
+ * Runs iptables only if the kernel has chains of this library there. Which
+ * chains it has is read from the kernel. (Without /proc, or without the right
+ * to read /proc/net/ip_tables_names, the kernel is asked for the legacy tables
+ * mangle and nat, and makes them, empty, if it can.)
+ *
+ * Returns 0, or -1 with errno:
+ *   EBUSY       a living process has these rules
+ *   EINVAL      no valid name
+ *   EPERM       no CAP_NET_ADMIN over this network namespace
+ *   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
+ *               a program of iptables failed, see above
+ *   EMFILE, ENFILE, ENOBUFS, ENOMEM
+ *               as tp_socket
  */
 int tp_purge_rules(const char *name);
 

@@ -98,6 +98,19 @@ impl Error {
         Error(What::Socket { errno, step, ends })
     }
 
+    /// This error, and if it has left something behind, that too.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn after(self, undoing: Result<()>) -> Self {
+        match undoing {
+            Ok(()) => self,
+            Err(other) => Error::with(
+                self.errno(),
+                format_args!("{self}; besides, what had been done could not be undone: {other}"),
+            ),
+        }
+    }
+
     /// The errno value, as in `errno(3)`.
     pub fn errno(&self) -> i32 {
         match self.0 {

@@ -30,6 +30,7 @@ mod netlink;
 mod orig_dst;
 mod prefix;
 mod process;
+mod program;
 pub mod rules;
 mod self_test;
 pub mod socket;

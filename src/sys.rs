@@ -3,9 +3,10 @@
 use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
+use std::time::Duration;
 
 use socket2::SockAddr;
 
@@ -412,79 +413,25 @@ pub(crate) fn link_of(path: &str) -> Option<String> {
     Some(String::from_utf8_lossy(target.get(..usize::try_from(len).ok()?)?).into_owned())
 }
 
-/// A file in memory that holds a text, to be read from its beginning.
-pub(crate) fn file_of(text: &str) -> Result<OwnedFd> {
-    // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
-    let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(Errno::last());
-    }
-    // SAFETY: it is ours alone.
-    let file = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut left = text.as_bytes();
-    while !left.is_empty() {
-        // SAFETY: valid for reads of that length.
-        let len = unsafe { libc::write(fd, left.as_ptr().cast(), left.len()) };
-        left = usize::try_from(len).ok().and_then(|len| left.get(len..)).ok_or_else(Errno::last)?;
-    }
-    rewind(file.as_fd());
-    Ok(file)
-}
-
-fn rewind(file: BorrowedFd<'_>) {
-    // SAFETY: a plain system call; a file in memory can be.
-    unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_SET) };
-}
-
-/// What a program left behind.
-pub(crate) struct Outcome {
-    /// It ended by itself, with status 0.
-    pub success: bool,
-    pub output: Vec<u8>,
-    pub errors: Vec<u8>,
-}
-
-/// Runs a program, sought in PATH unless there is a slash in its name, and waits for its end.
+/// Starts the program at a path, with these descriptors for its standard input, output and error, and this environment.
 ///
-/// What it reads and writes are files in memory, not pipes: one that ends
-/// early does not end this process with SIGPIPE, and nothing waits for a full
-/// pipe. (`std::process::Command` brings several times the code.)
-pub(crate) fn run(program: &str, args: &[&str], input: &str) -> Result<Outcome> {
-    let mut words = vec![c_path(program)?];
-    for word in args {
-        words.push(c_path(word)?);
-    }
-    let mut argv: Vec<*mut libc::c_char> = words.iter().map(|word| word.as_ptr().cast_mut()).list();
-    argv.push(ptr::null_mut());
-    let files = [file_of(input)?, file_of("")?, file_of("")?];
-    let pid = spawn(&argv, &files)?;
-    let mut status = 0;
-    // SAFETY: status is valid for writes.
-    while unsafe { libc::waitpid(pid, &raw mut status, 0) } < 0 {
-        let error = Errno::last();
-        if error != Errno(libc::EINTR) {
-            return Err(error);
-        }
-    }
-    let [_, output, errors] = &files;
-    let read = |file: &OwnedFd| {
-        rewind(file.as_fd());
-        rest_of(file.as_fd())
+/// No signal is blocked or ignored in it, whatever this process does with its own: a program that waits for its
+/// children, or stops waiting at an alarm, could not. (`std::process::Command` does that only between `fork` and
+/// `exec`, where it panics if the program cannot be started while SIGCHLD is ignored.)
+pub(crate) fn spawn(
+    path: &CStr,
+    arguments: &[&CStr],
+    environment: &[&CStr],
+    files: [BorrowedFd<'_>; 3],
+) -> Result<libc::pid_t> {
+    let pointers = |words: &[&CStr]| -> Vec<*mut libc::c_char> {
+        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).list()
     };
-    let success = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
-    Ok(Outcome { success, output: read(output)?, errors: read(errors)? })
-}
-
-/// Starts a program with these for its standard input, output and error, and
-/// with no signal blocked or, for SIGPIPE, ignored. The arguments end with NULL.
-fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> Result<libc::pid_t> {
-    unsafe extern "C" {
-        static environ: *const *mut libc::c_char;
-    }
+    let (argv, envp) = (pointers(arguments), pointers(environment));
     let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
     let mut pid = 0;
-    // SAFETY: both are initialised before anything else is done with them, and destroyed at the end; the arguments are
-    // NUL-terminated and the last is NULL; environ is the C library's.
+    // SAFETY: both are initialised before anything else is done with them, and destroyed at the end; path, arguments
+    // and environment are NUL-terminated, and the last pointer of each list is NULL.
     unsafe {
         let mut actions = std::mem::zeroed();
         let mut attributes = std::mem::zeroed();
@@ -493,7 +440,7 @@ fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> Result<libc::pid_t
         let started = done(libc::posix_spawnattr_init(&raw mut attributes)).and_then(|()| {
             libc::sigemptyset(&raw mut signals);
             let mut outcome = libc::posix_spawnattr_setsigmask(&raw mut attributes, &raw const signals);
-            libc::sigaddset(&raw mut signals, libc::SIGPIPE);
+            libc::sigfillset(&raw mut signals);
             outcome |= libc::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const signals);
             let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
             outcome |= libc::posix_spawnattr_setflags(&raw mut attributes, flags as _);
@@ -502,7 +449,8 @@ fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> Result<libc::pid_t
             }
             if outcome == 0 {
                 let (actions, attributes) = (&raw const actions, &raw const attributes);
-                outcome = libc::posix_spawnp(&raw mut pid, argv[0], actions, attributes, argv.as_ptr(), environ);
+                outcome =
+                    libc::posix_spawn(&raw mut pid, path.as_ptr(), actions, attributes, argv.as_ptr(), envp.as_ptr());
             }
             libc::posix_spawnattr_destroy(&raw mut attributes);
             done(outcome)
@@ -513,48 +461,113 @@ fn spawn(argv: &[*mut libc::c_char], files: &[OwnedFd; 3]) -> Result<libc::pid_t
     Ok(pid)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn shell(script: &str, input: &str) -> Outcome {
-        run("sh", &["-c", script], input).unwrap()
+/// A descriptor of a child process, which is readable once that has ended. Linux 5.4.
+///
+/// `None`: it has ended, and its number may be another process's: this process ignores SIGCHLD, or waits for any child
+/// elsewhere.
+pub(crate) fn pidfd(child: libc::pid_t) -> Result<Option<OwnedFd>> {
+    // SAFETY: a plain system call.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child, 0) };
+    if fd < 0 {
+        let error = Errno::last();
+        return if error == Errno(libc::ESRCH) { Ok(None) } else { Err(error) };
     }
-
-    #[test]
-    fn a_program_reads_its_input_and_both_outputs_are_kept() {
-        let outcome = shell("cat; echo complaint >&2; exit 3", "some words\n");
-        assert_eq!(
-            (outcome.success, outcome.output, outcome.errors),
-            (false, b"some words\n".into(), b"complaint\n".into())
-        );
-        assert!(shell("exit 0", "").success);
-        assert!(!shell("kill -KILL $$", "").success);
+    // SAFETY: a new descriptor, ours alone.
+    let process = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    match waitid(process.as_fd(), libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) {
+        Err(Errno(libc::ECHILD)) => Ok(None),
+        other => other.map(|_| Some(process)),
     }
+}
 
-    #[test]
-    fn more_than_a_pipe_holds_comes_and_goes() {
-        let long = "x".repeat(1 << 20);
-        assert_eq!(shell("cat", &long).output, long.as_bytes());
-        // It ends before it has read anything.
-        assert!(shell("exit 0", &long).success);
+/// Ends a process.
+pub(crate) fn kill(process: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: a plain system call; without a siginfo the signal is as by kill(2).
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            libc::SIGKILL,
+            ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// By itself, with this status.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+    /// The kernel does not say: this process ignores SIGCHLD, or waits for any child elsewhere and was told there.
+    Unknown,
+}
+
+/// Waits for the end of a child process.
+pub(crate) fn wait(process: BorrowedFd<'_>) -> Result<End> {
+    loop {
+        return match waitid(process, libc::WEXITED) {
+            Ok((libc::CLD_EXITED, status)) => Ok(End::Exited(status)),
+            Ok((_, signal)) => Ok(End::Killed(signal)),
+            Err(Errno(libc::ECHILD)) => Ok(End::Unknown),
+            Err(Errno(libc::EINTR)) => continue,
+            Err(error) => Err(error),
+        };
     }
+}
 
-    #[test]
-    fn a_program_that_is_not_there_is_not_found() {
-        for name in ["no-such-program-anywhere", "/usr/sbin/no-such-program"] {
-            assert_eq!(run(name, &[], "").err(), Some(Errno(libc::ENOENT)));
+/// `waitid(2)`: what has happened (CLD_*), and the status or the signal.
+fn waitid(process: BorrowedFd<'_>, options: i32) -> Result<(i32, i32)> {
+    // SAFETY: all zero is valid, and has a status; the call fills it.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let rc = libc::waitid(libc::P_PIDFD, process.as_raw_fd() as libc::id_t, &raw mut info, options);
+        if rc == 0 { Ok((info.si_code, info.si_status())) } else { Err(Errno::last()) }
+    }
+}
+
+/// Waits for a child process by its number, when there is no descriptor of it.
+pub(crate) fn reap(pid: libc::pid_t) {
+    // SAFETY: a plain system call; NULL: the status is not asked for.
+    while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } < 0 && errno() == libc::EINTR {}
+}
+
+/// Waits until one of these descriptors is ready, or this time has passed; one less than 0 is none. Says which are.
+pub(crate) fn poll<const N: usize>(events: [(RawFd, i16); N], time: Duration) -> Result<[bool; N]> {
+    let mut polled = events.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
+    // Rounded up: not to ask again and again in the last millisecond.
+    let time = i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+    // SAFETY: valid for reads and writes of N.
+    let rc = unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, time) };
+    match rc {
+        0.. => Ok(polled.map(|polled| polled.revents != 0)),
+        _ if errno() == libc::EINTR => Ok([false; N]),
+        _ => Err(Errno::last()),
+    }
+}
+
+/// `write(2)` to a pipe, whose reader may have gone: that is EPIPE, and not SIGPIPE, which would end this process.
+pub(crate) fn write_to_pipe(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize> {
+    // SAFETY: the sets are valid for writes and filled before they are read; the bytes are valid for reads.
+    unsafe {
+        let (mut sigpipe, mut before, mut pending) = (std::mem::zeroed(), std::mem::zeroed(), std::mem::zeroed());
+        libc::sigemptyset(&raw mut sigpipe);
+        libc::sigaddset(&raw mut sigpipe, libc::SIGPIPE);
+        libc::sigemptyset(&raw mut pending);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const sigpipe, &raw mut before);
+        libc::sigpending(&raw mut pending);
+        let was_pending = libc::sigismember(&raw const pending, libc::SIGPIPE) == 1;
+        let written = libc::write(pipe.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
+        let outcome = usize::try_from(written).map_err(|_| Errno::last());
+        // The one that the write has sent to this thread; it is there when the write returns.
+        if outcome == Err(Errno(libc::EPIPE)) && !was_pending {
+            let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            libc::sigtimedwait(&raw const sigpipe, ptr::null_mut(), &raw const at_once);
         }
-    }
-
-    #[test]
-    fn a_program_starts_with_no_signal_blocked_and_dies_by_sigpipe() {
-        let signals = "sed -n 's/^Sig\\(Blk\\|Ign\\):\\s*0*//p' /proc/self/status";
-        // Rust's runtime ignores SIGPIPE, 13.
-        let outcome = without_signals(|| shell(signals, ""));
-        let lines = String::from_utf8(outcome.output).unwrap();
-        let masks: Vec<u64> = lines.lines().map(|mask| u64::from_str_radix(mask, 16).unwrap_or(0)).collect();
-        assert_eq!(masks.first(), Some(&0));
-        assert_eq!(masks[1] & 1 << 12, 0);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
+        outcome
     }
 }

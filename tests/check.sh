@@ -76,7 +76,7 @@ if [ "$(id -u)" = 0 ]; then
     as_nobody() {
         local test
         for test in "$work"/test-*; do
-            (cd / && $nobody unshare --map-root-user --net "$test") || return 1
+            (cd / && $nobody unshare --map-root-user --net --mount "$test") || return 1
         done
     }
     rust_tests as_nobody

@@ -4,6 +4,9 @@
 //! It is the recipe of the kernel's documentation (Documentation/networking/
 //! tproxy.rst): `-m socket`, MARK and ACCEPT for what has a socket, TPROXY for
 //! what is to be intercepted. TPROXY without a listener drops, always.
+//!
+//! `present` reads from the kernel which of these chains there are, `tool` runs
+//! the programs that change them, `saved` reads and writes the programs' text.
 
 use std::fmt::{self, Write};
 use std::net::IpAddr;
@@ -12,8 +15,13 @@ use crate::error::{Error, Result};
 use crate::list::List;
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
 use crate::prefix::PrefixSet;
-use crate::text::Owned;
-use crate::{sort, sys, text};
+use crate::text;
+use saved::Saved;
+pub(crate) use tool::{counters, instances, remove};
+
+mod present;
+mod saved;
+mod tool;
 
 /// Rules are looked at one by one: more prefixes than this would cost every packet too much.
 const PREFIXES_MAX: usize = 1000;
@@ -345,187 +353,12 @@ fn option(name: &str, listener: &Intercept) -> impl fmt::Display {
     })
 }
 
-/// What of an instance a family's tables hold: the chains, and the jumps as they are listed.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// Table and chain.
-    chains: Vec<(String, String)>,
-    /// Table, and the rule behind `-A`.
-    jumps: Vec<(String, String)>,
-}
-
-impl Found {
-    /// Reads the output of `iptables-save`.
-    fn read(save: &str, instance: &str) -> Found {
-        let mut found = Found::default();
-        let mut table = String::new();
-        let (prefix, marker) = (chain_name(instance, ""), format!("--comment \"{}\"", comment(instance)));
-        for line in save.lines() {
-            if let Some(name) = line.strip_prefix('*') {
-                table = name.owned();
-            } else if let Some(chain) = line.strip_prefix(':').and_then(|rest| rest.split(' ').next()) {
-                // No other instance's: the parts have no '-' in them.
-                if chain.strip_prefix(&prefix).is_some_and(|part| !part.contains('-')) {
-                    found.chains.push((table.clone(), chain.owned()));
-                }
-            } else if let Some(rule) = line.strip_prefix("-A ")
-                && text::contains(rule, &marker)
-            {
-                found.jumps.push((table.clone(), rule.owned()));
-            }
-        }
-        sort::unique(&mut found.chains);
-        sort::unique(&mut found.jumps);
-        found
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.chains.is_empty() && self.jumps.is_empty()
-    }
-}
-
-/// The input for `iptables-restore --noflush` that makes a family's tables hold the plan (or, without one, nothing of
-/// the instance), whatever they held of it.
-fn restore(instance: &str, wanted: &[Table], found: &Found) -> String {
-    let mut text = String::new();
-    let found_in = found.chains.iter().chain(&found.jumps).map(|(table, _)| table.clone());
-    let mut names: Vec<String> = wanted.iter().map(|table| table.name.owned()).chain(found_in).list();
-    sort::unique(&mut names);
-    for table_name in names {
-        // Writing to a String does not fail.
-        let _ = writeln!(text, "*{table_name}");
-        let stale = found.chains.iter().filter(|(table, _)| *table == table_name).map(|(_, chain)| chain);
-        let table = wanted.iter().find(|table| table.name == table_name);
-        let chains = table.map_or(&[][..], |table| &table.chains);
-        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).list();
-        // To declare a chain makes it, or empties it.
-        for chain in chains.iter().map(|chain| &chain.name).chain(gone.iter().copied()) {
-            let _ = writeln!(text, ":{chain} - [0:0]");
-        }
-        for (_, jump) in found.jumps.iter().filter(|(table, _)| *table == table_name) {
-            let _ = writeln!(text, "-D {jump}");
-        }
-        for chain in chains {
-            text.push_str(&chain.rules);
-        }
-        for (from, to) in table.map_or(&[][..], |table| &table.jumps) {
-            let _ = writeln!(text, "-A {from} -m comment --comment \"{}\" -j {to}", comment(instance));
-        }
-        for chain in gone {
-            let _ = writeln!(text, "-X {chain}");
-        }
-        text.push_str("COMMIT\n");
-    }
-    text
-}
-
 /// The text for a host where nothing is there yet.
 pub(crate) fn render(plan: &Plan, family: Family) -> String {
-    restore(&plan.name, &Builder { plan, family }.tables(), &Found::default())
+    saved::restore(&plan.name, &Builder { plan, family }.tables(), &Saved::default())
 }
 
-/// The commands of a family, of the variant (nft, legacy) that the host uses.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tool {
-    family: Family,
-    save: String,
-    restore: String,
-}
-
-impl Tool {
-    /// The variant in which there are rules already; else what the host calls `iptables`.
-    pub fn choose(family: Family) -> Tool {
-        let base = match family {
-            Family::V4 => "iptables",
-            Family::V6 => "ip6tables",
-        };
-        let tool = |variant: &str| Tool {
-            family,
-            save: format!("{base}{variant}-save"),
-            restore: format!("{base}{variant}-restore"),
-        };
-        let has_rules = |tool: &Tool| tool.saved().is_ok_and(|text| text.lines().any(|line| line.starts_with("-A ")));
-        let variants = [tool("-legacy"), tool("-nft")];
-        variants.into_iter().find(has_rules).unwrap_or_else(|| tool(""))
-    }
-
-    fn saved(&self) -> Result<String> {
-        self.run(&self.save, &[], "")
-    }
-
-    /// Makes the family's tables hold the plan.
-    pub fn apply(&self, plan: &Plan) -> Result<()> {
-        let found = Found::read(&self.saved()?, &plan.name);
-        let tables = Builder { plan, family: self.family }.tables();
-        self.restored(&restore(&plan.name, &tables, &found))
-    }
-
-    /// Removes what the family's tables hold of an instance.
-    pub fn remove(&self, instance: &str) -> Result<()> {
-        let found = Found::read(&self.saved()?, instance);
-        if found.is_empty() { Ok(()) } else { self.restored(&restore(instance, &[], &found)) }
-    }
-
-    /// The instances that have rules here: those whose jumps say so. A chain's name alone may be anybody's.
-    pub fn instances(&self) -> Result<Vec<String>> {
-        let marker = format!("--comment \"{}", comment(""));
-        let name = |line: &str| Some(text::split_once(line, &marker)?.1.split_once('"')?.0.owned());
-        let mut names = self.saved()?.lines().filter_map(name).list();
-        sort::unique(&mut names);
-        Ok(names)
-    }
-
-    /// The packets and bytes of the instance's rules: chain, rule, and the two numbers.
-    pub fn counters(&self, instance: &str) -> Result<Vec<(String, String, u64, u64)>> {
-        let prefix = chain_name(instance, "");
-        let save = self.run(&self.save, &["--counters"], "")?;
-        let parse = |line: &str| {
-            let (counters, rule) = text::split_once(line.strip_prefix('[')?, "] -A ")?;
-            let (packets, bytes) = counters.split_once(':')?;
-            let (chain, rule) = rule.split_once(' ')?;
-            let part = chain.strip_prefix(&prefix)?;
-            Some((part.owned(), rule.owned(), packets.parse().ok()?, bytes.parse().ok()?))
-        };
-        Ok(save.lines().filter_map(parse).list())
-    }
-
-    fn restored(&self, text: &str) -> Result<()> {
-        self.run(&self.restore, &["--noflush", "--wait"], text).map(drop)
-    }
-
-    fn run(&self, program: &str, args: &[&str], input: &str) -> Result<String> {
-        let failed = |e: sys::Errno| {
-            let (errno, cure) = match e.0 {
-                libc::ENOENT => (libc::EOPNOTSUPP, "; install the package iptables"),
-                errno => (errno, ""),
-            };
-            Error::with(errno, format_args!("{program}: {e}{cure}"))
-        };
-        let outcome = ["", "/usr/sbin/", "/sbin/"]
-            .iter()
-            .map(|directory| sys::run(&format!("{directory}{program}"), args, input))
-            .find(|outcome| !matches!(outcome, Err(sys::Errno(libc::ENOENT))))
-            .unwrap_or(Err(sys::Errno(libc::ENOENT)))
-            .map_err(failed)?;
-        if outcome.success {
-            return Ok(String::from_utf8_lossy(&outcome.output).into_owned());
-        }
-        let words = String::from_utf8_lossy(&outcome.errors);
-        let words = words.trim();
-        let errno = match words {
-            words if text::contains(words, "Permission denied") || text::contains(words, "must be root") => libc::EPERM,
-            words if text::contains(words, "No chain/target/match") || text::contains(words, "not supported") => {
-                libc::EOPNOTSUPP
-            }
-            _ => libc::EIO,
-        };
-        Err(Error::with(
-            errno,
-            format_args!(
-                "{program} {}: {words}; the kernel needs CONFIG_NETFILTER_XT_MATCH_SOCKET and _XT_TARGET_TPROXY (`modprobe \
-                 xt_socket xt_TPROXY`), and the program CAP_NET_ADMIN",
-                args.join(" ")
-            ),
-        ))
-    }
+/// Makes a family's tables hold the plan.
+pub(crate) fn apply(plan: &Plan, family: Family) -> Result<()> {
+    tool::apply(&plan.name, family, &Builder { plan, family }.tables())
 }

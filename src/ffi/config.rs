@@ -55,15 +55,14 @@ pub const TP_BACKEND_AUTO: u32 = 0;
 /// nf_tables, over netlink.
 pub const TP_BACKEND_NFT: u32 = 1;
 /// `iptables-restore`, one transaction for each family, in chains of our own;
-/// the nft or the legacy variant, whichever has rules already. Refused with
+/// in the legacy variant if that has rules already, else in the nft variant if
+/// that has rules, else in the one that is called `iptables`. Refused with
 /// EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
 /// 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
 /// what they intercept, until the next tp_install_rules of that name or
 /// tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
 /// sockets but those whose SO_MARK is the mark of the rules. What is dropped for
-/// want of a listener is counted as intercepted. The programs are run as
-/// children: the process must not ignore SIGCHLD, nor wait for children that it
-/// did not start.
+/// want of a listener is counted as intercepted. Programs are run: see above.
 pub const TP_BACKEND_IPTABLES: u32 = 2;
 
 /// TCP.

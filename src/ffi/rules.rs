@@ -18,8 +18,8 @@ pub struct tp_rules {
 }
 
 /// Makes the kernel bring connections to the listeners: an nf_tables table of
-/// this process, and policy routing. No other program is run (but for
-/// `iptables-restore` and `iptables-save`, with that backend).
+/// this process, and policy routing. It runs no program, except with
+/// TP_BACKEND_IPTABLES, and with TP_BACKEND_AUTO where nf_tables is missing.
 ///
 /// What is intercepted is what comes in from the network for someone else, and
 /// with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
@@ -165,10 +165,22 @@ pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const t
 /// persist, and routing. Never what a living process has.
 ///
 /// name: the instance's, or NULL for all of them. An instance that left
-/// nothing is no error.
+/// nothing is no error. On success nothing is left: if it cannot be known
+/// whether something is left, the call fails.
 ///
-/// Returns 0, or -1 with errno: EBUSY: a living process has these rules.
-/// EINVAL: no valid name. EPERM: no CAP_NET_ADMIN over this network namespace.
+/// Runs iptables only if the kernel has chains of this library there. Which
+/// chains it has is read from the kernel. (Without /proc, or without the right
+/// to read /proc/net/ip_tables_names, the kernel is asked for the legacy tables
+/// mangle and nat, and makes them, empty, if it can.)
+///
+/// Returns 0, or -1 with errno:
+///   EBUSY       a living process has these rules
+///   EINVAL      no valid name
+///   EPERM       no CAP_NET_ADMIN over this network namespace
+///   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
+///               a program of iptables failed, see above
+///   EMFILE, ENFILE, ENOBUFS, ENOMEM
+///               as tp_socket
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
     guard(|| {

@@ -9,7 +9,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::backend::iptables::{self, Tool};
+use crate::backend::iptables;
 use crate::backend::nft::object::{Object, Variant};
 use crate::backend::nft::ruleset::{self, Which};
 use crate::backend::nft::table;
@@ -184,10 +184,9 @@ impl Instance {
     fn undo(&mut self) -> Result<()> {
         let rules = if self.by_iptables { self.remove_chains() } else { Ok(()) };
         let routing = route::delete(&mut self.route, &self.routing);
-        let table = match delete_table(&mut self.nft, &self.table) {
-            // A host without nf_tables has no claims.
-            Err(error) if self.by_iptables && error.errno() == libc::EOPNOTSUPP => Ok(()),
-            done => done,
+        let table = match self.by_iptables {
+            true => by_iptables::unclaim(&mut self.nft, &self.table),
+            false => delete_table(&mut self.nft, &self.table),
         };
         rules.and(routing).and(table)
     }
@@ -229,7 +228,8 @@ fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
 /// of them left. A living process's rules are never touched: by name, they are EBUSY.
 pub fn purge(name: Option<&str>) -> Result<()> {
     let (mut nft, mut route) = channels()?;
-    let wanted = name.map(|name| plan::name(name).map(|name| table::name_of(&name))).transpose()?;
+    let name = name.map(plan::name).transpose()?;
+    let wanted = name.as_deref().map(table::name_of);
     let (_, tables) = table::list(&mut nft)?;
     for table in &tables {
         let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
@@ -251,15 +251,8 @@ pub fn purge(name: Option<&str>) -> Result<()> {
         let name = table::name_of(instance);
         tables.iter().any(|table| table.name == name && table.owner.is_some())
     };
-    for family in Families::ALL.iter() {
-        let tool = Tool::choose(family);
-        for instance in tool.instances().unwrap_or_default() {
-            if name.is_none_or(|name| name == instance) && !living(&instance) {
-                tool.remove(&instance)?;
-            }
-        }
-    }
-    place::sweep(&mut nft, &mut route)
+    let chains = by_iptables::purge(name.as_deref(), living);
+    chains.and(place::sweep(&mut nft, &mut route))
 }
 
 /// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.

@@ -147,14 +147,24 @@ impl Net {
     }
 }
 
-/// The legacy iptables locks a file that only root may open; a file of our own serves as well in networks of our own.
+/// The legacy iptables locks a file in /run, which only root of the host may open. The mount namespace of the tests
+/// (`.cargo/config.toml`) gets an empty /run.
 fn let_iptables_lock() {
     static SET: std::sync::Once = std::sync::Once::new();
-    SET.call_once(|| {
-        let file = std::env::temp_dir().join(format!("xtables-{}.lock", std::process::id()));
-        // SAFETY: the first network of a test is made before any thread reads the environment.
-        unsafe { std::env::set_var("XTABLES_LOCKFILE", file) };
-    });
+    SET.call_once(|| mount_tmpfs("/run"));
+}
+
+/// Puts an empty directory in the place of one, in this process's mount namespace.
+pub fn mount_tmpfs(directory: &str) {
+    let directory = std::ffi::CString::new(directory).unwrap();
+    // SAFETY: NUL-terminated texts, and no options.
+    let rc = unsafe { libc::mount(c"tmpfs".as_ptr(), directory.as_ptr(), c"tmpfs".as_ptr(), 0, std::ptr::null()) };
+    assert_eq!(
+        rc,
+        0,
+        "mount {directory:?}: {}; `unshare --map-root-user --net --mount PROGRAM`",
+        std::io::Error::last_os_error()
+    );
 }
 
 /// client --- proxy --- server; the proxy's host is a router, so that what it does not intercept goes through.

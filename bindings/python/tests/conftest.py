@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +16,10 @@ _INSIDE = "TPROXY_TESTS_INSIDE"
 def pytest_cmdline_main() -> None:
     if _INSIDE not in os.environ:
         os.environ[_INSIDE] = "1"
-        # The legacy iptables locks a file that only root may open; one of our own serves as well in our networks.
-        os.environ["XTABLES_LOCKFILE"] = os.path.join(tempfile.gettempdir(), f"xtables-{os.getpid()}.lock")
-        new = ["unshare", "--map-root-user", "--net"]
-        os.execvp(new[0], [*new, sys.executable, "-m", "pytest", *sys.argv[1:]])
+        # The legacy iptables locks a file in /run, which only root of the host may open: here /run is the tests' own.
+        new = ["unshare", "--map-root-user", "--net", "--mount"]
+        own_run = ["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh"]
+        os.execvp(new[0], [*new, *own_run, sys.executable, "-m", "pytest", *sys.argv[1:]])
 
 
 @pytest.fixture

@@ -69,6 +69,25 @@ pub(crate) fn chains(channel: &mut Channel) -> sys::Result<Vec<Chain>> {
     Ok(chains.into_iter().map(|(_, chain)| chain).list())
 }
 
+/// The table and the name of every chain of a family.
+pub(crate) fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
+    let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
+    Ok(dumped.iter().filter_map(|payload| parse_chain(payload)).map(|(_, chain)| (chain.table, chain.name)).list())
+}
+
+/// Whether the tables of a family that are `iptables-nft`'s have rules. No more is read than that takes.
+pub(crate) fn iptables_has_rules(family: Family) -> sys::Result<bool> {
+    for table in IPTABLES {
+        let channel = Channel::open(libc::NETLINK_NETFILTER)?;
+        let header = header(family.nfproto(), 0);
+        let (rules, _) = channel.dump_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(1, table), 1)?;
+        if !rules.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The families whose chains see IP packets as such.
 fn family_of(nfproto: u8) -> Option<Option<Family>> {
     match nfproto {
@@ -79,10 +98,13 @@ fn family_of(nfproto: u8) -> Option<Option<Family>> {
     }
 }
 
-/// `iptables-nft` has tables and base chains of these names, in the families of its own.
+/// The tables of `iptables-nft`, in the families of its own.
+const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+
+/// `iptables-nft` has tables and base chains of these names.
 fn origin_of(family: Option<Family>, table: &str) -> Origin {
     match (family, table) {
-        (Some(_), "filter" | "nat" | "mangle" | "raw" | "security") => Origin::IptablesNft,
+        (Some(_), table) if IPTABLES.contains(&table) => Origin::IptablesNft,
         _ => Origin::Nft,
     }
 }

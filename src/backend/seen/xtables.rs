@@ -1,7 +1,7 @@
 //! The matches and targets of iptables, as both its variants have them, and the tables of the legacy one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
 use socket2::{Domain, Socket, Type};
 
@@ -113,50 +113,107 @@ fn redirected(info: &[u8]) -> Option<u16> {
 
 /// The names of the tables that the legacy variant has now (asking for another would make it).
 ///
-/// `None`: only root may know.
+/// `None`: only root may know, or there is no /proc.
 pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
+    const DIRECTORY: &str = "/proc/thread-self/net";
     let file = match family {
-        Family::V4 => "/proc/thread-self/net/ip_tables_names",
-        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+        Family::V4 => "ip_tables_names",
+        Family::V6 => "ip6_tables_names",
     };
-    match sys::read(file) {
+    match sys::read(&format!("{DIRECTORY}/{file}")) {
         Ok(text) => Some(text.lines().map(str::to_owned).list()),
         // The kernel has none of it.
-        Err(sys::Errno(libc::ENOENT)) => Some(Vec::new()),
+        Err(sys::Errno(libc::ENOENT)) if sys::file_size(DIRECTORY).is_some() => Some(Vec::new()),
         Err(_) => None,
     }
 }
 
 /// The chains of one table of the legacy variant.
 pub(crate) fn legacy_chains(family: Family, table: &str) -> sys::Result<Vec<Chain>> {
-    /// IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES, the same numbers for IPv6; `struct ipt_getinfo` and the head of
-    /// `struct ipt_get_entries`.
-    const GET_INFO: i32 = 64;
-    const GET_ENTRIES: i32 = 65;
-    const NAME: usize = 32;
-    const INFO: usize = 84;
-    const HEAD: usize = 40;
     /// A table that is larger than this is not worth the time.
     const MOST: usize = 8 << 20;
-    let (domain, level) = match family {
-        Family::V4 => (Domain::IPV4, libc::SOL_IP),
-        Family::V6 => (Domain::IPV6, libc::SOL_IPV6),
+    let (info, entries) = legacy_entries(family, table, MOST)?;
+    Ok(parse_legacy(family, table, &info, &entries))
+}
+
+/// The names of all chains in one table of the legacy variant but the kernel's own.
+pub(crate) fn legacy_chain_names(family: Family, table: &str) -> sys::Result<Vec<String>> {
+    /// A table of this size has some 200,000 rules.
+    const MOST: usize = 64 << 20;
+    let (_, entries) = legacy_entries(family, table, MOST)?;
+    Ok(entries_of(family, &entries).filter_map(|entry| entry.begins()).list())
+}
+
+/// Whether a table of the legacy variant has more than the chains and policies that every table has.
+pub(crate) fn legacy_has_rules(family: Family, table: &str) -> sys::Result<bool> {
+    let socket = legacy_socket(family)?;
+    let info = legacy_info(&socket, family, table)?;
+    // struct ipt_getinfo: valid_hooks, number of entries. Each hook has a policy, and an entry ends the table.
+    let hooks = u32_at(&info, 32).unwrap_or(0).count_ones();
+    Ok(u32_at(&info, INFO - 8).unwrap_or(0) > hooks + 1)
+}
+
+/// `struct ipt_getinfo`, the same for IPv6, and the name in it.
+const INFO: usize = 84;
+const NAME: usize = 32;
+
+/// The options are asked of any socket of the family.
+fn legacy_socket(family: Family) -> sys::Result<Socket> {
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
     };
-    let socket = Socket::new(domain, Type::RAW.cloexec(), Some(socket2::Protocol::from(libc::IPPROTO_RAW)))?;
-    let ask = |fd: BorrowedFd<'_>, option, buffer: &mut [u8]| {
-        buffer.iter_mut().zip(table.bytes().take(NAME - 1)).for_each(|(place, byte)| *place = byte);
-        sys::getsockopt_bytes(fd, level, option, buffer)
+    Ok(Socket::new(domain, Type::DGRAM.cloexec(), None)?)
+}
+
+/// Fills what comes behind a table's name.
+fn ask_legacy(socket: &Socket, family: Family, option: i32, table: &str, buffer: &mut [u8]) -> sys::Result<()> {
+    let level = match family {
+        Family::V4 => libc::SOL_IP,
+        Family::V6 => libc::SOL_IPV6,
     };
+    buffer.iter_mut().zip(table.bytes().take(NAME - 1)).for_each(|(place, byte)| *place = byte);
+    sys::getsockopt_bytes(socket.as_fd(), level, option, buffer).map(drop)
+}
+
+fn legacy_info(socket: &Socket, family: Family, table: &str) -> sys::Result<[u8; INFO]> {
+    /// IPT_SO_GET_INFO, the same number for IPv6.
+    const GET_INFO: i32 = 64;
     let mut info = [0; INFO];
-    ask(socket.as_fd(), GET_INFO, &mut info)?;
-    let size = u32_at(&info, INFO - 4).unwrap_or(0) as usize;
-    if size > MOST {
-        return Err(sys::Errno(libc::EFBIG));
+    ask_legacy(socket, family, GET_INFO, table, &mut info)?;
+    Ok(info)
+}
+
+/// All of a table: `struct ipt_getinfo`, and the entries. EFBIG: they are more bytes than that.
+fn legacy_entries(family: Family, table: &str, most: usize) -> sys::Result<([u8; INFO], Vec<u8>)> {
+    /// IPT_SO_GET_ENTRIES, the same number for IPv6, and the head of `struct ipt_get_entries`.
+    const GET_ENTRIES: i32 = 65;
+    const HEAD: usize = 40;
+    /// A table that was replaced between the two questions has another size (EAGAIN).
+    const TRIES: usize = 16;
+    let socket = legacy_socket(family)?;
+    for _ in 0..TRIES {
+        let info = legacy_info(&socket, family, table)?;
+        let size = u32_at(&info, INFO - 4).unwrap_or(0) as usize;
+        if size > most {
+            return Err(sys::Errno(libc::EFBIG));
+        }
+        let mut entries = Vec::new();
+        entries.try_reserve_exact(HEAD + size).map_err(|_| sys::Errno(libc::ENOMEM))?;
+        entries.resize(HEAD + size, 0);
+        if let Some(place) = entries.get_mut(NAME..NAME + 4) {
+            place.copy_from_slice(&(size as u32).to_ne_bytes());
+        }
+        match ask_legacy(&socket, family, GET_ENTRIES, table, &mut entries) {
+            Ok(()) => {
+                entries.drain(..HEAD);
+                return Ok((info, entries));
+            }
+            Err(sys::Errno(libc::EAGAIN)) => {}
+            Err(error) => return Err(error),
+        }
     }
-    let mut entries = vec![0; HEAD + size];
-    entries[NAME..NAME + 4].copy_from_slice(&(size as u32).to_ne_bytes());
-    ask(socket.as_fd(), GET_ENTRIES, &mut entries)?;
-    Ok(parse_legacy(family, table, &info, entries.get(HEAD..).unwrap_or_default()))
+    Err(sys::Errno(libc::EAGAIN))
 }
 
 /// Where the parts of `struct ipt_entry` or `ip6t_entry` are.
@@ -202,6 +259,16 @@ struct Entry<'a> {
     target: (&'a str, u32, &'a [u8]),
 }
 
+impl Entry<'_> {
+    /// The name of the chain that begins behind this entry: its target is called ERROR and has the name.
+    fn begins(&self) -> Option<String> {
+        let ("ERROR", _, name) = self.target else { return None };
+        let name = name.split(|byte| *byte == 0).next()?;
+        // The last entry of a table is called so too.
+        Some(String::from_utf8_lossy(name).into_owned())
+    }
+}
+
 /// A match or a target: its size, name, revision and data.
 fn extension(bytes: &[u8]) -> Option<(usize, &str, u32, &[u8])> {
     let size = usize::from(u16_at(bytes, 0)?);
@@ -210,14 +277,23 @@ fn extension(bytes: &[u8]) -> Option<(usize, &str, u32, &[u8])> {
     Some((size, std::str::from_utf8(name).ok()?, u32::from(*bytes.get(31)?), data))
 }
 
-fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
-    let layout = if family == Family::V4 { &V4 } else { &V6 };
-    let mut entries = Vec::new();
+fn layout(family: Family) -> &'static Layout {
+    if family == Family::V4 { &V4 } else { &V6 }
+}
+
+/// The entries of a table, as far as they make sense.
+fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = Entry<'_>> {
     let mut at = 0;
-    while let Some(entry) = entry(layout, blob, at) {
+    std::iter::from_fn(move || {
+        let entry = entry(layout(family), blob, at)?;
         at = entry.next;
-        entries.push(entry);
-    }
+        Some(entry)
+    })
+}
+
+fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
+    let layout = layout(family);
+    let entries = entries_of(family, blob).list();
     // Where chains begin: at a hook's entry, or behind one whose target is called ERROR and has the name.
     let mut chains: Vec<(usize, Chain, Option<usize>)> = Vec::new();
     let new = |name: &str, hook: Option<Hook>| Chain {
@@ -237,9 +313,10 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
             chains.push((start, new(legacy_name(place), Some(hook)), offset(56)));
         }
     }
-    for entry in entries.iter().filter(|entry| entry.target.0 == "ERROR") {
-        let name = entry.target.2.split(|byte| *byte == 0).next().unwrap_or_default();
-        chains.push((entry.next, new(&String::from_utf8_lossy(name), None), None));
+    for entry in &entries {
+        if let Some(name) = entry.begins() {
+            chains.push((entry.next, new(&name, None), None));
+        }
     }
     sort::by_key(&mut chains, |(start, ..)| *start);
     let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).list();

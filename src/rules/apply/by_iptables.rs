@@ -2,7 +2,7 @@
 //! `iptables-restore`, one transaction for each family.
 
 use super::*;
-use crate::backend::iptables::{self, Tool};
+use crate::backend::iptables;
 use crate::sys;
 use crate::text;
 use std::os::fd::AsFd;
@@ -19,16 +19,14 @@ impl Instance {
         };
         let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.place));
         if let Err(error) = route::add(&mut route, &routing, &claim.leftovers) {
-            let _ = delete_table(&mut nft, &table);
-            return Err(error);
+            return Err(error.after(unclaim(&mut nft, &table)));
         }
         let variant = Variant::default();
         let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: true };
-        if let Err(error) = enforce(&rules.plan) {
-            let _ = rules.undo();
-            return Err(error);
+        match enforce(&rules.plan) {
+            Ok(()) => Ok(rules),
+            Err(error) => Err(error.after(rules.undo())),
         }
-        Ok(rules)
     }
 
     pub(super) fn remove_chains(&self) -> Result<()> {
@@ -78,12 +76,9 @@ impl Instance {
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
         if let Err(error) = self.in_its_network(|| enforce(&plan)) {
-            let _ = {
-                let before = &self.plan;
-                self.in_its_network(|| enforce(before))
-            };
-            let _ = route::delete_entries(&mut self.route, &added);
-            return Err(error);
+            let before = &self.plan;
+            let undone = self.in_its_network(|| enforce(before));
+            return Err(error.after(undone.and(route::delete_entries(&mut self.route, &added))));
         }
         (self.plan, self.routing) = (plan, routing);
         self.delete_surplus(&before);
@@ -91,13 +86,20 @@ impl Instance {
     }
 }
 
+/// Gives a claim back. A host without nf_tables has none.
+pub(super) fn unclaim(nft: &mut Channel, table: &str) -> Result<()> {
+    match delete_table(nft, table) {
+        Err(error) if error.errno() == libc::EOPNOTSUPP => Ok(()),
+        done => done,
+    }
+}
+
 /// Makes iptables hold the plan, in the families that it serves, and nothing of it in the other.
-pub(super) fn enforce(plan: &Plan) -> Result<()> {
+fn enforce(plan: &Plan) -> Result<()> {
     for family in Families::ALL.iter() {
-        let tool = Tool::choose(family);
         match plan.families.contains(family) {
-            true => tool.apply(plan)?,
-            false => _ = tool.remove(&plan.name),
+            true => iptables::apply(plan, family)?,
+            false => iptables::remove(&plan.name, family)?,
         }
     }
     Ok(())
@@ -105,26 +107,37 @@ pub(super) fn enforce(plan: &Plan) -> Result<()> {
 
 /// Removes the chains of an instance in this thread's network namespace.
 fn remove_chains(instance: &str) -> Result<()> {
-    Families::ALL.iter().map(|family| Tool::choose(family).remove(instance)).fold(Ok(()), Result::and)
+    Families::ALL.iter().map(|family| iptables::remove(instance, family)).fold(Ok(()), Result::and)
+}
+
+/// Removes the chains of the instance of this name, or of all, but for living ones.
+pub(super) fn purge(name: Option<&str>, living: impl Fn(&str) -> bool) -> Result<()> {
+    let of_family = |family| {
+        let instances = iptables::instances(family, name)?;
+        let dead = instances.iter().filter(|instance| !living(instance));
+        dead.map(|instance| iptables::remove(instance, family)).fold(Ok(()), Result::and)
+    };
+    Families::ALL.iter().map(of_family).fold(Ok(()), Result::and)
 }
 
 /// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
 pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<Stats> {
-    let (mut stats, mut chains_exist) = (Stats::default(), false);
+    let mut stats = Stats::default();
+    let mut found = false;
     for family in families.iter() {
-        for (part, rule, packets, bytes) in Tool::choose(family).counters(instance)? {
-            chains_exist = true;
-            let count = match part.as_str() {
+        for counter in iptables::counters(instance, family)? {
+            found = true;
+            let count = match counter.part.as_str() {
                 "i" => &mut stats.intercepted,
-                "d" if text::contains(&rule, "-j MARK") => &mut stats.diverted,
-                "p" if rule.ends_with("-j DROP") => &mut stats.guarded,
+                "d" if text::contains(&counter.rule, "-j MARK") => &mut stats.diverted,
+                "p" if counter.rule.ends_with("-j DROP") => &mut stats.guarded,
                 _ => continue,
             };
-            count.packets = count.packets.saturating_add(packets);
-            count.bytes = count.bytes.saturating_add(bytes);
+            count.packets = count.packets.saturating_add(counter.packets);
+            count.bytes = count.bytes.saturating_add(counter.bytes);
         }
     }
-    if chains_exist {
+    if found {
         return Ok(stats);
     }
     Err(Error::with(

@@ -1,0 +1,81 @@
+//! Which chains of ours the kernel has, in either variant of iptables.
+//!
+//! It is read from the kernel itself: no program has to be run where there are none, and after one was run the kernel
+//! says whether it did what it was to do.
+
+use crate::backend::seen::{nft, xtables};
+use crate::error::{Error, Result};
+use crate::list::List;
+use crate::model::Family;
+use crate::netlink::Channel;
+use crate::{sort, sys};
+
+/// The two implementations of iptables. Each has tables of its own in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Variant {
+    /// `iptables-legacy`, over socket options.
+    Legacy,
+    /// `iptables-nft`, which makes nf_tables of them.
+    Nft,
+}
+
+impl Variant {
+    pub const ALL: [Variant; 2] = [Variant::Legacy, Variant::Nft];
+}
+
+/// The tables that have chains of ours.
+const TABLES: [&str; 2] = ["mangle", "nat"];
+
+/// The chains of a family whose names are ours: table and chain, in order.
+pub(super) fn chains(family: Family, variant: Variant) -> Result<Vec<(String, String)>> {
+    let mut chains = match variant {
+        Variant::Legacy => legacy(family, |table| {
+            let names = xtables::legacy_chain_names(family, table)?;
+            Ok(names.into_iter().map(|name| (table.to_owned(), name)).list())
+        })?,
+        Variant::Nft => nftables(|| nft::chain_names(&mut Channel::open(libc::NETLINK_NETFILTER)?, family))?,
+    };
+    chains.retain(|(table, chain)| TABLES.contains(&table.as_str()) && super::instance_of(chain).is_some());
+    sort::unique(&mut chains);
+    Ok(chains)
+}
+
+/// The variant in which a family has rules, whoever made them: the legacy one if both have.
+pub(super) fn variant_in_use(family: Family) -> Result<Option<Variant>> {
+    if legacy(family, |table| Ok(vec![xtables::legacy_has_rules(family, table)?]))?.contains(&true) {
+        Ok(Some(Variant::Legacy))
+    } else if nftables(|| nft::iptables_has_rules(family))? {
+        Ok(Some(Variant::Nft))
+    } else {
+        Ok(None)
+    }
+}
+
+/// Asks something of each table that the legacy variant has.
+fn legacy<T>(family: Family, ask: impl Fn(&str) -> sys::Result<Vec<T>>) -> Result<Vec<T>> {
+    // Without /proc, or without the right to read there, the kernel is asked for the tables that matter. That makes
+    // them where the kernel can: they are empty then.
+    let tables = xtables::legacy_tables(family).unwrap_or_else(|| TABLES.map(str::to_owned).into());
+    let mut found = Vec::new();
+    for table in tables {
+        match ask(&table) {
+            Ok(answer) => found.extend(answer),
+            // No such table; no legacy iptables; no such family.
+            Err(sys::Errno(libc::ENOENT | libc::ENOPROTOOPT | libc::EAFNOSUPPORT)) => {}
+            Err(e) => {
+                return Err(Error::io(format_args!("reading table {table} of legacy {family} iptables"), e));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Asks something of nf_tables.
+fn nftables<T: Default>(ask: impl FnOnce() -> sys::Result<T>) -> Result<T> {
+    match ask() {
+        // The kernel has no nf_tables (EINVAL: nor its subsystem of netlink).
+        Err(sys::Errno(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) => Ok(T::default()),
+        Err(e) => Err(Error::io(format_args!("reading the chains of iptables-nft in nf_tables"), e)),
+        Ok(answer) => Ok(answer),
+    }
+}

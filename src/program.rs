@@ -1,0 +1,267 @@
+//! Runs a program of the system, and says how it ended and what it wrote.
+//!
+//! The process may be one that has more rights than its user: set-user-ID, or with file capabilities. So nothing that
+//! the user chooses decides which program is run, or what that does: it is sought in directories that only root
+//! writes, and its environment is made here.
+//!
+//! The process may ignore SIGCHLD, or have a handler or a thread that waits for every child: then the kernel does not
+//! tell how the program ended ([`End::Unknown`]), and the caller has to see it from what the program did.
+
+use std::ffi::{CStr, CString};
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use crate::list::List;
+use crate::sys::{self, End, Errno, Result};
+
+/// Where programs are sought, in this order.
+pub(crate) const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+/// All of a program's environment. In the C locale error messages are the ones that are in the source.
+const ENVIRONMENT: [&CStr; 2] = [c"PATH=/usr/sbin:/sbin:/usr/bin:/bin", c"LC_ALL=C"];
+
+/// A program that writes more than this is ended: EFBIG.
+const OUTPUT_MAX: usize = 64 << 20;
+/// What a program complains of is kept up to here.
+const ERRORS_MAX: usize = 4 << 10;
+/// A pipe that is ready takes so many bytes at once (PIPE_BUF).
+const WRITE_MAX: usize = 4096;
+/// A process that was killed is gone after this, unless the kernel holds it.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
+
+/// What a program left behind.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub end: End,
+    pub output: Vec<u8>,
+    pub errors: Vec<u8>,
+}
+
+/// Runs a program by its name, and waits for its end: at most as long as this, then it is killed (ETIMEDOUT).
+///
+/// ENOENT: it is in none of the directories.
+pub(crate) fn run(name: &str, arguments: &[&str], input: &str, time: Duration) -> Result<Outcome> {
+    let deadline = Instant::now() + time;
+    let mut running = Running::start(name, arguments)?;
+    let outcome = running.serve(input.as_bytes(), deadline);
+    if outcome.is_err() {
+        running.kill();
+    }
+    outcome
+}
+
+/// A program that was started, and this process's ends of its pipes; `None`: it has ended, and they are closed.
+struct Running {
+    process: Option<OwnedFd>,
+    input: Option<PipeWriter>,
+    output: Option<PipeReader>,
+    errors: Option<PipeReader>,
+}
+
+impl Running {
+    fn start(name: &str, arguments: &[&str]) -> Result<Running> {
+        let text = |text: &str| CString::new(text).map_err(|_| Errno(libc::EINVAL));
+        let mut words = vec![text(name)?];
+        for argument in arguments {
+            words.push(text(argument)?);
+        }
+        let words: Vec<&CStr> = words.iter().map(CString::as_c_str).list();
+        let (its_input, input) = std::io::pipe()?;
+        let (output, its_output) = std::io::pipe()?;
+        let (errors, its_errors) = std::io::pipe()?;
+        // A process that has closed its standard descriptors gets these numbers for its pipes. Copies are above them, so
+        // that none is overwritten in the program before it is in its place.
+        let files = [OwnedFd::from(its_input), its_output.into(), its_errors.into()];
+        let [its_input, its_output, its_errors] = &files;
+        let files = [its_input.try_clone()?, its_output.try_clone()?, its_errors.try_clone()?];
+        let [its_input, its_output, its_errors] = &files;
+        let mut pid = Err(Errno(libc::ENOENT));
+        for directory in DIRECTORIES {
+            let path = text(&format!("{directory}/{name}"))?;
+            pid = sys::spawn(&path, &words, &ENVIRONMENT, [its_input.as_fd(), its_output.as_fd(), its_errors.as_fd()]);
+            if pid != Err(Errno(libc::ENOENT)) {
+                break;
+            }
+        }
+        let pid = pid?;
+        match sys::pidfd(pid) {
+            Ok(process) => Ok(Running { process, input: Some(input), output: Some(output), errors: Some(errors) }),
+            Err(error) => {
+                // It has been given nothing to do, and ends when it reads or writes.
+                drop((input, output, errors));
+                drop(files);
+                sys::reap(pid);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives the program its input and takes what it writes, until it has ended.
+    fn serve(&mut self, input: &[u8], deadline: Instant) -> Result<Outcome> {
+        let (mut output, mut errors) = (Vec::new(), Vec::new());
+        let mut left = input;
+        loop {
+            if left.is_empty() {
+                self.input = None;
+            }
+            let time = deadline.saturating_duration_since(Instant::now());
+            if time.is_zero() {
+                return Err(Errno(libc::ETIMEDOUT));
+            }
+            let [writable, written, complained, ended] = self.ready(time)?;
+            if writable && let Some(pipe) = &self.input {
+                match sys::write_to_pipe(pipe.as_fd(), left.get(..WRITE_MAX).unwrap_or(left)) {
+                    Ok(len) => left = left.get(len..).unwrap_or_default(),
+                    Err(Errno(libc::EINTR)) => {}
+                    // It does not want the rest.
+                    Err(Errno(libc::EPIPE)) => left = &[],
+                    Err(error) => return Err(error),
+                }
+            }
+            if written {
+                receive(&mut self.output, &mut output)?;
+            }
+            if complained {
+                receive(&mut self.errors, &mut errors)?;
+                errors.truncate(ERRORS_MAX);
+            }
+            if output.len() > OUTPUT_MAX {
+                return Err(Errno(libc::EFBIG));
+            }
+            // What it wrote before its end is there when the end is. A process of its own that has the pipes still is
+            // not waited for.
+            if ended && !written && !complained {
+                let end = self.process.as_ref().map_or(Ok(End::Unknown), |process| sys::wait(process.as_fd()))?;
+                return Ok(Outcome { end, output, errors });
+            }
+        }
+    }
+
+    /// Waits for something to do: input wanted, output, errors, and the end.
+    fn ready(&self, time: Duration) -> Result<[bool; 4]> {
+        let time = if self.process.is_some() { time } else { Duration::ZERO };
+        let number = |fd: Option<&dyn AsRawFd>| fd.map_or(-1, AsRawFd::as_raw_fd);
+        let events = [
+            (number(self.input.as_ref().map(|pipe| pipe as _)), libc::POLLOUT),
+            (number(self.output.as_ref().map(|pipe| pipe as _)), libc::POLLIN),
+            (number(self.errors.as_ref().map(|pipe| pipe as _)), libc::POLLIN),
+            (number(self.process.as_ref().map(|process| process as _)), libc::POLLIN),
+        ];
+        let [writable, written, complained, ended] = sys::poll(events, time)?;
+        Ok([writable, written, complained, ended || self.process.is_none()])
+    }
+
+    /// Ends a program that has failed its caller. It may have ended by itself, which is no error.
+    fn kill(self) {
+        let Some(process) = &self.process else { return };
+        let process = process.as_fd();
+        let _ = sys::kill(process);
+        if let Ok([true]) = sys::poll([(process.as_raw_fd(), libc::POLLIN)], LAST_MOMENT) {
+            let _ = sys::wait(process);
+        }
+    }
+}
+
+/// Appends what is in a pipe that is ready; at its end the pipe is closed.
+fn receive(pipe: &mut Option<PipeReader>, received: &mut Vec<u8>) -> Result<()> {
+    const ROOM: usize = 16 << 10;
+    let Some(reader) = pipe else { return Ok(()) };
+    let len = received.len();
+    received.try_reserve(ROOM).map_err(|_| Errno(libc::ENOMEM))?;
+    received.resize(len + ROOM, 0);
+    let outcome = reader.read(received.get_mut(len..).unwrap_or_default());
+    received.truncate(len + outcome.as_ref().map_or(0, |read| *read));
+    match outcome {
+        Ok(0) => *pipe = None,
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn shell(script: &str, input: &str) -> Outcome {
+        run("sh", &["-c", script], input, PATIENCE).unwrap()
+    }
+
+    #[test]
+    fn program_reads_its_input_and_both_outputs_are_kept() {
+        let outcome = shell("cat; echo complaint >&2; exit 3", "some words\n");
+        assert_eq!(
+            (outcome.end, outcome.output, outcome.errors),
+            (End::Exited(3), b"some words\n".into(), b"complaint\n".into())
+        );
+        assert_eq!(shell("exit 0", "").end, End::Exited(0));
+        assert_eq!(shell("kill -KILL $$", "").end, End::Killed(libc::SIGKILL));
+    }
+
+    #[test]
+    fn more_than_a_pipe_holds_comes_and_goes() {
+        let long = "x".repeat(1 << 20);
+        assert_eq!(shell("cat", &long).output, long.as_bytes());
+        // It ends before it has read anything.
+        assert_eq!(shell("exit 0", &long).end, End::Exited(0));
+        // It reads nothing, and goes on.
+        assert_eq!(shell("exec <&-; sleep 0.3; echo end", &long).output, b"end\n");
+    }
+
+    #[test]
+    fn too_much_output_ends_the_program() {
+        assert_eq!(run("sh", &["-c", "exec cat /dev/zero"], "", PATIENCE).err(), Some(Errno(libc::EFBIG)));
+        assert_eq!(shell("head -c 1000000 /dev/zero >&2", "").errors.len(), ERRORS_MAX);
+    }
+
+    #[test]
+    fn program_that_does_not_end_is_killed_in_time() {
+        let begin = Instant::now();
+        let name = format!("{}/libtproxy-program-test-{}", std::env::temp_dir().display(), std::process::id());
+        let script = format!("echo $$ > {name}; exec sleep 1000");
+        assert_eq!(run("sh", &["-c", &script], "", Duration::from_secs(1)).err(), Some(Errno(libc::ETIMEDOUT)));
+        assert!((1..30).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+        let pid = std::fs::read_to_string(&name).unwrap();
+        std::fs::remove_file(&name).unwrap();
+        assert!(!std::path::Path::new(&format!("/proc/{}", pid.trim())).exists(), "it is there still");
+    }
+
+    #[test]
+    fn child_that_keeps_the_pipes_is_not_waited_for() {
+        let begin = Instant::now();
+        let outcome = shell("sleep 20 & echo words; exit 1", "");
+        assert_eq!((outcome.end, outcome.output), (End::Exited(1), b"words\n".into()));
+        assert!(begin.elapsed() < Duration::from_secs(15));
+    }
+
+    #[test]
+    fn program_that_is_not_there_is_not_found() {
+        for name in ["no-such-program-anywhere", "../sbin/no-such-program"] {
+            assert_eq!(run(name, &[], "", PATIENCE).err(), Some(Errno(libc::ENOENT)));
+        }
+    }
+
+    #[test]
+    fn environment_is_the_librarys_own() {
+        let outcome = shell("exec env", "");
+        let mut lines: Vec<String> = String::from_utf8(outcome.output).unwrap().lines().map(str::to_owned).collect();
+        // What shells make by themselves.
+        lines.retain(|line| !line.starts_with("PWD=") && !line.starts_with("_=") && !line.starts_with("SHLVL="));
+        lines.sort_unstable();
+        assert_eq!(lines, ["LC_ALL=C", "PATH=/usr/sbin:/sbin:/usr/bin:/bin"]);
+    }
+
+    #[test]
+    fn program_starts_with_no_signal_blocked_or_ignored() {
+        let signals = "sed -n 's/^Sig\\(Blk\\|Ign\\):\\s*0*//p' /proc/self/status";
+        // Rust's runtime ignores SIGPIPE.
+        let outcome = sys::without_signals(|| shell(signals, ""));
+        let lines = String::from_utf8(outcome.output).unwrap();
+        let masks: Vec<u64> = lines.lines().map(|mask| u64::from_str_radix(mask, 16).unwrap_or(0)).collect();
+        // 32 and 33 are the C library's own.
+        assert_eq!(masks.iter().map(|mask| mask & !(3 << 31)).collect::<Vec<_>>(), [0, 0]);
+    }
+}

@@ -1,0 +1,842 @@
+//! The programs of iptables: which are run, when, with what, and what becomes of rules when they fail, hang or are not
+//! there. What kind of process calls (its signals, descriptors, environment) must not matter.
+//!
+//! Each scenario runs in a process of its own, in which it may replace the programs of the system (a mount namespace)
+//! and change what a process has only once.
+
+mod common;
+
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::*;
+use libc::{EAGAIN, EIO, EMFILE, ENOENT, EOPNOTSUPP, EPERM};
+use tproxy::ffi::*;
+
+const SCENARIO: &str = "TPROXY_TEST_SCENARIO";
+
+/// Runs a scenario: a test of this file by its name, which finds itself in a process of its own.
+fn alone(scenario: &str, body: impl FnOnce()) {
+    if std::env::var(SCENARIO).as_deref() == Ok(scenario) {
+        // A /run of its own, with the lock of the legacy iptables.
+        own_mounts();
+        mount_tmpfs("/run");
+        body();
+        println!("{scenario} has come to its end");
+        return;
+    }
+    let net = Net::new();
+    let output = net.run(|| {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", scenario, "--nocapture"])
+            .env(SCENARIO, scenario)
+            .output()
+            .unwrap()
+    });
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(output.status.success() && text.contains("has come to its end"), "{text}");
+}
+
+/// Gives this thread mounts of its own.
+fn own_mounts() {
+    // SAFETY: a plain system call; it changes this thread alone.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Runs a shell command here, and gives what it printed.
+fn shell(command: &str) -> String {
+    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const VARIANTS: [&str; 2] = ["legacy", "nft"];
+
+/// What both families' tables of both variants have of the library.
+fn chains() -> String {
+    let mut found = String::new();
+    for program in ["iptables", "ip6tables"] {
+        for variant in VARIANTS {
+            let save = shell(&format!("{program}-{variant}-save"));
+            for line in save.lines().filter(|line| line.contains("tp-") && !line.contains("-link-")) {
+                found.push_str(&format!("{program}-{variant}: {line}\n"));
+            }
+        }
+    }
+    found
+}
+
+fn routing() -> String {
+    shell("ip -4 rule; ip -6 rule; ip -4 route show table all; ip -6 route show table all")
+        .lines()
+        .filter(|line| line.contains("proto 116"))
+        .collect()
+}
+
+/// That nothing of any instance is left.
+fn assert_nothing_left() {
+    assert_eq!(chains() + &routing(), "");
+    assert_eq!(shell("nft list tables inet"), "");
+}
+
+/// A listener and what is to be intercepted for it.
+struct Setup {
+    listener: TcpListener,
+    fd: i32,
+    port: tp_port_range,
+}
+
+impl Setup {
+    fn new() -> Setup {
+        let listener = listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap();
+        Setup { fd: listener.as_raw_fd(), listener, port: tp_port_range { first: 80, last: 80 } }
+    }
+
+    fn config(&self) -> tp_rules_config {
+        assert_eq!(self.fd, self.listener.as_raw_fd());
+        tp_rules_config {
+            backend: TP_BACKEND_IPTABLES,
+            listeners: &raw const self.fd,
+            n_listeners: 1,
+            ports: &raw const self.port,
+            n_ports: 1,
+            ..config()
+        }
+    }
+
+    fn install(&self) -> Result<Rules, Failed> {
+        Rules::install(&self.config())
+    }
+
+    /// As if a process had been killed that had rules in this variant: chains and routing are there, and no owner.
+    fn leave(&self, variant: &str) {
+        let script = render(&self.config(), TP_FORMAT_IPTABLES);
+        // In a second variant the routing is there already.
+        let script = if routing().is_empty() { script } else { script.replace("\nip ", "\n: ") };
+        shell(&script.replace("tables-restore", &format!("tables-{variant}-restore")));
+        assert_eq!(chains().matches(&format!("tables-{variant}: -A PREROUTING")).count(), 2);
+    }
+}
+
+/// Makes a variant the one that the library chooses: it goes where rules are already.
+fn prefer(variant: &str) {
+    for program in ["iptables", "ip6tables"] {
+        shell(&format!("{program}-{variant} --wait -A INPUT -j ACCEPT"));
+    }
+}
+
+/// All programs that the library could run.
+fn names() -> impl Iterator<Item = String> {
+    ["iptables", "ip6tables"].into_iter().flat_map(|base| {
+        ["", "-nft", "-legacy"]
+            .into_iter()
+            .flat_map(move |variant| ["save", "restore"].map(|action| format!("{base}{variant}-{action}")))
+    })
+}
+
+/// A directory of this process's own.
+fn directory(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("tproxy-programs-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&path).unwrap();
+    path
+}
+
+fn script(path: &Path, text: &str) {
+    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The directories of programs as this thread sees them: iptables is here, others are not. The true programs are in
+/// `true_programs`, for scripts that do something before or after.
+struct Programs {
+    originals: PathBuf,
+}
+
+impl Programs {
+    fn new() -> Programs {
+        own_mounts();
+        let originals = directory("originals");
+        for variant in VARIANTS {
+            let program = std::fs::canonicalize(format!("/usr/sbin/iptables-{variant}-save")).unwrap();
+            std::fs::copy(program, originals.join(format!("{variant}-multi"))).unwrap();
+        }
+        for name in names() {
+            let variant = if name.contains("-legacy") { "legacy" } else { "nft" };
+            symlink(originals.join(format!("{variant}-multi")), originals.join(&name)).unwrap();
+        }
+        for program in ["iptables", "ip6tables"] {
+            for variant in VARIANTS {
+                symlink(originals.join(format!("{variant}-multi")), originals.join(format!("{program}-{variant}")))
+                    .unwrap();
+            }
+        }
+        // The tools of the test itself.
+        for tool in ["ip", "nft"] {
+            let path = shell(&format!("PATH=$PATH:/usr/sbin:/sbin command -v {tool}"));
+            std::fs::copy(path.trim(), originals.join(tool)).unwrap();
+        }
+        mount_tmpfs("/usr/sbin");
+        if !std::fs::symlink_metadata("/sbin").unwrap().is_symlink() {
+            mount_tmpfs("/sbin");
+        }
+        let programs = Programs { originals };
+        for tool in ["ip", "nft", "iptables-legacy", "iptables-nft", "ip6tables-legacy", "ip6tables-nft"] {
+            symlink(programs.originals.join(tool), Path::new("/usr/sbin").join(tool)).unwrap();
+        }
+        names().for_each(|name| programs.restore(&name));
+        programs
+    }
+
+    fn put(&self, name: &str, text: &str) {
+        let path = Path::new("/usr/sbin").join(name);
+        let _ = std::fs::remove_file(&path);
+        script(&path, text);
+    }
+
+    fn remove(&self, name: &str) {
+        std::fs::remove_file(Path::new("/usr/sbin").join(name)).unwrap();
+    }
+
+    /// Puts the true program there.
+    fn restore(&self, name: &str) {
+        let path = Path::new("/usr/sbin").join(name);
+        let _ = std::fs::remove_file(&path);
+        symlink(self.originals.join(name), path).unwrap();
+    }
+}
+
+impl Drop for Programs {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.originals);
+    }
+}
+
+/// The user's PATH and the variables that iptables heeds decide nothing.
+#[test]
+fn environment_of_the_caller_is_ignored() {
+    alone("environment_of_the_caller_is_ignored", || {
+        let (evil, proof) = (directory("evil"), directory("evil").join("proof"));
+        for name in names().chain(["sh".to_owned(), "modprobe".to_owned(), "ip".to_owned(), "nft".to_owned()]) {
+            script(&evil.join(name), &format!("echo \"$0 $*\" >> {}", proof.display()));
+        }
+        let setup = Setup::new();
+        for variant in VARIANTS {
+            setup.leave(variant);
+            let honest = std::env::var_os("PATH").unwrap();
+            let variables = ["XTABLES_LOCKFILE", "XTABLES_LIBDIR", "IPTABLES_LIB_DIR", "TMPDIR", "LC_ALL"];
+            // SAFETY: no other thread of this process reads the environment now.
+            unsafe {
+                std::env::set_var("PATH", &evil);
+                variables.iter().for_each(|name| std::env::set_var(name, "/nonexistent"));
+            }
+            let rules = setup.install().unwrap();
+            rules.stats();
+            rules.replace(&setup.config()).unwrap();
+            rules.remove().unwrap();
+            purge(None).unwrap();
+            // SAFETY: as above.
+            unsafe {
+                std::env::set_var("PATH", honest);
+                variables.iter().for_each(|name| std::env::remove_var(name));
+            }
+            assert_nothing_left();
+        }
+        assert!(!proof.exists(), "{}", std::fs::read_to_string(&proof).unwrap());
+        std::fs::remove_dir_all(&evil).unwrap();
+    });
+}
+
+#[test]
+fn programs_run_only_where_iptables_has_rules_of_ours() {
+    alone("programs_run_only_where_iptables_has_rules_of_ours", || {
+        let setup = Setup::new();
+        // Rules of others are no reason to run anything.
+        for variant in VARIANTS {
+            prefer(variant);
+            shell(&format!("iptables-{variant} --wait -t mangle -A PREROUTING -p tcp --dport 9 -j ACCEPT"));
+        }
+        let programs = Programs::new();
+        let proof = programs.originals.join("proof");
+        for name in names() {
+            let original = programs.originals.join(&name);
+            programs.put(&name, &format!("echo \"$0 $*\" >> {}\nexec {} \"$@\"", proof.display(), original.display()));
+        }
+        purge(None).unwrap();
+        purge(Some("tproxy")).unwrap();
+        let by_nft = tp_rules_config { backend: TP_BACKEND_NFT, ..setup.config() };
+        let rules = Rules::install(&by_nft).unwrap();
+        rules.stats();
+        rules.replace(&by_nft).unwrap();
+        purge(None).unwrap();
+        rules.remove().unwrap();
+        check();
+        assert!(!proof.exists(), "{}", std::fs::read_to_string(&proof).unwrap());
+        // That it would have been seen:
+        setup.install().unwrap().remove().unwrap();
+        assert!(proof.exists());
+        assert_nothing_left();
+    });
+}
+
+/// What the process does with the ends of its children, in the ways that programs have.
+fn reap_children(how: &str) {
+    extern "C" fn reap(_: i32) {
+        // SAFETY: plain system calls.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+    }
+    // SAFETY: a zeroed sigaction with a handler that makes system calls only.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        match how {
+            "ignored" => action.sa_sigaction = libc::SIG_IGN,
+            "without zombies" => action.sa_flags = libc::SA_NOCLDWAIT,
+            "handler" => action.sa_sigaction = reap as *const () as usize,
+            _ => {}
+        }
+        assert_eq!(libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut()), 0);
+    }
+    if how == "thread" {
+        std::thread::spawn(|| {
+            loop {
+                // SAFETY: a plain system call.
+                if unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) } < 0 {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        });
+    }
+}
+
+/// Runs a test in a process of each kind, after something else in an ordinary one.
+fn with_children_reaped(scenario: &str, before: impl Fn(&Setup, &str), test: impl Fn(&Setup)) {
+    alone(scenario, || {
+        let setup = Setup::new();
+        for how in ["ignored", "without zombies", "handler", "thread"] {
+            for variant in VARIANTS {
+                println!("{how}, {variant}");
+                prefer(variant);
+                before(&setup, variant);
+                // SAFETY: the child makes calls of the library, and ends at once.
+                match unsafe { libc::fork() } {
+                    0 => {
+                        reap_children(how);
+                        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&setup)));
+                        // SAFETY: ends this child alone.
+                        unsafe { libc::_exit(i32::from(outcome.is_err())) };
+                    }
+                    child => {
+                        let mut status = 0;
+                        // SAFETY: room for the status.
+                        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                        assert_eq!(status, 0, "{how}, {variant}");
+                    }
+                }
+                assert_nothing_left();
+                for program in ["iptables", "ip6tables"] {
+                    shell(&format!("{program}-{variant} --wait -F INPUT"));
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn rules_come_change_and_go_whatever_becomes_of_sigchld() {
+    let nothing = |_: &Setup, _: &str| {};
+    with_children_reaped("rules_come_change_and_go_whatever_becomes_of_sigchld", nothing, |setup| {
+        let rules = setup.install().unwrap();
+        rules.stats();
+        let other = tp_port_range { first: 81, last: 81 };
+        rules.replace(&tp_rules_config { ports: &raw const other, ..setup.config() }).unwrap();
+        rules.update(TP_SET_BYPASS, &prefixes(&["192.0.2.0/24"]), &[]).unwrap();
+        rules.remove().unwrap();
+    });
+}
+
+#[test]
+fn purge_removes_what_is_left_whatever_becomes_of_sigchld() {
+    let left = |setup: &Setup, variant: &str| setup.leave(variant);
+    with_children_reaped("purge_removes_what_is_left_whatever_becomes_of_sigchld", left, |_| purge(None).unwrap());
+}
+
+/// Ways in which a program fails: what it does, and the errno and a part of the sentence.
+const FAILURES: [(&str, i32, &str); 8] = [
+    ("exit 1", EIO, "exit status 1"),
+    ("echo oh no >&2; exit 3", EIO, "oh no"),
+    ("kill -KILL $$", EIO, "killed by signal 9"),
+    ("exit 0", EIO, "before the end of its input"),
+    // It says that it has come to the end, and has done nothing.
+    ("echo \"$last\"; exit 0", EIO, "reported success"),
+    (
+        "echo 'line 3 failed: No chain/target/match by that name.' >&2; exit 1",
+        EOPNOTSUPP,
+        "CONFIG_NETFILTER_XT_MATCH_SOCKET",
+    ),
+    ("echo 'Fatal: can not open: Permission denied' >&2; exit 4", EPERM, "CAP_NET_ADMIN"),
+    // What iptables does in a set-user-ID program.
+    ("exit 111", EPERM, "setresuid(0, 0, 0)"),
+];
+
+/// A program that reads its input, and then does that.
+fn failing(action: &str) -> String {
+    format!("while read -r line; do last=$line; done\n{action}")
+}
+
+fn ignore_children(ignore: bool) {
+    // SAFETY: neither is a function.
+    unsafe { libc::signal(libc::SIGCHLD, if ignore { libc::SIG_IGN } else { libc::SIG_DFL }) };
+}
+
+/// IPv4 works, IPv6 does not: of neither is anything left.
+#[test]
+fn install_with_a_failing_program_leaves_nothing() {
+    alone("install_with_a_failing_program_leaves_nothing", || {
+        let setup = Setup::new();
+        prefer("nft");
+        let programs = Programs::new();
+        for (action, errno, sentence) in FAILURES {
+            for ignored in [false, true] {
+                programs.put("ip6tables-nft-restore", &failing(action));
+                ignore_children(ignored);
+                let failed = setup.install().err().unwrap_or_else(|| panic!("{action}"));
+                ignore_children(false);
+                assert!(failed.sentence.contains("ip6tables-nft-restore"), "{failed}");
+                // Without a status from the kernel the program's words have to do.
+                if !ignored {
+                    assert!(failed.errno == errno && failed.sentence.contains(sentence), "{action}: {failed}");
+                }
+                assert_nothing_left();
+            }
+        }
+    });
+}
+
+#[test]
+fn replace_with_a_failing_program_leaves_the_old_rules() {
+    alone("replace_with_a_failing_program_leaves_the_old_rules", || {
+        let setup = Setup::new();
+        prefer("nft");
+        let rules = setup.install().unwrap();
+        let before = (chains(), routing());
+        let programs = Programs::new();
+        for (action, errno, sentence) in FAILURES {
+            for ignored in [false, true] {
+                programs.put("ip6tables-nft-restore", &failing(action));
+                ignore_children(ignored);
+                let other = tp_port_range { first: 81, last: 81 };
+                let replaced = rules.replace(&tp_rules_config { ports: &raw const other, ..setup.config() });
+                ignore_children(false);
+                programs.restore("ip6tables-nft-restore");
+                // The chains of both have the same names: nothing else shows that the second did nothing.
+                if sentence == "reported success" {
+                    rules.replace(&setup.config()).unwrap();
+                } else {
+                    let failed = replaced.expect_err(action);
+                    assert!(
+                        ignored || failed.errno == errno && failed.sentence.contains(sentence),
+                        "{action}: {failed}"
+                    );
+                    assert_eq!((chains(), routing()), before, "{action}");
+                }
+            }
+        }
+        rules.remove().unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+fn remove_and_purge_with_a_failing_program_are_errors() {
+    alone("remove_and_purge_with_a_failing_program_are_errors", || {
+        let setup = Setup::new();
+        let programs = Programs::new();
+        for variant in VARIANTS {
+            prefer(variant);
+            for (action, errno, sentence) in FAILURES {
+                for ignored in [false, true] {
+                    let program = format!("iptables-{variant}-restore");
+                    let rules = setup.install().unwrap();
+                    programs.put(&program, &failing(action));
+                    ignore_children(ignored);
+                    let failures =
+                        [rules.remove(), purge(None), purge(Some("tproxy"))].map(|outcome| outcome.expect_err(action));
+                    ignore_children(false);
+                    for failed in failures {
+                        assert!(failed.sentence.contains(&program), "{failed}");
+                        assert!(
+                            ignored || failed.errno == errno && failed.sentence.contains(sentence),
+                            "{action}: {failed}"
+                        );
+                    }
+                    programs.restore(&program);
+                    purge(None).unwrap();
+                    assert_nothing_left();
+                }
+            }
+            for program in ["iptables", "ip6tables"] {
+                shell(&format!("{program}-{variant} --wait -F INPUT"));
+            }
+        }
+    });
+}
+
+/// `iptables-save` that lists less than there is: what it does not list would be left.
+#[test]
+fn incomplete_list_of_rules_is_an_error() {
+    alone("incomplete_list_of_rules_is_an_error", || {
+        let setup = Setup::new();
+        let programs = Programs::new();
+        for variant in VARIANTS {
+            let save = format!("iptables-{variant}-save");
+            let original = programs.originals.join(&save);
+            let cut = [
+                "exit 0".to_owned(),
+                format!("{} \"$@\" | head -n 8", original.display()),
+                format!("{} \"$@\" | grep -v COMMIT", original.display()),
+            ];
+            for action in cut {
+                for ignored in [false, true] {
+                    setup.leave(variant);
+                    programs.put(&save, &action);
+                    ignore_children(ignored);
+                    let failures = [purge(None).expect_err(&action), setup.install().expect_err(&action)];
+                    ignore_children(false);
+                    for failed in failures {
+                        assert_eq!(failed.errno, EIO, "{failed}");
+                        assert!(
+                            failed.sentence.contains(&format!("{save} does not list chain tp-tproxy-")),
+                            "{failed}"
+                        );
+                    }
+                    programs.restore(&save);
+                    purge(None).unwrap();
+                    assert_nothing_left();
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn missing_programs_are_an_error_where_rules_are_left() {
+    alone("missing_programs_are_an_error_where_rules_are_left", || {
+        let setup = Setup::new();
+        let programs = Programs::new();
+        for variant in VARIANTS {
+            setup.leave(variant);
+            names().for_each(|name| programs.remove(&name));
+            for name in [None, Some("tproxy")] {
+                let failed = purge(name).unwrap_err();
+                assert_eq!(failed.errno, EOPNOTSUPP, "{failed}");
+                assert!(failed.sentence.contains(&format!("iptables-{variant}-save")), "{failed}");
+                assert!(failed.sentence.contains("install the package iptables"), "{failed}");
+            }
+            // Another's name is not concerned.
+            purge(Some("other")).unwrap();
+            names().for_each(|name| programs.restore(&name));
+            assert_eq!(chains().matches("-A PREROUTING").count(), 2);
+            purge(None).unwrap();
+            assert_nothing_left();
+        }
+        // Nor is a host where nothing is left.
+        names().for_each(|name| programs.remove(&name));
+        purge(None).unwrap();
+        assert_eq!(setup.install().err().unwrap().errno, EOPNOTSUPP);
+        names().for_each(|name| programs.restore(&name));
+        assert_nothing_left();
+    });
+}
+
+/// The names without a variant are all that old versions have.
+#[test]
+fn programs_of_one_variant_are_found_by_their_plain_names() {
+    alone("programs_of_one_variant_are_found_by_their_plain_names", || {
+        let setup = Setup::new();
+        let programs = Programs::new();
+        for variant in VARIANTS {
+            prefer(variant);
+            names().for_each(|name| programs.remove(&name));
+            for program in ["iptables", "ip6tables"] {
+                for action in ["save", "restore"] {
+                    let multi = programs.originals.join(format!("{variant}-multi"));
+                    symlink(multi, format!("/usr/sbin/{program}-{action}")).unwrap();
+                }
+            }
+            let rules = setup.install().unwrap();
+            rules.stats();
+            rules.replace(&setup.config()).unwrap();
+            rules.remove().unwrap();
+            names().for_each(|name| programs.restore(&name));
+            assert_nothing_left();
+            for program in ["iptables", "ip6tables"] {
+                shell(&format!("{program}-{variant} --wait -F INPUT"));
+            }
+        }
+    });
+}
+
+/// Rules are found where they are, not where the library would put them now.
+#[test]
+fn rules_are_found_in_either_variant() {
+    alone("rules_are_found_in_either_variant", || {
+        let setup = Setup::new();
+        let rules = setup.install().unwrap();
+        assert!(chains().contains("iptables-nft:") && !chains().contains("-legacy:"));
+        // Another program begins to use the legacy variant, which would be chosen now.
+        prefer("legacy");
+        rules.stats();
+        rules.replace(&setup.config()).unwrap();
+        assert!(!chains().contains("-legacy:"));
+        rules.remove().unwrap();
+        assert_nothing_left();
+        // Left in both: installed is one.
+        VARIANTS.into_iter().for_each(|variant| setup.leave(variant));
+        let rules = setup.install().unwrap();
+        assert_eq!(chains().matches("-A PREROUTING").count(), 2, "{}", chains());
+        rules.remove().unwrap();
+        assert_nothing_left();
+        VARIANTS.into_iter().for_each(|variant| setup.leave(variant));
+        purge(Some("tproxy")).unwrap();
+        assert_nothing_left();
+    });
+}
+
+/// What another program holds is waited for, and named.
+#[test]
+fn held_lock_of_the_legacy_variant_is_eagain_after_some_seconds() {
+    alone("held_lock_of_the_legacy_variant_is_eagain_after_some_seconds", || {
+        let setup = Setup::new();
+        setup.leave("legacy");
+        let lock = std::fs::File::open("/run/xtables.lock").unwrap();
+        // SAFETY: a plain system call.
+        assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0);
+        let begin = Instant::now();
+        let failed = purge(None).unwrap_err();
+        assert_eq!(failed.errno, EAGAIN, "{failed}");
+        assert!(failed.sentence.contains("fuser -v /run/xtables.lock"), "{failed}");
+        // Five seconds for each family, and the programs' own time.
+        assert!((5..60).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+        drop(lock);
+        purge(None).unwrap();
+        assert_nothing_left();
+    });
+}
+
+#[test]
+fn unwritable_lock_of_the_legacy_variant_is_eperm() {
+    alone("unwritable_lock_of_the_legacy_variant_is_eperm", || {
+        let setup = Setup::new();
+        setup.leave("legacy");
+        let _programs = Programs::new();
+        shell("mount -t tmpfs -o ro tmpfs /run");
+        let failed = purge(None).unwrap_err();
+        assert_eq!(failed.errno, EPERM, "{failed}");
+        assert!(failed.sentence.contains("/run/xtables.lock"), "{failed}");
+        shell("umount /run");
+        purge(None).unwrap();
+        assert_nothing_left();
+    });
+}
+
+/// Each call with ever so many descriptors: what cannot be done is an error, and leaves nothing.
+#[test]
+fn calls_without_descriptors_fail_or_do_all() {
+    alone("calls_without_descriptors_fail_or_do_all", || {
+        let setup = Setup::new();
+        let limited = |left: i32, call: &mut dyn FnMut() -> Result<(), Failed>| {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+            // SAFETY: room for the limit, and limits.
+            let before = unsafe {
+                libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+                let before = limit.rlim_cur;
+                limit.rlim_cur = (next + left) as libc::rlim_t;
+                assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+                before
+            };
+            let outcome = call();
+            limit.rlim_cur = before;
+            // SAFETY: a limit.
+            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+            outcome
+        };
+        for variant in VARIANTS {
+            prefer(variant);
+            let (mut failures, mut successes) = ([0; 4], 0);
+            for left in 0..20 {
+                setup.leave(variant);
+                match limited(left, &mut || purge(None)) {
+                    Ok(()) => assert_nothing_left(),
+                    Err(failed) => {
+                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
+                        failures[0] += 1;
+                    }
+                }
+                purge(None).unwrap();
+                let mut rules = None;
+                match limited(left, &mut || setup.install().map(|installed| rules = Some(installed))) {
+                    Ok(()) => {}
+                    Err(failed) => {
+                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
+                        failures[1] += 1;
+                        assert!(failed.sentence.contains("could not be undone") || chains().is_empty(), "{failed}");
+                        purge(None).unwrap();
+                        assert_nothing_left();
+                    }
+                }
+                drop(rules);
+                let rules = setup.install().unwrap();
+                let before = (chains(), routing());
+                let other = tp_port_range { first: 81, last: 81 };
+                let replacement = tp_rules_config { ports: &raw const other, ..setup.config() };
+                if let Err(failed) = limited(left, &mut || rules.replace(&replacement)) {
+                    assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
+                    assert!(
+                        failed.sentence.contains("could not be undone") || (chains(), routing()) == before,
+                        "{failed}"
+                    );
+                    failures[2] += 1;
+                }
+                let mut rules = Some(rules);
+                match limited(left, &mut || rules.take().unwrap().remove()) {
+                    Ok(()) => {
+                        assert_nothing_left();
+                        successes += 1;
+                    }
+                    Err(failed) => {
+                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
+                        failures[3] += 1;
+                        purge(None).unwrap();
+                        assert_nothing_left();
+                    }
+                }
+            }
+            assert!(failures.iter().all(|count| *count > 3) && successes > 0, "{failures:?} {successes}");
+            for program in ["iptables", "ip6tables"] {
+                shell(&format!("{program}-{variant} --wait -F INPUT"));
+            }
+        }
+    });
+}
+
+/// A daemon has closed its standard descriptors: pipes get their numbers.
+#[test]
+fn closed_standard_descriptors_do_no_harm() {
+    alone("closed_standard_descriptors_do_no_harm", || {
+        let setup = Setup::new();
+        for variant in VARIANTS {
+            prefer(variant);
+            for closed in [&[0][..], &[1], &[2], &[0, 1], &[1, 2], &[0, 2], &[0, 1, 2]] {
+                // SAFETY: the child has descriptors of its own.
+                match unsafe { libc::fork() } {
+                    0 => {
+                        // SAFETY: nothing of this child uses them.
+                        closed.iter().for_each(|fd| unsafe { _ = libc::close(*fd) });
+                        let works = || {
+                            let rules = setup.install()?;
+                            rules.replace(&setup.config())?;
+                            rules.remove()
+                        };
+                        let outcome: Result<(), Failed> = works();
+                        // SAFETY: ends this child alone.
+                        unsafe { libc::_exit(outcome.map_or_else(|failed| failed.errno, |()| 0)) };
+                    }
+                    child => {
+                        let mut status = 0;
+                        // SAFETY: room for the status.
+                        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                        assert_eq!(status, 0, "{variant}, {closed:?}");
+                    }
+                }
+            }
+            assert_nothing_left();
+            for program in ["iptables", "ip6tables"] {
+                shell(&format!("{program}-{variant} --wait -F INPUT"));
+            }
+        }
+    });
+}
+
+/// The legacy programs list nothing without /proc, and say that all is well.
+#[test]
+fn purge_without_proc_removes_or_fails() {
+    alone("purge_without_proc_removes_or_fails", || {
+        let setup = Setup::new();
+        for variant in VARIANTS {
+            setup.leave(variant);
+            let outcome = std::thread::scope(|scope| {
+                let hidden = scope.spawn(|| {
+                    own_mounts();
+                    mount_tmpfs("/proc");
+                    purge(None)
+                });
+                hidden.join().unwrap()
+            });
+            match outcome {
+                Ok(()) => assert_nothing_left(),
+                Err(failed) => assert_eq!(failed.errno, EIO, "{failed}"),
+            }
+            purge(None).unwrap();
+            assert_nothing_left();
+        }
+    });
+}
+
+/// A rule of another program that only looks like a jump of ours is left alone.
+#[test]
+fn foreign_rules_with_our_comment_or_chain_names_stay() {
+    alone("foreign_rules_with_our_comment_or_chain_names_stay", || {
+        let setup = Setup::new();
+        for variant in VARIANTS {
+            for program in ["iptables", "ip6tables"] {
+                let rules = [
+                    "-N tp-link-p",
+                    "-A PREROUTING -m comment --comment 'libtproxy tproxy' -j ACCEPT",
+                    "-A PREROUTING -m comment --comment 'libtproxy link' -j RETURN",
+                    "-A PREROUTING -j tp-link-p",
+                    "-A PREROUTING -m comment --comment 'x --comment \"libtproxy link\" -j tp-link-p' -j ACCEPT",
+                ];
+                rules.iter().for_each(|rule| drop(shell(&format!("{program}-{variant} --wait -t mangle {rule}"))));
+            }
+            let save =
+                || ["iptables", "ip6tables"].map(|p| shell(&format!("{p}-{variant}-save -t mangle | grep '^-A\\|^:'")));
+            let before = save();
+            setup.leave(variant);
+            purge(None).unwrap();
+            purge(Some("link")).unwrap();
+            assert_eq!(save(), before);
+            let rules = setup.install().unwrap();
+            rules.remove().unwrap();
+            assert_eq!(save(), before);
+            for program in ["iptables", "ip6tables"] {
+                shell(&format!("{program}-{variant} --wait -t mangle -F; {program}-{variant} --wait -t mangle -X"));
+            }
+        }
+    });
+}
+
+/// Counters of rules that somebody has removed are not zero, but gone.
+#[test]
+fn stats_of_chains_that_are_gone_are_enoent() {
+    alone("stats_of_chains_that_are_gone_are_enoent", || {
+        let setup = Setup::new();
+        let rules = setup.install().unwrap();
+        let read = || {
+            // SAFETY: integers, for which all zero is valid.
+            let mut stats: tp_rules_stats = unsafe { std::mem::zeroed() };
+            // SAFETY: NULL is the default name, and there is room for the struct.
+            checked(unsafe { tp_read_stats(std::ptr::null(), &raw mut stats, size_of::<tp_rules_stats>()) })
+        };
+        read().unwrap();
+        for program in ["iptables", "ip6tables"] {
+            shell(&format!("{program}-nft -t mangle -F; {program}-nft -t mangle -X"));
+        }
+        assert_eq!(read().unwrap_err().errno, ENOENT);
+        rules.remove().unwrap();
+        assert_nothing_left();
+    });
+}
