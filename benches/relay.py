@@ -259,7 +259,6 @@ def machine():
 
 
 def main(build, docs, seconds="1", repetitions="5"):
-    demo.run("mount", "--make-rprivate", "/")
     run = Run(build, float(seconds), int(repetitions))
     run.say("# Benchmarks", "", "Written by `make bench`; every figure of one section is from one run on one machine.", "", machine() + ".", "")
     run.say("Client, relay and server are three namespaces of this machine and share its cores: what the ends use is not the relay's to",

@@ -58,11 +58,11 @@ class Rules:
     def __enter__(self):
         subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=self.text, text=True, check=True)
         for line in ROUTING:
-            demo.run("ip", "-n", "proxy", *line.split())
+            demo.ip("proxy", *line.split())
 
     def __exit__(self, *_):
         for line in ROUTING:
-            demo.run("ip", "-n", "proxy", *line.replace(" add ", " del ").split())
+            demo.ip("proxy", *line.replace(" add ", " del ").split())
         demo.run(*demo.on("proxy", "nft", "delete", "table", "inet", "textbook"))
 
 
@@ -166,9 +166,7 @@ class Load:
         self.program, self.server = program, None
 
     def __enter__(self):
-        # What the last one left (TIME_WAIT, neighbours) is not to change what the next one does.
-        if os.path.isdir("/run/netns"):
-            demo.run("umount", "-R", "/run")
+        # New namespaces: TIME_WAIT sockets and neighbor entries of one measurement do not change the next.
         demo.build_network()
         # What every kernel lets a namespace have. A machine may have BBR, and its pacing would be what is measured.
         for host in demo.HOSTS:
