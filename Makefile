@@ -73,10 +73,11 @@ demo: deps
 check: deps
 	@bash tests/check.sh
 
-# Everything that there is a figure for, beside what a user would take otherwise; docs/benchmarks.md is what it says.
+# Measures the library beside what users would take instead, and writes docs/benchmarks.md. SECTION="rules calls" measures only these sections.
+# QUICK=1 tests in seconds that every benchmark works, and writes to build/bench/quick.
 bench:
 	@sh tests/deps.sh bench
-	@CARGO='$(CARGO)' bash benches/run.sh
+	@CARGO='$(CARGO)' QUICK='$(QUICK)' DOCS='$(DOCS)' bash benches/run.sh $(SECTION)
 
 # Ten million hostile messages. libFuzzer's hooks (the flags that cargo-fuzz sets) are stable; -Z sanitizer asks for the bootstrap variable.
 FUZZ_RUNS ?= 10000000

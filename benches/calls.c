@@ -1,10 +1,11 @@
 /*
- * One call again and again, for counting the instructions and system calls of
- * user space: built against the library, and against the same by hand (raw/).
+ * Makes one call COUNT times, so that its instructions and system calls can be
+ * counted. It is built twice: against the library, and against equivalent C
+ * code (raw/tproxy.h).
  *
  *     calls socket|connect|orig_dst|recvfrom|msg_orig_dst|datagrams COUNT
  *
- * datagrams: DATAGRAMS of them a call.
+ * With "datagrams" each call receives DATAGRAMS datagrams.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -27,7 +28,7 @@ enum { DATAGRAMS = 32, BYTES = 64 };
 
 static char data[DATAGRAMS][BYTES];
 
-/* Received, or looked for in a message, after they have been sent to the same socket. */
+/* Receives datagrams that the same socket sent, or reads the original destination of one message again and again. */
 static void datagrams(const char *what, int count)
 {
     static struct tp_datagram dgrams[DATAGRAMS];

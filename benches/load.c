@@ -1,17 +1,21 @@
 /*
- * Both ends of the relay benchmark: the server, and the clients that measure.
- * They share the machine with what is measured, so they do as little as they
- * can: one thread each, but for streams, which have one a connection.
+ * The server of the relay benchmark, and the clients that measure. Both share
+ * the CPUs with the relay, so they use little: one thread each, except for
+ * streams, which have one thread per connection.
  *
  *     load serve
- *     load short CLIENTS SECONDS ADDRESS [NETWORK]   connect, ask, read the answer to its end
- *     load kept CLIENTS SECONDS ADDRESS [NETWORK]    ask again and again, on one connection each
- *     load bulk CLIENTS SECONDS ADDRESS     read as much as there is
- *     load z CLIENTS SECONDS ADDRESS        the same, and neither end copies a byte
- *     load idle COUNT ADDRESS               connect, get an answer, and hold it until standard input ends
+ *     load short CLIENTS SECONDS ADDRESS [NETNS]   connect, send a request, read the response to its end, close
+ *     load kept CLIENTS SECONDS ADDRESS [NETNS]    send requests on one connection per client
+ *     load bulk CLIENTS SECONDS ADDRESS            read one stream per client
+ *     load z CLIENTS SECONDS ADDRESS               the same, with sendfile(2) and MSG_TRUNC: neither end copies
+ *     load idle COUNT ADDRESS                      make connections, and hold them until standard input ends
  *
- * A client prints a line of JSON: how many, how many failed, bytes, seconds, and
- * microseconds at which 50, 99 and 99.9 in a hundred were done.
+ * NETNS is the path of the server's network namespace. If it is given, client
+ * and server are one thread that never sleeps, and no `load serve` is needed.
+ *
+ * A client prints one line of JSON: the number of connections or requests, the
+ * number that failed, bytes, seconds, and the latency in microseconds at
+ * percentiles 50, 99 and 99.9.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -42,17 +46,17 @@ static struct sockaddr_storage server_addr;
 static socklen_t server_len;
 static double until;
 
-/* One connection after the other, or one for long. */
+/* A client makes short connections one after the other, or keeps one connection. */
 struct client {
     pthread_t thread;
     char mode;
     int fd;
-    size_t got;             /* of an answer */
+    size_t got;             /* bytes of the current response */
     bool asked;
     double start;
     uint64_t failed, bytes;
     size_t n, room;
-    float *times;           /* microseconds */
+    float *times;           /* latencies in microseconds */
 };
 
 static double now(void)
@@ -68,7 +72,7 @@ static void set(int fd, int level, int option)
         err(1, "setsockopt");
 }
 
-/* For good. What the event will say: a client, or a descriptor of the server's. */
+/* Adds a descriptor to epoll. Its events carry the client, or the descriptor with bit 0 set if it is the server's. */
 static void watch(int epoll_fd, int fd, uint32_t events, struct client *client)
 {
     struct epoll_event event = { .events = events, .data.ptr = client };
@@ -78,7 +82,7 @@ static void watch(int epoll_fd, int fd, uint32_t events, struct client *client)
         err(1, "epoll_ctl");
 }
 
-/* ---- The server: what the first byte of a request asks for. ---- */
+/* ---- The server. The first byte of a request is the mode. ---- */
 
 struct stream {
     int fd;
@@ -115,7 +119,7 @@ static void start_stream(int fd, char mode)
     pthread_detach(thread);
 }
 
-/* Requests come whole: they are short, and each is sent by one call. */
+/* A request arrives in one piece: it is short, and the client sends it with one call. */
 static void serve(int epoll_fd, int fd)
 {
     char request[REQUEST];
@@ -182,7 +186,7 @@ static int dial(int flags)
     if (fd < 0)
         err(1, "socket");
     set(fd, IPPROTO_TCP, TCP_NODELAY);
-    /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
+    /* If the relay is stuck, the measurement fails instead of hanging. */
     struct timeval patience = { .tv_sec = PATIENCE };
     if (flags == 0)
         setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
@@ -212,7 +216,7 @@ static void ask(struct client *client)
     client->asked = send(client->fd, request, REQUEST, MSG_NOSIGNAL) == REQUEST;
 }
 
-/* The next connection; the request follows when it stands. */
+/* Starts the next connection. The request is sent once it is established. */
 static bool begin(int epoll_fd, struct client *client)
 {
     client->start = now();
@@ -225,7 +229,7 @@ static bool begin(int epoll_fd, struct client *client)
     return client->fd >= 0;
 }
 
-/* Whether it goes on. */
+/* Handles an event of a client. Returns whether the client continues. */
 static bool next(int epoll_fd, struct client *client)
 {
     static char answer[2 * ANSWER];
@@ -253,10 +257,9 @@ static bool next(int epoll_fd, struct client *client)
 }
 
 /*
- * All clients that ask and are answered: none makes another wait. With the name
- * of the server's network the server is in this thread too, and it does not
- * sleep, so that nobody has to wake it: that is a good part of what a short
- * connection costs him who has to.
+ * Runs all clients of modes "short" and "kept" in this thread. If the server's
+ * network namespace is given, the server runs in this thread too, and the
+ * thread polls instead of sleeping: the relay then spends no time on waking it.
  */
 static void ask_all(struct client *clients, int count, const char *network)
 {
@@ -276,7 +279,7 @@ static void ask_all(struct client *clients, int count, const char *network)
         int n = epoll_wait(epoll_fd, events, EVENTS, network != NULL ? 0 : PATIENCE * 1000);
         if (n > 0)
             quiet = now();
-        /* A relay that is stuck is to be seen as a failure, and not to hang the measurement. */
+        /* If the relay is stuck, the measurement fails instead of hanging. */
         if (n < 0 || (n == 0 && now() - quiet >= PATIENCE)) {
             for (int i = 0; i < count; i++)
                 clients[i].failed++;
@@ -381,7 +384,7 @@ static void set_server(const char *text)
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    /* sendfile() has no flag against it. */
+    /* sendfile(2) has no equivalent of MSG_NOSIGNAL. */
     signal(SIGPIPE, SIG_IGN);
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {

@@ -1,9 +1,9 @@
-"""Plots as SVG, by hand: bars, and lines over a logarithmic axis."""
+"""Draws plots as SVG: bars, and lines over a logarithmic axis."""
 
 import html
 import math
 
-COLOURS = ("#2a6fbb", "#7fb2e5", "#c0504d", "#e0a09e", "#888888")
+COLORS = ("#2a6fbb", "#7fb2e5", "#c0504d", "#e0a09e", "#888888")
 FRAME = '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{}" font-family="sans-serif" font-size="12">'
 
 
@@ -17,18 +17,18 @@ def write(path, height, parts):
 
 
 def bars(path, title, values):
-    most = max(values.values())
+    most = max(values.values()) or 1
     parts = [text(10, 20, title)]
     for i, (name, value) in enumerate(values.items()):
         y, width = 34 + 26 * i, value / most * 340
         parts.append(text(190, y + 14, name, "end"))
-        parts.append(f'<rect x="200" y="{y}" width="{width:.0f}" height="20" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        parts.append(f'<rect x="200" y="{y}" width="{width:.0f}" height="20" fill="{COLORS[i % len(COLORS)]}"/>')
         parts.append(text(206 + width, y + 14, f"{value:,.0f}"))
     write(path, 44 + 26 * len(values), parts)
 
 
 def lines(path, title, steps, values):
-    most = max(max(line) for line in values.values()) * 1.1
+    most = (max(max(line) for line in values.values()) or 1) * 1.1
     low, high = math.log(steps[0]), math.log(steps[-1])
 
     def place(step, value):
@@ -41,9 +41,9 @@ def lines(path, title, steps, values):
         value = most / 1.1 * part
         parts.append(text(55, place(steps[0], value)[1] + 4, f"{value:,.0f}", "end"))
     for i, (name, line) in enumerate(values.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         points = " ".join("{:.0f},{:.0f}".format(*place(step, value)) for step, value in zip(steps, line))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<rect x="{70 + 180 * i}" y="286" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<rect x="{70 + 180 * i}" y="286" width="12" height="12" fill="{color}"/>')
         parts.append(text(88 + 180 * i, 296, name))
     write(path, 310, parts)

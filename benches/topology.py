@@ -1,4 +1,4 @@
-"""The rivals of the relay benchmark, on the demo's three hosts: how each is started, and what it used."""
+"""What the relay benchmark compares, on the three hosts of the demo: how each contender is started and what it uses."""
 
 import glob
 import json
@@ -15,7 +15,7 @@ LISTEN = 3129
 CONGESTION_CONTROL = "reno"
 SERVER = "203.0.113.2"
 
-# For those who bring no rules of their own: what the textbooks say, but for `socket wildcard 0`.
+# The rules for contenders that install none: those of the textbooks, plus `socket wildcard 0`.
 TEXTBOOK = f"""
 table inet textbook {{
     chain prerouting {{
@@ -25,7 +25,7 @@ table inet textbook {{
     }}
 }}
 """
-ROUTING = [f"-{family} {what}" for family in (4, 6) for what in ("rule add fwmark 1 lookup 100", "route add local default dev lo table 100")]
+ROUTING = [f"-{family} {line}" for family in (4, 6) for line in ("rule add fwmark 1 lookup 100", "route add local default dev lo table 100")]
 
 HAPROXY = f"""
 global
@@ -45,33 +45,34 @@ listen relay
 
 
 class Rules:
-    """The textbook's rules on the proxy's host, while they are needed; mended, or as they are."""
+    """The textbook rules on the proxy's host, with or without `socket wildcard 0`, removed at exit."""
 
-    def __init__(self, mended, prefixes=()):
-        text = TEXTBOOK if mended else TEXTBOOK.replace(" socket wildcard 0", "")
-        text = text.replace("DESTINATIONS", "ip daddr @some" if prefixes else "")
-        some = "set some { type ipv4_addr; flags interval; elements = { %s } }\n" % ",".join(prefixes)
+    def __init__(self, wildcard_0, prefixes=()):
+        text = TEXTBOOK if wildcard_0 else TEXTBOOK.replace(" socket wildcard 0", "")
+        text = text.replace("DESTINATIONS", "ip daddr @destinations" if prefixes else "")
+        elements = "set destinations { type ipv4_addr; flags interval; elements = { %s } }\n" % ",".join(prefixes)
         if prefixes:
-            text = text.replace("tproxy to", "tproxy ip to").replace("chain prerouting", some + "chain prerouting")
+            text = text.replace("tproxy to", "tproxy ip to").replace("chain prerouting", elements + "chain prerouting")
         self.text = text
 
     def __enter__(self):
         subprocess.run(demo.on("proxy", "nft", "-f", "-"), input=self.text, text=True, check=True)
         for line in ROUTING:
-            demo.run("ip", "-n", "proxy", *line.split())
+            demo.ip("proxy", *line.split())
 
     def __exit__(self, *_):
         for line in ROUTING:
-            demo.run("ip", "-n", "proxy", *line.replace(" add ", " del ").split())
+            demo.ip("proxy", *line.replace(" add ", " del ").split())
         demo.run(*demo.on("proxy", "nft", "delete", "table", "inet", "textbook"))
 
 
-class Rival:
-    """Something between client and server, while it is measured."""
+class Contender:
+    """A program on the proxy's host that runs while it is measured; this base class is no program, only forwarding."""
 
-    name, rules = "plain forwarding", False
+    name = "plain forwarding"
+    #: Textbook rules for this contender: False (none), True (with `socket wildcard 0`), or "textbook" (without).
+    rules = False
     process = None
-
     prefixes = ()
 
     def __init__(self, threads=1):
@@ -100,7 +101,7 @@ class Rival:
             self.textbook.__exit__()
 
     def cpu(self):
-        """Seconds that its threads have run."""
+        """The CPU time of its threads, in seconds."""
         total = 0
         for path in glob.glob(f"/proc/{self.process.pid}/task/*/schedstat") if self.process else []:
             with open(path, encoding="ascii") as file:
@@ -108,7 +109,7 @@ class Rival:
         return total / 1e9
 
     def memory(self):
-        """Bytes of memory that are its own."""
+        """The anonymous memory of the process, in bytes."""
         with open(f"/proc/{self.process.pid}/smaps_rollup", encoding="ascii") as file:
             for line in file:
                 if line.startswith("Pss_Anon:"):
@@ -116,15 +117,15 @@ class Rival:
         return 0
 
 
-class Relay(Rival):
-    """examples-c/relay.c: with the library, or with its calls by hand."""
+class Relay(Contender):
+    """examples-c/relay.c, built with the library or with equivalent C code."""
 
     def __init__(self, name, path, rules, threads=1, prefixes=()):
         super().__init__(threads)
         self.name, self.path, self.rules, self.prefixes = name, path, rules, prefixes
 
     def wait(self):
-        """Until it has its rules too."""
+        """Waits until it listens and its rules are installed."""
         assert self.program.expect("listening") != "nothing", f"{self.name} does not start"
 
     def command(self):
@@ -137,7 +138,7 @@ class Relay(Rival):
         return [*command, str(LISTEN), str(demo.PORT)]
 
 
-class HAProxy(Rival):
+class HAProxy(Contender):
     name, rules, options = "HAProxy", True, ""
 
     def command(self):
@@ -154,23 +155,21 @@ class HAProxy(Rival):
 
 
 class TunedHAProxy(HAProxy):
-    """With its options that save packets."""
+    """HAProxy with the options that save packets."""
 
     name, options = "HAProxy, tuned", "    option tcp-smart-accept\n    option tcp-smart-connect\n"
 
 
 class Load:
-    """Clients that measure and the server that they ask, on hosts that nobody has used before."""
+    """The server, and clients that measure, on new hosts."""
 
     def __init__(self, program):
         self.program, self.server = program, None
 
     def __enter__(self):
-        # What the last one left (TIME_WAIT, neighbours) is not to change what the next one does.
-        if os.path.isdir("/run/netns"):
-            demo.run("umount", "-R", "/run")
+        # New namespaces: TIME_WAIT sockets and neighbor entries of one measurement do not change the next.
         demo.build_network()
-        # What every kernel lets a namespace have. A machine may have BBR, and its pacing would be what is measured.
+        # Every network namespace may use reno. BBR, the default of some machines, paces packets and would limit the rate.
         for host in demo.HOSTS:
             demo.run(*demo.on(host, "sysctl", "-qw", f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}"))
         self.server = demo.Program("server", self.program, "serve")

@@ -11,10 +11,12 @@ The client fetches a few megabytes over HTTP from the server, whose only way is
 through the proxy's host, once over IPv4 and once over IPv6; then it asks a name
 of the server's resolver, and of addresses that nobody owns. What each of the
 three saw is put side by side, and the exit status is 0 only if all of it is
-right. All happens in namespaces that end with this program; it needs root, or
-leave to make user namespaces.
+right. The network namespaces have no names and no mounts: they end with this
+program. It needs root, or permission to create user namespaces.
 """
 
+import concurrent.futures
+import ctypes
 import hashlib
 import http.server
 import os
@@ -46,30 +48,59 @@ RECORDS = (("A", "192.0.2.80"), ("AAAA", "2001:db8:80::80"))
 PATIENCE = 20
 
 
+# The network namespace of each host, as a descriptor of this process.
+namespaces = {}
+CLONE_NEWNET = 0x40000000
+
+
+def path_of(host):
+    """The path of a host's network namespace, for commands that open it."""
+    # os.getpid() would be wrong: without a /proc of its own, a PID namespace sees the process numbers of its parent.
+    return f"/proc/{os.readlink('/proc/self')}/fd/{namespaces[host]}"
+
+
 def on(host, *command):
-    """The command, to be run on a host."""
-    return ["nsenter", f"--net=/run/netns/{host}", *command]
+    """The command line that runs a command on a host."""
+    return ["nsenter", f"--net={path_of(host)}", *command]
 
 
 def run(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
+def ip(host, *arguments):
+    return run(*on(host, "ip", *arguments))
+
+
+def new_namespace():
+    """A descriptor of a new network namespace, which ends with its last descriptor and its last process."""
+
+    def make():
+        # unshare(2) moves only the calling thread.
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 def build_network():
-    # Named namespaces live in /run; this one is seen by nobody else.
-    run("mount", "-t", "tmpfs", "tmpfs", "/run")
+    """Makes the hosts; replaces those of an earlier call."""
     for host in HOSTS:
-        run("ip", "netns", "add", host)
-        run("ip", "-n", host, "link", "set", "lo", "up")
+        if host in namespaces:
+            os.close(namespaces.pop(host))
+        namespaces[host] = new_namespace()
+        ip(host, "link", "set", "lo", "up")
     for (a, a_name, a_addrs), (b, b_name, b_addrs) in LINKS:
-        run("ip", "-n", a, "link", "add", a_name, "type", "veth", "peer", "name", b_name, "netns", b)
+        ip(a, "link", "add", a_name, "type", "veth", "peer", "name", b_name, "netns", path_of(b))
         for host, name, addrs in ((a, a_name, a_addrs), (b, b_name, b_addrs)):
             for addr in addrs:
-                run("ip", "-n", host, "addr", "add", addr, "dev", name, *(["nodad"] if ":" in addr else []))
-            run("ip", "-n", host, "link", "set", name, "up")
+                ip(host, "addr", "add", addr, "dev", name, *(["nodad"] if ":" in addr else []))
+            ip(host, "link", "set", name, "up")
     for host, gateways in GATEWAYS:
         for gateway in gateways:
-            run("ip", "-n", host, "route", "add", "default", "via", gateway)
+            ip(host, "route", "add", "default", "via", gateway)
     # The proxy's host is a router: what it does not intercept it would pass on.
     for path in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         run(*on("proxy", "sh", "-c", f"echo 1 > /proc/sys/net/{path}"))
@@ -231,11 +262,11 @@ def our_tables():
 
 def leftovers():
     """What a proxy that ended might have left on its host."""
-    rules = [line for f in ("-4", "-6") for line in run("ip", f, "-n", "proxy", "rule").splitlines() if "116" in line]
+    rules = [line for f in ("-4", "-6") for line in ip("proxy", f, "rule").splitlines() if "116" in line]
     routes = [
         line
         for f in ("-4", "-6")
-        for line in run("ip", f, "-n", "proxy", "route", "show", "table", "all").splitlines()
+        for line in ip("proxy", f, "route", "show", "table", "all").splitlines()
         if "proto 116" in line
     ]
     return our_tables() + rules + routes
@@ -292,7 +323,7 @@ def main():
     else:
         # The processes and the namespaces end with the first of them, however it ends.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        new = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "--kill-child"]
+        new = ["unshare", *user, "--net", "--pid", "--fork", "--kill-child"]
         os.execvp(new[0], [*new, sys.executable, __file__, "--inside", os.path.abspath(sys.argv[1])])
 
 

@@ -1,7 +1,7 @@
 /*
- * The library's calls by hand: what a program has in it that does not link
- * the library. The benchmark compiles the same programs with this header in
- * place of the library's; the rules it installs by itself, as the textbook says.
+ * C code equivalent to the library's calls, as a program without the library
+ * has it. The benchmark compiles the same programs with this header instead of
+ * the library's header, and installs the textbook rules itself.
  */
 #ifndef TPROXY_H
 #define TPROXY_H
@@ -84,7 +84,7 @@ static inline int tp_socket(int domain, int type, int protocol)
     return fd;
 }
 
-/* Behind TPROXY or behind REDIRECT. The relay by hand does without: behind TPROXY alone getsockname() is enough. */
+/* For TPROXY and REDIRECT. The relay defines TPROXY_ALONE: with TPROXY only, getsockname() is enough. */
 static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
 {
     int transparent = 0;
@@ -101,7 +101,7 @@ static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
     return getsockopt(fd, IPPROTO_IPV6, SO_ORIGINAL_DST, addr, addrlen);
 }
 
-/* What accept() of a dual-stack listener gives as v4-mapped is IPv4 on the way out. */
+/* accept() of a dual-stack listener gives IPv4 addresses as v4-mapped IPv6. The outgoing socket needs AF_INET. */
 static inline void raw_address(const struct sockaddr *addr, uint16_t port, struct sockaddr_storage *place, socklen_t *len)
 {
     const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)addr;
@@ -150,7 +150,7 @@ struct tp_datagram {
 
 enum { TP_BATCH_MAX = 64 };
 
-/* Where it was going, in the family of who sent it. */
+/* Finds the original destination, in the address family of the sender's address. */
 static inline int raw_find(struct msghdr *msg, struct sockaddr *addr, socklen_t *addrlen)
 {
     for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c != NULL; c = CMSG_NXTHDR(msg, c)) {
@@ -226,7 +226,7 @@ static inline int tp_recv_datagrams(int fd, struct tp_datagram *dgrams, unsigned
     return n;
 }
 
-/* ---- Rules: what there are, the textbook's, are others' business. ---- */
+/* ---- Rules. The benchmark installs the textbook rules, so these calls do nothing. ---- */
 
 static inline int tp_install_rules(const struct tp_rules_config *config, size_t size, tp_rules **rules)
 {

@@ -136,6 +136,8 @@ expect "udp_load: build" cc -std=c11 -O2 $flags "$here/udp_load.c" -o "$work/udp
 expect "udp_proxy: a thousand clients, fifty servers, twenty ports" python3 "$here/udp_stress.py" "$root/build/examples" "$work/udp_load"
 expect "tcp_load: build" cc -std=c11 -pedantic -O2 $flags -pthread "$here/tcp_load.c" -o "$work/tcp_load"
 expect "relay: ends, resets, back-pressure, limits, idle, stop, and a mixed load with kills" python3 "$here/relay.py" "$root/build/examples" "$work/tcp_load"
+expect "load: build" cc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread "$root/benches/load.c" -o "$work/load"
+expect "networks: built twice beside named namespaces, no mount changes" python3 "$here/network.py" "$work/load"
 
 expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/cancel.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"

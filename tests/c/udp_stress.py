@@ -64,13 +64,13 @@ def test(programs, load_program):
     for family, routes in (("-4", ("198.18.0.0/16", "198.19.0.0/16")), ("-6", ("2001:2:0:1::/64", "2001:2:0:2::/64"))):
         # Every address of these networks is the host's own; and the proxy's host knows the way.
         for host, network in zip(("client", "server"), routes):
-            demo.run("ip", family, "-n", host, "route", "add", "local", network, "dev", "lo")
+            demo.ip(host, family, "route", "add", "local", network, "dev", "lo")
     for network, gateways in zip(
         (("198.18.0.0/16", "2001:2:0:1::/64"), ("198.19.0.0/16", "2001:2:0:2::/64")),
         (("198.51.100.2", "2001:db8:1::2"), ("203.0.113.2", "2001:db8:2::2")),
     ):
         for net, gateway in zip(network, gateways):
-            demo.run("ip", "-n", "proxy", "route", "add", net, "via", gateway)
+            demo.ip("proxy", "route", "add", net, "via", gateway)
     hosts.meet()
     server = demo.Program("server", load_program, "serve")
     assert server.expect("listening") != "nothing"
