@@ -38,6 +38,15 @@ pub(crate) const LOOPBACK: u32 = 1;
 
 /// How many preferences one instance has.
 pub(crate) const RULES: u32 = 4;
+/// The greatest preference that an instance may begin at: all of its rules come before 32766, the main table's.
+pub(crate) const PRIORITY_MAX: u32 = 32_766 - RULES;
+
+/// Whether a routing table is the system's own: RT_TABLE_UNSPEC, or RT_TABLE_DEFAULT, _MAIN and _LOCAL.
+///
+/// No rule of ours leads there. What says so is another program's, whatever else it says.
+pub(crate) fn is_system_table(table: u32) -> bool {
+    matches!(table, 0 | 253..=255)
+}
 
 /// What the kernel shall have for one instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,15 +64,16 @@ pub(crate) struct Routing {
 pub(crate) struct FoundRule {
     pub family: Family,
     pub priority: u32,
+    /// It has our protocol, and is one of the rules that we make.
     pub ours: bool,
     kind: RuleKind,
     mark: Mark,
 }
 
 impl FoundRule {
-    /// It has one of the instance's preferences.
-    pub fn is_in(&self, routing: &Routing) -> bool {
-        (routing.priority..routing.priority + RULES).contains(&self.priority)
+    /// It has one of the preferences of the instance that begins there.
+    pub fn is_behind(&self, first: u32) -> bool {
+        self.priority.checked_sub(first).is_some_and(|number| number < RULES)
     }
 
     /// The routing table that it leads to.
@@ -106,25 +116,34 @@ pub(crate) enum Entry {
 pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<FoundRule>> {
     /// `struct fib_rule_hdr` of any rule: the kernel gives those of every family that it has.
     const ANY: [u8; 12] = [0; 12];
-    let dumped = channel.dump(libc::RTM_GETRULE, &ANY, &|_| {}).unwrap_or_default();
+    let failed = |family: &str, e: sys::Errno| {
+        let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
+        let cure = if is_absent(e) { cure } else { "" };
+        Error::with(e.0, format_args!("ip {family}rule show: {e}{cure}"))
+    };
+    let dumped = match channel.dump(libc::RTM_GETRULE, &ANY, &|_| {}) {
+        Err(e) if !is_absent(e) => return Err(failed("", e)),
+        dumped => dumped.unwrap_or_default(),
+    };
     let mut found: Vec<FoundRule> = dumped.iter().filter_map(|payload| parse_rule(payload)).list();
     for family in Families::ALL.iter() {
         // There is a rule of each, unless somebody has deleted them all, or the kernel lacks it, and says so.
         if found.iter().any(|rule| rule.family == family) {
             continue;
         }
+        let spared = !needed.contains(family) || needed == Families::ALL && family == Family::V6;
         match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), &|_| {}) {
             Ok(dumped) => dumped.iter().filter_map(|payload| parse_rule(payload)).onto(&mut found),
-            Err(_) if !needed.contains(family) || needed == Families::ALL && family == Family::V6 => {}
-            Err(e) => {
-                let errno = e.0;
-                let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
-                let cure = if errno == libc::EOPNOTSUPP { cure } else { "" };
-                return Err(Error::with(errno, format_args!("ip {} rule show: {e}{cure}", flag(family))));
-            }
+            Err(e) if spared && is_absent(e) => {}
+            Err(e) => return Err(failed(if family == Family::V4 { "-4 " } else { "-6 " }, e)),
         }
     }
     Ok(found)
+}
+
+/// The kernel has no such family, or no routing rules.
+fn is_absent(error: sys::Errno) -> bool {
+    matches!(error.0, libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
 }
 
 /// Whether any interface has an IPv6 address: `::1` at least, unless IPv6 is not built in or switched off.
@@ -152,13 +171,8 @@ pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
     Ok(())
 }
 
-/// Adds the routes and rules; `leftovers`, which a dead instance had in the same place, go first.
-///
-/// On failure, what was added is deleted again.
-pub(crate) fn add(channel: &mut Channel, routing: &Routing, leftovers: &[FoundRule]) -> Result<()> {
-    if !leftovers.is_empty() {
-        delete_found(channel, leftovers, &[])?;
-    }
+/// Adds the routes and rules. On failure, what was added is deleted again.
+pub(crate) fn add(channel: &mut Channel, routing: &Routing) -> Result<()> {
     let entries = entries(routing);
     match add_entries(channel, &entries) {
         // A route of ours may be there without its rules: somebody deleted those.
@@ -178,7 +192,7 @@ pub(crate) fn add_missing(channel: &mut Channel, routing: &Routing, found: &[Fou
     for entry in entries(routing) {
         let there = match entry {
             Entry::Rule { .. } => found.iter().any(|rule| entry.is(rule)),
-            Entry::Route { family, table } => has_route(channel, family, table),
+            Entry::Route { family, table } => has_route(channel, family, table)?,
         };
         if !there {
             missing.push(entry);
@@ -188,7 +202,7 @@ pub(crate) fn add_missing(channel: &mut Channel, routing: &Routing, found: &[Fou
 }
 
 /// Whether a table has the local default route, and it is ours.
-fn has_route(channel: &mut Channel, family: Family, table: u32) -> bool {
+fn has_route(channel: &mut Channel, family: Family, table: u32) -> Result<bool> {
     let mut any = [0; 12];
     any[0] = family.nfproto();
     let ours = |route: &Vec<u8>| {
@@ -196,24 +210,25 @@ fn has_route(channel: &mut Channel, family: Family, table: u32) -> bool {
         // `struct rtmsg`: the destination's length, the protocol, the type.
         matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, libc::RTN_LOCAL, ..]) && number(ROUTE_TABLE) == Some(table)
     };
-    channel.dump(libc::RTM_GETROUTE, &any, &|a| a.u32(ROUTE_TABLE, table)).is_ok_and(|routes| routes.iter().any(ours))
+    match channel.dump(libc::RTM_GETROUTE, &any, &|a| a.u32(ROUTE_TABLE, table)) {
+        Ok(routes) => Ok(routes.iter().any(ours)),
+        // No such table (fib_info's "FIB table does not exist", with strict checking).
+        Err(sys::Errno(libc::ENOENT | libc::ESRCH)) => Ok(false),
+        Err(e) => Err(Error::io(format_args!("ip {} route show table {table}", flag(family)), e)),
+    }
 }
 
 /// Adds all or nothing.
 fn add_entries(channel: &mut Channel, entries: &[Entry]) -> Result<Vec<Entry>> {
     let outcome = match send(channel, entries, Operation::Add, |_, _| false) {
         Ok(outcome) => outcome,
-        Err(error) => {
-            // Nobody knows how far it came.
-            let _ = delete_entries(channel, entries);
-            return Err(error);
-        }
+        // How far it came is not known.
+        Err(error) => return Err(error.after(delete_entries(channel, entries))),
     };
     match outcome.first_failure {
         Some((failed, failure)) => {
             let error = rejected(&failed, &failure);
-            delete_entries(channel, &outcome.done)?;
-            Err(error)
+            Err(error.after(delete_entries(channel, &outcome.done)))
         }
         None => Ok(outcome.done),
     }
@@ -224,11 +239,17 @@ pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
     delete_entries(channel, &entries(routing))
 }
 
-/// Deletes rules that were found, and the local routes of the tables that they lead to, but for tables in use.
+/// Deletes rules of ours that were found, and the local routes of the tables that they lead to, but for tables in use.
 pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &[u32]) -> Result<()> {
     let tables = rules.iter().filter_map(FoundRule::table).filter(|table| !in_use.contains(table));
+    let tables = tables.filter(|table| !is_system_table(*table));
     let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
     delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).list())
+}
+
+/// Deletes rules of ours that were found, and no routes.
+pub(crate) fn delete_rules(channel: &mut Channel, rules: &[FoundRule]) -> Result<()> {
+    delete_entries(channel, &rules.iter().map(FoundRule::entry).list())
 }
 
 /// Deletes the routes of families that the routing does not serve.
@@ -262,7 +283,7 @@ pub(crate) fn commands(routing: &Routing) -> impl Iterator<Item = String> {
 /// marked packets past.
 fn entries(routing: &Routing) -> Vec<Entry> {
     let Routing { families, mark, output_mark, table, priority } = *routing;
-    let after = priority + RULES - 1;
+    let [first, second, third, after] = [0, 1, 2, RULES - 1].map(|number| priority.saturating_add(number));
     let none = Mark { value: 0, mask: 0 };
     // Of both families, a route and four rules each.
     let mut entries = Vec::with_capacity(10);
@@ -272,10 +293,10 @@ fn entries(routing: &Routing) -> Vec<Entry> {
     for family in families.iter() {
         let mut rule = |priority, kind, mark| entries.push(Entry::Rule { family, priority, kind, mark });
         rule(after, RuleKind::Nop, none);
-        rule(priority, RuleKind::Goto(after), mark);
-        rule(priority + 1, RuleKind::Lookup(table), mark);
+        rule(first, RuleKind::Goto(after), mark);
+        rule(second, RuleKind::Lookup(table), mark);
         if let Some(mark) = output_mark {
-            rule(priority + 2, RuleKind::Lookup(table), mark);
+            rule(third, RuleKind::Lookup(table), mark);
         }
     }
     entries
@@ -367,9 +388,14 @@ const RULE_IIF: u16 = 3;
 const RULE_GOTO: u16 = 4;
 const RULE_PRIORITY: u16 = 6;
 const RULE_MARK: u16 = 10;
+/// Comes with every rule: -1, if it suppresses nothing.
+const RULE_SUPPRESS_PREFIXLEN: u16 = 14;
 const RULE_TABLE: u16 = 15;
 const RULE_MARK_MASK: u16 = 16;
 const RULE_PROTOCOL: u16 = 21;
+/// FRA_DST, _SRC, _FLOW, _TUN_ID, _SUPPRESS_IFGROUP, _OIFNAME, _L3MDEV, _UID_RANGE, _IP_PROTO, and the ranges of ports
+/// from FRA_SPORT_RANGE on (later ones are selectors too).
+const OTHER_SELECTORS: [u16; 17] = [1, 2, 11, 12, 13, 17, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30];
 const ROUTE_OIF: u16 = 4;
 const ROUTE_TABLE: u16 = 15;
 
@@ -457,23 +483,48 @@ fn parse_rule(payload: &[u8]) -> Option<FoundRule> {
     let action = *payload.get(7)?;
     let attrs = payload.get(rule_header(family, 0).len()..)?;
     let number = |kind| wire::u32_of(attrs, kind);
-    let protocol = wire::u8_of(attrs, RULE_PROTOCOL);
     let kind = match action {
         ACT_GOTO => RuleKind::Goto(number(RULE_GOTO)?),
         ACT_TO_TABLE => RuleKind::Lookup(number(RULE_TABLE)?),
         ACT_NOP => RuleKind::Nop,
         _ => RuleKind::Foreign,
     };
-    Some(FoundRule {
+    let found = FoundRule {
         family,
         priority: number(RULE_PRIORITY).unwrap_or(0),
-        ours: protocol == Some(PROTOCOL) && kind != RuleKind::Foreign,
+        ours: false,
         kind,
         mark: match number(RULE_MARK) {
             Some(value) => Mark { value, mask: number(RULE_MARK_MASK).unwrap_or(u32::MAX) },
             None => Mark { value: 0, mask: 0 },
         },
-    })
+    };
+    Some(FoundRule { ours: is_ours(&found, payload, attrs), ..found })
+}
+
+/// Whether a rule is one that we make: it has our protocol, selects by what ours do and nothing else, and leads where
+/// ours may. Another program may have chosen the same protocol.
+fn is_ours(rule: &FoundRule, payload: &[u8], attrs: &[u8]) -> bool {
+    /// FIB_RULE_INVERT.
+    const INVERT: u32 = 2;
+    let number = |kind| wire::u32_of(attrs, kind);
+    // struct fib_rule_hdr: the lengths of destination and source, the type of service, and the flags.
+    let [_, 0, 0, 0, ..] = payload else { return false };
+    let inverted = wire::u32_at(payload, 8).is_none_or(|flags| flags & INVERT != 0);
+    let selects = wire::attributes(attrs).any(|(kind, _)| OTHER_SELECTORS.contains(&kind))
+        || number(RULE_SUPPRESS_PREFIXLEN).is_some_and(|len| len != u32::MAX);
+    let fits = match rule.kind {
+        RuleKind::Goto(target) => rule.priority.checked_add(RULES - 1) == Some(target) && rule.mark.mask != 0,
+        RuleKind::Lookup(table) => !is_system_table(table) && rule.mark.mask != 0,
+        RuleKind::Nop => rule.mark.mask == 0,
+        RuleKind::Foreign => false,
+    };
+    let from_loopback = wire::string_of(attrs, RULE_IIF).map(|name| name == "lo");
+    wire::u8_of(attrs, RULE_PROTOCOL) == Some(PROTOCOL)
+        && !inverted
+        && !selects
+        && fits
+        && from_loopback == matches!(rule.kind, RuleKind::Goto(_)).then_some(true)
 }
 
 #[cfg(test)]

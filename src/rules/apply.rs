@@ -21,7 +21,7 @@ use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
 
 use super::config::Config;
-use super::place::{self, Claim};
+use super::place;
 use super::plan;
 
 /// Rules that are installed, and what they are changed by. [`super::Rules`] decides who may change them.
@@ -108,7 +108,7 @@ impl Instance {
                 serve(config, &mut plan, &mut route)?;
                 break (routing, true);
             }
-            match install_at(&plan, &table, &routing, &claim, &mut nft, &mut route) {
+            match install_at(&plan, &table, &routing, &mut nft, &mut route) {
                 Ok(()) => break (routing, false),
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
@@ -243,6 +243,16 @@ pub fn purge(name: Option<&str>) -> Result<()> {
             }
             // The routing is nobody's when the table is gone, and is swept below.
             (Some(_), None) if named || wanted.is_none() => delete_table(&mut nft, &table.name)?,
+            (None, None) if named => {
+                return Err(Error::with(
+                    libc::EEXIST,
+                    format_args!(
+                        "table inet {} is not one that this library made: its comment names no place; `nft delete table \
+                         inet {0}` removes it",
+                        table.name
+                    ),
+                ));
+            }
             _ => {}
         }
     }
@@ -252,7 +262,7 @@ pub fn purge(name: Option<&str>) -> Result<()> {
         tables.iter().any(|table| table.name == name && table.owner.is_some())
     };
     let chains = by_iptables::purge(name.as_deref(), living);
-    chains.and(place::sweep(&mut nft, &mut route))
+    chains.and(place::sweep_all(&mut nft, &mut route))
 }
 
 /// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
@@ -279,20 +289,17 @@ fn install_at(
     plan: &Plan,
     table: &str,
     routing: &Routing,
-    claim: &Claim,
     nft: &mut Channel,
     route: &mut Channel,
 ) -> std::result::Result<(), Refused> {
-    if let Err(error) = route::add(route, routing, &claim.leftovers) {
-        // The table is empty, and goes with its socket if this fails.
-        let _ = delete_table(nft, table);
-        return Err(Refused { route_taken: error.errno() == libc::EEXIST, error });
+    if let Err(error) = route::add(route, routing) {
+        let route_taken = error.errno() == libc::EEXIST;
+        return Err(Refused { error: error.after(delete_table(nft, table)), route_taken });
     }
     let objects = ruleset::compile(plan, Variant::default());
     if let Err(error) = fill(nft, table, &objects) {
-        let _ = route::delete(route, routing);
-        let _ = delete_table(nft, table);
-        return Err(Refused { error, route_taken: false });
+        let undone = route::delete(route, routing).and(delete_table(nft, table));
+        return Err(Refused { error: error.after(undone), route_taken: false });
     }
     Ok(())
 }

@@ -28,14 +28,15 @@ const PLACES: u32 = 64;
 /// Others may change nf_tables at the same time; one of us always gets through.
 const TRIES: u32 = 1000;
 
+/// Each round of a sweep cleans one place.
+const ROUNDS: u32 = 1000;
+
 /// The table of whoever removes what dead instances left. No instance can have this name.
 const SWEEPER: &str = "libtproxy--sweep";
 
 /// What was claimed.
 pub(super) struct Claim {
     pub place: Place,
-    /// What a dead instance left there.
-    pub leftovers: Vec<FoundRule>,
     /// The instance was there, without an owner: its rules are in force.
     pub adopted: bool,
 }
@@ -45,23 +46,28 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
     let name = table::name_of(&plan.name);
     let mut swept = false;
     retried(|| {
-        let (mut generation, mut tables) = table::list(nft)?;
+        let (mut generation, mut tables) = listed(nft)?;
         let mut rules = route::rules(route, plan.families)?;
         // What dead instances left goes first. Mostly there is nothing, and looking once is enough.
         if !swept && rules.iter().any(|rule| rule.ours && !is_lived_in(&tables, rule)) {
+            // If another process is at it, the places that it has not cleaned yet are not chosen.
             sweep(nft, route)?;
             swept = true;
-            (generation, tables) = table::list(nft)?;
+            (generation, tables) = listed(nft)?;
             rules = route::rules(route, plan.families)?;
         }
         if let Some(place) = orphan_or_free(&name, plan, &tables)? {
             commit(nft, &name, Some(generation), &[Change::Adopt])?;
-            return Ok(Claim { place, leftovers: Vec::new(), adopted: true });
+            return Ok(Claim { place, adopted: true });
         }
         let place = choose(plan, &tables, &rules, avoid)?;
         commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
-        let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).list();
-        Ok(Claim { place, leftovers, adopted: false })
+        // What a dead instance left there, and no sweep has removed.
+        let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
+        match route::delete_found(route, &left_at(&place, &rules), &in_use) {
+            Ok(()) => Ok(Claim { place, adopted: false }),
+            Err(error) => Err(error.after(commit(nft, &name, None, &[Change::DeleteTable]))),
+        }
     })
 }
 
@@ -69,50 +75,105 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
 pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
     let rules = route::rules(route, plan.families)?;
     let place = choose(plan, &[], &rules, &[])?;
-    let leftovers = rules.into_iter().filter(|rule| rule.ours && covers(&place, rule.priority)).list();
-    Ok(Claim { place, leftovers, adopted: false })
+    // Whose routes these rules lead to cannot be known.
+    route::delete_rules(route, &left_at(&place, &rules))?;
+    Ok(Claim { place, adopted: false })
 }
 
-/// Removes the routing that dead instances left behind, whatever place it was.
+/// The rules of ours that are in a place.
+fn left_at(place: &Place, rules: &[FoundRule]) -> Vec<FoundRule> {
+    rules.iter().filter(|rule| rule.ours && rule.is_behind(place.priority)).copied().list()
+}
+
+/// Removes the routing that dead instances left behind, whatever place it was. Another process that does the same is
+/// waited for.
+pub(super) fn sweep_all(nft: &mut Channel, route: &mut Channel) -> Result<()> {
+    let mut at_it = 0;
+    for _ in 0..TRIES {
+        match sweep(nft, route)? {
+            None => return Ok(()),
+            Some(pid) => at_it = pid,
+        }
+        pause();
+    }
+    Err(Error::with(
+        libc::EAGAIN,
+        format_args!(
+            "process {at_it} is removing the routing of dead instances, and does not come to an end; try again"
+        ),
+    ))
+}
+
+/// Removes the routing that dead instances left behind; gives the process that is at it already.
 ///
-/// Each place is claimed while it is cleaned, so that nobody comes to live there meanwhile.
-pub(super) fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<()> {
-    // A rule that only looks like ours may withstand; nothing is tried twice.
+/// Each place is claimed while it is cleaned, so that no instance comes to it meanwhile.
+fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
+    // A rule that only looks like ours may withstand; nothing is tried twice. So each round tries one more at least.
     let mut tried: Vec<FoundRule> = Vec::new();
-    loop {
+    for _ in 0..ROUNDS {
         let claimed = retried(|| {
-            let (generation, tables) = table::list(nft)?;
+            let (generation, tables) = listed(nft)?;
+            if let Some(sweeper) = tables.iter().find(|table| table.name == SWEEPER) {
+                return match sweeper.owner {
+                    Some(pid) => Ok(Next::Busy(pid)),
+                    // It came out of a file.
+                    None => commit(nft, SWEEPER, Some(generation), &[Change::DeleteTable]).map(|()| Next::Again),
+                };
+            }
             let mut rules = route::rules(route, Families::ALL)?;
             rules.retain(|rule| rule.ours && !tried.contains(rule) && !is_lived_in(&tables, rule));
-            let Some(priority) = rules.iter().map(|rule| rule.priority).min() else { return Ok(None) };
-            // Another is at it already.
-            if tables.iter().any(|table| table.name == SWEEPER) {
-                return Ok(None);
-            }
-            // Nobody shall come to live in the routing table that is cleaned, either: one table at a time.
-            rules.retain(|rule| (priority..priority + RULES).contains(&rule.priority));
-            let table = rules.iter().find_map(FoundRule::table).unwrap_or(0);
-            rules.retain(|rule| rule.table().is_none_or(|other| other == table));
-            let place = Place { priority, table };
+            let Some(place) = place_of_first(&mut rules) else { return Ok(Next::Nothing) };
             commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
             let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
-            Ok(Some((rules, in_use)))
+            Ok(Next::Clean(rules, in_use))
         })?;
-        let Some((rules, in_use)) = claimed else { return Ok(()) };
-        let removed = route::delete_found(route, &rules, &in_use);
-        commit(nft, SWEEPER, None, &[Change::DeleteTable])?;
-        removed?;
-        tried.extend(rules);
+        match claimed {
+            Next::Nothing => return Ok(None),
+            Next::Busy(pid) => return Ok(Some(pid)),
+            Next::Again => {}
+            Next::Clean(rules, in_use) => {
+                let removed = route::delete_found(route, &rules, &in_use);
+                commit(nft, SWEEPER, None, &[Change::DeleteTable])?;
+                removed?;
+                tried.extend(rules);
+            }
+        }
     }
+    Err(Error::new(
+        libc::EAGAIN,
+        "routing rules of protocol 116 without a living instance come as fast as they are removed (`ip rule`); find the \
+         program that adds them",
+    ))
+}
+
+/// What a round of sweeping is to do.
+enum Next {
+    Nothing,
+    /// This process sweeps.
+    Busy(u32),
+    Again,
+    /// Delete these rules, and the routes that they lead to, but for these tables.
+    Clean(Vec<FoundRule>, Vec<u32>),
+}
+
+/// The place that the first of these rules is in, and of the rules those that are in it, which are one at least.
+///
+/// No instance shall come to the routing table that is cleaned, either: it is one table at a time.
+fn place_of_first(rules: &mut Vec<FoundRule>) -> Option<Place> {
+    let priority = rules.iter().map(|rule| rule.priority).min()?;
+    rules.retain(|rule| rule.is_behind(priority));
+    // Rules that lead nowhere need no routing table, but a place has one.
+    let table = rules.iter().find_map(FoundRule::table).unwrap_or(FIRST_TABLE);
+    rules.retain(|rule| rule.table().is_none_or(|other| other == table));
+    Some(Place { priority, table })
 }
 
 /// Does something that ends in a claim, until nobody else's change comes between.
 fn retried<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 0..TRIES {
         match attempt() {
-            // Whoever was first needs the processor too.
-            Err(error) if error.errno() == libc::ERESTART => std::thread::sleep(std::time::Duration::from_micros(100)),
+            Err(error) if error.errno() == libc::ERESTART => pause(),
             done => return done,
         }
     }
@@ -122,6 +183,22 @@ fn retried<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     ))
 }
 
+/// Who was first needs the processor too.
+fn pause() {
+    std::thread::sleep(std::time::Duration::from_micros(100));
+}
+
+/// The tables, and the generation of the ruleset.
+fn listed(nft: &mut Channel) -> Result<(u32, Vec<Table>)> {
+    let (generation, mut tables) = table::list(nft)?;
+    // A sweeper's table dies with its owner. One without came out of a file in which somebody had saved the ruleset: it
+    // speaks for nothing.
+    for table in tables.iter_mut().filter(|table| table.name == SWEEPER && table.owner.is_none()) {
+        table.place = None;
+    }
+    Ok((generation, tables))
+}
+
 /// The places that tables speak for.
 pub(super) fn places(tables: &[Table]) -> impl Iterator<Item = Place> {
     tables.iter().filter_map(|table| table.place)
@@ -129,11 +206,7 @@ pub(super) fn places(tables: &[Table]) -> impl Iterator<Item = Place> {
 
 /// A table speaks for the place that a rule is in.
 fn is_lived_in(tables: &[Table], rule: &FoundRule) -> bool {
-    places(tables).any(|place| covers(&place, rule.priority))
-}
-
-fn covers(place: &Place, priority: u32) -> bool {
-    (place.priority..=last_of(place)).contains(&priority)
+    places(tables).any(|place| rule.is_behind(place.priority))
 }
 
 /// The place of the instance's orphaned table; `None`: the name is free.
@@ -219,7 +292,7 @@ enum Occupant<'a> {
 fn occupant<'a>(place: &Place, tables: &'a [Table], rules: &'a [FoundRule]) -> Option<Occupant<'a>> {
     let overlaps = |other: &Place| other.priority.abs_diff(place.priority) < RULES || other.table == place.table;
     let table = tables.iter().find_map(|table| Some((table, table.place.filter(overlaps)?)));
-    let foreign = || rules.iter().find(|rule| !rule.ours && covers(place, rule.priority));
+    let foreign = || rules.iter().find(|rule| !rule.ours && rule.is_behind(place.priority));
     table.map(|(table, other)| Occupant::Instance(table, other)).or_else(|| foreign().map(Occupant::Rule))
 }
 
@@ -239,7 +312,7 @@ fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
                      `table`",
                     table.name,
                     other.priority,
-                    last_of(other),
+                    other.last(),
                     other.table
                 ),
             )
@@ -251,13 +324,11 @@ fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
                 foreign.family,
                 foreign.priority,
                 place.priority,
-                last_of(place)
+                place.last()
             ),
         ),
     }
 }
 
-/// The last preference of a place. What a comment of others says may be as large as can be.
-fn last_of(place: &Place) -> u32 {
-    place.priority.saturating_add(RULES - 1)
-}
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use super::config::{Config, Listener};
+use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::error::{Error, Result};
 use crate::model::{Families, Family, Intercept, Interfaces, Mark, Mode, Plan, PortRange, Protocol, Protocols};
 use crate::prefix::{Prefix, PrefixSet};
@@ -12,10 +13,6 @@ use crate::{sort, text};
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
-/// Four rules in a row need four preferences; 32766 is the main table's.
-const PRIORITY_MAX: u32 = 32_766 - 4;
-/// RT_TABLE_DEFAULT, _MAIN and _LOCAL belong to the system.
-const SYSTEM_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 
 /// Checks a wish and fills in its defaults.
 pub(crate) fn make(config: &Config) -> Result<Plan> {
@@ -201,7 +198,7 @@ fn families(wanted: Families, served: Families) -> Result<Families> {
 }
 
 fn table(table: u32) -> Result<Option<u32>> {
-    if SYSTEM_TABLES.contains(&table) {
+    if table != 0 && is_system_table(table) {
         return Err(Error::invalid_with(format_args!(
             "table {table} is the system's own (local, main or default): choose another"
         )));

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{SUBSYSTEM, header};
+use crate::backend::route;
 use crate::error::{Error, Result};
 use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
@@ -47,12 +48,19 @@ impl Place {
 
     fn parse(comment: &str) -> Option<Place> {
         let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').list();
-        match words[..] {
-            ["priority", priority, "table", table] => {
-                Some(Place { priority: priority.parse().ok()?, table: table.parse().ok()? })
-            }
-            _ => None,
-        }
+        let ["priority", priority, "table", table] = words[..] else { return None };
+        let place = Place { priority: priority.parse().ok()?, table: table.parse().ok()? };
+        place.is_possible().then_some(place)
+    }
+
+    /// An instance can have it. A table that speaks for another place is not one of ours, whatever its name.
+    fn is_possible(self) -> bool {
+        (1..=route::PRIORITY_MAX).contains(&self.priority) && !route::is_system_table(self.table)
+    }
+
+    /// The last preference that its rules may have.
+    pub fn last(self) -> u32 {
+        self.priority.saturating_add(route::RULES - 1)
     }
 }
 
@@ -178,9 +186,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_place_is_read_back_as_it_was_written(priority: u32, table: u32) {
+        fn place_that_is_possible_is_read_back_as_it_was_written(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
             let place = Place { priority, table };
-            prop_assert_eq!(Place::parse(&place.to_string()), Some(place));
+            prop_assert_eq!(Place::parse(&place.to_string()), (!(253..=255).contains(&table)).then_some(place));
+        }
+
+        #[test]
+        fn place_that_no_instance_can_have_is_none(priority in route::PRIORITY_MAX + 1.., table: u32) {
+            prop_assert_eq!(Place::parse(&Place { priority, table }.to_string()), None);
+            prop_assert_eq!(Place::parse(&Place { priority: 0, table }.to_string()), None);
+            prop_assert_eq!(Place::parse(&Place { priority: 200, table: 0 }.to_string()), None);
         }
 
         #[test]

@@ -18,7 +18,7 @@ impl Instance {
             claimed => claimed?,
         };
         let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.place));
-        if let Err(error) = route::add(&mut route, &routing, &claim.leftovers) {
+        if let Err(error) = route::add(&mut route, &routing) {
             return Err(error.after(unclaim(&mut nft, &table)));
         }
         let variant = Variant::default();

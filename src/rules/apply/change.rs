@@ -97,9 +97,9 @@ impl Instance {
     /// inert, and goes with the next change or sweep.
     pub(super) fn delete_surplus(&mut self, before: &[FoundRule]) {
         let routing = self.routing;
-        let surplus = before.iter().filter(|rule| rule.ours && rule.is_in(&routing) && !routing.has(rule));
-        let surplus: Vec<FoundRule> = surplus.copied().list();
-        let _ = route::delete_found(&mut self.route, &surplus, &[routing.table]);
+        let ours = before.iter().filter(|rule| rule.ours && rule.is_behind(routing.priority));
+        let surplus: Vec<FoundRule> = ours.filter(|rule| !routing.has(rule)).copied().list();
+        let _ = route::delete_rules(&mut self.route, &surplus);
         let _ = route::delete_routes_without(&mut self.route, &routing);
     }
 
@@ -168,11 +168,11 @@ impl Instance {
             commit(&mut self.nft, &self.table, None, &changes)
         });
         if let Err(error) = done {
+            // Sets that were not added yet are refused; others, that no rule asks, affect nothing, and go with the table.
             for name in new_sets {
                 let _ = commit(&mut self.nft, &self.table, None, &[Change::DeleteSet(name)]);
             }
-            let _ = route::delete_entries(&mut self.route, &added);
-            return Err(error);
+            return Err(error.after(route::delete_entries(&mut self.route, &added)));
         }
         (self.plan, self.variant, self.routing) = (plan, variant, routing);
         self.delete_surplus(&before);
