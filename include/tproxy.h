@@ -86,9 +86,68 @@
  *   EOPNOTSUPP the programs are not installed, or the kernel lacks a match
  *   EIO        a program failed for another reason
  *
- * Privileges. CAP_NET_RAW or CAP_NET_ADMIN for sockets, CAP_NET_ADMIN for rules,
- * in the user namespace that owns the network namespace; root in `unshare -rn`
- * has both there.
+ * Capabilities count in the user namespace that owns the network namespace;
+ * root in `unshare -rn` has all of them there.
+ *
+ * Fork, daemons, privileges, threads, signals
+ *
+ * Fork. Rules belong to the process that installed them. While it lives, calls
+ * on a forked child's copy of the handle fail with EBUSY, and tp_remove_rules
+ * there frees the copy and removes nothing; tp_read_stats reads the counters
+ * from any process. After the installer has ended, a child may use its copy,
+ * one child at a time; the first that calls tp_remove_rules removes the rules
+ * for all. The kernel keeps the table as long as any process has the sockets:
+ * a worker that shall not keep it calls tp_forget_rules first of all, or
+ * executes another program (the sockets are close-on-exec). A child may be
+ * forked while another thread is in a call. After vfork(2) only execve(2) and
+ * _exit(2) may be called. A replier may be used by parent and child, each has
+ * its own copy; the sockets are shared.
+ *
+ * Daemons. daemon(3) forks, and its parent ends: rules that were installed
+ * before stay, and are the daemon's. Descriptors that are closed
+ * (closefrom(3), close_range(2)) are lost: install rules and open repliers
+ * after that. A call on a handle whose descriptors were closed, or have become
+ * something else, fails with EBADF; it neither writes to them nor closes them.
+ * A replier does not look: close it first. chroot(2) may come at any time,
+ * except with the iptables backend, whose programs have to be found then too.
+ *
+ * Privileges. After setuid(2), or when capabilities are dropped, the rules and
+ * transparent sockets that exist go on working. What is needed afterwards:
+ *   tp_socket, tp_set_transparent, tp_bind_nonlocal, tp_listen,
+ *   tp_connect_from, tp_replier_open, tp_reply   CAP_NET_RAW or CAP_NET_ADMIN
+ *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
+ *   tp_rules_stats, tp_read_stats, tp_purge_rules                CAP_NET_ADMIN
+ *   tp_self_test                                    CAP_SYS_ADMIN and the above
+ *   tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
+ *   tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
+ * Without CAP_NET_ADMIN tp_remove_rules is EPERM; the kernel removes the table
+ * when the process ends. A set-user-ID program may use the library: no
+ * environment variable decides what it does, and programs are run by absolute
+ * paths in an environment of the library's own.
+ *
+ * Threads. A network namespace is a thread's (setns(2)). Calls that make
+ * something work in the calling thread's; calls on a handle work where its
+ * rules are, wherever the calling thread is, and if it may not go there
+ * (CAP_SYS_ADMIN, iptables backend only) they fail with EPERM.
+ * pthread_cancel(3) never ends a call in the middle: cancellation is disabled
+ * during every call, and acted on at the program's next cancellation point. A
+ * wait for a datagram or a connection is not ended by it.
+ *
+ * Signals. No call changes a signal handler. A handler that interrupts a call
+ * which waits makes it fail with EINTR, unless it was installed with
+ * SA_RESTART. No call is async-signal-safe, except tp_version.
+ *
+ * Stack. At most 4 KB for the calls about sockets and datagrams, errors
+ * included; tp_recv_datagrams 3 KB and 100 bytes for each datagram that it may
+ * receive; 16 KB for the calls about rules, tp_check and tp_self_test.
+ *
+ * Memory. tp_socket, tp_connect_from, tp_orig_dst, tp_msg_orig_dst,
+ * tp_recvfrom, tp_recv_datagrams and tp_reply allocate nothing when they
+ * succeed. Memory that grows with what the caller, the kernel or other programs
+ * gave (arrays, sets, messages, scripts, listings) is asked for, and ENOMEM if
+ * it is not to be had. What still ends the program, with abort(3), is a failing
+ * allocation of less than 16 KB in the calls about rules, tp_check and
+ * tp_self_test: strings, nodes of lists, the standard library's own.
  *
  * Link with `pkg-config --cflags --libs tproxy`.
  */

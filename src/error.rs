@@ -2,12 +2,13 @@
 //! sentence for the operator.
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::io;
 use std::net::SocketAddr;
 
 use crate::address::KernelAddr;
-use crate::sys::Errno;
+use crate::memory::Text;
+use crate::sys::{self, Errno};
 
 /// What every fallible call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -22,9 +23,9 @@ pub struct Error(What);
 /// Two words: errors are handed on by every function of this crate, and hardly ever made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum What {
-    /// The whole sentence.
-    Sentence { errno: i32, sentence: Box<Cow<'static, str>> },
-    /// A system call on a socket; the errno is the kernel's.
+    /// The whole sentence; `None`: there was no memory for one.
+    Sentence { errno: i32, sentence: Option<Box<Cow<'static, str>>> },
+    /// A system call on a socket; the errno is the kernel's. The addresses are left out if there was no memory for them.
     Socket { errno: i32, step: Step, ends: Option<Box<Ends>> },
 }
 
@@ -59,14 +60,29 @@ impl Error {
     #[cold]
     #[inline(never)]
     pub(crate) fn new(errno: i32, sentence: &'static str) -> Self {
-        Error(What::Sentence { errno, sentence: Box::new(Cow::Borrowed(sentence)) })
+        Error::of_sentence(errno, Cow::Borrowed(sentence))
     }
 
     /// The same, of a sentence with particulars.
     #[cold]
     #[inline(never)]
     pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
-        Error(What::Sentence { errno, sentence: Box::new(Cow::Owned(sentence.to_string())) })
+        let mut text = Text::default();
+        // What there is no memory for is left out.
+        let _ = text.write_fmt(sentence);
+        Error::of_sentence(errno, Cow::Owned(text.0))
+    }
+
+    fn of_sentence(errno: i32, sentence: Cow<'static, str>) -> Self {
+        let sentence = Some(sentence).filter(|sentence| !sentence.is_empty());
+        Error(What::Sentence { errno, sentence: sentence.and_then(|sentence| sys::try_box(sentence).ok()) })
+    }
+
+    /// Memory that was asked for is not to be had.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn no_memory() -> Self {
+        Error(What::Sentence { errno: libc::ENOMEM, sentence: None })
     }
 
     /// A bad value: EINVAL.
@@ -94,7 +110,7 @@ impl Error {
     #[cold]
     #[inline(never)]
     fn of_socket(step: Step, ends: Ends, Errno(errno): Errno) -> Self {
-        let ends = (ends != Ends::default()).then(|| Box::new(ends));
+        let ends = Some(ends).filter(|ends| *ends != Ends::default()).and_then(|ends| sys::try_box(ends).ok());
         Error(What::Socket { errno, step, ends })
     }
 
@@ -122,7 +138,13 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            What::Sentence { sentence, .. } => f.write_str(sentence),
+            What::Sentence { sentence: Some(sentence), .. } => f.write_str(sentence),
+            What::Sentence { errno: libc::ENOMEM, sentence: None } => f.write_str(
+                "there is not enough memory; free some, or raise the process's limit (ulimit -v, memory.max)",
+            ),
+            What::Sentence { errno, sentence: None } => {
+                write!(f, "{}; there is no memory for a longer sentence", Errno(*errno))
+            }
             What::Socket { errno, step, ends } => {
                 f.write_str(step.call())?;
                 let ends = ends.as_deref().copied().unwrap_or_default();

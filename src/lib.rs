@@ -25,6 +25,7 @@ pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;
 mod list;
+mod memory;
 mod model;
 mod netlink;
 mod orig_dst;

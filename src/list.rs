@@ -1,7 +1,5 @@
 //! Lists that are made of what is not much.
 
-use crate::error::Result;
-
 /// What an iterator has, as a list.
 pub(crate) trait List: Iterator {
     /// As `collect`, whose code for each kind of iterator is several times as long: it asks how many there will be.
@@ -21,13 +19,4 @@ impl<I: Iterator> List for I {
     fn onto(self, list: &mut Vec<I::Item>) {
         self.for_each(|item| list.push(item));
     }
-}
-
-/// The same of an iterator whose items may be errors: the first of these ends it.
-pub(crate) fn all<T>(items: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
-    let mut list = Vec::new();
-    for item in items {
-        list.push(item?);
-    }
-    Ok(list)
 }

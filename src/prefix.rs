@@ -5,13 +5,13 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::error::{Error, Result};
-use crate::list::List;
+use crate::memory;
 use crate::model::Family;
 
 mod ordered;
 mod set;
 
-pub(crate) use set::{Change, Contents, LENGTHS, PrefixSet};
+pub(crate) use set::{BYTES_EACH, Change, Contents, LENGTHS, PrefixSet};
 
 /// An address and how many of its leading bits count.
 ///
@@ -131,22 +131,22 @@ fn host_mask(family: Family, len: u8) -> u128 {
     1u128.checked_shl(host_bits).map_or(u128::MAX, |bit| bit - 1)
 }
 /// The ranges of one sorted list that are not in another.
-fn without(list: &[Range], other: &[Range]) -> Vec<Range> {
+fn without(list: &[Range], other: &[Range]) -> Result<Vec<Range>> {
     let in_other =
         |range: &Range| other.binary_search_by_key(&range.first, |r| r.first).is_ok_and(|i| other[i] == *range);
-    list.iter().filter(|range| !in_other(range)).copied().list()
+    memory::gather(list.iter().filter(|range| !in_other(range)).copied())
 }
 
 /// Ranges in order, with those made one that overlap or touch.
-fn merged(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
+fn merged(ranges: impl Iterator<Item = Range>) -> Result<Vec<Range>> {
     let mut all: Vec<Range> = Vec::new();
     for range in ranges {
         match all.last_mut() {
             Some(last) if last.reaches(&range) => last.last = last.last.max(range.last),
-            _ => all.push(range),
+            _ => memory::push(&mut all, range)?,
         }
     }
-    all
+    Ok(all)
 }
 
 #[cfg(test)]

@@ -62,6 +62,23 @@ impl From<io::Error> for Errno {
     }
 }
 
+/// Memory for one value, or the value back.
+pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
+    let layout = std::alloc::Layout::new::<T>();
+    if layout.size() == 0 {
+        return Ok(Box::new(value));
+    }
+    // SAFETY: the layout is not of size zero. A new allocation of that layout, to which a value is written, is a Box's.
+    unsafe {
+        let memory = std::alloc::alloc(layout).cast::<T>();
+        if memory.is_null() {
+            return Err(value);
+        }
+        memory.write(value);
+        Ok(Box::from_raw(memory))
+    }
+}
+
 /// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
 pub(crate) struct Kept {
     place: *mut i32,

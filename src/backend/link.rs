@@ -42,7 +42,7 @@ pub(crate) fn add_pair(channel: &mut Channel, here: (&str, Mac), there: (&str, M
         end(a, there.0, there.1);
         a.u32(LINK_NAMESPACE_FD, there.2.as_raw_fd() as u32);
     });
-    let peer = peer.bytes().and_then(|bytes| bytes.get(MESSAGE_HEADER..)).unwrap_or_default();
+    let peer = peer.bytes().ok().and_then(|bytes| bytes.get(MESSAGE_HEADER..)).unwrap_or_default();
     act(channel, "link add type veth", libc::RTM_NEWLINK, &[0; 16], &|a| {
         end(a, here.0, here.1);
         a.nest(LINK_INFO, |a| {

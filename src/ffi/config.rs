@@ -8,7 +8,7 @@ use libc::{sockaddr, socklen_t};
 
 use super::arg;
 use crate::error::{Error, Result};
-use crate::list;
+use crate::memory;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
 use crate::text::Owned;
 
@@ -274,7 +274,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         mark_mask: config.mark_mask,
         table: config.table,
         priority: config.priority,
-        ports: ports.iter().map(|range| PortRange { first: range.first, last: range.last }).collect(),
+        ports: memory::collect(ports.iter().map(|range| Ok(PortRange { first: range.first, last: range.last })))?,
         dst,
         src,
         bypass,
@@ -295,7 +295,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
             let listener = unsafe { arg::fd(*fd) }.and_then(|fd| Listener::from_fd(fd, mode));
             listener.map_err(|e| Error::with(e.errno(), format_args!("listeners[{index}], descriptor {fd}: {e}")))
         };
-        return list::all(fds.iter().enumerate().map(listener));
+        return memory::collect(fds.iter().enumerate().map(listener));
     }
     if !fds.is_empty() {
         return Err(Error::invalid("listeners and listen_addr: one or the other"));
@@ -305,7 +305,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
     let tcp_alone = Protocols { tcp: true, udp: false };
     let protocols = if protocols == Protocols::default() { tcp_alone } else { protocols };
     let asked = [(protocols.tcp, Protocol::Tcp), (protocols.udp, Protocol::Udp)];
-    list::all(asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)))
+    asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)).collect()
 }
 
 /// # Safety
@@ -332,7 +332,7 @@ pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -
         }
         Prefix::new(addr, item.len).map_err(|e| Error::with(e.errno(), format_args!("{what}[{index}]: {e}")))
     };
-    list::all(items.iter().enumerate().map(prefix))
+    memory::collect(items.iter().enumerate().map(prefix))
 }
 
 /// # Safety
@@ -348,7 +348,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
         let name = unsafe { arg::text(what, *item) }?;
         Ok(name.ok_or_else(|| arg::null(what))?.owned())
     };
-    list::all(items.iter().map(name))
+    memory::collect(items.iter().map(name))
 }
 
 /// Refuses values that mean nothing, and what this version cannot do.

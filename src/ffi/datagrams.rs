@@ -10,6 +10,7 @@ use super::guard::{guard, guard_hot, guard_uncancellable};
 use super::sockets::TP_NONBLOCK;
 use crate::address::KernelAddr;
 use crate::error::{Error, Result};
+use crate::sys;
 use crate::udp::{self, ControlRoom, Datagram, Options, Replier};
 
 /// In tp_datagram.flags: the datagram was longer than its place; len is what
@@ -297,7 +298,8 @@ pub unsafe extern "C" fn tp_replier_open(
                 options.idle_ms = config.idle_ms.into();
             }
         }
-        let opened = Box::new(tp_replier { replier: Replier::new(options)? });
+        let made = tp_replier { replier: Replier::new(options)? };
+        let opened = sys::try_box(made).map_err(|_| Error::no_memory())?;
         // SAFETY: by the caller's word.
         unsafe { replier.write_unaligned(Box::into_raw(opened)) };
         Ok(0)

@@ -108,8 +108,7 @@ fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
 }
 
 /// The same for a call whose instructions are counted. Its body leaves errno
-/// alone when it succeeds. A panic, for which there is no cause in so little
-/// code, is caught too, but reported as the program reports its own.
+/// alone when it succeeds.
 #[inline(always)]
 pub(super) fn guard_hot<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
     let _uncancelled = Uncancelled::new();
@@ -124,6 +123,9 @@ pub(super) fn guard_uncancellable<T: From<i8>>(body: impl FnOnce() -> Result<T>)
 
 #[inline(always)]
 fn answer<T: From<i8>>(body: impl FnOnce() -> Result<T>) -> T {
+    // For the test of what becomes of a panic (tests/c/panics.c).
+    #[cfg(tproxy_panics)]
+    assert_ne!(sys::errno(), 0x7470);
     body().unwrap_or_else(|error| {
         fail(error);
         T::from(-1)
@@ -148,28 +150,45 @@ fn fail(error: Error) {
     sys::set_errno(errno);
 }
 
-/// What reported panics before us. Nothing here allocates: a program's first
-/// call costs no more system calls than the others.
+/// What reported panics before us. Setting it allocates nothing: a program's
+/// first call costs no more system calls than the others.
 type Hook = Box<dyn Fn(&panic::PanicHookInfo<'_>) + Sync + Send>;
 static PREVIOUS_HOOK: OnceLock<Hook> = OnceLock::new();
 static HOOK_IS_SET: AtomicBool = AtomicBool::new(false);
 
+/// Where this library's source is, as panics name it: hot calls do not say that they are one.
+const OWN_SOURCE: &str = match file!().split_at_checked(file!().len() - "ffi/guard.rs".len()) {
+    Some((directory, _)) => directory,
+    None => file!(),
+};
+
+fn is_own(info: &panic::PanicHookInfo<'_>) -> bool {
+    // Tests in this library's files report their own panics.
+    let by_place = || !cfg!(test) && info.location().is_some_and(|at| at.file().starts_with(OWN_SOURCE));
+    IN_CALL.get() || by_place()
+}
+
 fn silence_own_panics() -> Hook {
     let previous = panic::take_hook();
     panic::set_hook(Box::new(|info| match PREVIOUS_HOOK.get() {
-        Some(previous) if !IN_CALL.get() => previous(info),
+        Some(previous) if !is_own(info) => previous(info),
         _ => {}
     }));
     previous
 }
 
-/// Catches a panic, and keeps it off the host program's standard error.
-fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
-    // The hook cannot be changed by a thread that is panicking. No thread waits for another that sets it: in a forked
-    // child that one would not be there.
+/// From the first call on. The hook cannot be changed by a thread that is panicking. No thread waits for another that
+/// changes it: in a forked child that one would not be there.
+#[cold]
+#[inline(never)]
+fn set_hook() {
     if !std::thread::panicking() && !HOOK_IS_SET.swap(true, Ordering::AcqRel) {
         let _ = PREVIOUS_HOOK.set(silence_own_panics());
     }
+}
+
+/// Catches a panic, and keeps it off the host program's standard error.
+fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
     let outer = IN_CALL.replace(true);
     let outcome = caught(body);
     IN_CALL.set(outer);
@@ -178,6 +197,9 @@ fn quietly<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
 
 #[inline(always)]
 fn caught<T>(body: impl FnOnce() -> T) -> std::result::Result<T, ()> {
+    if !HOOK_IS_SET.load(Ordering::Relaxed) {
+        set_hook();
+    }
     // Dropping what was thrown could panic again.
     panic::catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget)
 }

@@ -7,6 +7,7 @@ use super::config::*;
 use super::guard::guard;
 use crate::error::{Error, Result};
 use crate::rules::{self, Rules};
+use crate::sys;
 
 /// Installed rules. Calls on one handle may come from any thread of the process
 /// that installed them. A forked child may use its copy only after that process
@@ -81,7 +82,10 @@ pub unsafe extern "C" fn tp_install_rules(
         }
         // SAFETY: by the caller's word.
         let installed = Rules::install(&unsafe { decode(&config) }?)?;
-        let handle = Box::new(tp_rules { rules: installed });
+        let handle = sys::try_box(tp_rules { rules: installed }).map_err(|handle| {
+            // They would persist otherwise.
+            Error::no_memory().after(handle.rules.remove())
+        })?;
         // SAFETY: not NULL, and the caller's to be written.
         unsafe { rules.write_unaligned(Box::into_raw(handle)) };
         Ok(0)

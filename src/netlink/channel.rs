@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::wire::{self, Attrs, Buffer};
+use crate::memory;
 use crate::process::Held;
 use crate::sys;
 
@@ -295,7 +296,10 @@ impl Channel {
             match message.kind {
                 DONE => done = Some(wire::u32_at(message.payload, 0).map_or(0, |e| (e as i32).wrapping_neg())),
                 ERROR => done = Some(parse_error(message).map_or(libc::EPROTO, |failure| failure.errno)),
-                kind if kind >= FIRST_OF_FAMILY => found.push(message.payload.to_vec()),
+                kind if kind >= FIRST_OF_FAMILY => match memory::copy(message.payload) {
+                    Some(payload) if found.try_reserve(1).is_ok() => found.push(payload),
+                    _ => done = Some(libc::ENOMEM),
+                },
                 _ => {}
             }
             done.is_some() || found.len() >= most
@@ -310,7 +314,7 @@ impl Channel {
     }
 
     fn send(&mut self, messages: &Buffer) -> sys::Result<()> {
-        let bytes = messages.bytes().ok_or(sys::Errno(libc::EMSGSIZE))?;
+        let bytes = messages.bytes()?;
         self.transport.send(bytes)
     }
 

@@ -4,6 +4,8 @@
 //! Messages are native-endian. Attribute values are bytes here; which order
 //! they are in is the business of whoever puts them.
 
+use crate::sys;
+
 /// A kernel header is aligned to this many bytes, and so is every attribute.
 const ALIGN: usize = 4;
 /// `struct nlmsghdr`: length, type, flags, sequence, port.
@@ -27,6 +29,8 @@ pub(crate) struct Buffer {
     /// How much is written.
     len: usize,
     overflow: bool,
+    /// There was no memory for what was appended last.
+    out_of_memory: bool,
 }
 
 impl Buffer {
@@ -36,7 +40,9 @@ impl Buffer {
 
     /// With room for so many bytes, and then for more.
     pub fn with_room(len: usize) -> Buffer {
-        Buffer { room: vec![0; align(len)], ..Buffer::default() }
+        let mut buffer = Buffer::default();
+        buffer.resize(align(len));
+        buffer
     }
 
     /// Appends a message: its family's own header, then its attributes.
@@ -63,9 +69,13 @@ impl Buffer {
         }
     }
 
-    /// The bytes to send, or `None` if an attribute was longer than its 16-bit length can say.
-    pub fn bytes(&self) -> Option<&[u8]> {
-        if self.overflow { None } else { self.room.get(..self.len) }
+    /// The bytes to send. EMSGSIZE: an attribute was longer than its 16-bit length can say.
+    pub fn bytes(&self) -> sys::Result<&[u8]> {
+        match self.room.get(..self.len) {
+            Some(bytes) if !self.overflow && !self.out_of_memory => Ok(bytes),
+            _ if self.out_of_memory => Err(sys::Errno(libc::ENOMEM)),
+            _ => Err(sys::Errno(libc::EMSGSIZE)),
+        }
     }
 
     /// The message that was appended at this place.
@@ -109,7 +119,7 @@ impl Buffer {
 
     #[inline(always)]
     fn make_room(&mut self, more: usize) {
-        if self.room.len() - self.len < more {
+        if self.room.len().saturating_sub(self.len) < more {
             self.grow(more);
         }
     }
@@ -118,13 +128,14 @@ impl Buffer {
     #[inline(never)]
     fn grow(&mut self, more: usize) {
         let room = align(self.len + more) + self.room.len().clamp(Self::FIRST_ROOM, Self::MOST_ROOM);
-        if self.room.is_empty() {
-            // Memory that is zero already.
-            self.room = vec![0; room];
-            return;
-        }
-        while self.room.len() < room {
-            self.room.extend_from_slice(&[0; 1 << 10]);
+        self.resize(room);
+    }
+
+    /// Makes it so long, with zeros. Without memory it stays as it is, and what is written beyond is lost.
+    fn resize(&mut self, len: usize) {
+        match self.room.try_reserve(len.saturating_sub(self.room.len())) {
+            Ok(()) => self.room.resize(len, 0),
+            Err(_) => self.out_of_memory = true,
         }
     }
 }
@@ -414,7 +425,7 @@ mod tests {
     fn an_attribute_that_is_too_long_is_not_sent_cut() {
         let mut buffer = Buffer::default();
         buffer.message(1, 0, 0, &[], |a| a.bytes(1, &[0; 70_000]));
-        assert_eq!(buffer.bytes(), None);
+        assert_eq!(buffer.bytes(), Err(sys::Errno(libc::EMSGSIZE)));
     }
 
     proptest! {

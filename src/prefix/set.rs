@@ -13,6 +13,7 @@ use super::ordered::Ordered;
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
 use crate::list::List;
+use crate::memory;
 use crate::model::{Families, Family};
 use crate::sort;
 
@@ -24,6 +25,10 @@ const MANY: usize = 64;
 /// ranges does. Lists have few lengths of which there are very many: that of single addresses, and those that networks
 /// are given out in. What is left is searched, as all would have been.
 pub(crate) const LENGTHS: usize = 4;
+
+/// What a prefix costs on its way into the kernel, in all the forms that it has here at the same time, but for the
+/// messages: in a set, among its contents, and in an object (with some to spare).
+pub(crate) const BYTES_EACH: usize = 160;
 
 /// Prefixes of both families, each once. They may overlap: what is covered
 /// stays covered until the last prefix that covers it is removed.
@@ -89,11 +94,16 @@ impl PrefixSet {
     }
 
     /// What the kernel's sets of a family shall hold.
-    pub fn contents(&self, family: Family) -> Contents {
+    pub fn contents(&self, family: Family) -> Result<Contents> {
         let half = self.half(family);
-        let networks =
-            half.hashed.iter().map(|(len, networks)| (*len, networks.iter().map(|prefix| prefix.addr).list()));
-        Contents { networks: networks.list(), ranges: merged(half.rest.iter().map(Prefix::range)) }
+        let addresses = |(len, networks): &(u8, Ordered)| {
+            let mut list = Vec::new();
+            list.try_reserve_exact(networks.len()).map_err(|_| Error::no_memory())?;
+            list.extend(networks.iter().map(|prefix| prefix.addr));
+            Ok((*len, list))
+        };
+        let networks = memory::collect(half.hashed.iter().map(addresses))?;
+        Ok(Contents { networks, ranges: merged(half.rest.iter().map(Prefix::range))? })
     }
 
     /// Adds and removes prefixes.
@@ -102,20 +112,24 @@ impl PrefixSet {
     /// touches, not to the set. A prefix that is there already may be added;
     /// one that is not there cannot be removed, and then nothing is changed.
     pub fn update(&mut self, add: &[Prefix], remove: &[Prefix]) -> Result<Change> {
-        let [add, remove] = [add, remove].map(|prefixes| {
-            let mut prefixes = prefixes.to_vec();
+        memory::require((add.len() + remove.len()) * BYTES_EACH)?;
+        let sorted = |prefixes: &[Prefix]| {
+            let mut prefixes = memory::collect(prefixes.iter().map(|prefix| Ok(*prefix)))?;
             sort::unique(&mut prefixes);
-            prefixes
-        });
+            Ok(prefixes)
+        };
+        let (add, remove): (Vec<Prefix>, Vec<Prefix>) = (sorted(add)?, sorted(remove)?);
         let among = |prefix: &Prefix, prefixes: &[Prefix]| prefixes.binary_search(prefix).is_ok();
         let has = |prefix: &Prefix| self.half(prefix.family()).has(prefix);
         if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !among(prefix, &add)) {
             return Err(Error::with(libc::ENOENT, format_args!("prefix {prefix} to be removed is not in the set")));
         }
-        let added: Vec<Prefix> = add.into_iter().filter(|prefix| !among(prefix, &remove) && !has(prefix)).list();
-        let removed: Vec<Prefix> = remove.into_iter().filter(has).list();
-        let (gone_4, new_4) = self.v4.change(Family::V4, &removed, &added);
-        let (gone_6, new_6) = self.v6.change(Family::V6, &removed, &added);
+        let added = memory::gather(add.into_iter().filter(|prefix| !among(prefix, &remove) && !has(prefix)))?;
+        let removed = memory::gather(remove.into_iter().filter(has))?;
+        let (gone_4, new_4) = self.v4.change(Family::V4, &removed, &added)?;
+        let (gone_6, new_6) = self.v6.change(Family::V6, &removed, &added).inspect_err(|_| {
+            self.v4.swap(Family::V4, &added, &removed);
+        })?;
         Ok(Change { added, removed, gone: [gone_4, gone_6], new: [new_4, new_6] })
     }
 
@@ -128,9 +142,13 @@ impl PrefixSet {
 
     /// The same prefixes in other parts, if changes have left so many of a length among the ranges that it is worth
     /// the work.
-    pub fn regrouped(&self) -> Option<PrefixSet> {
+    pub fn regrouped(&self) -> Result<Option<PrefixSet>> {
         let outgrown = Families::ALL.iter().any(|family| self.half(family).is_outgrown());
-        outgrown.then(|| PrefixSet::new(&Families::ALL.iter().flat_map(|family| self.of(family)).list()))
+        let regroup = || {
+            let all = memory::gather(Families::ALL.iter().flat_map(|family| self.of(family)))?;
+            Ok(PrefixSet::new(&all))
+        };
+        outgrown.then(regroup).transpose()
     }
 
     fn half(&self, family: Family) -> &Half {
@@ -191,27 +209,41 @@ impl Half {
         add.iter().filter(of_family).for_each(|prefix| self.insert(prefix));
     }
 
-    /// As [`Half::swap`]; gives what of the contents is gone, and what is new.
-    fn change(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) -> (Contents, Contents) {
-        let of_family = |prefix: &&Prefix| prefix.family() == family;
-        let windows = self.touched(family, remove.iter().chain(add).filter(of_family));
-        let old = self.ranges_within(family, &windows);
+    /// As [`Half::swap`]; gives what of the contents is gone, and what is new. On failure nothing is changed.
+    fn change(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) -> Result<(Contents, Contents)> {
+        let windows = self.touched(family, remove.iter().chain(add).filter(|prefix| prefix.family() == family))?;
+        let old = self.ranges_within(family, &windows)?;
         self.swap(family, remove, add);
-        let new = self.ranges_within(family, &windows);
-        let contents = |prefixes: &[Prefix], ranges| {
-            let networks = |len| prefixes.iter().filter(of_family).filter(move |p| p.len == len).map(|p| p.addr);
-            let networks = self.hashed.iter().map(|(len, _)| (*len, networks(*len).list()));
-            let networks = networks.filter(|(_, these): &(u8, Vec<IpAddr>)| !these.is_empty());
-            Contents { networks: networks.list(), ranges }
+        let difference = || {
+            let new = self.ranges_within(family, &windows)?;
+            let gone = self.contents_of(family, remove, without(&old, &new)?)?;
+            Ok((gone, self.contents_of(family, add, without(&new, &old)?)?))
         };
-        (contents(remove, without(&old, &new)), contents(add, without(&new, &old)))
+        let changed = difference();
+        if changed.is_err() {
+            self.swap(family, add, remove);
+        }
+        changed
+    }
+
+    /// These ranges, and those of some prefixes that are in sets of their length.
+    fn contents_of(&self, family: Family, prefixes: &[Prefix], ranges: Vec<Range>) -> Result<Contents> {
+        let mut networks = Vec::new();
+        for (len, _) in &self.hashed {
+            let of_length = prefixes.iter().filter(|prefix| prefix.family() == family && prefix.len == *len);
+            let these = memory::gather(of_length.map(|prefix| prefix.addr))?;
+            if !these.is_empty() {
+                networks.push((*len, these));
+            }
+        }
+        Ok(Contents { networks, ranges })
     }
 
     /// The parts of the address space whose ranges a change may touch, apart from each other.
-    fn touched<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Vec<Range> {
+    fn touched<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Result<Vec<Range>> {
         // As far as the ranges reach that it lies in or touches.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
-        let mut windows: Vec<Range> = around.list();
+        let mut windows = memory::gather(around)?;
         sort::by_key(&mut windows, |range| range.first);
         merged(windows.into_iter())
     }
@@ -256,12 +288,15 @@ impl Half {
     }
 
     /// The ranges within windows that none of them crosses.
-    fn ranges_within(&self, family: Family, windows: &[Range]) -> Vec<Range> {
-        let within = |window: Range| {
+    fn ranges_within(&self, family: Family, windows: &[Range]) -> Result<Vec<Range>> {
+        let mut all = Vec::new();
+        for window in windows {
             let above = self.from(family, window.first).map(Prefix::range);
-            merged(above.take_while(move |range| range.first <= window.last))
-        };
-        windows.iter().flat_map(|window| within(*window)).list()
+            let within = merged(above.take_while(|range| range.first <= window.last))?;
+            all.try_reserve(within.len()).map_err(|_| Error::no_memory())?;
+            all.extend(within);
+        }
+        Ok(all)
     }
 
     /// A length should have a set of its own, and there is room for one, or another has become rare beside it.
@@ -322,10 +357,10 @@ mod tests {
             "::/0",
         ]);
         assert_eq!(
-            shown(Family::V4, &set.contents(Family::V4).ranges),
+            shown(Family::V4, &set.contents(Family::V4).unwrap().ranges),
             ["0.0.0.0-0.0.0.0", "10.0.0.0-10.0.1.255", "255.255.255.255-255.255.255.255"]
         );
-        assert_eq!(set.contents(Family::V6).ranges, [Range { first: 0, last: u128::MAX }]);
+        assert_eq!(set.contents(Family::V6).unwrap().ranges, [Range { first: 0, last: u128::MAX }]);
     }
 
     #[test]
@@ -352,23 +387,23 @@ mod tests {
     #[test]
     fn what_comes_in_great_number_is_regrouped_and_not_again() {
         let mut set = PrefixSet::new(&scattered(MANY - 1, 24));
-        assert_eq!(set.regrouped(), None);
+        assert_eq!(set.regrouped().unwrap(), None);
         set.update(&scattered(MANY, 24), &[]).unwrap();
-        let mut set = set.regrouped().unwrap();
+        let mut set = set.regrouped().unwrap().unwrap();
         assert_eq!(set.lengths(Family::V4).collect::<Vec<_>>(), [24]);
-        assert_eq!(set.contents(Family::V4).ranges, []);
+        assert_eq!(set.contents(Family::V4).unwrap().ranges, []);
         for len in 25..29 {
-            assert_eq!(set.regrouped(), None);
+            assert_eq!(set.regrouped().unwrap(), None);
             set.update(&scattered(2 * MANY, len), &[]).unwrap();
-            set = set.regrouped().unwrap();
+            set = set.regrouped().unwrap().unwrap();
         }
         // The rarest had to go, and comes back only as others go.
         assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (25..29).collect());
-        assert_eq!(set.regrouped(), None);
+        assert_eq!(set.regrouped().unwrap(), None);
         set.update(&[], &scattered(2 * MANY, 28)[MANY / 2..]).unwrap();
-        let set = set.regrouped().unwrap();
+        let set = set.regrouped().unwrap().unwrap();
         assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (24..28).collect());
-        assert_eq!(set.regrouped(), None);
+        assert_eq!(set.regrouped().unwrap(), None);
     }
 
     /// In a small corner of the address space, where prefixes meet often.
@@ -421,8 +456,8 @@ mod tests {
             for (at, family) in Families::ALL.iter().enumerate() {
                 let these: BTreeSet<Prefix> = set.of(family).collect();
                 prop_assert_eq!(these, wanted.iter().filter(|p| p.family() == family).copied().collect());
-                let changed = applied(before.contents(family), &change.gone[at], &change.new[at]);
-                prop_assert_eq!(changed, set.contents(family));
+                let changed = applied(before.contents(family).unwrap(), &change.gone[at], &change.new[at]);
+                prop_assert_eq!(changed, set.contents(family).unwrap());
             }
             set.undo(&change);
             prop_assert_eq!(set, before);
@@ -435,7 +470,7 @@ mod tests {
         ) {
             let set = PrefixSet::with_many(&prefixes, many);
             for family in [Family::V4, Family::V6] {
-                let contents = set.contents(family);
+                let contents = set.contents(family).unwrap();
                 for pair in contents.ranges.windows(2) {
                     prop_assert!(pair[0].last + 1 < pair[1].first);
                 }

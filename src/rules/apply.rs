@@ -296,8 +296,8 @@ fn install_at(
         let route_taken = error.errno() == libc::EEXIST;
         return Err(Refused { error: error.after(delete_table(nft, table)), route_taken });
     }
-    let objects = ruleset::compile(plan, Variant::default());
-    if let Err(error) = fill(nft, table, &objects) {
+    let filled = ruleset::compile(plan, Variant::default()).and_then(|objects| fill(nft, table, &objects));
+    if let Err(error) = filled {
         let undone = route::delete(route, routing).and(delete_table(nft, table));
         return Err(Refused { error: error.after(undone), route_taken: false });
     }

@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use super::config::{Config, Listener};
 use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::{Families, Family, Intercept, Interfaces, Mark, Mode, Plan, PortRange, Protocol, Protocols};
-use crate::prefix::{Prefix, PrefixSet};
+use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 use crate::text::Owned;
 use crate::{sort, text};
 
@@ -29,6 +30,8 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
     };
     let mark = mark(config.mark, config.mark_mask)?;
     let output_mark = if config.local_output { Some(output_mark(mark)?) } else { None };
+    let prefixes = config.dst.len() + config.src.len() + config.bypass.len();
+    memory::require(prefixes.saturating_mul(BYTES_EACH))?;
     let set = |prefixes: &[Prefix]| (!prefixes.is_empty()).then(|| PrefixSet::new(prefixes));
     Ok(Plan {
         name: name(&config.name)?,

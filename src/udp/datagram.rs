@@ -146,9 +146,16 @@ impl<'a> Datagram<'a> {
         self.error.set(errno);
     }
 
-    /// Where the kernel puts a datagram: its bytes, their number, its sender.
-    pub(super) fn place(&mut self) -> (*mut c_void, usize, &mut sockaddr_storage) {
-        (self.data, self.capacity, &mut self.client)
+    /// Where `client` is; `orig_dst` lies right behind it.
+    pub(super) const CLIENT_AT: usize = {
+        let at = std::mem::offset_of!(Datagram<'_>, client);
+        assert!(std::mem::offset_of!(Datagram<'_>, orig_dst) == at + size_of::<sockaddr_storage>());
+        at
+    };
+
+    /// Where the kernel puts a datagram's bytes, and how many.
+    pub(super) fn memory_parts(&self) -> (*mut c_void, usize) {
+        (self.data, self.capacity)
     }
 
     /// What the kernel put there.

@@ -1,8 +1,8 @@
 //! Datagrams as the kernel takes and gives them: `struct msghdr`, many at a
 //! time. The one file of this folder that handles pointers.
 //!
-//! All of it is on the stack, and only what is used of it is written: nothing
-//! is allocated.
+//! Little of it is on the stack: what is received goes into the caller's structs, control data included, and what is sent
+//! is put together in memory that a replier has for that. Only what is used is written; nothing is allocated.
 
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, zeroed};
@@ -110,17 +110,40 @@ pub(super) fn receive_one<'c>(
     Ok((len as usize, control.written(&message)))
 }
 
+/// Where a datagram's struct takes what the kernel tells: an address, and behind it control data. Both are within `client`
+/// and `orig_dst`, which lie one behind the other and are written anew when the control data have been read.
+const NAME_LEN: usize = size_of::<KernelAddr>();
+const CONTROL_AT: usize = NAME_LEN.next_multiple_of(align_of::<libc::cmsghdr>());
+const _: () = assert!(CONTROL_AT + CONTROL <= 2 * size_of::<sockaddr_storage>());
+
 /// One `recvmmsg(2)`, straight into the datagrams. Those beyond the number that it gives are as they were.
 pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> sys::Result<usize> {
-    let mut controls = [const { ControlRoom::EMPTY }; BATCH];
-    let mut parts = [const { MaybeUninit::<iovec>::uninit() }; BATCH];
-    let mut messages = [const { MaybeUninit::<mmsghdr>::uninit() }; BATCH];
-    let count = datagrams.len().min(BATCH);
+    // Stack in proportion to the number: programs with small stacks ask for few.
+    match datagrams.len() {
+        0..=1 => receive_at_most::<1>(fd, datagrams, flags),
+        2..=4 => receive_at_most::<4>(fd, datagrams, flags),
+        5..=16 => receive_at_most::<16>(fd, datagrams, flags),
+        17..=32 => receive_at_most::<32>(fd, datagrams, flags),
+        _ => receive_at_most::<BATCH>(fd, datagrams, flags),
+    }
+}
+
+#[inline(never)]
+fn receive_at_most<const N: usize>(
+    fd: BorrowedFd<'_>,
+    datagrams: &mut [Datagram<'_>],
+    flags: i32,
+) -> sys::Result<usize> {
+    let mut parts = [const { MaybeUninit::<iovec>::uninit() }; N];
+    let mut messages = [const { MaybeUninit::<mmsghdr>::uninit() }; N];
+    let count = datagrams.len().min(N);
     for (at, datagram) in datagrams.iter_mut().take(count).enumerate() {
-        let (data, capacity, client) = datagram.place();
-        let part = parts[at].write(iovec { iov_base: data, iov_len: capacity });
-        let mut message = msghdr_of(ptr::from_mut(client).cast(), size_of_val(client), part, 1);
-        message.msg_control = (&raw mut controls[at]).cast();
+        let (data, capacity) = datagram.memory_parts();
+        parts[at].write(iovec { iov_base: data, iov_len: capacity });
+        let addresses = addresses_of(datagram);
+        let mut message = msghdr_of(addresses.cast(), NAME_LEN, (&raw mut parts[at]).cast(), 1);
+        // SAFETY: within the two addresses.
+        message.msg_control = unsafe { addresses.add(CONTROL_AT) }.cast();
         message.msg_controllen = CONTROL;
         messages[at].write(mmsghdr { msg_hdr: message, msg_len: 0 });
     }
@@ -133,14 +156,48 @@ pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags:
     for (at, datagram) in datagrams.iter_mut().take(received).enumerate() {
         // SAFETY: one of the messages above.
         let message = unsafe { messages[at].assume_init_ref() };
+        let written = message.msg_hdr.msg_controllen.min(CONTROL);
         let mut control = Control::default();
-        control.read(controls[at].written(&message.msg_hdr));
+        // SAFETY: so many bytes within the two addresses; the kernel has written them.
+        unsafe {
+            let data = addresses_of(datagram).add(CONTROL_AT);
+            control.read(std::slice::from_raw_parts(data, written));
+            // They are no part of the addresses.
+            data.write_bytes(0, written);
+        }
         let cut = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
         let cut = cut(libc::MSG_TRUNC, TRUNC) | cut(libc::MSG_CTRUNC, CTRUNC);
         datagram.received(message.msg_len as usize, control, cut);
     }
     Ok(received)
 }
+
+/// The first byte of `client`; `orig_dst` lies behind it.
+#[inline(always)]
+fn addresses_of(datagram: &mut Datagram<'_>) -> *mut u8 {
+    // SAFETY: within the struct.
+    unsafe { ptr::from_mut(datagram).cast::<u8>().add(Datagram::CLIENT_AT) }
+}
+
+/// Memory for a value for which all zero is valid, or ENOMEM: it goes through nobody's stack.
+pub(super) fn zeroed_box<T: Zeroed>() -> sys::Result<Box<T>> {
+    let layout = std::alloc::Layout::new::<T>();
+    const { assert!(size_of::<T>() != 0) };
+    // SAFETY: the layout is not of size zero; a new allocation of that layout, filled with zeros, is a T and a Box's.
+    unsafe {
+        let memory = std::alloc::alloc_zeroed(layout).cast::<T>();
+        if memory.is_null() { Err(sys::Errno(libc::ENOMEM)) } else { Ok(Box::from_raw(memory)) }
+    }
+}
+
+/// Types for which all zero is a valid value.
+///
+/// # Safety
+/// It is.
+pub(super) unsafe trait Zeroed {}
+
+// SAFETY: no items, whatever the memory for them holds.
+unsafe impl<T, const N: usize> Zeroed for Few<T, N> {}
 
 /// At most `N` of something, in place: only what is pushed is written.
 pub(super) struct Few<T, const N: usize> {
@@ -151,6 +208,11 @@ pub(super) struct Few<T, const N: usize> {
 impl<T: Copy, const N: usize> Few<T, N> {
     pub(super) const fn new() -> Few<T, N> {
         Few { items: [const { MaybeUninit::uninit() }; N], len: 0 }
+    }
+
+    #[inline(always)]
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
     }
 
     /// Has as many of the same instead.
@@ -205,6 +267,7 @@ pub(super) struct Message<'d> {
     pub first: u16,
     /// How many datagrams it is on the wire.
     pub segments: u8,
+    first_iovec: u8,
     first_part: u8,
     parts: u8,
 }
@@ -221,6 +284,9 @@ struct Raw {
     name: KernelAddr,
 }
 
+// SAFETY: memory that is uninitialised until it is written, whatever it holds.
+unsafe impl Zeroed for Room {}
+
 /// Where the messages of an [`Outbox`] are. Only what is used of it is written.
 pub(super) struct Room {
     headers: [MaybeUninit<mmsghdr>; BATCH],
@@ -228,17 +294,6 @@ pub(super) struct Room {
     raws: [MaybeUninit<Raw>; BATCH],
     // A raw message has a part more, its header; it has one part of data.
     iovecs: [MaybeUninit<iovec>; 2 * BATCH],
-}
-
-impl Room {
-    pub(super) const fn new() -> Room {
-        Room {
-            headers: [const { MaybeUninit::uninit() }; BATCH],
-            controls: [const { MaybeUninit::uninit() }; BATCH],
-            raws: [const { MaybeUninit::uninit() }; BATCH],
-            iovecs: [const { MaybeUninit::uninit() }; 2 * BATCH],
-        }
-    }
 }
 
 /// Messages for one `sendmmsg(2)`.
@@ -292,8 +347,6 @@ impl<'r, 'd> Outbox<'r, 'd> {
             let header = raw.header.as_ptr();
             self.iovec(header, raw::HEADER);
         }
-        // SAFETY: one past the end at most.
-        let iovecs = unsafe { self.room.iovecs.as_mut_ptr().add(first_iovec) };
         let first_part = self.n_iovecs;
         self.iovec(data.as_ptr(), data.len());
         let n_iovecs = self.n_iovecs - first_iovec;
@@ -303,7 +356,8 @@ impl<'r, 'd> Outbox<'r, 'd> {
         if segments > 1 {
             control.add_segment_len(unit as u16);
         }
-        let mut msg_hdr = msghdr_of(name.cast_mut().cast(), flow.to.as_bytes().len(), iovecs.cast(), n_iovecs);
+        // send() says where the parts are, when all of them are there.
+        let mut msg_hdr = msghdr_of(name.cast_mut().cast(), flow.to.as_bytes().len(), ptr::null_mut(), n_iovecs);
         msg_hdr.msg_controllen = control.bytes().len();
         msg_hdr.msg_control = ptr::from_mut(control).cast();
         self.room.headers[at].write(mmsghdr { msg_hdr, msg_len: 0 });
@@ -312,6 +366,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
             unit,
             first,
             segments: segments as u8,
+            first_iovec: first_iovec as u8,
             first_part: first_part as u8,
             parts: 1,
         });
@@ -370,6 +425,12 @@ impl<'r, 'd> Outbox<'r, 'd> {
         mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, sys::Errno),
     ) {
         let len = self.messages.get().len();
+        // Once no more parts are written: a write to them would make a pointer made before invalid.
+        let iovecs = (&raw mut self.room.iovecs).cast::<iovec>();
+        for (header, message) in self.room.headers.iter_mut().zip(self.messages.get()) {
+            // SAFETY: as many headers as messages are initialised, and their parts are within the array.
+            unsafe { header.assume_init_mut().msg_hdr.msg_iov = iovecs.add(message.first_iovec.into()) };
+        }
         let mut at = 0;
         while at < len {
             // SAFETY: len messages are initialised; what they point to is alive, and as long as they say.

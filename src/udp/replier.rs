@@ -1,13 +1,14 @@
 //! Answers, from any source.
 
+use std::cell::Cell;
 use std::os::fd::BorrowedFd;
 
 use super::datagram::Datagram;
-use super::message::{Few, Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox, Room};
+use super::message::{Few, Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox, Room, zeroed_box};
 use super::raw;
 use super::source::{self, Key, Sources, Way};
 use crate::address::KernelAddr;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sys::{self, Errno};
 
 /// How a [`Replier`] works.
@@ -51,10 +52,19 @@ pub struct Stats {
 /// Sends datagrams from any address and port. For one thread at a time.
 pub struct Replier {
     sources: Sources,
+    /// What replies are put together in: too much for a small stack.
+    scratch: Scratch,
     flags: i32,
     raw: u64,
     errors: u64,
     sent: u64,
+}
+
+struct Scratch {
+    batch: Batch,
+    room: Box<Room>,
+    /// For those that are sent again, one by one, while the others wait.
+    spare: Box<Room>,
 }
 
 /// Why a datagram cannot go from there to there: an errno value.
@@ -96,16 +106,24 @@ struct Group {
 
 /// At most [`SORTED`] datagrams, by source port.
 struct Batch {
-    items: Few<Item, SORTED>,
-    ports: Few<(Key, Group), SORTED>,
+    items: Box<Few<Item, SORTED>>,
+    ports: Box<Few<(Key, Group), SORTED>>,
     /// A hash table: one more than the place in `ports`, or 0. Its length is a power of two, and half of it stays empty,
     /// so that searches end.
-    table: Few<u16, { 2 * SORTED }>,
+    table: Box<Few<u16, { 2 * SORTED }>>,
 }
 
 impl Batch {
-    const fn new() -> Batch {
-        Batch { items: Few::new(), ports: Few::new(), table: Few::new() }
+    fn new() -> sys::Result<Batch> {
+        Ok(Batch { items: zeroed_box()?, ports: zeroed_box()?, table: zeroed_box()? })
+    }
+
+    /// Makes it ready for so many datagrams.
+    #[inline(always)]
+    fn clear(&mut self, datagrams: usize) {
+        self.items.clear();
+        self.ports.clear();
+        self.table.fill(0, 2 * datagrams.next_power_of_two());
     }
 
     /// Adds a datagram, or says why it cannot go.
@@ -181,8 +199,11 @@ impl Replier {
     /// A replier without a socket yet. Says already whether the privilege is there.
     pub fn new(options: Options) -> Result<Replier> {
         source::check_privilege()?;
+        let scratch = || sys::Result::Ok(Scratch { batch: Batch::new()?, room: zeroed_box()?, spare: zeroed_box()? });
+        let scratch = scratch().map_err(|_| Error::no_memory())?;
         Ok(Replier {
-            sources: Sources::new(options.max_sockets, options.idle_ms, options.raw),
+            sources: Sources::new(options.max_sockets, options.idle_ms, options.raw)?,
+            scratch,
             flags: if options.nonblocking { libc::MSG_DONTWAIT } else { 0 },
             raw: 0,
             errors: 0,
@@ -223,19 +244,20 @@ impl Replier {
     /// One system call for each source port, and one for all that are raw.
     #[inline(always)]
     fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) {
-        let mut batch = Batch::new();
-        batch.table.fill(0, 2 * datagrams.len().next_power_of_two());
+        let Replier { sources, scratch, flags, raw: by_raw, .. } = self;
+        let Scratch { batch, room, spare } = scratch;
+        let (flags, spare) = (*flags, Cell::new(Some(&mut **spare)));
+        batch.clear(datagrams.len());
         for (number, datagram) in datagrams.iter().enumerate() {
             datagram.set_error(batch.add(datagram, number).err().unwrap_or(0));
         }
-        let Batch { items, ports, .. } = &mut batch;
+        let Batch { items, ports, .. } = batch;
         let mut raw = [None; 2];
-        let mut room = Room::new();
         for (key, group) in ports.get() {
-            match self.sources.way(*key, group.longest, now) {
+            match sources.way(*key, group.longest, now) {
                 Ok(Way::Port(fd)) => {
-                    let by = By { items: items.get(), datagrams, fd, flags: self.flags, raw: false };
-                    by.send(group.first, &mut room);
+                    let by = By { items: items.get(), datagrams, fd, flags, raw: false, spare: &spare };
+                    by.send(group.first, room);
                 }
                 Ok(Way::Raw) => match &mut raw[usize::from(key.is_v6())] {
                     Some(all) => append(items.get_mut(), all, *group),
@@ -248,33 +270,30 @@ impl Replier {
             }
         }
         for (v6, group) in [false, true].into_iter().zip(raw) {
-            if let Some(group) = group {
-                self.reply_raw(v6, group, items.get(), datagrams, &mut room);
+            let Some(group) = group else { continue };
+            let ours = || from_item(items.get(), group.first).map(|item| &datagrams[usize::from(item.number)]);
+            match sources.raw(v6) {
+                Ok(fd) => {
+                    By { items: items.get(), datagrams, fd, flags, raw: true, spare: &spare }.send(group.first, room);
+                }
+                Err(error) => ours().for_each(|datagram| datagram.set_error(error.errno())),
             }
+            *by_raw += ours().filter(|datagram| datagram.error().is_none()).count() as u64;
         }
-    }
-
-    #[inline(never)]
-    fn reply_raw(&mut self, v6: bool, group: Group, items: &[Item], datagrams: &[Datagram<'_>], room: &mut Room) {
-        let ours = || from_item(items, group.first).map(|item| &datagrams[usize::from(item.number)]);
-        match self.sources.raw(v6) {
-            Ok(fd) => By { items, datagrams, fd, flags: self.flags, raw: true }.send(group.first, room),
-            Err(error) => ours().for_each(|datagram| datagram.set_error(error.errno())),
-        }
-        self.raw += ours().filter(|datagram| datagram.error().is_none()).count() as u64;
     }
 }
 
 /// A socket, and what is to be sent.
-struct By<'a, 'b> {
+struct By<'a, 'b, 's> {
     items: &'a [Item],
     datagrams: &'a [Datagram<'b>],
     fd: BorrowedFd<'a>,
     flags: i32,
     raw: bool,
+    spare: &'a Cell<Option<&'s mut Room>>,
 }
 
-impl<'a> By<'a, '_> {
+impl<'a> By<'a, '_, '_> {
     /// Sends a list of datagrams.
     #[inline(always)]
     fn send(&self, first: u16, room: &mut Room) {
@@ -341,8 +360,14 @@ impl<'a> By<'a, '_> {
         let cut = refuses_segments(error) && !self.raw && source::let_be_cut(self.fd).is_ok();
         let again = message.segments > 1 && refuses_segments(error) || cut && error == Errno(libc::EMSGSIZE);
         for (item, part) in items.zip(outbox.parts(message)) {
-            let error =
-                if again { send_one_by_one(message.flow, message.unit, part, self.fd, self.flags) } else { Err(error) };
+            let error = match self.spare.take().filter(|_| again) {
+                Some(room) => {
+                    let sent = send_one_by_one(message.flow, message.unit, part, self.fd, self.flags, room);
+                    self.spare.set(Some(room));
+                    sent
+                }
+                None => Err(error),
+            };
             if let Err(Errno(errno)) = error {
                 self.datagrams[usize::from(item.number)].set_error(errno);
             }
@@ -358,10 +383,16 @@ fn refuses_segments(error: Errno) -> bool {
 }
 
 /// Sends each segment as a datagram of its own.
-fn send_one_by_one(flow: &Flow, unit: usize, data: &[u8], fd: BorrowedFd<'_>, flags: i32) -> sys::Result<()> {
+fn send_one_by_one(
+    flow: &Flow,
+    unit: usize,
+    data: &[u8],
+    fd: BorrowedFd<'_>,
+    flags: i32,
+    room: &mut Room,
+) -> sys::Result<()> {
     let mut first_error = None;
-    let mut room = Room::new();
-    let mut outbox = Outbox::new(&mut room);
+    let mut outbox = Outbox::new(room);
     let mut send = |outbox: &mut Outbox<'_, '_>| {
         outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(error));
     };
@@ -398,8 +429,8 @@ mod tests {
                 proptest::collection::vec((any::<u16>(), 0u8..4), 0..=SORTED),
             ]
         ) {
-            let mut batch = Batch::new();
-            batch.table.fill(0, 2 * SORTED);
+            let mut batch = Batch::new().unwrap();
+            batch.clear(SORTED);
             let mut expected: Vec<(Key, Vec<usize>)> = Vec::new();
             for (number, (port, kind)) in ports.iter().enumerate() {
                 let (from, to) = [

@@ -117,10 +117,12 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Sources {
-        Sources {
-            // All the room that there will ever be: a reply allocates nothing.
-            ports: Vec::with_capacity(limit),
+    pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Result<Sources> {
+        // All the room that there will ever be: a reply allocates nothing.
+        let mut ports = Vec::new();
+        ports.try_reserve_exact(limit).map_err(|_| Error::no_memory())?;
+        Ok(Sources {
+            ports,
             raw: [None, None],
             limit,
             idle_ms,
@@ -128,7 +130,7 @@ impl Sources {
             turn: 0,
             next_sweep: 0,
             counts: Counts::default(),
-        }
+        })
     }
 
     /// How many sockets are open.

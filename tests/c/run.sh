@@ -139,6 +139,25 @@ expect "relay: ends, resets, back-pressure, limits, idle, stop, and a mixed load
 expect "load: build" cc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread "$root/benches/load.c" -o "$work/load"
 expect "networks: built twice beside named namespaces, no mount changes" python3 "$here/network.py" "$work/load"
 
+# A library in which every call panics when it is told to: no panic may leave it, print anything or go unnoticed.
+with_panics() {
+    CARGO_TARGET_DIR="$root/build/panics" RUSTFLAGS=--cfg=tproxy_panics "${CARGO:-cargo}" shared &&
+        ln -sf libtproxy.so "$root/build/panics/release/libtproxy.so.0" &&
+        cc -std=gnu11 -O2 $flags $(pkg-config --cflags tproxy) "$here/panics.c" $(pkg-config --libs tproxy) -o "$work/panics"
+}
+expect "panics: build" env -C "$root" bash -c "$(declare -f with_panics); root=$root here=$here work=$work flags='$flags' with_panics"
+panics() {
+    alone env LD_LIBRARY_PATH="$root/build/panics/release" "$work/panics" > "$work/panicked" 2> "$work/printed" || return 1
+    test ! -s "$work/printed" && sort "$work/panicked" | diff - <(sort "$here/symbols.txt")
+}
+expect "panics: every exported call answers -1 and ENOTRECOVERABLE, and prints nothing" panics
+
+expect "stack: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/stack.c" \
+    $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/stack"
+expect "stack: no call needs more than the header says" alone "$work/stack"
+expect "memory: build" cc -std=gnu11 -O2 $flags $(pkg-config --cflags tproxy) "$here/memory.c" \
+    $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/memory"
+expect "memory: large allocations that fail are ENOMEM, and nothing is left" alone "$work/memory"
 expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/cancel.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"
 expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams connect socket-error \

@@ -20,7 +20,9 @@
 
 use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{InterfacePrefix, Side, Statement, Verdict};
+use crate::error::{Error, Result};
 use crate::list::List;
+use crate::memory;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
@@ -79,13 +81,13 @@ impl Which {
 }
 
 /// The objects that hold a plan, within its table; the sets are named in one variant.
-pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
+pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
     let mut ruleset = Ruleset { plan, variant, objects: Vec::with_capacity(USUAL) };
     for name in [INTERCEPTED, DIVERTED, DROPPED, GUARDED] {
         ruleset.objects.push(Object::Counter { name });
     }
     if plan.mode != Mode::DivertOnly {
-        ruleset.sets();
+        ruleset.sets()?;
     }
     if plan.families.v6 {
         ruleset.reserved_chains();
@@ -123,7 +125,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Vec<Object> {
         Mode::DivertOnly => ruleset.diverting(),
         Mode::Tproxy => ruleset.proxying(),
     }
-    ruleset.objects
+    Ok(ruleset.objects)
 }
 
 /// So many objects have plans with few sets.
@@ -540,7 +542,7 @@ impl Ruleset<'_> {
     }
 
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
-    fn sets(&mut self) {
+    fn sets(&mut self) -> Result<()> {
         let plan = self.plan;
         if !plan.ports.is_empty() && one_port(plan).is_none() {
             let set = self.empty_set(self.set(PORTS), Key::Port);
@@ -559,9 +561,12 @@ impl Ruleset<'_> {
                 for set in which.sets(prefixes, family, self.variant) {
                     self.empty_set(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
                 }
-                self.objects.extend(elements(which, family, self.variant, &prefixes.contents(family)));
+                let elements = elements(which, family, self.variant, &prefixes.contents(family)?)?;
+                self.objects.try_reserve(elements.len()).map_err(|_| Error::no_memory())?;
+                self.objects.extend(elements);
             }
         }
+        Ok(())
     }
 
     fn empty_set(&mut self, name: SetName, key: Key) -> SetName {
@@ -600,11 +605,19 @@ fn only(family: Option<Family>) -> Option<Statement> {
 const IN_A_MESSAGE: usize = 900;
 
 /// Elements of the sets of one family, in pieces that fit into a message.
-pub(crate) fn elements(which: Which, family: Family, variant: Variant, contents: &Contents) -> Vec<Object> {
-    let of = |len, elements| Object::Elements { set: which.set(family, len, variant), elements };
-    let networks = contents.networks.iter().flat_map(|(len, networks)| {
-        networks.chunks(IN_A_MESSAGE).map(move |piece| of(Some(*len), Elements::Networks(piece.to_vec())))
-    });
-    let ranges = contents.ranges.chunks(IN_A_MESSAGE);
-    networks.chain(ranges.map(|piece| of(None, Elements::Addresses(family, piece.to_vec())))).list()
+pub(crate) fn elements(which: Which, family: Family, variant: Variant, contents: &Contents) -> Result<Vec<Object>> {
+    let mut objects = Vec::new();
+    let mut add = |len, elements| {
+        let set = which.set(family, len, variant);
+        memory::push(&mut objects, Object::Elements { set, elements })
+    };
+    for (len, networks) in &contents.networks {
+        for piece in networks.chunks(IN_A_MESSAGE) {
+            add(Some(*len), Elements::Networks(memory::collect(piece.iter().map(|addr| Ok(*addr)))?))?;
+        }
+    }
+    for piece in contents.ranges.chunks(IN_A_MESSAGE) {
+        add(None, Elements::Addresses(family, memory::collect(piece.iter().map(|range| Ok(*range)))?))?;
+    }
+    Ok(objects)
 }

@@ -312,7 +312,7 @@ mod tests {
             table: None,
             priority: None,
         };
-        let objects = ruleset::compile(&plan, Variant::default());
+        let objects = ruleset::compile(&plan, Variant::default()).unwrap();
         let rule = objects.last().unwrap();
         let mut batch = Buffer::default();
         Change::Add(rule).encode(&mut batch, 1, 0, "t");

@@ -4,6 +4,7 @@
 use super::*;
 use crate::backend::nft::table::Contents;
 use crate::list::List;
+use crate::model::Family;
 use crate::prefix::{self, Prefix, PrefixSet};
 use crate::text::Owned;
 
@@ -65,12 +66,13 @@ impl Instance {
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
         let change = prefixes.update(add, remove)?;
         let done = match prefixes.regrouped() {
-            Some(regrouped) => {
+            Err(error) => Err(error),
+            Ok(Some(regrouped)) => {
                 let mut plan = self.plan.clone();
                 *prefixes_of(&mut plan, which) = Some(regrouped);
                 self.swap_for(plan)
             }
-            None => self.commit_elements(which, &change),
+            Ok(None) => self.commit_elements(which, &change),
         };
         if done.is_err() {
             prefixes_of(&mut self.plan, which).get_or_insert_default().undo(&change);
@@ -80,11 +82,12 @@ impl Instance {
 
     /// Changes the elements of the sets in force. What goes, goes first: a range that grows is deleted and added.
     fn commit_elements(&mut self, which: Which, change: &prefix::Change) -> Result<()> {
-        let objects = |contents: &[prefix::Contents; 2]| -> Vec<Object> {
-            let of = |(family, contents)| ruleset::elements(which, family, self.variant, contents);
-            Families::ALL.iter().zip(contents).flat_map(of).list()
+        let objects = |[v4, v6]: &[prefix::Contents; 2]| -> Result<Vec<Object>> {
+            let mut objects = ruleset::elements(which, Family::V4, self.variant, v4)?;
+            objects.extend(ruleset::elements(which, Family::V6, self.variant, v6)?);
+            Ok(objects)
         };
-        let (gone, new) = (objects(&change.gone), objects(&change.new));
+        let (gone, new) = (objects(&change.gone)?, objects(&change.new)?);
         let gone = gone.iter().filter_map(|object| match object {
             Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
             _ => None,
@@ -132,7 +135,7 @@ impl Instance {
 
     /// From the plan in force to another.
     fn swap_for(&mut self, plan: Plan) -> Result<()> {
-        let old = names_of(&ruleset::compile(&self.plan, self.variant));
+        let old = names_of(&ruleset::compile(&self.plan, self.variant)?);
         self.swap(plan, &old)
     }
 
@@ -145,7 +148,7 @@ impl Instance {
     fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
         let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
         let variant = self.variant.other();
-        let new = ruleset::compile(&plan, variant);
+        let new = ruleset::compile(&plan, variant)?;
         let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
         let new_sets = names_of(&new).sets;
 
