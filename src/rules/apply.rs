@@ -163,6 +163,7 @@ impl Rules {
 impl Drop for Rules {
     fn drop(&mut self) {
         if !self.plan.persist {
+            // `remove` says what fails; here the table goes with its socket, and the rest with the next sweep or purge.
             let _ = self.undo();
         }
     }
