@@ -84,7 +84,7 @@ static int failed(const char *command)
 
 static bool coloured(void)
 {
-    const char *no_color = getenv("NO_COLOR");
+    const char *no_color = secure_getenv("NO_COLOR");
     if (options.colour >= 0)
         return options.colour;
     return isatty(STDOUT_FILENO) && !(no_color && *no_color);

@@ -74,7 +74,8 @@
  *   tp_self_test, if it tests rules by iptables
  * Programs are sought in /usr/sbin, /sbin, /usr/bin and /bin, never by PATH. Their
  * environment is PATH and LC_ALL, which the library sets. They start with no
- * signal blocked or ignored. They are children of the process: its SIGCHLD
+ * signal blocked or ignored, and with descriptors of the process that are not
+ * close-on-exec. They are children of the process: its SIGCHLD
  * handler is called, and waitpid(-1) may return them. SIGCHLD may be ignored,
  * and children may be waited for elsewhere: the library then sees from the
  * kernel's tables whether a program did its work. iptables does not run while

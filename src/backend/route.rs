@@ -484,8 +484,8 @@ fn parse_rule(payload: &[u8]) -> Option<FoundRule> {
     let attrs = payload.get(rule_header(family, 0).len()..)?;
     let number = |kind| wire::u32_of(attrs, kind);
     let kind = match action {
-        ACT_GOTO => RuleKind::Goto(number(RULE_GOTO)?),
-        ACT_TO_TABLE => RuleKind::Lookup(number(RULE_TABLE)?),
+        ACT_GOTO => number(RULE_GOTO).map_or(RuleKind::Foreign, RuleKind::Goto),
+        ACT_TO_TABLE => number(RULE_TABLE).map_or(RuleKind::Foreign, RuleKind::Lookup),
         ACT_NOP => RuleKind::Nop,
         _ => RuleKind::Foreign,
     };

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::list::List;
 use crate::model::{Families, Family};
 use crate::netlink::Channel;
+use crate::program;
 use crate::sys;
 use crate::text::Owned;
 
@@ -224,9 +225,8 @@ impl Facts {
     }
 
     fn look_at_iptables(&mut self) {
-        let installed = |name: &&str| {
-            ["/usr/sbin", "/sbin", "/usr/bin"].iter().any(|d| sys::file_size(&format!("{d}/{name}")).is_some())
-        };
+        let installed =
+            |name: &&str| program::DIRECTORIES.iter().any(|d| sys::file_size(&format!("{d}/{name}")).is_some());
         self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).list();
         for family in Families::ALL.iter() {
             let Some(tables) = xtables::legacy_tables(family) else {

@@ -32,6 +32,10 @@ const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
 pub(crate) const RECEIVE_BUFFER: usize = 8 << 10;
 /// A dump that is interrupted this often is given up.
 const DUMP_TRIES: usize = 16;
+/// `struct nlmsghdr`, before each payload.
+const MESSAGE_HEADER: usize = 16;
+/// A dump of more than this is given up (EFBIG): a list that others add to as fast as it is read has no end.
+const DUMP_MAX: usize = 256 << 20;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const DUMP: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
@@ -286,7 +290,7 @@ impl Channel {
         others: &mut dyn FnMut(&wire::Message<'_>),
     ) -> sys::Result<Option<Dumped>> {
         self.send(request)?;
-        let (mut found, mut interrupted, mut done) = (Vec::new(), false, None);
+        let (mut found, mut interrupted, mut done, mut bytes) = (Vec::new(), false, None, 0);
         self.drain(&mut |message| {
             if message.seq != seq {
                 others(message);
@@ -296,15 +300,19 @@ impl Channel {
             match message.kind {
                 DONE => done = Some(wire::u32_at(message.payload, 0).map_or(0, |e| (e as i32).wrapping_neg())),
                 ERROR => done = Some(parse_error(message).map_or(libc::EPROTO, |failure| failure.errno)),
-                kind if kind >= FIRST_OF_FAMILY => match memory::copy(message.payload) {
-                    Some(payload) if found.try_reserve(1).is_ok() => found.push(payload),
-                    _ => done = Some(libc::ENOMEM),
-                },
+                kind if kind >= FIRST_OF_FAMILY => {
+                    bytes += MESSAGE_HEADER + message.payload.len();
+                    match memory::copy(message.payload) {
+                        Some(payload) if found.try_reserve(1).is_ok() => found.push(payload),
+                        _ => done = Some(libc::ENOMEM),
+                    }
+                }
                 _ => {}
             }
-            done.is_some() || found.len() >= most
+            done.is_some() || found.len() >= most || bytes > DUMP_MAX
         })?;
         match done {
+            _ if bytes > DUMP_MAX => Err(sys::Errno(libc::EFBIG)),
             _ if interrupted => Ok(None),
             None if found.len() >= most => Ok(Some(found)),
             Some(0) => Ok(Some(found)),
@@ -444,6 +452,28 @@ mod tests {
     #[test]
     fn a_dump_that_never_ends_is_an_error() {
         assert_eq!(channel(vec![]).dump(1, &[], &|_| {}).unwrap_err(), sys::Errno(libc::EPROTO));
+    }
+
+    /// Whatever is asked, the answer goes on.
+    struct Endless(Vec<u8>);
+
+    impl Transport for Endless {
+        fn send(&mut self, _: &[u8]) -> sys::Result<()> {
+            Ok(())
+        }
+
+        fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+            buffer.clone_from(&self.0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn dump_without_an_end_is_given_up() {
+        let mut buffer = Buffer::default();
+        buffer.message(FIRST_OF_FAMILY, 0, 1, &[0; 1 << 20], |_| {});
+        let mut channel = Channel::over(Box::new(Endless(buffer.bytes().unwrap().to_vec())));
+        assert_eq!(channel.dump(1, &[], &|_| {}).unwrap_err(), sys::Errno(libc::EFBIG));
     }
 
     #[test]

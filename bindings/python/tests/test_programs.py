@@ -197,6 +197,14 @@ def test_the_library_beside_the_package_or_a_named_one(tmp_path: Path) -> None:
     assert load(LIBTPROXY=str(copy)).stdout.strip() == str(copy)
 
 
+def test_isolated_python_ignores_the_environment() -> None:
+    """A program with more rights than its user runs `python -I`: which library is loaded is not the user's choice."""
+    package = str(LIBRARY.parent.parent)
+    words = f"import sys; sys.path.insert(0, {package!r}); import tproxy._ctypes as c; print(c.library._name)"
+    done = python("-I", "-c", words, LIBTPROXY="/nonexistent/libtproxy.so")
+    assert done.stdout.strip() == str(LIBRARY), done.stderr
+
+
 def test_an_installed_library(tmp_path: Path) -> None:
     """Without one beside the package, the loader's; without that, every place that was tried is told."""
     shutil.copytree(LIBRARY.parent, tmp_path / "tproxy", ignore=shutil.ignore_patterns("*.so*", "__pycache__"))

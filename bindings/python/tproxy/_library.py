@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +20,17 @@ BESIDE = Path(__file__).with_name(SONAME)
 
 def _candidates() -> Iterator[tuple[str, str | None]]:
     """Where the library may be, in order: what the place is called, and the path or name to load."""
-    chosen = os.environ.get("LIBTPROXY")
+    # `python -I` and `-E` say that the user's environment decides nothing.
+    trusted = not sys.flags.ignore_environment
+    chosen = os.environ.get("LIBTPROXY") if trusted else None
     yield "$LIBTPROXY", chosen
     # Who names a library means that one: another in its place would be found out late.
     if chosen:
         return
     yield "beside the package", str(BESIDE) if BESIDE.exists() else None
     yield "the loader", SONAME
-    yield "find_library", ctypes.util.find_library("tproxy")
+    # This runs a compiler that it finds by PATH.
+    yield "find_library", ctypes.util.find_library("tproxy") if trusted else None
 
 
 def load() -> ctypes.CDLL:

@@ -184,7 +184,7 @@ impl Tool {
             match program::run(name, arguments, input, TIME) {
                 Err(sys::Errno(libc::ENOENT)) => {}
                 Err(e) => return Err(interrupted(name, e)),
-                Ok(outcome) => return Ok(Ran::new(name, &outcome)),
+                Ok(outcome) => return Ok(Ran::new(name, outcome)),
             }
         }
         Err(Error::with(
@@ -220,14 +220,12 @@ struct Ran {
 }
 
 impl Ran {
-    fn new(name: &str, outcome: &Outcome) -> Ran {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ran {
-            name: name.owned(),
-            end: outcome.end,
-            output: text(&outcome.output),
-            words: text(&outcome.errors).trim().owned(),
-        }
+    fn new(name: &str, outcome: Outcome) -> Ran {
+        let text = |bytes: Vec<u8>| {
+            String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+        };
+        let words = text(outcome.errors).trim().owned();
+        Ran { name: name.owned(), end: outcome.end, output: text(outcome.output), words }
     }
 
     /// It succeeded, or the kernel does not say: then its output has to show it.
