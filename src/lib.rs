@@ -26,6 +26,7 @@ pub mod error;
 pub mod ffi;
 mod list;
 mod model;
+mod name;
 mod netlink;
 mod orig_dst;
 mod prefix;
