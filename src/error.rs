@@ -197,14 +197,17 @@ impl Step {
         Some(match (self, errno) {
             (Step::Transparent, libc::EPERM) => {
                 "IP_TRANSPARENT needs CAP_NET_RAW or CAP_NET_ADMIN in the user namespace that owns this network \
-                 namespace: run as root, or `setcap cap_net_raw+ep PROGRAM`"
+                 namespace: run as root, or with the capability, by systemd's `AmbientCapabilities=CAP_NET_RAW` or \
+                 `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
             }
             (Step::Create, libc::EAFNOSUPPORT) => {
                 "this kernel has no such address family (was IPv6 left out or disabled at boot?)"
             }
             (Step::Create, libc::EMFILE) => "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)",
             (Step::Create, libc::ENFILE) => "the system is at its descriptor limit: raise sysctl fs.file-max",
-            (Step::Create, libc::EPERM | libc::EACCES) => "raw sockets need CAP_NET_RAW",
+            (Step::Create, libc::EPERM | libc::EACCES) => {
+                "raw sockets need CAP_NET_RAW; any other is refused by a security module or a seccomp filter"
+            }
             (Step::Bind, libc::EACCES) => "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE",
             (Step::Bind, libc::EADDRINUSE) => "another socket holds that address and port (`ss -tulnp` shows which)",
             (Step::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",

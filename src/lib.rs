@@ -27,6 +27,7 @@ pub mod ffi;
 mod list;
 mod memory;
 mod model;
+mod name;
 mod netlink;
 mod orig_dst;
 mod prefix;

@@ -209,7 +209,7 @@ impl fmt::Display for PortRange {
 }
 
 /// The bits of a packet's mark that say that the packet is for a local socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mark {
     /// What our bits are set to.
     pub value: u32,

@@ -258,6 +258,47 @@ pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
     (rc == 0).then_some((limit.rlim_cur.into(), limit.rlim_max.into()))
 }
 
+/// The capabilities that this thread has in effect, a bit for each, by capget(2): /proc need not be there.
+pub(crate) fn effective_capabilities() -> Result<u64> {
+    /// _LINUX_CAPABILITY_VERSION_3, `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct`.
+    const VERSION: u32 = 0x2008_0522;
+    let mut header = [VERSION, 0];
+    let mut sets = [0u32; 6];
+    // SAFETY: a header of 8 bytes, of this thread, and room for the two parts of the three sets.
+    let rc = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
+    let [low, _, _, high, _, _] = sets;
+    if rc == 0 { Ok(u64::from(high) << 32 | u64::from(low)) } else { Err(Errno::last()) }
+}
+
+/// The user and the group that this process runs as.
+pub(crate) fn effective_ids() -> (u32, u32) {
+    // SAFETY: plain system calls, which do not fail.
+    unsafe { (libc::geteuid(), libc::getegid()) }
+}
+
+/// Whether a program that this thread executes may be given a capability; `None`: the kernel does not say.
+pub(crate) fn is_in_bounding_set(capability: u32) -> Option<bool> {
+    let nothing: libc::c_ulong = 0;
+    // SAFETY: a plain system call.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(capability), nothing, nothing, nothing) } {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
+}
+
+/// The kernel's release, as uname(2) has it.
+pub(crate) fn kernel_release() -> String {
+    // SAFETY: a struct of bytes, for which all zero is valid; valid for writes.
+    let name = unsafe {
+        let mut name: libc::utsname = std::mem::zeroed();
+        libc::uname(&raw mut name);
+        name
+    };
+    let bytes: Vec<u8> = name.release.iter().map(|letter| *letter as u8).take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
 pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
     // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both
@@ -419,15 +460,6 @@ pub(crate) fn file_size(path: &str) -> Option<u64> {
         let mut found: libc::stat = std::mem::zeroed();
         (libc::stat(path.as_ptr(), &raw mut found) == 0).then_some(found.st_size as u64)
     }
-}
-
-/// Where a symbolic link leads.
-pub(crate) fn link_of(path: &str) -> Option<String> {
-    let path = c_path(path).ok()?;
-    let mut target = vec![0; libc::PATH_MAX as usize];
-    // SAFETY: valid for writes of that length, and the path NUL-terminated.
-    let len = unsafe { libc::readlink(path.as_ptr(), target.as_mut_ptr().cast(), target.len()) };
-    Some(String::from_utf8_lossy(target.get(..usize::try_from(len).ok()?)?).into_owned())
 }
 
 /// Starts the program at a path, with these descriptors for its standard input, output and error, and this environment.

@@ -1,6 +1,6 @@
 //! Texts that are written where they go, without a `String` of their own on the way.
 
-use std::fmt::{self, Write};
+use std::fmt;
 
 /// What a closure writes.
 pub(crate) fn by(write: impl Fn(&mut fmt::Formatter<'_>) -> fmt::Result) -> impl fmt::Display {
@@ -39,13 +39,7 @@ pub(crate) fn contains(text: &str, mark: &str) -> bool {
     split_once(text, mark).is_some()
 }
 
-/// A name that somebody gave, for people: in quotes, and without control characters.
+/// A name that a caller gave, for people: in quotes, and escaped.
 pub(crate) fn quoted(name: &str) -> impl fmt::Display {
-    by(move |f| {
-        f.write_char('"')?;
-        for letter in name.chars() {
-            f.write_char(if letter.is_control() { '?' } else { letter })?;
-        }
-        f.write_char('"')
-    })
+    by(move |f| write!(f, "\"{}\"", crate::name::Name::from(name)))
 }

@@ -89,7 +89,7 @@ pub(crate) fn instance_of(chain: &str) -> Option<&str> {
 }
 
 /// What begins the comment of a jump to one of our chains.
-fn comment(instance: &str) -> String {
+pub(crate) fn comment(instance: &str) -> String {
     format!("libtproxy {instance}")
 }
 

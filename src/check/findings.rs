@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 use crate::text::Owned;
 
 /// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
     /// As it should be.
     Ok,
@@ -125,20 +125,25 @@ kinds! {
     // What this process may do, and what the kernel can.
     NET_ADMIN = "privilege.net_admin",
         "tp_install_rules fails with EPERM",
-        "The process has no CAP_NET_ADMIN in the user namespace that owns this network namespace.",
+        "The process has no CAP_NET_ADMIN in the user namespace that owns this network namespace. Root starts it with the \
+         capability by setpriv(1), with --reuid, --regid and --clear-groups as another user; systemd by \
+         AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW in its unit. A capability of the program's file would be everybody's \
+         who can start it.",
         "It cannot install rules; nothing is intercepted.",
-        "setcap cap_net_admin,cap_net_raw+ep {program}";
+        "setpriv --inh-caps=+net_admin,+net_raw --ambient-caps=+net_admin,+net_raw PROGRAM";
     BIND_SERVICE = "privilege.bind_service",
         "", "The process has no CAP_NET_BIND_SERVICE.",
         "Listeners need ports from net.ipv4.ip_unprivileged_port_start on, and TP_KEEP_PORT keeps no lower one.", "";
     TRANSPARENT = "privilege.transparent",
         "tp_socket, tp_listen or tp_connect_from fail with EPERM",
-        "IP_TRANSPARENT was tried, and refused: the process has neither CAP_NET_RAW nor CAP_NET_ADMIN.",
+        "IP_TRANSPARENT was tried, and refused: the process has neither CAP_NET_RAW nor CAP_NET_ADMIN. It is started with \
+         them as privilege.net_admin says.",
         "No socket can be transparent: intercepted packets find no listener.",
-        "setcap cap_net_admin,cap_net_raw+ep {program}";
+        "setpriv --inh-caps=+net_admin,+net_raw --ambient-caps=+net_admin,+net_raw PROGRAM";
     FAMILY = "kernel.family",
         "Sockets of one address family fail with EAFNOSUPPORT",
-        "The kernel has no sockets of this family: it was left out, or disabled at boot.",
+        "This process can have no sockets of this family: the kernel was built or booted without, or a seccomp filter \
+         (systemd's RestrictAddressFamilies=) refuses them.",
         "Connections of this family are not intercepted.",
         "";
     NF_TABLES = "kernel.nf_tables",
@@ -182,7 +187,8 @@ kinds! {
         "", "Which variants of iptables are there, and which have tables.",
         "A firewall may have rules in either; each program shows its own.", "";
     UNSEEN = "check.unseen",
-        "", "A part of the host could not be looked at.", "What is wrong there is not reported.", "";
+        "", "A part of the host could not be looked at, or there is more of something than is read.",
+        "What is wrong there is not reported.", "";
 
     // Sockets and their owners.
     LISTENER_GONE = "listener.gone",
@@ -244,7 +250,7 @@ kinds! {
         "Traffic to some destinations passes by the proxy",
         "Somebody else has put routes into the table that delivers to local sockets.",
         "Packets to these destinations are forwarded, not delivered.",
-        "ip {flag} route del {destination} table {table}";
+        "ip {flag} route del {kind} {destination} table {table}";
     RULE_MISSING = "rule.missing",
         "Traffic passes by the proxy, or is refused, though the rules count packets",
         "The routing policy rule that sends marked packets to local sockets is gone. Network managers delete what they did \
@@ -307,7 +313,7 @@ kinds! {
         "Packets of some clients vanish, and those of others do not",
         "rp_filter is strict, and has dropped packets: clients come in by another interface than the route back to them.",
         "Packets of such clients are dropped before they are intercepted.",
-        "sysctl -w net.ipv4.conf.all.rp_filter=2";
+        "sysctl -w net/ipv4/conf/{interface}/rp_filter=2";
     IP_FORWARD = "sysctl.ip_forward",
         "What is intercepted works, everything else does not",
         "net.ipv4.ip_forward is 0: this host is no IPv4 router.",
@@ -325,7 +331,8 @@ kinds! {
         "sysctl -w net/ipv4/conf/{interface}/forwarding=1";
     BRIDGE_V4 = "sysctl.bridge_nf_call_iptables",
         "Connections of hosts behind a bridge are refused or time out (containers, virtual machines)",
-        "bridge-nf-call-iptables is 1, and there is a bridge: packets meet the rules in the bridge, and not again as IP packets.",
+        "bridge-nf-call-iptables is 1, and there is a bridge: packets meet the rules in the bridge, and not again as IP \
+         packets. Where others have rules for what is forwarded, these may be meant for bridged packets, and no command is given.",
         "The listener that was found is forgotten on the way from the bridge to IP.",
         "sysctl -w net.bridge.bridge-nf-call-iptables=0";
     BRIDGE_V6 = "sysctl.bridge_nf_call_ip6tables",
@@ -335,9 +342,11 @@ kinds! {
         "sysctl -w net.bridge.bridge-nf-call-ip6tables=0";
     ROUTE_LOCALNET = "sysctl.route_localnet",
         "Redirected connections time out, and the listener is on 127.0.0.1",
-        "A rule translates destinations to 127.0.0.1, and route_localnet is 0.",
+        "A rule translates destinations to 127.0.0.1, and route_localnet is 0. With route_localnet alone, neighbors could \
+         reach every service that listens on 127.0.0.1: the command first has packets dropped that they send there.",
         "The translated packets are dropped as martians.",
-        "sysctl -w net.ipv4.conf.all.route_localnet=1";
+        "nft 'table ip transparent-localnet { chain prerouting { type filter hook prerouting priority raw; iifname != \"lo\" \
+         ip daddr 127.0.0.0/8 drop; }; }' && sysctl -w net.ipv4.conf.all.route_localnet=1";
     DISABLE_IPV6 = "sysctl.disable_ipv6",
         "IPv6 is not intercepted any more since it was switched off on `lo`",
         "net.ipv6.conf.lo.disable_ipv6 is 1: IPv6's local route was lost.",
@@ -356,7 +365,8 @@ kinds! {
     // Filters of others.
     PREROUTING_DROP = "filter.prerouting_drop",
         "Connections time out, and the rules count nothing, or no more than the first packet",
-        "A chain of somebody else drops, before routing, what is to be intercepted.",
+        "A chain of somebody else drops, before routing, what is to be intercepted. Before the rules that intercept, packets \
+         are told by their ports (`tcp dport 80 fib daddr type != local`), behind them by the mark.",
         "The packets never reach the listener.",
         "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     INPUT_DROP = "filter.input_drop",
@@ -377,7 +387,8 @@ kinds! {
         "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     MARK_COLLISION = "filter.mark_collision",
         "Traffic that is not to be intercepted is refused, or vanishes",
-        "A rule of somebody else gives packets the mark that means \"for a local socket\".",
+        "A rule of somebody else gives packets the mark that means \"for a local socket\". Give this library another one \
+         (`mark`), or remove the rule.",
         "Its packets end at this host.",
         "nft delete rule {chain} handle {handle}";
     TPROXY_ELSEWHERE = "filter.tproxy_elsewhere",
@@ -404,7 +415,8 @@ kinds! {
     KEEP_PORT = "conntrack.keep_port",
         "Connections that keep the client's port (TP_KEEP_PORT) time out or are reset now and then",
         "Connection tracking is active: both halves of a proxied connection have the same addresses and ports, and are one \
-         connection to it. TP_RULES_NOTRACK keeps them out of it.",
+         connection to it. TP_RULES_NOTRACK keeps them out of it. A firewall that accepts `ct state established` would drop \
+         what is not tracked: there no command is given.",
         "With TP_KEEP_PORT packets may be taken for invalid, or be translated wrongly.",
         "nft add rule inet transparent-untracked output socket transparent 1 notrack";
     CONNTRACK_FULL = "conntrack.full",

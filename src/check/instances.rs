@@ -1,15 +1,16 @@
 //! Who intercepts what: instances of this library, and everybody else's TPROXY rules, read back from the rules.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
+use crate::backend::holder::Holder;
 use crate::backend::iptables;
 use crate::backend::nft::ruleset;
 use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::route::RULES;
-use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, Rule};
-use crate::list::List;
+use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, PortSet, Rule, Ruleset};
 use crate::model::{Families, Family, Mark};
-use crate::text::Owned;
+use crate::name::Name;
 
 /// An instance of this library.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,23 +19,24 @@ pub(super) struct Instance {
     pub table: String,
     pub place: Place,
     /// `None`: it persists without.
-    pub owner: Option<u32>,
+    pub owner: Option<Holder>,
     /// The families that it serves.
     pub families: Families,
     /// `None`: it translates (NAT), and needs no routing.
     pub mark: Option<Mark>,
     pub output_mark: Option<Mark>,
     pub notrack: bool,
-    pub by_iptables: bool,
+    /// What has its rules, nf_tables or iptables; `None`: they were not seen.
+    pub origin: Option<Origin>,
 }
 
 /// What a packet is given to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Interception {
+#[derive(Debug, Clone)]
+pub(super) struct Interception<'a> {
     /// The instance; `None`: it is somebody else's, in this chain and rule.
-    pub instance: Option<String>,
-    pub chain: Chain,
-    pub rule: Rule,
+    pub instance: Option<&'a str>,
+    pub chain: &'a Chain,
+    pub rule: &'a Rule,
     pub family: Family,
     pub protocol: u8,
     pub addr: Option<IpAddr>,
@@ -49,50 +51,76 @@ pub(super) struct Interception {
     pub priority: i32,
 }
 
+/// The ports of an interception beyond these are not looked at.
+const RANGES_MAX: usize = 64;
+
 /// A chain that this library made.
 pub(super) fn is_ours(chain: &Chain) -> bool {
-    table::instance_of(&chain.table).is_some()
-        || chain.origin != Origin::Nft && iptables::instance_of(&chain.name).is_some()
+    owner_of(chain).is_some()
 }
 
-/// The instance that a chain belongs to.
+/// The instance that a chain belongs to, by names that only this library gives.
 fn owner_of(chain: &Chain) -> Option<&str> {
-    table::instance_of(&chain.table)
-        .or_else(|| iptables::instance_of(&chain.name).filter(|_| chain.origin != Origin::Nft))
+    let by_table = || table::instance_of(chain.table.as_str()?);
+    let by_chain = || instance_of_chain(&chain.name).filter(|_| chain.origin != Origin::Nft);
+    by_table().or_else(by_chain).filter(|name| is_name(name))
+}
+
+/// The instance that an iptables chain of this name would be of.
+pub(super) fn instance_of_chain(name: &Name) -> Option<&str> {
+    iptables::instance_of(name.as_str()?).filter(|name| is_name(name))
+}
+
+/// What an instance can be called.
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
+}
+
+/// The chains of each instance.
+fn by_instance(chains: &[Chain]) -> HashMap<&str, Vec<&Chain>> {
+    let mut own: HashMap<&str, Vec<&Chain>> = HashMap::new();
+    for chain in chains {
+        if let Some(name) = owner_of(chain) {
+            own.entry(name).or_default().push(chain);
+        }
+    }
+    own
 }
 
 /// The instances among the tables of nf_tables.
-pub(super) fn instances(tables: &[Table], chains: &[Chain]) -> Vec<Instance> {
+pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u32, Holder>) -> Vec<Instance> {
+    let chains = by_instance(chains);
     let instance = |table: &Table| {
-        let (name, mut place) = (table::instance_of(&table.name)?, table.place?);
+        let name = table::instance_of(&table.name).filter(|name| is_name(name))?;
+        let mut place = table.place?;
         // Anybody may write such a comment; four preferences in a row there must be.
         place.priority = place.priority.min(u32::MAX - RULES);
-        let own: Vec<&Chain> = chains.iter().filter(|chain| owner_of(chain) == Some(name)).list();
-        let by_iptables = own.iter().all(|chain| chain.origin != Origin::Nft);
-        let in_chain = |wanted: &[&str]| {
-            let named = own.iter().filter(|chain| wanted.contains(&part_of(chain, name)));
-            named.flat_map(|chain| &chain.rules).list()
+        let own: &[&Chain] = chains.get(name).map(Vec::as_slice).unwrap_or_default();
+        let by_iptables = own.iter().find(|chain| chain.origin != Origin::Nft);
+        let mark_in = |wanted: &[&str]| {
+            let mut named = own.iter().filter(|chain| wanted.iter().any(|part| is_part(chain, name, part)));
+            named.find_map(|chain| chain.rules.iter().find_map(mark_of))
         };
         Some(Instance {
-            name: name.owned(),
+            name: name.to_owned(),
             table: table.name.clone(),
             place,
-            owner: table.owner,
-            families: families(&own),
-            mark: in_chain(&["divert", "d"]).into_iter().find_map(mark_of),
-            output_mark: in_chain(&["loop", "l"]).into_iter().find_map(mark_of),
+            owner: table.owner_port.map(|port| holders.get(&port).cloned().unwrap_or(Holder::Unknown)),
+            families: families(own),
+            mark: mark_in(&["divert", "d"]),
+            output_mark: mark_in(&["loop", "l"]),
             notrack: own.iter().any(|chain| chain.name == "untrack"),
-            by_iptables,
+            origin: by_iptables.or(own.first()).map(|chain| chain.origin),
         })
     };
-    tables.iter().filter_map(instance).list()
+    tables.iter().filter_map(instance).collect()
 }
 
-/// What the chain is for: its name, without what iptables puts before.
-fn part_of<'a>(chain: &'a Chain, instance: &str) -> &'a str {
+/// Whether the chain is for that: its name, without what iptables puts before.
+fn is_part(chain: &Chain, instance: &str, part: &str) -> bool {
     match chain.origin {
-        Origin::Nft => &chain.name,
-        _ => chain.name.get(instance.len() + 4..).unwrap_or_default(),
+        Origin::Nft => chain.name == part,
+        _ => chain.name.as_bytes().get(instance.len() + 4..) == Some(part.as_bytes()),
     }
 }
 
@@ -136,18 +164,38 @@ fn only<T>(rule: &Rule, what: impl Fn(&Condition) -> Option<T>) -> Option<T> {
     })
 }
 
-fn ports_of(rule: &Rule) -> Option<Vec<(u16, u16)>> {
-    only(rule, |condition| match condition {
-        Condition::Ports(ports) => Some(ports.clone()),
-        _ => None,
-    })
+/// The destination ports that a rule asks for; `None`: it does not.
+fn ports_of(rule: &Rule, sets: &[PortSet]) -> Option<Vec<(u16, u16)>> {
+    // More than one condition: from a port, and up to another.
+    let mut range: Option<(u16, u16)> = None;
+    for part in &rule.parts {
+        match part {
+            Part::OnlyIf(Condition::Ports(first, last)) => {
+                let (low, high) = range.unwrap_or((0, u16::MAX));
+                range = Some((low.max(*first), high.min(*last)));
+            }
+            Part::OnlyIf(Condition::PortSet(number)) => {
+                let ranges = &sets.get(*number)?.ranges;
+                return Some(ranges.iter().copied().take(RANGES_MAX).collect());
+            }
+            _ => {}
+        }
+    }
+    range.map(|range| vec![range])
 }
 
 /// Everything that gives packets to a local listener by TPROXY, and what of ours does so by NAT.
-pub(super) fn interceptions(chains: &[Chain]) -> Vec<Interception> {
+pub(super) fn interceptions(ruleset: &Ruleset) -> Vec<Interception<'_>> {
+    let Ruleset { chains, port_sets } = ruleset;
+    let mut ports: HashMap<&str, Vec<(u16, u16)>> = HashMap::new();
+    for (name, own) in by_instance(chains) {
+        let leading = own.iter().flat_map(|chain| &chain.rules).filter(|rule| leads_on(rule));
+        let all = leading.filter_map(|rule| ports_of(rule, port_sets)).flatten().take(RANGES_MAX).collect();
+        ports.insert(name, all);
+    }
     let mut found = Vec::new();
     for chain in chains.iter().filter(|chain| chain.name != "defragment") {
-        let instance = owner_of(chain).map(str::to_owned);
+        let instance = owner_of(chain);
         for rule in &chain.rules {
             let target = rule.parts.iter().find_map(|part| match part {
                 Part::Tproxy { family, addr, port } => Some((*family, *addr, *port, false)),
@@ -165,13 +213,13 @@ pub(super) fn interceptions(chains: &[Chain]) -> Vec<Interception> {
                 Condition::Protocol(protocol) => Some(*protocol),
                 _ => None,
             });
-            let ports = ports_of(rule).or_else(|| ports_of_instance(chains, instance.as_deref()?)).unwrap_or_default();
-            let served = Families::ALL.iter().filter(|f| family.is_none_or(|only| only == *f));
-            served
-                .map(|family| Interception {
-                    instance: instance.clone(),
-                    chain: chain.clone(),
-                    rule: rule.clone(),
+            let of_instance = || ports.get(instance?).cloned();
+            let ports = ports_of(rule, port_sets).or_else(of_instance).unwrap_or_default();
+            for family in Families::ALL.iter().filter(|other| family.is_none_or(|only| only == *other)) {
+                found.push(Interception {
+                    instance,
+                    chain,
+                    rule,
                     family,
                     protocol: protocol.unwrap_or(libc::IPPROTO_TCP as u8),
                     addr,
@@ -180,39 +228,52 @@ pub(super) fn interceptions(chains: &[Chain]) -> Vec<Interception> {
                     nat,
                     ports: ports.clone(),
                     priority: chain.hook.map_or(MANGLE, |hook| hook.priority),
-                })
-                .onto(&mut found);
+                });
+            }
         }
     }
     found
 }
 
+impl Interception<'_> {
+    /// A port that stands for all that are intercepted; `None`: any.
+    pub fn sample_port(&self) -> Option<u16> {
+        self.ports.first().map(|(first, _)| *first)
+    }
+}
+
+/// The ports that stand for all that are intercepted here, in their order.
+pub(super) fn sample_ports(ruleset: &Ruleset) -> Vec<u16> {
+    let mut ports: Vec<u16> = interceptions(ruleset).iter().filter_map(Interception::sample_port).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
+}
+
 /// Where our chains hang, and those of iptables that have TPROXY.
 const MANGLE: i32 = -150;
 
-/// The ports in an instance's base chains: not that of the listener, which leads to a chain that only drops.
-fn ports_of_instance(chains: &[Chain], instance: &str) -> Option<Vec<(u16, u16)>> {
-    let ports: Vec<_> = leading_on(chains, instance).filter_map(ports_of).flatten().list();
-    (!ports.is_empty()).then_some(ports)
-}
-
-/// The rules of an instance that lead from one chain to another.
-fn leading_on<'a>(chains: &'a [Chain], instance: &str) -> impl Iterator<Item = &'a Rule> {
-    let own = chains.iter().filter(move |chain| owner_of(chain) == Some(instance));
-    own.flat_map(|chain| &chain.rules).filter(|rule| {
-        let on = |part: &Part| match part {
-            Part::Verdict(filter::Verdict::Goto(to) | filter::Verdict::Jump(to)) => !ruleset::only_refuses(to),
-            _ => false,
-        };
-        rule.parts.iter().any(on)
-    })
+/// A rule that leads from one chain to another. That is where the ports of an instance are: not that of the listener,
+/// which leads to a chain that only drops.
+fn leads_on(rule: &Rule) -> bool {
+    let on = |part: &Part| match part {
+        Part::Verdict(filter::Verdict::Goto(to) | filter::Verdict::Jump(to)) => {
+            !to.as_str().is_some_and(ruleset::only_refuses)
+        }
+        _ => false,
+    };
+    rule.parts.iter().any(on)
 }
 
 /// Packets are chosen by what is not told here, such as interfaces.
-pub(super) fn chooses_otherwise(chains: &[Chain], interception: &Interception) -> bool {
-    let otherwise = |rule: &Rule| rule.parts.contains(&Part::OnlyIf(Condition::Other));
-    match &interception.instance {
-        Some(name) => leading_on(chains, name).any(otherwise),
-        None => otherwise(&interception.rule),
-    }
+pub(super) fn chooses_otherwise(rule: &Rule) -> bool {
+    rule.parts.contains(&Part::OnlyIf(Condition::Other))
+}
+
+/// The instances that choose packets by what is not told here.
+pub(super) fn choosing_otherwise(chains: &[Chain]) -> Vec<&str> {
+    let chooses = |own: &Vec<&Chain>| {
+        own.iter().flat_map(|chain| &chain.rules).any(|rule| leads_on(rule) && chooses_otherwise(rule))
+    };
+    by_instance(chains).into_iter().filter(|(_, own)| chooses(own)).map(|(name, _)| name).collect()
 }

@@ -8,6 +8,7 @@ mod instances;
 mod judge;
 mod probes;
 mod procfs;
+mod shell;
 mod walk;
 
 pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};

@@ -1,6 +1,8 @@
 //! What can only be known by trying it, and can be tried without changing anything.
 
-use socket2::{Domain, Type};
+use std::os::fd::AsFd;
+
+use socket2::{Domain, Socket, Type};
 
 use super::findings::{self, Kind};
 use crate::backend::nft::object::Object;
@@ -10,15 +12,35 @@ use crate::backend::nft::transaction::{Change, rehearse};
 use crate::error::Error;
 use crate::model::{Family, Protocol};
 use crate::netlink::Channel;
-use crate::socket;
+use crate::{socket, sys};
 
-/// Whether sockets of a family can be made transparent: one is, and closed again.
-pub(super) fn transparent(family: Family) -> Result<(), Error> {
+/// Whether sockets of a family can be made transparent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Transparency {
+    /// One was made.
+    Yes,
+    /// There are no sockets of this family.
+    NoFamily,
+    /// The kernel refused to make one transparent.
+    Refused(Error),
+    /// There was no socket to try it with.
+    Unknown(sys::Errno),
+}
+
+/// Tries whether sockets of a family can be made transparent: one is, and closed again.
+pub(super) fn transparent(family: Family) -> Transparency {
     let domain = match family {
         Family::V4 => Domain::IPV4,
         Family::V6 => Domain::IPV6,
     };
-    socket::socket(domain, Type::STREAM, None).map(drop)
+    match Socket::new(domain, Type::STREAM.cloexec(), None).map_err(sys::Errno::from) {
+        Ok(socket) => match socket::set_transparent(socket.as_fd()) {
+            Ok(()) => Transparency::Yes,
+            Err(e) => Transparency::Refused(e),
+        },
+        Err(sys::Errno(libc::EAFNOSUPPORT)) => Transparency::NoFamily,
+        Err(e) => Transparency::Unknown(e),
+    }
 }
 
 /// Tables that nobody sees, for the transaction that has them is never committed.

@@ -1,28 +1,9 @@
-//! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out.
+//! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out: it is not known.
+
+use std::collections::HashMap;
 
 use crate::backend::seen::routing::Interface;
-use crate::list::List;
-use crate::text::Owned;
-use crate::{sort, sys, text};
-
-/// What this process may do (capabilities(7)).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Capabilities(u64);
-
-impl Capabilities {
-    pub const NET_BIND_SERVICE: u32 = 10;
-    pub const NET_ADMIN: u32 = 12;
-
-    pub fn has(self, number: u32) -> bool {
-        self.0 & 1 << number != 0
-    }
-
-    /// The line `CapEff:` of /proc/*/status.
-    pub fn parse(status: &str) -> Option<Capabilities> {
-        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-        u64::from_str_radix(line.trim(), 16).ok().map(Capabilities)
-    }
-}
+use crate::{sys, text};
 
 /// The file of the user ids maps more than the initial namespace's: all to themselves.
 pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
@@ -79,19 +60,18 @@ pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str,
     }
 }
 
-/// Sysctls below net, by their path: those of the namespace of this thread.
+/// Sysctls below net, by their path: those of the namespace of this thread, as far as they could be read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Sysctls(Vec<(String, String)>);
+pub(super) struct Sysctls(HashMap<String, String>);
 
 impl Sysctls {
     /// These paths and values.
-    pub fn of(mut found: Vec<(String, String)>) -> Sysctls {
-        sort::unique(&mut found);
-        Sysctls(found)
+    pub fn of(found: impl IntoIterator<Item = (String, String)>) -> Sysctls {
+        Sysctls(found.into_iter().collect())
     }
 
-    /// Those that are asked for and can be read, and what was seen of interfaces.
-    pub fn read(interfaces: &[Interface]) -> Sysctls {
+    /// Those that are asked for and can be read.
+    pub fn read() -> Sysctls {
         const PATHS: [&str; 15] = [
             "ipv4/ip_forward",
             "ipv4/ip_early_demux",
@@ -111,39 +91,37 @@ impl Sysctls {
         ];
         let read = |path: &str| {
             let text = sys::read(&format!("/proc/sys/net/{path}")).ok()?;
-            Some((path.owned(), text.trim().owned()))
+            Some((path.to_owned(), text.trim().to_owned()))
         };
-        let mut found: Vec<(String, String)> = PATHS.into_iter().filter_map(read).list();
-        for Interface { name, switches, .. } in interfaces {
-            for (switch, value) in switches {
-                found.push((format!("ipv4/conf/{name}/{switch}"), value.to_string()));
-            }
-        }
-        Sysctls::of(found)
+        Sysctls::of(PATHS.into_iter().filter_map(read))
     }
 
     pub fn text(&self, path: &str) -> Option<&str> {
-        let at = self.0.binary_search_by(|(known, _)| known.as_str().cmp(path)).ok()?;
-        self.0.get(at).map(|(_, value)| value.as_str())
+        self.0.get(path).map(String::as_str)
     }
 
     pub fn number(&self, path: &str) -> Option<u64> {
         self.text(path)?.parse().ok()
     }
 
-    /// A switch is on.
-    pub fn on(&self, path: &str) -> bool {
-        self.number(path).is_some_and(|value| value != 0)
+    /// Whether a switch is on.
+    pub fn is_on(&self, path: &str) -> Option<bool> {
+        self.number(path).map(|value| value != 0)
     }
 
-    /// An interface's, of IPv4.
-    pub fn of_interface(&self, interface: &str, name: &str) -> Option<u64> {
-        self.number(&format!("ipv4/conf/{interface}/{name}"))
+    /// A switch of IPv4 for all interfaces together.
+    pub fn of_all(&self, name: &str) -> Option<u64> {
+        self.number(&format!("ipv4/conf/all/{name}"))
     }
 
-    /// Of an interface, or of all: one is enough.
-    pub fn on_any(&self, interface: &str, name: &str) -> bool {
-        ["all", interface].iter().any(|interface| self.of_interface(interface, name).is_some_and(|value| value != 0))
+    /// Whether a switch is on for an interface, or for all: one is enough.
+    pub fn is_on_any(&self, interface: &Interface, name: &str) -> Option<bool> {
+        let on = |value: Option<u64>| value.map(|value| value != 0);
+        match (on(self.of_all(name)), on(interface.switch(name))) {
+            (Some(true), _) | (_, Some(true)) => Some(true),
+            (Some(false), Some(false)) => Some(false),
+            _ => None,
+        }
     }
 
     /// The lowest and the highest local port.
@@ -160,9 +138,6 @@ mod tests {
 
     #[test]
     fn files_are_taken_apart() {
-        let capabilities = Capabilities::parse("Name:\tx\nCapEff:\t0000000000003000\n").unwrap();
-        assert!(capabilities.has(Capabilities::NET_ADMIN));
-        assert!(!capabilities.has(Capabilities::NET_BIND_SERVICE));
         assert!(is_initial_user_namespace("         0          0 4294967295\n"));
         assert!(!is_initial_user_namespace("         0       1000          1\n"));
         assert_eq!(state_of("12 (a) b) T 1 2 3"), Some('T'));
@@ -193,7 +168,6 @@ mod tests {
     proptest! {
         #[test]
         fn no_file_panics(text in "(?s).{0,200}", a in "[A-Z]{0,3}", b in "[a-z]{0,3}") {
-            Capabilities::parse(&text);
             is_initial_user_namespace(&text);
             state_of(&text);
             descriptors(&format!("Max open files{text}"));
@@ -202,7 +176,7 @@ mod tests {
             availability(&text, &text, &text, &a, &b);
             let sysctls = Sysctls::of(vec![("ipv4/ip_local_port_range".to_owned(), text)]);
             sysctls.port_range();
-            sysctls.on("ipv4/ip_local_port_range");
+            sysctls.is_on("ipv4/ip_local_port_range");
         }
     }
 }

@@ -1,14 +1,22 @@
 //! A packet's way through other people's rules, as far as it can be told without the packet: what is sure, what may be.
+//!
+//! Other programs may have any number of rules, jumps and ports. Each chain is looked at once for a packet, rules for
+//! other ports are skipped without a look, and packets that differ only in ports between which no rule distinguishes
+//! are one. What that leaves is bounded by a number of steps, for all packets together.
 
-use crate::backend::seen::filter::{Chain, Condition, Part, Rule, Verdict};
-use crate::backend::seen::routing::{self, Action, Route};
-use crate::list::List;
+use std::cell::Cell;
+use std::collections::HashMap;
+
+use super::facts::Routes;
+use crate::backend::seen::filter::{Chain, Condition, Origin, Part, PortSet, Rule, Ruleset, Verdict};
+use crate::backend::seen::routing::{self, Action};
 use crate::model::{Family, Mark};
-use crate::sort;
 
-/// More rules than this are not walked through, for want of time.
-const STEPS_MAX: usize = 20_000;
-const DEPTH_MAX: usize = 16;
+/// So many rules, effects and chains are looked at, for all packets together, to bound the time: it is some hundredths
+/// of a second.
+const STEPS_MAX: usize = 1_000_000;
+/// Chains that lead to each other: nf_tables allows 16 (NFT_JUMP_STACK_SIZE), legacy iptables any number.
+const DEPTH_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Truth {
@@ -70,43 +78,157 @@ pub(super) struct Outcome<'a> {
     pub effects: Vec<Effect<'a>>,
 }
 
-/// Chains, and their places in the order of their names: a host of Kubernetes has thousands, and as many jumps.
+/// Chains, made ready for packets to go through.
 #[derive(Debug)]
 pub(super) struct Chains<'a> {
-    chains: &'a [Chain],
-    named: Vec<(Name<'a>, usize)>,
+    nodes: Vec<Node<'a>>,
+    sets: &'a [PortSet],
+    /// How many steps may still be made.
+    left: Cell<usize>,
 }
 
-/// Table, name and family.
-type Name<'a> = (&'a str, &'a str, Option<Family>);
+/// A chain, and where its rules lead.
+#[derive(Debug)]
+struct Node<'a> {
+    chain: &'a Chain,
+    /// By the number of a rule, in that order: the chain that it jumps to; `None`: it is not known.
+    jumps: Vec<(usize, Option<usize>)>,
+    /// The rules that are for one port only, and all others.
+    for_port: HashMap<u16, Vec<usize>>,
+    others: Vec<usize>,
+}
+
+impl Node<'_> {
+    /// The rules that may apply to a packet to a port (`None`: any), in their order.
+    fn rules_for(&self, port: Option<u16>) -> impl Iterator<Item = usize> {
+        let mut every = 0..if port.is_none() { self.chain.rules.len() } else { 0 };
+        let of_port = port.and_then(|port| self.for_port.get(&port));
+        let mut for_port = of_port.map(Vec::as_slice).unwrap_or_default();
+        let mut others = if port.is_some() { self.others.as_slice() } else { &[] };
+        std::iter::from_fn(move || {
+            let from = match (for_port.first(), others.first()) {
+                (Some(first), Some(other)) if first > other => &mut others,
+                (None, _) => &mut others,
+                _ => &mut for_port,
+            };
+            match from.split_first() {
+                Some((first, rest)) => {
+                    *from = rest;
+                    Some(*first)
+                }
+                None => every.next(),
+            }
+        })
+    }
+}
+
+/// A chain's name: whether it is of legacy iptables, its family and table, and its own.
+type Key<'a> = (bool, Option<Family>, &'a [u8], &'a [u8]);
+
+fn key<'a>(of: &'a Chain, name: &'a [u8]) -> Key<'a> {
+    (of.origin == Origin::IptablesLegacy, of.family, of.table.as_bytes(), name)
+}
 
 impl<'a> Chains<'a> {
-    pub fn new(chains: &'a [Chain]) -> Chains<'a> {
-        let name = |chain: &'a Chain| -> Name<'a> { (&chain.table, &chain.name, chain.family) };
-        let mut named = chains.iter().map(name).zip(0..).list();
-        sort::unique(&mut named);
-        Chains { chains, named }
+    pub fn new(ruleset: &'a Ruleset) -> Chains<'a> {
+        let chains = &ruleset.chains;
+        let numbers: HashMap<Key<'a>, usize> =
+            chains.iter().map(|chain| key(chain, chain.name.as_bytes())).zip(0..).collect();
+        let node = |chain: &'a Chain| {
+            let mut node = Node { chain, jumps: Vec::new(), for_port: HashMap::new(), others: Vec::new() };
+            for (number, rule) in chain.rules.iter().enumerate() {
+                for part in &rule.parts {
+                    if let Part::Verdict(Verdict::Jump(name) | Verdict::Goto(name)) = part {
+                        node.jumps.push((number, numbers.get(&key(chain, name.as_bytes())).copied()));
+                    }
+                }
+                let one = rule.parts.iter().find_map(|part| match part {
+                    Part::OnlyIf(Condition::Ports(first, last)) if first == last => Some(*first),
+                    _ => None,
+                });
+                match one {
+                    Some(port) => node.for_port.entry(port).or_default().push(number),
+                    None => node.others.push(number),
+                }
+            }
+            node
+        };
+        Chains { nodes: chains.iter().map(node).collect(), sets: &ruleset.port_sets, left: Cell::new(STEPS_MAX) }
     }
 
-    /// Where a jump leads. Tables of one name may be of both variants of iptables.
-    fn called(&self, name: &str, from: &Chain) -> Option<&'a Chain> {
-        let wanted: Name<'_> = (&from.table, name, from.family);
-        let first = self.named.partition_point(|(name, _)| *name < wanted);
-        let places = self.named.get(first..)?.iter().take_while(|(name, _)| *name == wanted);
-        let mut called = places.filter_map(|(_, place)| self.chains.get(*place));
-        called.find(|other| other.origin == from.origin || from.hook.is_none() || other.hook.is_none())
+    /// The base chains, and their numbers.
+    pub fn bases(&self) -> impl Iterator<Item = (usize, &'a Chain)> {
+        let bases = self.nodes.iter().enumerate().filter(|(_, node)| node.chain.hook.is_some());
+        bases.map(|(number, node)| (number, node.chain))
     }
-}
 
-/// Sends a packet through a base chain.
-pub(super) fn through<'a>(chains: &Chains<'a>, base: &'a Chain, packet: Packet) -> Outcome<'a> {
-    let mut walk = Walk { chains, packet, may_be_accepted: false, effects: Vec::new(), steps: 0 };
-    let dropped = match walk.chain(base, true, 0) {
-        End::Dropped(chain, rule) => Some((chain, Some(rule), !walk.may_be_accepted)),
-        End::Fallen if base.drops => Some((base, None, !walk.may_be_accepted)),
-        _ => None,
-    };
-    Outcome { dropped, effects: walk.effects }
+    /// Takes so many steps; false: there are no more.
+    pub fn step(&self, steps: usize) -> bool {
+        match self.left.get().checked_sub(steps) {
+            Some(left) => self.left.set(left),
+            None => self.left.set(0),
+        }
+        self.left.get() > 0
+    }
+
+    /// Steps ran out: what was found is not all.
+    pub fn is_exhausted(&self) -> bool {
+        self.left.get() == 0
+    }
+
+    /// How many steps were made.
+    #[cfg(test)]
+    pub fn steps(&self) -> usize {
+        STEPS_MAX - self.left.get()
+    }
+
+    /// The ports at which rules begin or end to apply, on the way from a base chain, in order: what happens to one port
+    /// happens to all up to the next of these.
+    pub fn ports_that_matter(&self, base: usize) -> Vec<u16> {
+        let (mut next, mut known) = (vec![base], vec![false; self.nodes.len()]);
+        let mut ports = Vec::new();
+        let mut range = |first: u16, last: u16| {
+            ports.push(first);
+            ports.extend(last.checked_add(1));
+        };
+        while let Some(number) = next.pop() {
+            let Some((node, known)) = self.nodes.get(number).zip(known.get_mut(number)) else { continue };
+            if std::mem::replace(known, true) || !self.step(1 + node.chain.rules.len()) {
+                continue;
+            }
+            next.extend(node.jumps.iter().filter_map(|(_, to)| *to));
+            for part in node.chain.rules.iter().flat_map(|rule| &rule.parts) {
+                match part {
+                    Part::OnlyIf(Condition::Ports(first, last)) | Part::OnlyIfNot(Condition::Ports(first, last)) => {
+                        range(*first, *last);
+                    }
+                    Part::OnlyIf(Condition::PortSet(set)) | Part::OnlyIfNot(Condition::PortSet(set)) => {
+                        let Some(set) = self.sets.get(*set) else { continue };
+                        self.step(set.ranges.len() + set.asked.len());
+                        set.ranges.iter().for_each(|(first, last)| range(*first, *last));
+                        set.asked.keys().for_each(|port| range(*port, *port));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
+    /// Sends a packet through a base chain; `None`: there are no steps left for it.
+    pub fn through(&self, base: usize, packet: Packet) -> Option<Outcome<'a>> {
+        let chain = self.nodes.get(base)?.chain;
+        let mut walk =
+            Walk { chains: self, packet, may_be_accepted: false, effects: Vec::new(), known: HashMap::new() };
+        let dropped = match walk.chain(base, true, 0) {
+            End::Dropped(chain, rule) => Some((chain, Some(rule), !walk.may_be_accepted)),
+            End::Fallen if chain.drops => Some((chain, None, !walk.may_be_accepted)),
+            _ => None,
+        };
+        (!self.is_exhausted()).then_some(Outcome { dropped, effects: walk.effects })
+    }
 }
 
 struct Walk<'a, 'c> {
@@ -115,9 +237,11 @@ struct Walk<'a, 'c> {
     /// A rule that may apply accepts.
     may_be_accepted: bool,
     effects: Vec<Effect<'a>>,
-    steps: usize,
+    /// How the chains end that were looked at, if it is sure that the packet comes there, and if not.
+    known: HashMap<(usize, bool), End<'a>>,
 }
 
+#[derive(Debug, Clone, Copy)]
 enum End<'a> {
     Accepted,
     Dropped(&'a Chain, &'a Rule),
@@ -125,17 +249,33 @@ enum End<'a> {
 }
 
 impl<'a> Walk<'a, '_> {
-    fn chain(&mut self, chain: &'a Chain, sure: bool, depth: usize) -> End<'a> {
+    /// What becomes of the packet in a chain. The second time it has the same effects, and ends in the same way.
+    fn chain(&mut self, number: usize, sure: bool, depth: usize) -> End<'a> {
+        if let Some(end) = self.known.get(&(number, sure)) {
+            return *end;
+        }
+        // Chains that lead in a circle, which the kernel refuses, end where they meet.
+        self.known.insert((number, sure), End::Fallen);
+        let end = self.rules(number, sure, depth);
+        self.known.insert((number, sure), end);
+        end
+    }
+
+    fn rules(&mut self, number: usize, sure: bool, depth: usize) -> End<'a> {
+        let chains = self.chains;
+        let Some(node) = chains.nodes.get(number) else { return End::Fallen };
         if depth > DEPTH_MAX {
+            self.may_be_accepted = true;
             return End::Fallen;
         }
-        for rule in &chain.rules {
-            self.steps += 1;
-            if self.steps > STEPS_MAX {
+        let chain = node.chain;
+        for at in node.rules_for(self.packet.port) {
+            let Some(rule) = chain.rules.get(at) else { continue };
+            if !chains.step(1) {
                 self.may_be_accepted = true;
                 return End::Accepted;
             }
-            let applies = self.applies(rule);
+            let applies = applies(chains, &self.packet, rule);
             if applies == Truth::No {
                 continue;
             }
@@ -144,6 +284,7 @@ impl<'a> Walk<'a, '_> {
             for part in &rule.parts {
                 let Part::Verdict(verdict) = part else {
                     if !matches!(part, Part::OnlyIf(_) | Part::OnlyIfNot(_)) {
+                        chains.step(1);
                         self.effects.push(Effect { part, chain, rule, sure, with_tproxy });
                     }
                     continue;
@@ -155,10 +296,14 @@ impl<'a> Walk<'a, '_> {
                     Verdict::Drop => {}
                     Verdict::Return if sure => return End::Fallen,
                     Verdict::Return => {}
-                    Verdict::Jump(name) | Verdict::Goto(name) => {
-                        let target = self.chains.called(name, chain);
-                        let end = target.map_or(End::Fallen, |target| self.chain(target, sure, depth + 1));
-                        match (end, verdict) {
+                    Verdict::Jump(_) | Verdict::Goto(_) => {
+                        let jump = node.jumps.partition_point(|(rule, _)| *rule < at);
+                        let Some((_, Some(target))) = node.jumps.get(jump).filter(|(rule, _)| *rule == at) else {
+                            // Nobody knows what is there.
+                            self.may_be_accepted = true;
+                            continue;
+                        };
+                        match (self.chain(*target, sure, depth + 1), verdict) {
                             (End::Fallen, Verdict::Goto(_)) if sure => return End::Fallen,
                             (End::Fallen, _) => {}
                             (end, _) => return end,
@@ -167,35 +312,40 @@ impl<'a> Walk<'a, '_> {
                 }
             }
         }
+        // What was not read may accept.
+        self.may_be_accepted |= chain.cut;
         End::Fallen
     }
+}
 
-    fn applies(&self, rule: &Rule) -> Truth {
-        rule.parts.iter().fold(Truth::Yes, |so_far, part| match part {
-            Part::OnlyIf(condition) => so_far.and(self.holds(condition)),
-            Part::OnlyIfNot(condition) => so_far.and(self.holds(condition).not()),
-            _ => so_far,
-        })
-    }
+fn applies(chains: &Chains<'_>, packet: &Packet, rule: &Rule) -> Truth {
+    rule.parts.iter().fold(Truth::Yes, |so_far, part| match part {
+        Part::OnlyIf(condition) => so_far.and(holds(chains, packet, condition)),
+        Part::OnlyIfNot(condition) => so_far.and(holds(chains, packet, condition).not()),
+        _ => so_far,
+    })
+}
 
-    fn holds(&self, condition: &Condition) -> Truth {
-        /// NF_CT_STATE_BIT(IP_CT_NEW).
-        const NEW: u32 = 8;
-        let packet = &self.packet;
-        match condition {
-            Condition::Family(family) => Truth::of(*family == packet.family),
-            Condition::Protocol(protocol) => Truth::of(*protocol == packet.protocol),
-            Condition::Ports(ports) => match packet.port {
-                Some(port) => Truth::of(ports.iter().any(|(first, last)| (*first..=*last).contains(&port))),
-                None => Truth::Maybe,
-            },
-            Condition::Mark { mask, value } => Truth::of(packet.mark & mask == *value),
-            // What loops by `lo`, what goes to this host, and what has no way back are another's concern.
-            Condition::Loopback | Condition::DestinationIsLocal | Condition::NoWayBack { .. } => Truth::No,
-            Condition::TransparentSocket => Truth::of(packet.transparent),
-            Condition::Connection { states: Some(states) } if states & NEW == 0 => Truth::No,
-            Condition::Connection { .. } | Condition::Other => Truth::Maybe,
-        }
+fn holds(chains: &Chains<'_>, packet: &Packet, condition: &Condition) -> Truth {
+    /// NF_CT_STATE_BIT(IP_CT_NEW).
+    const NEW: u32 = 8;
+    match condition {
+        Condition::Family(family) => Truth::of(*family == packet.family),
+        Condition::Protocol(protocol) => Truth::of(*protocol == packet.protocol),
+        Condition::Ports(first, last) => match packet.port {
+            Some(port) => Truth::of((*first..=*last).contains(&port)),
+            None => Truth::Maybe,
+        },
+        Condition::PortSet(set) => match packet.port.and_then(|port| chains.sets.get(*set)?.contains(port)) {
+            Some(contains) => Truth::of(contains),
+            None => Truth::Maybe,
+        },
+        Condition::Mark { mask, value } => Truth::of(packet.mark & mask == *value),
+        // What loops by `lo`, what goes to this host, and what has no way back are another's concern.
+        Condition::Loopback | Condition::DestinationIsLocal | Condition::NoWayBack { .. } => Truth::No,
+        Condition::TransparentSocket => Truth::of(packet.transparent),
+        Condition::Connection { states: Some(states) } if states & NEW == 0 => Truth::No,
+        Condition::Connection { .. } | Condition::Other => Truth::Maybe,
     }
 }
 
@@ -208,13 +358,18 @@ pub(super) enum Way<'a> {
     Elsewhere(&'a routing::Rule, bool),
     /// Nowhere.
     Nowhere,
+    /// Into a table that was not read.
+    Unknown,
 }
+
+/// The tables, and what is in each.
+pub(super) type Tables = HashMap<(Family, u32), Routes>;
 
 /// Asks the rules of a family, in their order, as the kernel would for a packet with a mark that came in by an
 /// interface (`None`: one that the host sends, or the look-up of the way back).
 pub(super) fn routed<'a>(
     rules: &'a [routing::Rule],
-    routes: &[Route],
+    tables: &Tables,
     family: Family,
     mark: Mark,
     incoming: Option<&str>,
@@ -234,9 +389,10 @@ pub(super) fn routed<'a>(
             // Backwards there is no way (`fib_nl2rule`).
             Action::Goto(target) if sure && target > rule.priority => resume_at = target,
             Action::Goto(_) => {}
-            Action::Refuse => return Way::Elsewhere(rule, sure),
-            Action::Lookup(table) => match what_is_in(routes, family, table) {
+            Action::Blackhole | Action::Unreachable | Action::Prohibit => return Way::Elsewhere(rule, sure),
+            Action::Lookup(table) => match what_is_in(tables, family, table) {
                 Contents::Nothing => {}
+                Contents::Unknown => return Way::Unknown,
                 Contents::Local if sure => return Way::Local(rule),
                 Contents::Local => {}
                 Contents::Something => return Way::Elsewhere(rule, false),
@@ -253,10 +409,11 @@ enum Contents {
     Local,
     Something,
     Default,
+    Unknown,
 }
 
 /// What a table has for an address that is not this host's.
-fn what_is_in(routes: &[Route], family: Family, table: u32) -> Contents {
+fn what_is_in(tables: &Tables, family: Family, table: u32) -> Contents {
     if table == u32::from(libc::RT_TABLE_LOCAL) || table == u32::from(libc::RT_TABLE_DEFAULT) {
         return Contents::Nothing;
     }
@@ -264,13 +421,14 @@ fn what_is_in(routes: &[Route], family: Family, table: u32) -> Contents {
     if table == u32::from(libc::RT_TABLE_MAIN) {
         return Contents::Default;
     }
-    let mut in_table = routes.iter().filter(|route| route.family == family && route.table == table).peekable();
-    if in_table.peek().is_none() {
-        return Contents::Nothing;
-    }
-    match in_table.find(|route| route.destination.is_none()) {
-        Some(route) if route.local => Contents::Local,
+    let Some(routes) = tables.get(&(family, table)) else { return Contents::Unknown };
+    // A `throw` sends the packet on to the next rule.
+    let mut routing = routes.first.iter().filter(|route| route.kind != libc::RTN_THROW);
+    match routing.clone().find(|route| route.destination.is_none()) {
+        Some(route) if route.is_local() => Contents::Local,
         Some(_) => Contents::Default,
+        None if routes.local_default == Some(true) => Contents::Local,
+        None if routing.next().is_none() && routes.all => Contents::Nothing,
         None => Contents::Something,
     }
 }
@@ -293,15 +451,15 @@ fn selects(rule: &routing::Rule, mark: Mark, incoming: Option<&str>) -> Truth {
     };
     let by_interface = match (&rule.incoming, incoming) {
         (None, _) => Truth::Yes,
-        (Some(wanted), None) => Truth::of(wanted == "lo"),
+        (Some(wanted), None) => Truth::of(*wanted == "lo"),
         (Some(wanted), Some("")) => {
-            if wanted == "lo" {
+            if *wanted == "lo" {
                 Truth::No
             } else {
                 Truth::Maybe
             }
         }
-        (Some(wanted), Some(incoming)) => Truth::of(wanted == incoming),
+        (Some(wanted), Some(incoming)) => Truth::of(*wanted == incoming),
     };
     let other = if rule.conditional { Truth::Maybe } else { Truth::Yes };
     let all = by_mark.and(by_interface).and(other);

@@ -1,11 +1,13 @@
 //! What is wrong, and what cures it.
 
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::fmt::Write;
 
 use super::arg;
 use super::config::*;
 use super::guard::guard;
 use crate::check::{self, Finding, Severity};
+use crate::name::Escaping;
 use crate::self_test;
 
 /// As it should be.
@@ -128,7 +130,12 @@ unsafe fn tell_all(
 /// `report` may be called with a finding and this context.
 unsafe fn tell(report: unsafe extern "C" fn(*const tp_finding, *mut c_void), context: *mut c_void, finding: &Finding) {
     // Names that other programs gave may have anything in them, for a terminal too.
-    let text = |text: &str| CString::new(text.replace(char::is_control, "?")).unwrap_or_default();
+    let text = |text: &str| {
+        let mut escaped = String::new();
+        // Writing to a String does not fail; no NUL is left.
+        let _ = Escaping(&mut escaped).write_str(text);
+        CString::new(escaped).unwrap_or_default()
+    };
     let [id, found, effect, cure] = [finding.kind.id, &finding.found, finding.kind.effect, &finding.cure].map(text);
     let finding = tp_finding {
         severity: match finding.severity {

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::name::Escaping;
 use crate::sys;
 
 /// Long enough for a step, its command, the kernel's words and the cure.
@@ -32,9 +33,8 @@ impl Write for Text {
         let room = CAPACITY - 1 - self.len;
         let end = (0..=room.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         let text = text.get(..end).unwrap_or_default();
-        // A NUL would end the sentence early.
         for (place, byte) in self.bytes[self.len..].iter_mut().zip(text.bytes()) {
-            *place = if byte == 0 { b'?' } else { byte };
+            *place = byte;
         }
         self.len += text.len();
         Ok(())
@@ -47,11 +47,12 @@ pub(super) fn last_error() -> *const c_char {
     LAST_ERROR.with(RefCell::as_ptr).cast()
 }
 
+/// No NUL ends the sentence early, and nothing in it misleads a terminal.
 fn remember(error: &dyn fmt::Display) {
     LAST_ERROR.with(|text| {
         if let Ok(mut text) = text.try_borrow_mut() {
             text.len = 0;
-            let _ = write!(text, "{error}");
+            let _ = write!(Escaping(&mut *text), "{error}");
             let end = text.len;
             text.bytes[end] = 0;
         }
@@ -237,7 +238,7 @@ mod tests {
         guard(|| Err(Error::invalid_with(format_args!("{}", "é\0".repeat(CAPACITY)))));
         let sentence = sentence();
         assert!(sentence.len() < CAPACITY && sentence.len() > CAPACITY - 5);
-        assert!(sentence.starts_with("é?é?"));
+        assert!(sentence.starts_with("é\\u{0}é\\u{0}"));
     }
 
     #[test]

@@ -30,6 +30,9 @@ const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
 /// The kernel fills no more with one part of a dump than the buffer that it was given before, and the first with at most
 /// 8 KiB (`netlink_dump`, NLMSG_GOODSIZE).
 pub(crate) const RECEIVE_BUFFER: usize = 8 << 10;
+/// The most that the kernel fills with one part of a dump (`netlink_recvmsg`). Each part makes it look for where the last
+/// ended, from the beginning of the list: large parts make long lists short.
+const WIDE_BUFFER: usize = 32 << 10;
 /// A dump that is interrupted this often is given up.
 const DUMP_TRIES: usize = 16;
 /// `struct nlmsghdr`, before each payload.
@@ -126,6 +129,16 @@ impl fmt::Display for Failure {
 /// Of each object in a dump its payload behind the message header.
 pub(crate) type Dumped = Vec<Vec<u8>>;
 
+/// The beginning of a list that may be very long.
+#[derive(Debug)]
+pub(crate) struct FirstRead<T> {
+    pub found: Vec<T>,
+    /// How many objects the kernel sent.
+    pub objects: usize,
+    /// These are all.
+    pub all: bool,
+}
+
 /// What the kernel answered to an exchange.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
@@ -158,6 +171,11 @@ impl Channel {
 
     pub fn port(&self) -> u32 {
         self.port
+    }
+
+    /// A channel on which long lists are to be read.
+    pub fn open_wide(family: i32) -> sys::Result<Channel> {
+        Ok(Channel { received: Vec::with_capacity(WIDE_BUFFER), ..Channel::open(family)? })
     }
 
     /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
@@ -203,9 +221,19 @@ impl Channel {
 
     /// Asks for one object; gives its payload behind the message header.
     pub fn get(&mut self, kind: u16, header: &[u8]) -> sys::Result<Option<Vec<u8>>> {
+        self.get_with(kind, header, &|_| {})
+    }
+
+    /// Asks for one object, which attributes name; gives its payload behind the message header.
+    pub fn get_with(
+        &mut self,
+        kind: u16,
+        header: &[u8],
+        attrs: &dyn Fn(&mut Attrs<'_>),
+    ) -> sys::Result<Option<Vec<u8>>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
-        request.message(kind, REQUEST, seq, header, |_| {});
+        request.message(kind, REQUEST, seq, header, attrs);
         self.send(&request)?;
         let mut found = Ok(None);
         self.drain(&mut |message| {
@@ -224,16 +252,17 @@ impl Channel {
             let mut request = Buffer::default();
             request.message(one, REQUEST, first, header, |_| {});
             request.message(all, DUMP, second, header, |_| {});
-            let mut found = Ok(None);
-            let listed = self.listed(&request, second, usize::MAX, &mut |message| {
-                if message.seq == first {
-                    found = object(message);
-                }
-            });
+            let (mut found, mut dumped) = (Ok(None), Dumped::new());
+            let listed =
+                self.listed(&request, second, usize::MAX, &mut |payload| keep(&mut dumped, payload), &mut |message| {
+                    if message.seq == first {
+                        found = object(message);
+                    }
+                });
             // Who may not ask gets one answer to both.
             let found = found?;
-            if let Some(listed) = listed? {
-                return Ok((found, listed));
+            if listed?.is_some() {
+                return Ok((found, dumped));
             }
         }
         Err(sys::Errno(libc::EAGAIN))
@@ -242,55 +271,65 @@ impl Channel {
     /// Asks for all objects of a kind that match some attributes; gives each one's payload behind the message header.
     pub fn dump(&mut self, kind: u16, header: &[u8], filter: &dyn Fn(&mut Attrs<'_>)) -> sys::Result<Dumped> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header, filter, usize::MAX)? {
+            let mut found = Dumped::new();
+            let each = &mut |payload: &[u8]| keep(&mut found, payload);
+            if self.dump_once(kind, header, filter, usize::MAX, each)?.is_some() {
                 return Ok(found);
             }
         }
         Err(sys::Errno(libc::EAGAIN))
     }
 
-    /// The first so many objects of a kind, or a few more, and whether these are all: of a list that may be very long. It
-    /// takes the channel, on which the kernel would go on.
-    pub fn dump_first(
-        mut self,
+    /// Reads the first `most` objects of a kind, or a few more, as far as `parse` makes something of each. If these are not
+    /// all, the kernel goes on with the others on this channel, which is of no use any more.
+    pub fn read_first<T>(
+        &mut self,
         kind: u16,
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> sys::Result<(Dumped, bool)> {
+        parse: &dyn Fn(&[u8]) -> Option<T>,
+    ) -> sys::Result<FirstRead<T>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, header, filter, most)? {
-                let all = found.len() < most;
-                return Ok((found, all));
+            let mut found = Vec::new();
+            let each = &mut |payload: &[u8]| {
+                found.try_reserve(1).map_err(|_| sys::Errno(libc::ENOMEM))?;
+                found.extend(parse(payload));
+                Ok(())
+            };
+            if let Some((objects, all)) = self.dump_once(kind, header, filter, most, each)? {
+                return Ok(FirstRead { found, objects, all });
             }
         }
         Err(sys::Errno(libc::EAGAIN))
     }
 
-    /// `None`: the list changed while it was read.
+    /// The number of objects, and whether they are all; `None`: the list changed while it was read.
     fn dump_once(
         &mut self,
         kind: u16,
         header: &[u8],
         filter: &dyn Fn(&mut Attrs<'_>),
         most: usize,
-    ) -> sys::Result<Option<Dumped>> {
+        each: &mut dyn FnMut(&[u8]) -> sys::Result<()>,
+    ) -> sys::Result<Option<(usize, bool)>> {
         let seq = self.next_seq();
         let mut request = Buffer::default();
         request.message(kind, DUMP, seq, header, filter);
-        self.listed(&request, seq, most, &mut |_| {})
+        self.listed(&request, seq, most, each, &mut |_| {})
     }
 
-    /// Sends a request, and collects the answers to the dump in it; the others are given away.
+    /// Sends a request, and gives away the answers to the dump in it, and the others. Gives what [`Self::dump_once`] does.
     fn listed(
         &mut self,
         request: &Buffer,
         seq: u32,
         most: usize,
+        each: &mut dyn FnMut(&[u8]) -> sys::Result<()>,
         others: &mut dyn FnMut(&wire::Message<'_>),
-    ) -> sys::Result<Option<Dumped>> {
+    ) -> sys::Result<Option<(usize, bool)>> {
         self.send(request)?;
-        let (mut found, mut interrupted, mut done, mut bytes) = (Vec::new(), false, None, 0);
+        let (mut objects, mut interrupted, mut done, mut bytes) = (0, false, None, 0);
         self.drain(&mut |message| {
             if message.seq != seq {
                 others(message);
@@ -301,21 +340,21 @@ impl Channel {
                 DONE => done = Some(wire::u32_at(message.payload, 0).map_or(0, |e| (e as i32).wrapping_neg())),
                 ERROR => done = Some(parse_error(message).map_or(libc::EPROTO, |failure| failure.errno)),
                 kind if kind >= FIRST_OF_FAMILY => {
+                    objects += 1;
                     bytes += MESSAGE_HEADER + message.payload.len();
-                    match memory::copy(message.payload) {
-                        Some(payload) if found.try_reserve(1).is_ok() => found.push(payload),
-                        _ => done = Some(libc::ENOMEM),
+                    if let Err(sys::Errno(errno)) = each(message.payload) {
+                        done = Some(errno);
                     }
                 }
                 _ => {}
             }
-            done.is_some() || found.len() >= most || bytes > DUMP_MAX
+            done.is_some() || objects >= most || bytes > DUMP_MAX
         })?;
         match done {
             _ if bytes > DUMP_MAX => Err(sys::Errno(libc::EFBIG)),
             _ if interrupted => Ok(None),
-            None if found.len() >= most => Ok(Some(found)),
-            Some(0) => Ok(Some(found)),
+            None if objects >= most => Ok(Some((objects, false))),
+            Some(0) => Ok(Some((objects, true))),
             Some(errno) => Err(sys::Errno(errno)),
             None => Err(sys::Errno(libc::EPROTO)),
         }
@@ -344,6 +383,13 @@ impl Channel {
             }
         }
     }
+}
+
+/// Adds a copy to a list, if there is memory.
+fn keep(list: &mut Dumped, payload: &[u8]) -> sys::Result<()> {
+    let copy = memory::copy(payload).filter(|_| list.try_reserve(1).is_ok()).ok_or(sys::Errno(libc::ENOMEM))?;
+    list.push(copy);
+    Ok(())
 }
 
 /// The payload of the answer to a question for one object.

@@ -4,4 +4,4 @@
 pub(crate) mod channel;
 pub(crate) mod wire;
 
-pub(crate) use channel::{Channel, Failure, Transport};
+pub(crate) use channel::{Channel, Failure, FirstRead, Transport};

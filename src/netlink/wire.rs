@@ -4,6 +4,7 @@
 //! Messages are native-endian. Attribute values are bytes here; which order
 //! they are in is the business of whoever puts them.
 
+use crate::name::Name;
 use crate::sys;
 
 /// A kernel header is aligned to this many bytes, and so is every attribute.
@@ -158,6 +159,11 @@ impl Attrs<'_> {
         self.buffer.pad();
     }
 
+    /// A name with its terminating NUL.
+    pub fn name(&mut self, kind: u16, name: &Name) {
+        self.pieces(kind, [name.as_bytes(), &[0]]);
+    }
+
     /// Bytes, one piece behind the other.
     #[inline(always)]
     pub fn pieces<const N: usize>(&mut self, kind: u16, pieces: [&[u8]; N]) {
@@ -286,6 +292,12 @@ pub(crate) fn be32_of(bytes: &[u8], kind: u16) -> Option<u32> {
 #[inline(never)]
 pub(crate) fn string_of(bytes: &[u8], kind: u16) -> Option<&str> {
     string(attribute(bytes, kind)?)
+}
+
+/// The first of a kind as a name that another program gave.
+#[inline(never)]
+pub(crate) fn name_of(bytes: &[u8], kind: u16) -> Option<Name> {
+    attribute(bytes, kind).map(Name::new)
 }
 
 /// The attributes of a whole message whose family's own header has this length.

@@ -120,7 +120,8 @@ fn channel() -> Result<Channel> {
 }
 
 fn interfaces(channel: &mut Channel) -> Result<Vec<Interface>> {
-    routing::interfaces(channel).map_err(|e| Error::io(format_args!("ip link show"), e))
+    let read = routing::interfaces(channel);
+    read.map(|read| read.found).map_err(|e| Error::io(format_args!("ip link show"), e))
 }
 
 fn index(channel: &mut Channel, name: &str) -> Result<u32> {

@@ -55,7 +55,7 @@ pub(super) fn variant_in_use(family: Family) -> Result<Option<Variant>> {
 fn legacy<T>(family: Family, ask: impl Fn(&str) -> sys::Result<Vec<T>>) -> Result<Vec<T>> {
     // Without /proc, or without the right to read there, the kernel is asked for the tables that matter. That makes
     // them where the kernel can: they are empty then.
-    let tables = xtables::legacy_tables(family).unwrap_or_else(|| TABLES.map(str::to_owned).into());
+    let tables = xtables::legacy_tables(family).unwrap_or_else(|_| TABLES.map(str::to_owned).into());
     let mut found = Vec::new();
     for table in tables {
         match ask(&table) {

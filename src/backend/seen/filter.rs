@@ -1,8 +1,10 @@
 //! Packet filter rules of any origin, in as many words as it takes to say what they do to an intercepted packet.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::model::Family;
+use crate::name::Name;
 
 /// Who made a chain, and so by which program it can be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,20 +45,54 @@ pub(crate) struct Chain {
     pub origin: Origin,
     /// `None`: both (`inet`).
     pub family: Option<Family>,
-    pub table: String,
-    pub name: String,
+    pub table: Name,
+    pub name: Name,
     /// `None`: others jump to it.
     pub hook: Option<Hook>,
     /// What no rule decides is dropped.
     pub drops: bool,
     pub rules: Vec<Rule>,
+    /// There may be more rules, which were not read.
+    pub cut: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Rule {
-    /// nf_tables' handle; of iptables, the rule's number in its chain.
+    /// nf_tables' handle; legacy iptables has none.
     pub handle: u64,
+    /// The rule's number in its chain, as iptables counts.
+    pub number: usize,
     pub parts: Vec<Part>,
+}
+
+/// What is known of the ports in a set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct PortSet {
+    /// These ranges are in it, in order, both ends included.
+    pub ranges: Vec<(u16, u16)>,
+    /// No others are.
+    pub complete: bool,
+    /// For further ports, whether they are in it.
+    pub asked: BTreeMap<u16, bool>,
+}
+
+impl PortSet {
+    /// Whether a port is in it; `None`: it is not known.
+    pub fn contains(&self, port: u16) -> Option<bool> {
+        let before = self.ranges.partition_point(|(first, _)| *first <= port).checked_sub(1);
+        match before.and_then(|at| self.ranges.get(at)) {
+            Some((_, last)) if port <= *last => Some(true),
+            _ if self.complete => Some(false),
+            _ => self.asked.get(&port).copied(),
+        }
+    }
+}
+
+/// Chains, and the sets of ports that their rules name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Ruleset {
+    pub chains: Vec<Chain>,
+    pub port_sets: Vec<PortSet>,
 }
 
 /// One part of a rule: all conditions have to hold, then the rest happens.
@@ -88,7 +124,9 @@ pub(crate) enum Condition {
     Family(Family),
     Protocol(u8),
     /// The destination port is one of these, both ends included.
-    Ports(Vec<(u16, u16)>),
+    Ports(u16, u16),
+    /// The destination port is in the port set of this number.
+    PortSet(usize),
     Mark {
         mask: u32,
         value: u32,
@@ -114,8 +152,8 @@ pub(crate) enum Verdict {
     Accept,
     Drop,
     Return,
-    Jump(String),
-    Goto(String),
+    Jump(Name),
+    Goto(Name),
     /// Someone in user space decides, or nobody knows.
     Other,
 }

@@ -1,15 +1,16 @@
-//! The rules of nf_tables, everybody's, dumped; `reader` understands each.
+//! The rules of nf_tables, everybody's; `reader` understands each. Other programs may have any number of rules and
+//! elements: what is read of them is bounded, and what was not read is not taken for known.
 
 mod reader;
 
-use super::filter::{Chain, Condition, Hook, Origin, Part, Place};
-use crate::backend::nft::{SUBSYSTEM, header};
-use crate::list::List;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::filter::{Chain, Condition, Hook, Origin, Part, Place, PortSet, Ruleset};
+use crate::backend::nft::{SUBSYSTEM, header, table};
 use crate::model::Family;
-use crate::netlink::{Channel, wire};
-use crate::sort;
+use crate::name::Name;
+use crate::netlink::{Channel, FirstRead, wire};
 use crate::sys;
-use crate::text::Owned;
 use reader::{Read, Reader};
 
 /// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
@@ -17,71 +18,196 @@ const INET: u8 = 1;
 const EVERY: u8 = 0;
 const GET_CHAIN: u16 = 4;
 const GET_RULE: u16 = 7;
+const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
-/// The elements of more sets than this are not asked for, for want of time: what they choose is not known.
-const SETS_MAX: usize = 200;
+/// A host of Kubernetes has some ten thousand chains and rules. Each takes some microseconds, and some hundred bytes.
+const CHAINS_MAX: usize = 20_000;
+const RULES_MAX: usize = 20_000;
+const SETS_MAX: usize = 20_000;
+/// So many elements of sets of ports are read, in all: whether a port is in a further or in a large set is asked port by
+/// port.
+const ELEMENTS_MAX: usize = 8_000;
+/// So often the kernel is made to look for a set, by its name, in the list of all: each time takes longer, the more there
+/// are.
+const LOOKUPS_MAX: usize = 1_000;
+const COMPARED_MAX: usize = 500_000;
+
+/// What was read of nf_tables.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub ruleset: Ruleset,
+    /// How many objects the kernel sent.
+    pub objects: usize,
+    /// What was not read, in words.
+    pub cut: Vec<String>,
+    /// Where the sets of ports are, in the order of `ruleset.port_sets`; `None`: it turned out to be none of ports.
+    places: Vec<Option<SetPlace>>,
+    /// So often the kernel may still be made to look for a set.
+    lookups: usize,
+}
+
+/// A set: the family and the name of its table, and its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct SetPlace {
+    family: u8,
+    table: Name,
+    set: Name,
+}
 
 /// Every chain of the families IPv4, IPv6 and inet, with its rules.
 ///
 /// EPERM without CAP_NET_ADMIN.
-pub(crate) fn chains(channel: &mut Channel) -> sys::Result<Vec<Chain>> {
-    let mut chains: Vec<(u8, Chain)> =
-        channel.dump(SUBSYSTEM | GET_CHAIN, &header(EVERY, 0), &|_| {})?.iter().filter_map(|p| parse_chain(p)).list();
-    // A host of Kubernetes has thousands of chains.
-    let names = |(family, chain): &(u8, Chain)| (*family, chain.table.clone(), chain.name.clone());
-    let mut numbers: Vec<_> = chains.iter().map(names).zip(0..).list();
-    sort::unique(&mut numbers);
-    let mut found = Vec::new();
-    for payload in channel.dump(SUBSYSTEM | GET_RULE, &header(EVERY, 0), &|_| {})? {
-        if let Some((place, rule)) = parse_rule(&payload) {
-            found.push((place, rule));
-        }
+pub(crate) fn read() -> sys::Result<Found> {
+    let mut found = Found::default();
+    let (chains, _) = found.first(GET_CHAIN, CHAINS_MAX, "chains", &parse_chain)?;
+    let mut numbers = HashMap::new();
+    for (family, chain) in chains {
+        numbers.insert((family, chain.table.clone(), chain.name.clone()), found.ruleset.chains.len());
+        found.ruleset.chains.push(chain);
     }
-    let mut sets = 0;
-    for (place, mut read) in found {
-        for (at, set) in std::mem::take(&mut read.port_sets) {
-            sets += 1;
-            let asked = (sets <= SETS_MAX).then(|| ports_of(channel, &place, &set)).flatten();
-            let ports = asked.unwrap_or_default();
-            let known = (!ports.is_empty()).then_some(Condition::Ports(ports));
-            if let Some(part) = read.rule.parts.get_mut(at) {
-                let condition = known.unwrap_or(Condition::Other);
-                *part = match part {
-                    Part::OnlyIfNot(_) => Part::OnlyIfNot(condition),
-                    _ => Part::OnlyIf(condition),
-                };
+    let (rules, all) = found.first(GET_RULE, RULES_MAX, "rules", &parse_rule)?;
+    let mut sets: HashMap<SetPlace, usize> = HashMap::new();
+    // Those that say what is intercepted come first.
+    let mut first: Vec<usize> = Vec::new();
+    let mut last = 0;
+    for (Whereabouts { family, table, chain }, read) in rules {
+        let Some(number) = numbers.get(&(family, table.clone(), chain)).copied() else { continue };
+        last = last.max(number);
+        let mut rule = read.rule;
+        for (at, set) in read.port_sets {
+            if let Some(Part::OnlyIf(condition) | Part::OnlyIfNot(condition)) = rule.parts.get_mut(at) {
+                let place = SetPlace { family, table: table.clone(), set };
+                let next = sets.len();
+                let number = *sets.entry(place).or_insert(next);
+                *condition = Condition::PortSet(number);
+                let ours = table.as_str().is_some_and(|table| table::instance_of(table).is_some());
+                if ours || rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. })) {
+                    first.push(number);
+                }
             }
         }
-        let wanted = (place.family, &place.table, &place.chain);
-        let at = numbers.binary_search_by(|((family, table, chain), _)| (*family, table, chain).cmp(&wanted));
-        let number = at.ok().and_then(|at| numbers.get(at)).map(|(_, number): &(_, usize)| *number);
-        let of = number.and_then(|number| chains.get_mut(number));
-        if let Some((_, chain)) = of {
-            chain.rules.push(read.rule);
+        if let Some(chain) = found.ruleset.chains.get_mut(number) {
+            rule.number = chain.rules.len() + 1;
+            chain.rules.push(rule);
         }
     }
-    for (_, chain) in &mut chains {
-        if chain.origin == Origin::IptablesNft {
-            chain.rules.iter_mut().zip(1..).for_each(|(rule, number)| rule.handle = number);
-        }
+    // The kernel gives rules in the order of their chains (`nf_tables_dump_rules`).
+    for chain in found.ruleset.chains.iter_mut().skip(last).filter(|_| !all) {
+        chain.cut = true;
     }
-    Ok(chains.into_iter().map(|(_, chain)| chain).list())
+    let mut places: Vec<(SetPlace, usize)> = sets.into_iter().collect();
+    places.sort_unstable_by_key(|(_, number)| *number);
+    found.places = places.into_iter().map(|(place, _)| Some(place)).collect();
+    found.read_sets(&first)?;
+    Ok(found)
 }
 
-/// The table and the name of every chain of a family.
+impl Found {
+    /// The first objects of a kind, and whether they are all; if not, it is noted.
+    fn first<T>(
+        &mut self,
+        kind: u16,
+        most: usize,
+        what: &str,
+        parse: &dyn Fn(&[u8]) -> Option<T>,
+    ) -> sys::Result<(Vec<T>, bool)> {
+        let mut channel = Channel::open_wide(libc::NETLINK_NETFILTER)?;
+        let read = channel.read_first(SUBSYSTEM | kind, &header(EVERY, 0), &|_| {}, most, parse)?;
+        let FirstRead { found, objects, all } = read;
+        self.objects += objects;
+        if !all {
+            self.cut.push(format!("nf_tables {what}: all but the first {objects}"));
+        }
+        Ok((found, all))
+    }
+
+    /// Reads the sets of ports, some of them first, as far as they are small, and not too many.
+    fn read_sets(&mut self, first: &[usize]) -> sys::Result<()> {
+        self.ruleset.port_sets = vec![PortSet::default(); self.places.len()];
+        if self.places.is_empty() {
+            return Ok(());
+        }
+        // Others may be concatenations that begin with a port; what these hold is not known.
+        let before = self.objects;
+        let (of_ports, _) = self.first(GET_SET, SETS_MAX, "sets", &parse_set)?;
+        let of_ports: HashSet<SetPlace> = of_ports.into_iter().collect();
+        for place in &mut self.places {
+            place.take_if(|place| !of_ports.contains(place));
+        }
+        self.lookups = (COMPARED_MAX / (self.objects - before).max(1)).min(LOOKUPS_MAX);
+        let (mut channel, mut left) = (None, ELEMENTS_MAX);
+        for number in first.iter().copied().chain(0..self.places.len()) {
+            let places = self.places.get(number).zip(self.ruleset.port_sets.get_mut(number));
+            let Some((Some(place), set)) = places else { continue };
+            if left == 0 || self.lookups == 0 || *set != PortSet::default() {
+                continue;
+            }
+            let open = match channel.take() {
+                Some(open) => open,
+                None => Channel::open(libc::NETLINK_NETFILTER)?,
+            };
+            let (read, open) = elements(open, place);
+            channel = open;
+            self.lookups -= 1;
+            if let Some((elements, all)) = read {
+                self.objects += elements.len();
+                left = left.saturating_sub(elements.len());
+                *set = port_set(&elements, all);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the kernel whether these ports are in the sets of which not all is known.
+    pub fn ask(&mut self, ports: &[u16]) -> sys::Result<()> {
+        let sets = self.places.iter().zip(&mut self.ruleset.port_sets);
+        let mut sets: Vec<(&SetPlace, &mut PortSet)> =
+            sets.filter_map(|(place, set)| Some((place.as_ref()?, set))).filter(|(_, set)| !set.complete).collect();
+        if sets.is_empty() || ports.is_empty() {
+            return Ok(());
+        }
+        let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
+        let mut cut = false;
+        for port in ports {
+            // One that does not tell is none of ports.
+            sets.retain_mut(|(place, set)| {
+                if self.lookups == 0 {
+                    cut = true;
+                    return false;
+                }
+                self.lookups -= 1;
+                self.objects += 1;
+                match is_in(&mut channel, place, *port) {
+                    Some(contained) => {
+                        set.asked.insert(*port, contained);
+                        true
+                    }
+                    None => false,
+                }
+            });
+        }
+        if cut {
+            self.cut.push("nf_tables sets of ports: there are more than are looked up".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// The table and the name of every chain of a family, where these are text.
 pub(crate) fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
     let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
-    Ok(dumped.iter().filter_map(|payload| parse_chain(payload)).map(|(_, chain)| (chain.table, chain.name)).list())
+    let names = |(_, chain): (u8, Chain)| Some((chain.table.as_str()?.to_owned(), chain.name.as_str()?.to_owned()));
+    Ok(dumped.iter().filter_map(|payload| names(parse_chain(payload)?)).collect())
 }
 
 /// Whether the tables of a family that are `iptables-nft`'s have rules. No more is read than that takes.
 pub(crate) fn iptables_has_rules(family: Family) -> sys::Result<bool> {
     for table in IPTABLES {
-        let channel = Channel::open(libc::NETLINK_NETFILTER)?;
+        let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
         let header = header(family.nfproto(), 0);
-        let (rules, _) = channel.dump_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(1, table), 1)?;
-        if !rules.is_empty() {
+        let rules = channel.read_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(1, table), 1, &|_| Some(()))?;
+        if rules.objects > 0 {
             return Ok(true);
         }
     }
@@ -102,9 +228,9 @@ fn family_of(nfproto: u8) -> Option<Option<Family>> {
 const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 
 /// `iptables-nft` has tables and base chains of these names.
-fn origin_of(family: Option<Family>, table: &str) -> Origin {
-    match (family, table) {
-        (Some(_), table) if IPTABLES.contains(&table) => Origin::IptablesNft,
+fn origin_of(family: Option<Family>, table: &Name) -> Origin {
+    match family {
+        Some(_) if IPTABLES.iter().any(|name| *table == **name) => Origin::IptablesNft,
         _ => Origin::Nft,
     }
 }
@@ -119,28 +245,27 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
     let nfproto = *payload.first()?;
     let family = family_of(nfproto)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
-    let (table, name) = (text(TABLE)?, text(NAME)?);
+    let (table, name) = (wire::name_of(attrs, TABLE)?, wire::name_of(attrs, NAME)?);
     let hook = wire::attribute(attrs, HOOK).and_then(|hook| {
         let number = |kind| wire::be32_of(hook, kind);
         Some(Hook { place: Place::of_number(number(HOOK_NUMBER)?)?, priority: number(HOOK_PRIORITY)? as i32 })
     });
     // NF_DROP is 0.
     let drops = hook.is_some() && wire::be32_of(attrs, POLICY) == Some(0);
-    let shouts = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase());
+    let shouts = |name: &Name| !name.as_bytes().is_empty() && name.as_bytes().iter().all(u8::is_ascii_uppercase);
     let origin = match hook {
         Some(_) if !shouts(&name) => Origin::Nft,
         _ => origin_of(family, &table),
     };
-    Some((nfproto, Chain { origin, family, table, name, hook, drops, rules: Vec::new() }))
+    Some((nfproto, Chain { origin, family, table, name, hook, drops, rules: Vec::new(), cut: false }))
 }
 
 /// The chain that a rule is in.
 #[derive(Debug)]
 struct Whereabouts {
     family: u8,
-    table: String,
-    chain: String,
+    table: Name,
+    chain: Name,
 }
 
 fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
@@ -151,8 +276,7 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     let family = *payload.first()?;
     family_of(family)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
-    let place = Whereabouts { family, table: text(TABLE)?, chain: text(CHAIN)? };
+    let place = Whereabouts { family, table: wire::name_of(attrs, TABLE)?, chain: wire::name_of(attrs, CHAIN)? };
     let mut reader = Reader::default();
     for (_, expression) in wire::attributes(wire::attribute(attrs, EXPRESSIONS).unwrap_or_default()) {
         reader.expression(expression);
@@ -161,44 +285,93 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     Some((place, reader.read))
 }
 
-/// The ranges of ports that a set holds; none if it is not one of ports.
-fn ports_of(channel: &mut Channel, place: &Whereabouts, set: &str) -> Option<Vec<(u16, u16)>> {
-    let dumped = channel.dump(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &|a| {
-        a.string(1, &place.table);
-        a.string(2, set);
-    });
-    let mut elements = Vec::new();
-    for payload in dumped.ok()? {
-        elements.extend(parse_elements(payload.get(header(0, 0).len()..)?));
-    }
-    Some(port_ranges(elements))
+/// A set whose keys have the size of a port.
+fn parse_set(payload: &[u8]) -> Option<SetPlace> {
+    const TABLE: u16 = 1;
+    const NAME: u16 = 2;
+    const KEY_LEN: u16 = 5;
+    let family = *payload.first()?;
+    let attrs = payload.get(header(0, 0).len()..)?;
+    let place = SetPlace { family, table: wire::name_of(attrs, TABLE)?, set: wire::name_of(attrs, NAME)? };
+    (wire::be32_of(attrs, KEY_LEN) == Some(2)).then_some(place)
 }
 
-/// The keys of a message of elements, and which of them are ends of intervals.
-fn parse_elements(attrs: &[u8]) -> Vec<(Vec<u8>, bool)> {
-    const ELEMENTS: u16 = 3;
-    const FLAGS: u16 = 3;
-    const END: u32 = 1;
-    let element = |(_, element): (u16, &[u8])| {
-        let key = wire::attribute(wire::attribute(element, 1)?, 1)?.to_vec();
-        let flags = wire::be32_of(element, FLAGS).unwrap_or(0);
-        Some((key, flags & END != 0))
+// NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS; NFTA_LIST_ELEM; NFTA_SET_ELEM_KEY, _FLAGS; NFTA_DATA_VALUE;
+// NFT_SET_ELEM_INTERVAL_END, _CATCHALL.
+const OF_TABLE: u16 = 1;
+const OF_SET: u16 = 2;
+const ELEMENTS: u16 = 3;
+const ELEMENT: u16 = 1;
+const KEY: u16 = 1;
+const FLAGS: u16 = 3;
+const VALUE: u16 = 1;
+const INTERVAL_END: u32 = 1;
+const CATCHALL: u32 = 2;
+
+/// The first elements of a set and whether they are all, if it is there; and the channel, if it is still of use.
+fn elements(mut channel: Channel, place: &SetPlace) -> (Option<(Vec<Element>, bool)>, Option<Channel>) {
+    /// Each message has some hundred elements. Behind the first comes another, or the end.
+    const MESSAGES_MAX: usize = 2;
+    let of = |a: &mut wire::Attrs<'_>| {
+        a.name(OF_TABLE, &place.table);
+        a.name(OF_SET, &place.set);
     };
-    wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).list()
+    let parse = |payload: &[u8]| Some(parse_elements(payload.get(header(0, 0).len()..)?));
+    match channel.read_first(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &of, MESSAGES_MAX, &parse) {
+        Ok(FirstRead { found, all, .. }) => (Some((found.concat(), all)), Some(channel).filter(|_| all)),
+        Err(_) => (None, None),
+    }
 }
 
-/// Keys as ranges: in a set of intervals each start goes up to the next end, in another each key is itself.
-fn port_ranges(elements: Vec<(Vec<u8>, bool)>) -> Vec<(u16, u16)> {
-    let intervals = elements.iter().any(|(_, end)| *end);
-    let mut keys: Vec<(u16, bool)> = elements
-        .iter()
-        .filter_map(|(key, end)| Some((u16::from_be_bytes(key.get(..2)?.try_into().ok()?), *end)))
-        .list();
-    if keys.len() != elements.len() || elements.iter().any(|(key, _)| key.len() != 2) {
-        return Vec::new();
+/// Whether a port is in a set; `None`: the kernel does not say. (Not asked for is `*`, which stands for all other keys, and
+/// needs none beside it in a set of ports.)
+fn is_in(channel: &mut Channel, place: &SetPlace, port: u16) -> Option<bool> {
+    let named = |a: &mut wire::Attrs<'_>| {
+        a.name(OF_TABLE, &place.table);
+        a.name(OF_SET, &place.set);
+        a.nest(ELEMENTS, |a| a.nest(ELEMENT, |a| a.nest(KEY, |a| a.bytes(VALUE, &port.to_be_bytes()))));
+    };
+    match channel.get_with(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &named) {
+        Ok(Some(_)) => Some(true),
+        Err(sys::Errno(libc::ENOENT)) => Some(false),
+        _ => None,
+    }
+}
+
+/// An element of a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Element {
+    /// `None`: it stands for every key (`*`).
+    key: Option<Vec<u8>>,
+    /// It ends an interval.
+    end: bool,
+}
+
+fn parse_elements(attrs: &[u8]) -> Vec<Element> {
+    let element = |(_, element): (u16, &[u8])| {
+        let flags = wire::be32_of(element, FLAGS).unwrap_or(0);
+        let key = wire::attribute(element, KEY).and_then(|key| wire::attribute(key, VALUE)).map(<[u8]>::to_vec);
+        (key.is_some() || flags & CATCHALL != 0).then_some(Element { key, end: flags & INTERVAL_END != 0 })
+    };
+    wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).collect()
+}
+
+/// What elements say of a set, which may have others, too.
+fn port_set(elements: &[Element], all: bool) -> PortSet {
+    if elements.iter().any(|element| element.key.is_none()) {
+        return PortSet { ranges: vec![(0, u16::MAX)], complete: true, asked: BTreeMap::new() };
+    }
+    let intervals = elements.iter().any(|element| element.end);
+    let port = |element: &Element| {
+        let port = u16::from_be_bytes(element.key.as_deref()?.try_into().ok()?);
+        Some((port, element.end))
+    };
+    let mut keys: Vec<(u16, bool)> = elements.iter().filter_map(port).collect();
+    if keys.len() != elements.len() {
+        return PortSet::default();
     }
     // Where one range ends and the next begins, the end comes first.
-    sort::by_key(&mut keys, |(port, end)| (*port, !*end));
+    keys.sort_unstable_by_key(|(port, end)| (*port, !*end));
     let mut ranges = Vec::new();
     let mut keys = keys.into_iter().peekable();
     while let Some((first, end)) = keys.next() {
@@ -207,12 +380,16 @@ fn port_ranges(elements: Vec<(Vec<u8>, bool)>) -> Vec<(u16, u16)> {
         }
         let last = match keys.peek() {
             _ if !intervals => first,
-            Some((next, _)) => next.saturating_sub(1),
-            None => u16::MAX,
+            Some((next, true)) => next.saturating_sub(1),
+            // Two that begin, one behind the other: the end between was not read. Without a next, the interval goes to
+            // the last port.
+            Some((next, false)) if all => next.saturating_sub(1),
+            None if all => u16::MAX,
+            _ => first,
         };
         ranges.push((first, last));
     }
-    ranges
+    PortSet { ranges, complete: all, asked: BTreeMap::new() }
 }
 
 #[cfg(test)]
@@ -256,7 +433,7 @@ mod tests {
             [
                 only(Condition::Family(Family::V4)),
                 only(Condition::Protocol(6)),
-                only(Condition::Ports(vec![(80, 80)])),
+                only(Condition::Ports(80, 80)),
                 only(Condition::Mark { mask: 0x3000, value: 0x2000 }),
                 only(Condition::DestinationIsLocal),
                 only(Condition::DestinationIsLocal),
@@ -275,17 +452,32 @@ mod tests {
         assert_eq!(rule.parts, [tracked, Part::Verdict(Verdict::Return)]);
         let set = crate::backend::nft::object::SetName { base: "ports", len: None, variant: Variant::First };
         let rule = read_back(vec![Statement::DestinationPortIn(set), Statement::Verdict(Ours::Jump("j"))]);
-        assert_eq!(rule.parts, [only(Condition::Other), Part::Verdict(Verdict::Jump("j".to_owned()))]);
+        assert_eq!(rule.parts, [only(Condition::Other), Part::Verdict(Verdict::Jump("j".into()))]);
+    }
+
+    fn elements_of(elements: &[(u16, bool)]) -> Vec<Element> {
+        elements.iter().map(|(port, end)| Element { key: Some(port.to_be_bytes().to_vec()), end: *end }).collect()
     }
 
     #[test]
     fn elements_become_ranges() {
-        let be = |port: u16| port.to_be_bytes().to_vec();
-        assert_eq!(port_ranges(vec![(be(443), false), (be(80), false)]), [(80, 80), (443, 443)]);
-        let intervals =
-            vec![(be(0), true), (be(80), false), (be(91), true), (be(91), false), (be(92), true), (be(9000), false)];
-        assert_eq!(port_ranges(intervals), [(80, 90), (91, 91), (9000, u16::MAX)]);
-        assert_eq!(port_ranges(vec![(vec![0; 4], false)]), []);
+        let ranges = |elements: &[(u16, bool)]| port_set(&elements_of(elements), true).ranges;
+        assert_eq!(ranges(&[(443, false), (80, false)]), [(80, 80), (443, 443)]);
+        let intervals = [(0, true), (80, false), (91, true), (91, false), (92, true), (9000, false)];
+        assert_eq!(ranges(&intervals), [(80, 90), (91, 91), (9000, u16::MAX)]);
+        let long = Element { key: Some(vec![0; 4]), end: false };
+        assert_eq!(port_set(&[long], true), PortSet::default());
+        let every = Element { key: None, end: false };
+        assert_eq!(port_set(&[every], false).contains(7), Some(true));
+    }
+
+    #[test]
+    fn set_that_is_not_read_whole_is_not_taken_for_known() {
+        let set = port_set(&elements_of(&[(0, true), (80, false), (91, true), (9000, false)]), false);
+        assert_eq!([85, 9000].map(|port| set.contains(port)), [Some(true); 2]);
+        assert_eq!([79, 91, 9001].map(|port| set.contains(port)), [None; 3]);
+        let set = PortSet { asked: [(91, false)].into(), ..set };
+        assert_eq!(set.contains(91), Some(false));
     }
 
     proptest! {
@@ -293,7 +485,8 @@ mod tests {
         fn no_dump_panics(payload in wire::odd::answer(4)) {
             parse_rule(&payload);
             parse_chain(&payload);
-            parse_elements(&payload);
+            parse_set(&payload);
+            port_set(&parse_elements(&payload), payload.len() % 2 == 0);
         }
 
         #[test]

@@ -1,19 +1,28 @@
 //! Everybody's routing policy rules, the routes of a table, and the interfaces. It needs no privilege.
 
-use crate::list::List;
+use std::net::IpAddr;
+
 use crate::model::{Family, Mark};
-use crate::netlink::{Channel, wire};
+use crate::name::Name;
+use crate::netlink::{Channel, FirstRead, wire};
 use crate::sys;
-use crate::text::Owned;
 
 /// What a routing policy rule does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
     Lookup(u32),
     Goto(u32),
     Nop,
-    /// blackhole, unreachable, prohibit.
-    Refuse,
+    Blackhole,
+    Unreachable,
+    Prohibit,
+}
+
+impl Action {
+    /// It answers for the packet by dropping it.
+    pub fn refuses(self) -> bool {
+        matches!(self, Action::Blackhole | Action::Unreachable | Action::Prohibit)
+    }
 }
 
 /// A routing policy rule.
@@ -26,19 +35,25 @@ pub(crate) struct Rule {
     /// `None`: any mark.
     pub mark: Option<Mark>,
     /// The interface that the packet has to come in by.
-    pub incoming: Option<String>,
+    pub incoming: Option<Name>,
     /// There are more conditions, or not every route counts.
     pub conditional: bool,
     /// It says what packets it is not for.
     pub inverted: bool,
     /// It is for packets of sockets that are bound to an interface, or of VRFs.
     pub by_interface: bool,
+    /// The further conditions, each as the option of `ip rule` and its value.
+    pub others: Vec<(&'static str, Name)>,
+    /// There are conditions of which this library does not know the option.
+    pub unknown: bool,
 }
 
 // FR_ACT_*, FRA_* of `linux/fib_rules.h`.
 const ACT_TO_TABLE: u8 = 1;
 const ACT_GOTO: u8 = 2;
 const ACT_NOP: u8 = 3;
+const ACT_BLACKHOLE: u8 = 6;
+const ACT_UNREACHABLE: u8 = 7;
 const INVERT: u32 = 2;
 const DST: u16 = 1;
 const SRC: u16 = 2;
@@ -46,10 +61,12 @@ const IIF: u16 = 3;
 const GOTO: u16 = 4;
 const PRIORITY: u16 = 6;
 const MARK: u16 = 10;
+const SUPPRESS_GROUP: u16 = 13;
 const SUPPRESS_PREFIX: u16 = 14;
 const TABLE: u16 = 15;
 const MASK: u16 = 16;
 const OIF: u16 = 17;
+const PADDING: u16 = 18;
 const L3MDEV: u16 = 19;
 const UIDS: u16 = 20;
 const PROTOCOL: u16 = 21;
@@ -57,22 +74,65 @@ const IP_PROTOCOL: u16 = 22;
 const SOURCE_PORT: u16 = 23;
 const DESTINATION_PORT: u16 = 24;
 
+/// So many rules of a family are read. Each packet is compared with each, so that no host has more.
+const RULES_MAX: usize = 10_000;
+
 /// The rules of a family, in the order in which they are asked.
-pub(crate) fn rules(channel: &mut Channel, family: Family) -> sys::Result<Vec<Rule>> {
+pub(crate) fn rules(family: Family) -> sys::Result<FirstRead<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let dumped = channel.dump(libc::RTM_GETRULE, &header, &|_| {})?;
-    Ok(dumped.iter().filter_map(|payload| parse_rule(family, payload)).list())
+    let mut channel = Channel::open_wide(libc::NETLINK_ROUTE)?;
+    channel.read_first(libc::RTM_GETRULE, &header, &|_| {}, RULES_MAX, &|payload| parse_rule(family, payload))
 }
 
 fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
     let attrs = payload.get(12..)?;
     let number = |kind| wire::u32_of(attrs, kind);
-    let has = |kind| wire::attribute(attrs, kind).is_some();
-    let text = |kind| wire::string_of(attrs, kind).map(str::to_owned);
-    let tos = *payload.get(3)?;
-    // Without a prefix there is no suppression: the kernel says all ones.
-    let suppresses = number(SUPPRESS_PREFIX).is_some_and(|len| len != u32::MAX);
-    let by_interface = has(OIF) || wire::u8_of(attrs, L3MDEV) == Some(1);
+    // `struct fib_rule_hdr`: the lengths of both prefixes, and the type of service.
+    let (to_len, from_len, tos) = (*payload.get(1)?, *payload.get(2)?, *payload.get(3)?);
+    let mut others: Vec<(&'static str, Name)> = Vec::new();
+    let mut other = |option: &'static str, value: String| others.push((option, Name::from(value.as_str())));
+    let (mut unknown, mut conditional, mut by_interface) = (false, tos != 0, false);
+    if tos != 0 {
+        other("tos", format!("{tos:#x}"));
+    }
+    let mut outgoing = None;
+    for (kind, value) in wire::attributes(attrs) {
+        let two = |at| wire::u16_at(value, at);
+        let ports = || Some(format!("{}-{}", two(0)?, two(2)?));
+        let (option, words) = match kind {
+            IIF | GOTO | PRIORITY | MARK | MASK | TABLE | PADDING | PROTOCOL => continue,
+            // The kernel says all ones where there is no suppression.
+            SUPPRESS_PREFIX | SUPPRESS_GROUP if wire::u32_at(value, 0) == Some(u32::MAX) => continue,
+            L3MDEV if value.first() != Some(&1) => continue,
+            OIF => {
+                by_interface = true;
+                outgoing = Some(Name::new(value));
+                continue;
+            }
+            L3MDEV => {
+                by_interface = true;
+                ("l3mdev", Some(String::new()))
+            }
+            SUPPRESS_PREFIX => ("suppress_prefixlength", wire::u32_at(value, 0).map(|len| len.to_string())),
+            SUPPRESS_GROUP => ("suppress_ifgroup", wire::u32_at(value, 0).map(|group| group.to_string())),
+            DST => ("to", prefix(value, to_len)),
+            SRC => ("from", prefix(value, from_len)),
+            UIDS => {
+                let range = || Some(format!("{}-{}", wire::u32_at(value, 0)?, wire::u32_at(value, 4)?));
+                ("uidrange", range())
+            }
+            IP_PROTOCOL => ("ipproto", value.first().map(|number| number.to_string())),
+            SOURCE_PORT => ("sport", ports()),
+            DESTINATION_PORT => ("dport", ports()),
+            _ => ("", None),
+        };
+        conditional |= kind != L3MDEV;
+        match words {
+            Some(words) => other(option, words),
+            None => unknown = true,
+        }
+    }
+    others.extend(outgoing.map(|name| ("oif", name)));
     Some(Rule {
         family,
         priority: number(PRIORITY).unwrap_or(0),
@@ -81,16 +141,26 @@ fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
             ACT_TO_TABLE => Action::Lookup(number(TABLE).unwrap_or(u32::from(*payload.get(4)?))),
             ACT_GOTO => Action::Goto(number(GOTO)?),
             ACT_NOP => Action::Nop,
-            _ => Action::Refuse,
+            ACT_BLACKHOLE => Action::Blackhole,
+            ACT_UNREACHABLE => Action::Unreachable,
+            _ => Action::Prohibit,
         },
         mark: number(MARK).map(|value| Mark { value, mask: number(MASK).unwrap_or(u32::MAX) }),
-        incoming: text(IIF),
-        conditional: tos != 0
-            || suppresses
-            || [DST, SRC, UIDS, IP_PROTOCOL, SOURCE_PORT, DESTINATION_PORT].into_iter().any(has),
+        incoming: wire::name_of(attrs, IIF),
+        conditional,
         inverted: wire::u32_at(payload, 8)? & INVERT != 0,
         by_interface,
+        others,
+        unknown,
     })
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+}
+
+fn prefix(bytes: &[u8], len: u8) -> Option<String> {
+    Some(format!("{}/{len}", address(bytes)?))
 }
 
 /// A route, as far as interception cares.
@@ -100,27 +170,51 @@ pub(crate) struct Route {
     pub table: u32,
     /// `None`: the default route.
     pub destination: Option<String>,
-    /// To this host.
-    pub local: bool,
+    /// RTN_*.
+    pub kind: u8,
 }
 
-/// So many routes of a table are read: the default route is among the first, and the Internet has a million.
-const ROUTES_MAX: usize = 1000;
+impl Route {
+    /// To this host.
+    pub fn is_local(&self) -> bool {
+        self.kind == libc::RTN_LOCAL
+    }
 
-/// The first routes of a table, and whether they are all.
-pub(crate) fn routes(family: Family, table: u32) -> sys::Result<(Vec<Route>, bool)> {
+    /// The kind, as `ip route` calls it.
+    pub fn kind_name(&self) -> Option<&'static str> {
+        const NAMES: [(u8, &str); 9] = [
+            (libc::RTN_UNICAST, "unicast"),
+            (libc::RTN_LOCAL, "local"),
+            (libc::RTN_BROADCAST, "broadcast"),
+            (libc::RTN_ANYCAST, "anycast"),
+            (libc::RTN_MULTICAST, "multicast"),
+            (libc::RTN_BLACKHOLE, "blackhole"),
+            (libc::RTN_UNREACHABLE, "unreachable"),
+            (libc::RTN_PROHIBIT, "prohibit"),
+            (libc::RTN_THROW, "throw"),
+        ];
+        NAMES.iter().find(|(kind, _)| *kind == self.kind).map(|(_, name)| *name)
+    }
+}
+
+/// The first routes of a table; the Internet has a million. With `local`, of those to this host.
+///
+/// A table of IPv4 begins with its default route; one of IPv6 ends with it (`fib6_walk_continue`).
+pub(crate) fn routes(family: Family, table: u32, local: bool, most: usize) -> sys::Result<FirstRead<Route>> {
     const ROUTE_TABLE: u16 = 15;
     let mut header = [0; 12];
     header[0] = family.nfproto();
-    let channel = Channel::open(libc::NETLINK_ROUTE)?;
-    let (dumped, all) =
-        match channel.dump_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), ROUTES_MAX) {
-            // A table that has never had a route.
-            Err(sys::Errno(libc::ENOENT)) => (Vec::new(), true),
-            dumped => dumped?,
-        };
-    let parsed = dumped.iter().filter_map(|payload| parse_route(family, payload));
-    Ok((parsed.filter(|route| route.table == table).list(), all))
+    if local {
+        header[7] = libc::RTN_LOCAL;
+    }
+    let mut channel = Channel::open(libc::NETLINK_ROUTE)?;
+    // A kernel before 4.20 sends the routes of all tables.
+    let parse = |payload: &[u8]| parse_route(family, payload).filter(|route| route.table == table);
+    match channel.read_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), most, &parse) {
+        // A table that has never had a route.
+        Err(sys::Errno(libc::ENOENT)) => Ok(FirstRead { found: Vec::new(), objects: 0, all: true }),
+        read => read,
+    }
 }
 
 fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
@@ -131,41 +225,47 @@ fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
     let len = *payload.get(1)?;
     let destination = match (len, wire::attribute(attrs, DESTINATION)) {
         (0, _) => None,
-        (_, Some(bytes)) => Some(match <[u8; 4]>::try_from(bytes) {
-            Ok(v4) => std::net::IpAddr::from(v4),
-            Err(_) => std::net::IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-        }),
+        (_, Some(bytes)) => Some(prefix(bytes, len)?),
         (_, None) => return None,
     };
     let table = wire::u32_of(attrs, ROUTE_TABLE);
-    Some(Route {
-        family,
-        table: table.unwrap_or(u32::from(*payload.get(4)?)),
-        destination: destination.map(|addr| format!("{addr}/{len}")),
-        local: *payload.get(7)? == libc::RTN_LOCAL,
-    })
+    Some(Route { family, table: table.unwrap_or(u32::from(*payload.get(4)?)), destination, kind: *payload.get(7)? })
 }
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Interface {
     pub index: u32,
-    pub name: String,
+    pub name: Name,
     pub up: bool,
     /// "bridge", "veth", ...; empty for hardware.
-    pub kind: String,
+    pub kind: Name,
     /// The index of the bridge or bond that it is a port of.
     pub master: u32,
     /// IPv4's switches (net.ipv4.conf.NAME), those of [`SWITCHES`]; none if it has no IPv4.
     pub switches: Vec<(&'static str, u32)>,
 }
 
+impl Interface {
+    /// One of IPv4's switches; `None`: it is not known.
+    pub fn switch(&self, name: &str) -> Option<u64> {
+        self.switches.iter().find(|(known, _)| *known == name).map(|(_, value)| u64::from(*value))
+    }
+}
+
 /// IPV4_DEVCONF_*, less one, and the names of their sysctls. A read of one from /proc takes as long as this whole dump.
 const SWITCHES: [(usize, &str); 5] =
     [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
-pub(crate) fn interfaces(channel: &mut Channel) -> sys::Result<Vec<Interface>> {
-    Ok(channel.dump(libc::RTM_GETLINK, &[0; 16], &|_| {})?.iter().filter_map(|payload| parse_interface(payload)).list())
+/// So many interfaces are read.
+const INTERFACES_MAX: usize = 4096;
+
+pub(crate) fn interfaces(channel: &mut Channel) -> sys::Result<FirstRead<Interface>> {
+    // IFLA_EXT_MASK; RTEXT_FILTER_SKIP_STATS.
+    const FILTER: u16 = 29;
+    const NO_STATISTICS: u32 = 1 << 3;
+    let filter = |a: &mut wire::Attrs<'_>| a.u32(FILTER, NO_STATISTICS);
+    channel.read_first(libc::RTM_GETLINK, &[0; 16], &filter, INTERFACES_MAX, &parse_interface)
 }
 
 fn parse_interface(payload: &[u8]) -> Option<Interface> {
@@ -179,16 +279,16 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
     const IPV4: u16 = libc::AF_INET as u16;
     const CONF: u16 = 1;
     let attrs = payload.get(16..)?;
-    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::string_of(info, KIND));
+    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::name_of(info, KIND));
     let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
     let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
-        name: wire::string_of(attrs, NAME)?.owned(),
+        name: wire::name_of(attrs, NAME)?,
         up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
-        kind: kind.unwrap_or_default().owned(),
+        kind: kind.unwrap_or_default(),
         master: wire::u32_of(attrs, MASTER).unwrap_or(0),
-        switches: SWITCHES.into_iter().filter_map(switch).list(),
+        switches: SWITCHES.into_iter().filter_map(switch).collect(),
     })
 }
 

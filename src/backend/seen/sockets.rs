@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use crate::list::List;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Channel, wire};
 use crate::sys;
@@ -38,13 +37,33 @@ impl Listener {
     }
 }
 
+/// The sockets that get what comes for a port.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Listeners {
+    pub found: Vec<Listener>,
+    /// Protocols of which not all sockets were read, and why.
+    pub cut: Vec<(Protocol, String)>,
+    /// How many sockets the kernel told of.
+    pub objects: usize,
+}
+
+impl Listeners {
+    /// Every listener of a protocol is known.
+    pub fn knows(&self, protocol: Protocol) -> bool {
+        self.cut.iter().all(|(cut, _)| *cut != protocol)
+    }
+}
+
+/// So many sockets of a family and protocol are read: a user may have thousands, which have nothing to do with this.
+const SOCKETS_MAX: usize = 10_000;
+
 /// Every listening TCP socket and every bound, unconnected UDP socket.
-pub(crate) fn listeners(channel: &mut Channel) -> sys::Result<Vec<Listener>> {
+pub(crate) fn listeners() -> sys::Result<Listeners> {
     /// SOCK_DIAG_BY_FAMILY; TCP_LISTEN and TCP_CLOSE (a UDP socket that is not connected), as bits.
     const BY_FAMILY: u16 = 20;
     const LISTEN: u32 = 1 << 10;
     const CLOSE: u32 = 1 << 7;
-    let mut found = Vec::new();
+    let mut listeners = Listeners::default();
     for family in [Family::V4, Family::V6] {
         for (protocol, states) in [(Protocol::Tcp, LISTEN), (Protocol::Udp, CLOSE)] {
             // struct inet_diag_req_v2: family, protocol, extensions, states, and a socket that is none in particular.
@@ -52,15 +71,21 @@ pub(crate) fn listeners(channel: &mut Channel) -> sys::Result<Vec<Listener>> {
             request[0] = family.nfproto();
             request[1] = protocol.number();
             request[4..8].copy_from_slice(&states.to_ne_bytes());
-            match channel.dump(BY_FAMILY, &request, &|_| {}) {
-                Ok(dumped) => dumped.iter().filter_map(|payload| parse(protocol, payload)).onto(&mut found),
-                // No such family or protocol here.
-                Err(sys::Errno(libc::ENOENT | libc::EAFNOSUPPORT)) => {}
-                Err(e) => return Err(e),
+            let mut channel = Channel::open_wide(libc::NETLINK_SOCK_DIAG)?;
+            match channel.read_first(BY_FAMILY, &request, &|_| {}, SOCKETS_MAX, &|payload| parse(protocol, payload)) {
+                Ok(read) => {
+                    listeners.found.extend(read.found);
+                    listeners.objects += read.objects;
+                    if !read.all {
+                        listeners.cut.push((protocol, format!("all but the first {}", read.objects)));
+                    }
+                }
+                // ENOENT: the module that knows them (tcp_diag, udp_diag) is not there.
+                Err(e) => listeners.cut.push((protocol, e.to_string())),
             }
         }
     }
-    Ok(found)
+    Ok(listeners)
 }
 
 /// `struct inet_diag_msg` and its attributes.

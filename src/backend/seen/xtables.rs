@@ -1,22 +1,22 @@
 //! The matches and targets of iptables, as both its variants have them, and the tables of the legacy one.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
 use socket2::{Domain, Socket, Type};
 
 use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
-use crate::list::List;
 use crate::model::Family;
+use crate::name::Name;
 use crate::netlink::wire::{u16_at, u32_at};
-use crate::text::Owned;
-use crate::{sort, sys};
+use crate::sys;
 
 /// A match (`-m`) by its name and its `struct xt_*_info`.
-pub(crate) fn matched(name: &str, info: &[u8]) -> Option<Part> {
+pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
     let number = |at| u32_at(info, at).unwrap_or(0);
     let (condition, inverted) = match name {
-        "comment" => return None,
+        "comment" => return Vec::new(),
         // xt_mark_mtinfo1: mark, mask, invert.
         "mark" => (Condition::Mark { mask: number(4), value: number(0) }, info.get(8) == Some(&1)),
         // xt_addrtype_info_v1: source, dest, flags (XT_ADDRTYPE_INVERT_DEST 2); XT_ADDRTYPE_LOCAL is 4.
@@ -24,11 +24,7 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Option<Part> {
             Some(4) => (Condition::DestinationIsLocal, number(4) & 2 != 0),
             _ => (Condition::Other, false),
         },
-        // xt_tcp, xt_udp: source ports, destination ports.
-        "tcp" | "udp" => {
-            let inverted = info.get(if name == "tcp" { 11 } else { 8 }).is_some_and(|flags| flags & 2 != 0);
-            (Condition::Ports(vec![(u16_at(info, 4).unwrap_or(0), u16_at(info, 6).unwrap_or(u16::MAX))]), inverted)
-        }
+        "tcp" | "udp" => return ports(name, info),
         "socket" => (Condition::TransparentSocket, false),
         // xt_rpfilter_info: XT_RPFILTER_VALID_MARK 2, _INVERT 8.
         "rpfilter" => {
@@ -39,7 +35,28 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Option<Part> {
         "conntrack" | "state" => (Condition::Connection { states: connection_states(name, info) }, false),
         _ => (Condition::Other, false),
     };
-    Some(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) })
+    vec![if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) }]
+}
+
+/// xt_tcp and xt_udp: source ports, destination ports; of TCP an option, a mask and a value of flags; what is inverted
+/// (XT_TCP_INV_DSTPT 2, as of UDP).
+fn ports(name: &str, info: &[u8]) -> Vec<Part> {
+    const ALL: (u16, u16) = (0, u16::MAX);
+    let range = |at| (u16_at(info, at).unwrap_or(ALL.0), u16_at(info, at + 2).unwrap_or(ALL.1));
+    let byte = |at: usize| info.get(at).copied().unwrap_or(0);
+    let tcp = name == "tcp";
+    let inverted = byte(if tcp { 11 } else { 8 });
+    let (first, last) = range(4);
+    let mut parts = Vec::new();
+    if inverted & 2 != 0 {
+        parts.push(Part::OnlyIfNot(Condition::Ports(first, last)));
+    } else if (first, last) != ALL {
+        parts.push(Part::OnlyIf(Condition::Ports(first, last)));
+    }
+    if range(0) != ALL || tcp && (byte(8) != 0 || byte(9) != 0) {
+        parts.push(Part::OnlyIf(Condition::Other));
+    }
+    parts
 }
 
 fn connection_states(name: &str, info: &[u8]) -> Option<u32> {
@@ -113,35 +130,36 @@ fn redirected(info: &[u8]) -> Option<u16> {
 
 /// The names of the tables that the legacy variant has now (asking for another would make it).
 ///
-/// `None`: only root may know, or there is no /proc.
-pub(crate) fn legacy_tables(family: Family) -> Option<Vec<String>> {
+/// EACCES: only root may know. ENOENT: there is no /proc.
+pub(crate) fn legacy_tables(family: Family) -> sys::Result<Vec<String>> {
     const DIRECTORY: &str = "/proc/thread-self/net";
     let file = match family {
         Family::V4 => "ip_tables_names",
         Family::V6 => "ip6_tables_names",
     };
     match sys::read(&format!("{DIRECTORY}/{file}")) {
-        Ok(text) => Some(text.lines().map(str::to_owned).list()),
+        Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
         // The kernel has none of it.
-        Err(sys::Errno(libc::ENOENT)) if sys::file_size(DIRECTORY).is_some() => Some(Vec::new()),
-        Err(_) => None,
+        Err(sys::Errno(libc::ENOENT)) if sys::file_size(DIRECTORY).is_some() => Ok(Vec::new()),
+        Err(e) => Err(e),
     }
 }
 
-/// The chains of one table of the legacy variant.
+/// The chains of one table of the legacy variant. EFBIG: it is larger than anybody would read.
 pub(crate) fn legacy_chains(family: Family, table: &str) -> sys::Result<Vec<Chain>> {
-    /// A table that is larger than this is not worth the time.
-    const MOST: usize = 8 << 20;
+    /// Some twenty thousand rules.
+    const MOST: usize = 4 << 20;
     let (info, entries) = legacy_entries(family, table, MOST)?;
     Ok(parse_legacy(family, table, &info, &entries))
 }
 
-/// The names of all chains in one table of the legacy variant but the kernel's own.
+/// The names of all chains in one table of the legacy variant but the kernel's own, where these are text.
 pub(crate) fn legacy_chain_names(family: Family, table: &str) -> sys::Result<Vec<String>> {
     /// A table of this size has some 200,000 rules.
     const MOST: usize = 64 << 20;
     let (_, entries) = legacy_entries(family, table, MOST)?;
-    Ok(entries_of(family, &entries).filter_map(|entry| entry.begins()).list())
+    let names = entries_of(family, &entries).filter_map(|entry| Some(entry.begins()?.as_str()?.to_owned()));
+    Ok(names.collect())
 }
 
 /// Whether a table of the legacy variant has more than the chains and policies that every table has.
@@ -261,20 +279,20 @@ struct Entry<'a> {
 
 impl Entry<'_> {
     /// The name of the chain that begins behind this entry: its target is called ERROR and has the name.
-    fn begins(&self) -> Option<String> {
+    fn begins(&self) -> Option<Name> {
         let ("ERROR", _, name) = self.target else { return None };
-        let name = name.split(|byte| *byte == 0).next()?;
         // The last entry of a table is called so too.
-        Some(String::from_utf8_lossy(name).into_owned())
+        Some(Name::new(name))
     }
 }
 
-/// A match or a target: its size, name, revision and data.
+/// A match or a target: its size, name, revision and data. Its name is a kernel module's; any other is of none that is
+/// known here.
 fn extension(bytes: &[u8]) -> Option<(usize, &str, u32, &[u8])> {
     let size = usize::from(u16_at(bytes, 0)?);
     let name = bytes.get(2..31)?.split(|byte| *byte == 0).next()?;
     let data = bytes.get(XT_HEADER..size)?;
-    Some((size, std::str::from_utf8(name).ok()?, u32::from(*bytes.get(31)?), data))
+    Some((size, std::str::from_utf8(name).unwrap_or("?"), u32::from(*bytes.get(31)?), data))
 }
 
 fn layout(family: Family) -> &'static Layout {
@@ -293,44 +311,48 @@ fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = Entry<'_>> {
 
 fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
     let layout = layout(family);
-    let entries = entries_of(family, blob).list();
+    let entries: Vec<Entry<'_>> = entries_of(family, blob).collect();
     // Where chains begin: at a hook's entry, or behind one whose target is called ERROR and has the name.
     let mut chains: Vec<(usize, Chain, Option<usize>)> = Vec::new();
-    let new = |name: &str, hook: Option<Hook>| Chain {
+    let new = |name: Name, hook: Option<Hook>| Chain {
         origin: Origin::IptablesLegacy,
         family: Some(family),
-        table: table.owned(),
-        name: name.owned(),
+        table: table.into(),
+        name,
         hook,
         drops: false,
         rules: Vec::new(),
+        cut: false,
     };
     for number in 0..5u32 {
         let valid = u32_at(info, 32).unwrap_or(0) & 1 << number != 0;
         let offset = |at: usize| u32_at(info, at + 4 * number as usize).map(|offset| offset as usize);
         if let (true, Some(start), Some(place)) = (valid, offset(36), Place::of_number(number)) {
             let hook = Hook { place, priority: legacy_priority(table, place) };
-            chains.push((start, new(legacy_name(place), Some(hook)), offset(56)));
+            chains.push((start, new(legacy_name(place).into(), Some(hook)), offset(56)));
         }
     }
     for entry in &entries {
         if let Some(name) = entry.begins() {
-            chains.push((entry.next, new(&name, None), None));
+            chains.push((entry.next, new(name, None), None));
         }
     }
-    sort::by_key(&mut chains, |(start, ..)| *start);
-    let names: Vec<(usize, String)> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).list();
+    chains.sort_by_key(|(start, ..)| *start);
+    let names: HashMap<usize, Name> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
+    // Where the kernel gave what makes no sense there may be more.
+    let cut = entries.last().map_or(0, |entry| entry.next) < blob.len();
     for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
-        let Some((_, chain, policy_at)) = chains.iter_mut().rfind(|(start, ..)| *start <= entry.at) else { continue };
-        let rule = legacy_rule(layout, entry, &names);
+        let Some(place) = chains.partition_point(|(start, ..)| *start <= entry.at).checked_sub(1) else { continue };
+        let Some((_, chain, policy_at)) = chains.get_mut(place) else { continue };
+        let parts = legacy_rule(layout, entry, &names);
         if *policy_at == Some(entry.at) {
-            chain.drops = rule.parts.contains(&Part::Verdict(Verdict::Drop));
+            chain.drops = parts.contains(&Part::Verdict(Verdict::Drop));
         } else {
-            let handle = chain.rules.len() as u64 + 1;
-            chain.rules.push(Rule { handle, ..rule });
+            chain.rules.push(Rule { handle: 0, number: chain.rules.len() + 1, parts });
         }
     }
-    chains.into_iter().map(|(_, chain, _)| chain).list()
+    let chain = |(_, chain, _)| Chain { cut, ..chain };
+    chains.into_iter().map(chain).collect()
 }
 
 fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {
@@ -345,24 +367,32 @@ fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {
     Some(Entry { at, next: at + len, bytes, target_offset, target: (name, revision, data) })
 }
 
-fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &[(usize, String)]) -> Rule {
+fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>) -> Vec<Part> {
     let mut parts = Vec::new();
     let bytes = entry.bytes;
+    /// IPT_INV_VIA_IN, IPT_INV_PROTO, the same for IPv6.
+    const NOT_INTERFACE: u8 = 1;
+    const NOT_PROTOCOL: u8 = 0x40;
+    let inverted = bytes.get(layout.flags + 1).copied().unwrap_or(0);
+    let only_if = |condition, inverting| match inverted & inverting {
+        0 => Part::OnlyIf(condition),
+        _ => Part::OnlyIfNot(condition),
+    };
     let protocol = u16_at(bytes, layout.protocol).unwrap_or(0);
     if protocol != 0 {
-        parts.push(Part::OnlyIf(Condition::Protocol(protocol as u8)));
+        parts.push(only_if(Condition::Protocol(protocol as u8), NOT_PROTOCOL));
     }
     let addresses = bytes.get(..layout.in_interface).unwrap_or_default();
     // Addresses with their masks; interfaces; and whatever is turned round.
-    let inverted = bytes.get(layout.flags + 1).copied().unwrap_or(0);
     let interface = bytes.get(layout.in_interface..layout.in_interface + 16).unwrap_or_default();
     let outgoing = bytes.get(layout.out_interface).copied().unwrap_or(0);
     if interface.starts_with(b"lo\0") {
-        parts.push(Part::OnlyIf(Condition::Loopback));
+        parts.push(only_if(Condition::Loopback, NOT_INTERFACE));
     } else if interface.first().is_some_and(|byte| *byte != 0) {
         parts.push(Part::OnlyIf(Condition::Other));
     }
-    if addresses.iter().any(|byte| *byte != 0) || outgoing != 0 || inverted != 0 {
+    let others = inverted & !(NOT_INTERFACE | NOT_PROTOCOL);
+    if addresses.iter().any(|byte| *byte != 0) || outgoing != 0 || others != 0 {
         parts.push(Part::OnlyIf(Condition::Other));
     }
     let mut at = layout.len;
@@ -377,11 +407,11 @@ fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &[(usize, String)]) -
         ("", Some(verdict)) => parts.extend(standard(verdict, entry.next, goto, chains).map(Part::Verdict)),
         _ => parts.extend(target(name, revision, data)),
     }
-    Rule { handle: 0, parts }
+    parts
 }
 
 /// The standard target: -1 - NF_DROP, -1 - NF_ACCEPT, XT_RETURN, or where to go on; the next rule means nothing at all.
-fn standard(verdict: i32, next: usize, goto: bool, chains: &[(usize, String)]) -> Option<Verdict> {
+fn standard(verdict: i32, next: usize, goto: bool, chains: &HashMap<usize, Name>) -> Option<Verdict> {
     const DROP: i32 = -1;
     const ACCEPT: i32 = -2;
     const RETURN: i32 = -5;
@@ -391,10 +421,10 @@ fn standard(verdict: i32, next: usize, goto: bool, chains: &[(usize, String)]) -
         RETURN => Some(Verdict::Return),
         at if usize::try_from(at).is_ok_and(|at| at == next) => None,
         at => {
-            let name = chains.iter().find(|(start, _)| usize::try_from(at) == Ok(*start)).map(|(_, name)| name.clone());
+            let name = usize::try_from(at).ok().and_then(|at| chains.get(&at));
             Some(match name {
-                Some(name) if goto => Verdict::Goto(name),
-                Some(name) => Verdict::Jump(name),
+                Some(name) if goto => Verdict::Goto(name.clone()),
+                Some(name) => Verdict::Jump(name.clone()),
                 None => Verdict::Other,
             })
         }

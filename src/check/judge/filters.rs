@@ -1,25 +1,103 @@
 //! Other people's packet filters, and what they do to what is intercepted.
 
 use std::cmp::Ordering;
+use std::collections::HashMap;
 use std::fmt;
 
-use super::{Scene, is_plain};
-use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule};
+use super::Scene;
+use super::commands::{Clause, insertion, named, removal};
+use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
 use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::instances::{self, Interception};
-use crate::check::walk::{self, Effect, Packet};
+use crate::check::walk::{Effect, Outcome, Packet};
 use crate::model::{Family, Mark};
 use crate::text;
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
+    let mut groups: HashMap<Group, Vec<&Interception<'_>>> = HashMap::new();
+    let mut order = Vec::new();
     for interception in &scene.interceptions {
         let alive = scene.instance(interception).is_some_and(|instance| instance.owner.is_some());
         if alive || interception.instance.is_none() {
-            Judged { scene, interception }.judge(found);
+            let group = Group::of(interception);
+            let members = groups.entry(group).or_default();
+            if members.is_empty() {
+                order.push(group);
+            }
+            members.push(interception);
         }
+    }
+    for (number, base) in scene.chains.bases() {
+        // A table of ours has nothing of others; an iptables chain that leads to ours may.
+        if base.origin == Origin::Nft && instances::is_ours(base) {
+            continue;
+        }
+        let of_family = |group: &&Group| base.family.is_none_or(|family| family == group.family);
+        let mut ports = None;
+        for group in order.iter().filter(of_family) {
+            let ports = ports.get_or_insert_with(|| scene.chains.ports_that_matter(number));
+            let members = groups.get(group).map(Vec::as_slice).unwrap_or_default();
+            through(scene, (number, base), ports, group, members, found);
+        }
+    }
+    if scene.chains.is_exhausted() {
+        say!(
+            found,
+            Severity::Note,
+            findings::UNSEEN,
+            "packet filters: there are more rules, and more that is intercepted, than can be followed; not all was"
+        );
     }
     collisions(scene, found);
     keep_port(scene, found);
+}
+
+/// What interceptions have in common whose packets differ only in their ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Group {
+    family: Family,
+    protocol: u8,
+    mark: Option<Mark>,
+    priority: i32,
+    by_iptables: bool,
+}
+
+impl Group {
+    fn of(interception: &Interception<'_>) -> Group {
+        let Interception { family, protocol, mark, priority, chain, .. } = *interception;
+        Group { family, protocol, mark, priority, by_iptables: chain.origin != Origin::Nft }
+    }
+
+    /// Of two chains of one priority that comes first which was made last (`nf_hook_entries_grow`); nobody can see which.
+    fn is_behind(&self, hook: Hook) -> Order {
+        match hook.priority.cmp(&self.priority) {
+            Ordering::Greater => Order::Behind,
+            // Chains by iptables are all in one, in an order of their own.
+            Ordering::Equal if !self.by_iptables => Order::Unknown,
+            _ => Order::Before,
+        }
+    }
+
+    /// The packet at a hook: until it meets the rules it is anybody's, from then on it has the mark and a socket.
+    fn packet(&self, hook: Hook, port: Option<u16>) -> Packet {
+        let met = match hook.place {
+            Place::Prerouting => self.is_behind(hook) != Order::Before,
+            Place::Input => true,
+            _ => false,
+        };
+        Packet {
+            family: self.family,
+            protocol: self.protocol,
+            port,
+            mark: self.mark.filter(|_| met).map_or(0, |mark| mark.value),
+            transparent: (met || is_for_replies(hook)) && self.mark.is_some(),
+        }
+    }
+}
+
+/// At this hook it is the proxy's own packets, with any port.
+fn is_for_replies(hook: Hook) -> bool {
+    matches!(hook.place, Place::Output | Place::Postrouting)
 }
 
 /// Whether a base chain sees packets before the rules that intercept them, or behind.
@@ -30,64 +108,64 @@ enum Order {
     Unknown,
 }
 
-/// One interception against every base chain of others.
+/// Sends what a group of interceptions stands for through a base chain: one packet for all between whose ports no rule on
+/// its way distinguishes (`ports`).
+fn through(
+    scene: &Scene<'_>,
+    (number, base): (usize, &Chain),
+    ports: &[u16],
+    group: &Group,
+    members: &[&Interception<'_>],
+    found: &mut Findings,
+) {
+    let Some(hook) = base.hook else { return };
+    let mut classes: HashMap<Option<usize>, usize> = HashMap::new();
+    let mut of_class: Vec<(Option<u16>, Vec<&Interception<'_>>)> = Vec::new();
+    for member in members {
+        if !scene.chains.step(1) {
+            return;
+        }
+        let port = member.sample_port().filter(|_| !is_for_replies(hook));
+        let class = port.map(|port| ports.partition_point(|matters| *matters <= port));
+        let at = *classes.entry(class).or_insert(of_class.len());
+        match of_class.get_mut(at) {
+            Some((_, others)) => others.push(member),
+            None => of_class.push((port, vec![member])),
+        }
+    }
+    for (port, members) in &of_class {
+        let Some(outcome) = scene.chains.through(number, group.packet(hook, *port)) else { return };
+        Judged { scene, base, hook, group, members }.judge(&outcome, found);
+    }
+}
+
+/// Interceptions whose packets fare alike in a base chain of others.
 struct Judged<'a> {
     scene: &'a Scene<'a>,
-    interception: &'a Interception,
+    base: &'a Chain,
+    hook: Hook,
+    group: &'a Group,
+    members: &'a [&'a Interception<'a>],
 }
 
 impl Judged<'_> {
-    fn judge(&self, found: &mut Findings) {
-        let chains = self.scene.facts.chains.as_deref().unwrap_or_default();
-        for base in chains {
-            let Some(hook) = base.hook else { continue };
-            let other_family = base.family.is_some_and(|family| family != self.interception.family);
-            // A table of ours has nothing of others; an iptables chain that leads to ours may.
-            if other_family || base.origin == Origin::Nft && instances::is_ours(base) {
-                continue;
+    fn judge(&self, outcome: &Outcome<'_>, found: &mut Findings) {
+        if let Some((chain, rule, sure)) = outcome.dropped.filter(|(chain, ..)| !instances::is_ours(chain)) {
+            self.dropped(chain, rule, sure, found);
+        }
+        for effect in &outcome.effects {
+            if !self.scene.chains.step(1) {
+                return;
             }
-            let outcome = walk::through(&self.scene.chains, base, self.packet(hook));
-            if let Some((chain, rule, sure)) = outcome.dropped.filter(|(chain, ..)| !instances::is_ours(chain)) {
-                self.dropped(base, hook, chain, rule, sure, found);
-            }
-            for effect in &outcome.effects {
-                if !instances::is_ours(effect.chain) && !self.is_itself(effect) {
-                    self.affected(base, hook, effect, found);
-                }
+            if !instances::is_ours(effect.chain) && !self.is_itself(effect) {
+                self.affected(effect, found);
             }
         }
     }
 
+    /// An effect that is the interception.
     fn is_itself(&self, effect: &Effect<'_>) -> bool {
-        effect.chain == &self.interception.chain && effect.rule == &self.interception.rule
-    }
-
-    /// The packet at a hook: until it meets the rules it is anybody's, from then on it has the mark and a socket.
-    fn packet(&self, hook: Hook) -> Packet {
-        let Interception { family, protocol, ports, mark, .. } = self.interception;
-        let met = match hook.place {
-            Place::Prerouting => self.is_behind(hook) != Order::Before,
-            Place::Input => true,
-            _ => false,
-        };
-        let replies = matches!(hook.place, Place::Output | Place::Postrouting);
-        Packet {
-            family: *family,
-            protocol: *protocol,
-            port: ports.first().map(|(first, _)| *first).filter(|_| !replies),
-            mark: mark.filter(|_| met).map_or(0, |mark| mark.value),
-            transparent: (met || replies) && mark.is_some(),
-        }
-    }
-
-    /// Of two chains of one priority that comes first which was made last (`nf_hook_entries_grow`); nobody can see which.
-    fn is_behind(&self, hook: Hook) -> Order {
-        match hook.priority.cmp(&self.interception.priority) {
-            Ordering::Greater => Order::Behind,
-            // Chains by iptables are all in one, in an order of their own.
-            Ordering::Equal if self.interception.chain.origin == Origin::Nft => Order::Unknown,
-            _ => Order::Before,
-        }
+        self.members.iter().all(|member| std::ptr::eq(effect.rule, member.rule))
     }
 
     fn say<'f>(
@@ -102,47 +180,41 @@ impl Judged<'_> {
         say!(found, severity, kind, "{words}{unsure}")
     }
 
-    fn dropped(&self, base: &Chain, hook: Hook, chain: &Chain, rule: Option<&Rule>, sure: bool, found: &mut Findings) {
-        let family = self.interception.family;
-        let (kind, whose, cure) = match hook.place {
+    fn dropped(&self, chain: &Chain, rule: Option<&Rule>, sure: bool, found: &mut Findings) {
+        let (kind, whose, cure) = match self.hook.place {
             // NAT's listener is an ordinary one: the firewall's owner has to let its port in.
-            Place::Input if self.interception.mark.is_some() => {
-                (findings::INPUT_DROP, "packets that are intercepted", self.exempt(base, Some(chain), rule))
+            Place::Input if self.group.mark.is_some() => {
+                (findings::INPUT_DROP, "packets that are intercepted", self.exempt())
             }
             Place::Prerouting => {
-                let cure = match self.is_behind(hook) == Order::Behind {
-                    true => self.exempt(base, Some(chain), rule),
-                    false => removal(chain, rule, family),
+                let cure = match self.group.is_behind(self.hook) == Order::Behind {
+                    true => self.exempt(),
+                    false => self.exempt_selected(),
                 };
                 (findings::PREROUTING_DROP, "packets that are intercepted", cure)
             }
-            Place::Output if sure && self.interception.mark.is_some() => {
-                let cure = insertion(
-                    base,
-                    family,
-                    format_args!("socket transparent 1"),
-                    format_args!("-m addrtype ! --src-type LOCAL"),
-                );
+            Place::Output if sure && self.group.mark.is_some() => {
+                let cure = insertion(self.base, self.group.family, &[Clause::FromTransparent]);
                 (findings::OUTPUT_DROP, "packets that the proxy sends", cure)
             }
             _ => return,
         };
         let by = text::by(|f| match rule {
-            Some(rule) => write!(f, "rule {} of chain {}", rule.handle, named(chain)),
+            Some(rule) => write!(f, "{}", ruled(rule, chain)),
             None => write!(f, "the policy of chain {}", named(chain)),
         });
-        self.say(found, kind, sure, format_args!("{by} drops {}{whose}", of_family(base)))
+        self.say(found, kind, sure, format_args!("{by} drops {}{whose}", of_family(self.base)))
             .cured_by(format_args!("{cure}"));
     }
 
-    fn affected(&self, base: &Chain, hook: Hook, effect: &Effect<'_>, found: &mut Findings) {
-        let (family, order) = (self.interception.family, self.is_behind(hook));
+    fn affected(&self, effect: &Effect<'_>, found: &mut Findings) {
+        let order = self.group.is_behind(self.hook);
         let (after, sure) = (order != Order::Before, effect.sure && order == Order::Behind);
-        let of = of_family(base);
-        let rule = text::by(|f| write!(f, "rule {} of chain {}", effect.rule.handle, named(effect.chain)));
-        match (hook.place, effect.part) {
+        let of = of_family(self.base);
+        let rule = text::by(|f| write!(f, "{}", ruled(effect.rule, effect.chain)));
+        match (self.hook.place, effect.part) {
             (Place::Prerouting, Part::SetMark { keep, set }) if after && !effect.with_tproxy => {
-                let Some(mark) = self.interception.mark else { return };
+                let Some(mark) = self.group.mark else { return };
                 let kept = match set {
                     Some(set) => (mark.value & keep ^ set) & mark.mask == mark.value,
                     None => mark.mask & !keep == 0,
@@ -154,7 +226,7 @@ impl Judged<'_> {
                         sure,
                         format_args!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}"),
                     )
-                    .cured_by(format_args!("{}", self.exempt(base, None, None)));
+                    .cured_by(format_args!("{}", self.exempt()));
                 }
             }
             (Place::Prerouting, Part::Tproxy { port, .. }) if after => {
@@ -164,13 +236,10 @@ impl Judged<'_> {
                     sure,
                     format_args!("{rule} gives {of}packets that are intercepted to a listener on port {port}"),
                 )
-                .cured_by(format_args!("{}", self.exempt(base, None, None)));
+                .cured_by(format_args!("{}", self.exempt()));
             }
             (Place::Prerouting, Part::TranslateDestination(_) | Part::Redirect(_)) => {
-                let cure = match after && self.interception.mark.is_some() {
-                    true => self.exempt(base, None, None),
-                    false => removal(effect.chain, Some(effect.rule), family),
-                };
+                let cure = if after { self.exempt() } else { self.exempt_selected() };
                 self.say(
                     found,
                     findings::NAT,
@@ -179,13 +248,9 @@ impl Judged<'_> {
                 )
                 .cured_by(format_args!("{cure}"));
             }
-            (Place::Postrouting, Part::TranslateSource) if self.interception.mark.is_some() => {
-                let cure = insertion(
-                    base,
-                    family,
-                    format_args!("meta skuid >= 0 fib saddr type != local"),
-                    format_args!("-m owner --socket-exists -m addrtype ! --src-type LOCAL"),
-                );
+            (Place::Postrouting, Part::TranslateSource) if self.group.mark.is_some() => {
+                let clauses = [Clause::FromSocket, Clause::NotFromThisHost];
+                let cure = insertion(self.base, self.group.family, &clauses);
                 say!(
                     found,
                     Severity::Note,
@@ -198,18 +263,38 @@ impl Judged<'_> {
         }
     }
 
-    /// Lets what has our mark through a base chain; where there is no mark to know it by, the culprit goes.
-    fn exempt(&self, base: &Chain, chain: Option<&Chain>, rule: Option<&Rule>) -> String {
-        match self.interception.mark {
-            Some(Mark { value, mask }) => insertion(
-                base,
-                self.interception.family,
-                format_args!("meta mark and {mask:#x} == {value:#x}"),
-                format_args!("-m mark --mark {value:#x}/{mask:#x}"),
-            ),
-            None => removal(chain.unwrap_or(base), rule, self.interception.family),
+    /// Lets what has our mark through the base chain.
+    fn exempt(&self) -> String {
+        match self.group.mark {
+            Some(mark) => insertion(self.base, self.group.family, &[Clause::Marked(mark)]),
+            None => self.exempt_selected(),
         }
     }
+
+    /// Lets through the base chain what is going to be intercepted, and has no mark yet: no more than that, since others
+    /// rely on what the chain drops.
+    fn exempt_selected(&self) -> String {
+        let mut ports: Vec<(u16, u16)> = Vec::new();
+        for member in self.members {
+            if member.ports.is_empty() {
+                ports.clear();
+                break;
+            }
+            ports.extend(&member.ports);
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        let Group { family, protocol, .. } = *self.group;
+        insertion(self.base, family, &[Clause::OfFamily(family), Clause::To(protocol, &ports), Clause::NotToThisHost])
+    }
+}
+
+/// A rule, as its program calls it.
+pub(super) fn ruled(rule: &Rule, chain: &Chain) -> impl fmt::Display {
+    text::by(move |f| {
+        let number = if chain.origin == Origin::Nft { rule.handle } else { rule.number as u64 };
+        write!(f, "rule {number} of chain {}", named(chain))
+    })
 }
 
 /// "IPv4 ", if a chain is for that alone.
@@ -223,37 +308,44 @@ fn of_family(chain: &Chain) -> &'static str {
 
 /// Rules of others that give packets the mark that is ours.
 fn collisions(scene: &Scene<'_>, found: &mut Findings) {
+    let mut marking = Vec::new();
+    for chain in scene.others() {
+        // The last first, so that the numbers of the others stay when it is deleted.
+        for rule in chain.rules.iter().rev() {
+            let delivers = rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. }));
+            let sets = rule.parts.iter().filter_map(|part| match part {
+                Part::SetMark { set: Some(set), .. } => Some(*set),
+                _ => None,
+            });
+            marking.extend(sets.filter(|_| !delivers).map(|set| (chain, rule, set)));
+        }
+    }
     for instance in scene.instances.iter().filter(|instance| instance.owner.is_some()) {
         let Some(mark) = instance.mark else { continue };
-        for chain in scene.facts.chains.iter().flatten().filter(|chain| !instances::is_ours(chain)) {
-            for rule in &chain.rules {
-                let delivers = rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. }));
-                let ours =
-                    |part: &Part| matches!(part, Part::SetMark { set: Some(set), .. } if set & mark.mask == mark.value);
-                if delivers || !rule.parts.iter().any(ours) {
-                    continue;
-                }
-                let cure = removal(chain, Some(rule), chain.family.unwrap_or(Family::V4));
-                found
-                    .say(
-                        Severity::Warning,
-                        findings::MARK_COLLISION,
-                        format_args!(
-                            "rule {} of chain {} gives packets the mark {mark}, which is instance {}'s",
-                            rule.handle,
-                            named(chain),
-                            instance.name
-                        ),
-                    )
-                    .cured_by(format_args!("{cure}"));
+        for (chain, rule, set) in &marking {
+            if !scene.chains.step(1) {
+                return;
             }
+            if set & mark.mask != mark.value {
+                continue;
+            }
+            // What the rule does besides would be lost with it.
+            let harmless = |part: &Part| matches!(part, Part::OnlyIf(_) | Part::OnlyIfNot(_) | Part::SetMark { .. });
+            let cure = if rule.parts.iter().all(harmless) { removal(chain, rule) } else { String::new() };
+            let (rule, name) = (ruled(rule, chain), &instance.name);
+            found
+                .say(
+                    Severity::Warning,
+                    findings::MARK_COLLISION,
+                    format_args!("{rule} gives packets the mark {mark}, which is instance {name}'s"),
+                )
+                .cured_by(format_args!("{cure}"));
         }
     }
 }
 
 /// Connection tracking, where both halves of a connection that keeps its port are one.
 fn keep_port(scene: &Scene<'_>, found: &mut Findings) {
-    let Some(chains) = &scene.facts.chains else { return };
     let tracked = scene.interceptions.iter().any(|interception| {
         interception.mark.is_some() && scene.instance(interception).is_none_or(|instance| !instance.notrack)
     });
@@ -266,76 +358,36 @@ fn keep_port(scene: &Scene<'_>, found: &mut Findings) {
                 | Part::Redirect(_)
         )
     };
-    let rules = || chains.iter().flat_map(|chain| &chain.rules);
-    let spared = chains.iter().any(|chain| chain.table == UNTRACKED);
-    if tracked && !spared && rules().any(|rule| rule.parts.iter().any(tracks)) {
-        let finding = say!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use");
-        // Keeps what transparent sockets send and get out of it.
-        finding.cured_by(format_args!("nft add table inet {UNTRACKED}"));
-        for hook in ["prerouting", "output"] {
-            finding
-                .and(format_args!(
-                    "nft 'add chain inet {UNTRACKED} {hook} {{ type filter hook {hook} priority raw; }}'"
-                ))
-                .and(format_args!("nft add rule inet {UNTRACKED} {hook} socket transparent 1 notrack"));
-        }
+    let rules = || scene.rules().map(|(_, rule)| rule);
+    let spared = scene.ruleset().chains.iter().any(|chain| chain.table == UNTRACKED);
+    if !tracked || spared || !rules().any(|rule| rule.parts.iter().any(tracks)) {
+        return;
     }
+    let finding = say!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use").not_cured();
+    // A firewall that knows answers by their connections would drop what is kept out of it.
+    if scene.others().flat_map(|chain| &chain.rules).any(accepts_answers) {
+        return;
+    }
+    // Keeps what transparent sockets send and get out of it.
+    finding.cured_by(format_args!("nft add table inet {UNTRACKED}"));
+    for hook in ["prerouting", "output"] {
+        finding
+            .and(format_args!("nft 'add chain inet {UNTRACKED} {hook} {{ type filter hook {hook} priority raw; }}'"))
+            .and(format_args!("nft add rule inet {UNTRACKED} {hook} socket transparent 1 notrack"));
+    }
+}
+
+/// A rule that lets packets through because their connection is known.
+fn accepts_answers(rule: &Rule) -> bool {
+    /// NF_CT_STATE_BIT(IP_CT_ESTABLISHED).
+    const ESTABLISHED: u32 = 2;
+    let known = |part: &Part| match part {
+        Part::OnlyIf(Condition::Connection { states }) => states.is_none_or(|states| states & ESTABLISHED != 0),
+        _ => false,
+    };
+    let accepts = |part: &Part| matches!(part, Part::Verdict(Verdict::Accept | Verdict::Return | Verdict::Other));
+    rule.parts.iter().any(known) && rule.parts.iter().any(accepts)
 }
 
 /// The table that the cure makes.
 const UNTRACKED: &str = "transparent-untracked";
-
-/// A chain as its program calls it.
-pub(super) fn named(chain: &Chain) -> impl fmt::Display {
-    text::by(move |f| {
-        let Chain { table, name, .. } = chain;
-        match chain.origin {
-            Origin::Nft => write!(f, "{} {table} {name}", nft_family(chain)),
-            origin => write!(f, "{} -t {table} {name}", program(origin, chain.family.unwrap_or(Family::V4))),
-        }
-    })
-}
-
-/// Its names can be part of a command.
-fn can_be_named(chain: &Chain) -> bool {
-    is_plain(&chain.table) && is_plain(&chain.name)
-}
-
-fn nft_family(chain: &Chain) -> &'static str {
-    match chain.family {
-        None => "inet",
-        Some(Family::V4) => "ip",
-        Some(Family::V6) => "ip6",
-    }
-}
-
-fn program(origin: Origin, family: Family) -> &'static str {
-    match (origin, family) {
-        (Origin::IptablesLegacy, Family::V4) => "iptables-legacy",
-        (Origin::IptablesLegacy, Family::V6) => "ip6tables-legacy",
-        (_, Family::V4) => "iptables-nft",
-        (_, Family::V6) => "ip6tables-nft",
-    }
-}
-
-/// The command that puts a rule first in a chain: what matches (in nft's words, and in iptables') leaves it accepted.
-fn insertion(chain: &Chain, family: Family, by_nft: fmt::Arguments<'_>, by_iptables: fmt::Arguments<'_>) -> String {
-    match chain.origin {
-        _ if !can_be_named(chain) => String::new(),
-        Origin::Nft => format!("nft 'insert rule {} {by_nft} accept'", named(chain)),
-        origin => format!("{} -t {} -I {} {by_iptables} -j ACCEPT", program(origin, family), chain.table, chain.name),
-    }
-}
-
-/// The command that removes a rule; without one, a chain's policy.
-pub(super) fn removal(chain: &Chain, rule: Option<&Rule>, family: Family) -> String {
-    let Chain { table, name, .. } = chain;
-    let program = program(chain.origin, family);
-    match (chain.origin, rule) {
-        _ if !can_be_named(chain) => String::new(),
-        (Origin::Nft, Some(rule)) => format!("nft delete rule {} handle {}", named(chain), rule.handle),
-        (Origin::Nft, None) => format!("nft 'chain {} {{ policy accept; }}'", named(chain)),
-        (_, Some(rule)) => format!("{program} -t {table} -D {name} {}", rule.handle),
-        (_, None) => format!("{program} -t {table} -P {name} ACCEPT"),
-    }
-}

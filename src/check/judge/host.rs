@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use super::{Scene, quoted};
+use super::Scene;
 use crate::backend::seen::filter::Origin;
-use crate::check::facts::Descriptors;
+use crate::check::facts::{Descriptors, NET_ADMIN, NET_BIND_SERVICE, NET_RAW};
 use crate::check::findings::{self, Findings, Kind, Severity};
-use crate::check::procfs::{self, Capabilities};
+use crate::check::probes::Transparency;
+use crate::check::procfs;
 use crate::model::Family;
-use crate::text::Owned;
-use crate::{sort, text};
+use crate::text;
 
 /// The default limit of most systems; a proxy that has less was given less.
 const DESCRIPTORS: u64 = 1024;
@@ -22,44 +22,54 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     let severity = if old { Severity::Warning } else { Severity::Ok };
     say!(found, severity, findings::VERSION, "Linux {}", facts.kernel);
 
-    let namespace = if facts.initial_user_namespace { "the initial user namespace" } else { "a user namespace" };
-    let missing = |number| !facts.capabilities.has(number);
-    if missing(Capabilities::NET_ADMIN) {
-        say!(
-            found,
-            Severity::Warning,
-            findings::NET_ADMIN,
-            "this process has no CAP_NET_ADMIN in effect (it is in {namespace})"
-        )
-        .with("program", &quoted(&facts.program));
-    } else if facts.powerless {
-        say!(
-            found,
-            Severity::Warning,
-            findings::NET_ADMIN,
-            "CAP_NET_ADMIN is in effect in {namespace}, and this network belongs to another"
-        )
-        .not_cured();
-    } else {
-        good(found, findings::NET_ADMIN, format_args!("CAP_NET_ADMIN is in effect, in {namespace}"));
+    let namespace = match facts.initial_user_namespace {
+        Some(true) => " in the initial user namespace",
+        Some(false) => " in a user namespace",
+        None => "",
+    };
+    match facts.has(NET_ADMIN) {
+        Some(false) => {
+            let why = refused(scene, &[NET_ADMIN]);
+            say!(
+                found,
+                Severity::Warning,
+                findings::NET_ADMIN,
+                "this process has no CAP_NET_ADMIN in effect{namespace}{why}"
+            )
+            .cured_by(format_args!("{}", starting(scene)));
+        }
+        Some(true) if facts.powerless => {
+            say!(
+                found,
+                Severity::Warning,
+                findings::NET_ADMIN,
+                "CAP_NET_ADMIN is in effect{namespace}, and this network belongs to another"
+            )
+            .not_cured();
+        }
+        Some(true) => good(found, findings::NET_ADMIN, format_args!("CAP_NET_ADMIN is in effect{namespace}")),
+        None => {}
     }
-    if missing(Capabilities::NET_BIND_SERVICE) {
+    if facts.has(NET_BIND_SERVICE) == Some(false) {
         say!(found, Severity::Note, findings::BIND_SERVICE, "this process has no CAP_NET_BIND_SERVICE in effect");
     }
     for (family, outcome) in &facts.transparent {
         let kind = findings::TRANSPARENT;
         match outcome {
-            Ok(()) => good(found, kind, format_args!("an {family} socket was made transparent")),
-            Err(e) if e.errno() == libc::EAFNOSUPPORT => {
-                say!(found, Severity::Note, findings::FAMILY, "{family}: {e}");
+            Transparency::Yes => good(found, kind, format_args!("an {family} socket was made transparent")),
+            Transparency::NoFamily => {
+                say!(found, Severity::Note, findings::FAMILY, "there are no {family} sockets for this process");
             }
-            Err(e) => {
-                let finding = say!(found, Severity::Failure, kind, "{family}: {e}");
-                finding.with("program", &quoted(&facts.program));
-                // What has a capability that is no good here gets none by another command.
-                if facts.powerless {
-                    finding.not_cured();
-                }
+            Transparency::Refused(e) => {
+                let capable = [NET_ADMIN, NET_RAW].into_iter().any(|capability| facts.has(capability) == Some(true));
+                let why = if capable { String::new() } else { refused(scene, &[NET_ADMIN, NET_RAW]) };
+                // Who has a capability that is no good here gets none by being started with it.
+                let command = if capable { String::new() } else { starting(scene) };
+                say!(found, Severity::Failure, kind, "{family}: {e}{why}").cured_by(format_args!("{command}"));
+            }
+            Transparency::Unknown(e) => {
+                let kind = findings::UNSEEN;
+                say!(found, Severity::Note, kind, "whether {family} sockets can be made transparent: socket(): {e}");
             }
         }
     }
@@ -83,6 +93,35 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     }
 }
 
+/// Why this process cannot be given capabilities, where that is known.
+fn refused(scene: &Scene<'_>, capabilities: &[u32]) -> String {
+    match capabilities.iter().all(|capability| scene.facts.out_of_bounds.contains(capability)) {
+        true => {
+            "; nor can a program that it starts have it (the bounding set): what started the container or the service \
+                 has to grant it"
+                .to_owned()
+        }
+        false => String::new(),
+    }
+}
+
+/// The command that starts a program with the capabilities that it takes, and with no other, as the user that this one
+/// runs as. Empty: there is none (who started this process lets nobody have them).
+///
+/// Never setcap(8): the capabilities of a file are everybody's who can start it, and those of an interpreter every
+/// script's. The arguments of this process are left out: they may be secrets.
+fn starting(scene: &Scene<'_>) -> String {
+    let facts = scene.facts;
+    if [NET_ADMIN, NET_RAW].into_iter().any(|capability| facts.out_of_bounds.contains(&capability)) {
+        return String::new();
+    }
+    let ids = match facts.ids {
+        Some((uid, gid)) if uid != 0 => format!("--reuid={uid} --regid={gid} --clear-groups "),
+        _ => String::new(),
+    };
+    format!("setpriv {ids}--inh-caps=+net_admin,+net_raw --ambient-caps=+net_admin,+net_raw PROGRAM")
+}
+
 /// Few are a proxy's end, and so are many when it has them all.
 fn descriptors(of: &Descriptors, found: &mut Findings) {
     let Descriptors { pid, soft, hard, used } = *of;
@@ -90,7 +129,7 @@ fn descriptors(of: &Descriptors, found: &mut Findings) {
         true => f.write_str("this process"),
         false => write!(f, "process {pid}"),
     });
-    let exhausted = used.filter(|used| *used >= soft - soft / 10);
+    let exhausted = used.filter(|used| *used >= soft.saturating_sub(soft / 10));
     let kind = findings::DESCRIPTORS;
     let words = text::by(|f| match exhausted {
         Some(used) => write!(f, "{whose} has {used} of the {soft} descriptors that it may have"),
@@ -120,16 +159,19 @@ pub(super) fn good(found: &mut Findings, kind: &'static Kind, words: fmt::Argume
 
 fn iptables(scene: &Scene<'_>, found: &mut Findings) {
     let facts = scene.facts;
-    let installed = if facts.iptables.is_empty() { "none".owned() } else { facts.iptables.join(", ") };
+    let installed = if facts.iptables.is_empty() { "none".to_owned() } else { facts.iptables.join(", ") };
     let mut by_nft = Vec::new();
-    for chain in facts.chains.iter().flatten() {
+    for chain in &scene.ruleset().chains {
         if chain.origin == Origin::IptablesNft && chain.hook.is_some() {
             let family = chain.family.map_or("inet", Family::name);
             by_nft.push(format!("{family} {}", chain.table));
         }
     }
-    sort::unique(&mut by_nft);
-    let listed = |tables: &[String]| if tables.is_empty() { "no tables".owned() } else { tables.join(", ") };
-    let (by_nft, legacy) = (listed(&by_nft), listed(&facts.legacy_tables));
+    by_nft.sort_unstable();
+    by_nft.dedup();
+    let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
+    let unknown = || "not known".to_owned();
+    let by_nft = if facts.ruleset.is_some() { listed(&by_nft) } else { unknown() };
+    let legacy = if facts.legacy_known { listed(&facts.legacy_tables) } else { unknown() };
     say!(found, Severity::Note, findings::IPTABLES, "installed: {installed}; nft variant: {by_nft}; legacy: {legacy}");
 }

@@ -1,40 +1,71 @@
 //! Instances and their listeners.
 
-use std::fmt;
+use std::collections::HashMap;
+use std::fmt::Write;
 
-use super::{Scene, filters, flag, host, quoted, routing};
+use super::commands::{named, removal, removal_of_jump};
+use super::{Scene, flag, host, routing};
+use crate::backend::holder::Holder;
 use crate::backend::nft::table;
 use crate::backend::seen::filter::{Origin, Part, Verdict};
 use crate::backend::seen::sockets::Listener;
 use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::instances::{self, Instance, Interception};
-use crate::list::List;
-use crate::model::{Family, Protocol};
+use crate::model::Protocol;
 use crate::text;
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     scene.instances.iter().for_each(|instance| owners(scene, instance, found));
-    for interception in &scene.interceptions {
-        let orphan = scene.instance(interception).is_some_and(|instance| instance.owner.is_none());
-        // A chain of ours that no instance speaks for is an orphan too.
-        let forsaken = interception.instance.is_some() && scene.instance(interception).is_none();
-        if let (Some(listeners), false) = (&scene.facts.listeners, orphan || forsaken) {
-            listener(scene, interception, listeners, found);
+    if let Some(listeners) = &scene.facts.listeners {
+        let mut by_port: HashMap<(u16, u8), Vec<&Listener>> = HashMap::new();
+        for listener in &listeners.found {
+            by_port.entry((listener.port, listener.protocol.number())).or_default().push(listener);
+        }
+        let choosing = instances::choosing_otherwise(&scene.ruleset().chains);
+        for interception in &scene.interceptions {
+            let instance = scene.instance(interception);
+            let orphan = instance.is_some_and(|instance| instance.owner.is_none());
+            // A chain of ours that no instance speaks for is an orphan too.
+            let forsaken = interception.instance.is_some() && instance.is_none();
+            let protocols = [Protocol::Tcp, Protocol::Udp];
+            let protocol = protocols.into_iter().find(|protocol| protocol.number() == interception.protocol);
+            let known = protocol.is_some_and(|protocol| listeners.knows(protocol));
+            if orphan || forsaken || !known {
+                continue;
+            }
+            let at_port = by_port.get(&(interception.port, interception.protocol));
+            let otherwise = match interception.instance {
+                Some(name) => choosing.contains(&name),
+                None => instances::chooses_otherwise(interception.rule),
+            };
+            listener(scene, interception, at_port.map(Vec::as_slice).unwrap_or_default(), otherwise, found);
         }
     }
     forsaken_chains(scene, found);
 }
 
+/// The command that ends the processes that own an instance, and so its rules. Empty: it is not known which they are, or
+/// one is the first of its PID namespace, whose end is that of all others.
+fn ending(owner: &Holder) -> String {
+    let pids: Vec<String> = owner.processes().iter().map(|process| process.pid.to_string()).collect();
+    match owner.processes() {
+        [] => String::new(),
+        processes if processes.iter().any(|process| process.pid == 1) => String::new(),
+        _ => format!("kill {}", pids.join(" ")),
+    }
+}
+
 /// Whose an instance is, and whether that one is well.
 fn owners(scene: &Scene<'_>, instance: &Instance, found: &mut Findings) {
     let Instance { name, table, place, .. } = instance;
-    let Some(pid) = instance.owner else {
+    let Some(owner) = &instance.owner else {
         let finding = found.say(
             Severity::Failure,
             findings::ORPHAN,
             format_args!("instance {name} (table inet {table}) persists, and no process owns it"),
         );
-        finding.cured_by(format_args!("nft delete table inet {}", quoted(table)));
+        // Its name has nothing in it that nft or a shell would take for its own.
+        finding.cured_by(format_args!("nft delete table inet {table}"));
         for rule in scene.facts.rules.iter().filter(|rule| rule.protocol == routing::PROTOCOL) {
             let (flag, priority) = (flag(rule.family), rule.priority);
             if (place.priority..place.priority + 4).contains(&priority) {
@@ -43,54 +74,67 @@ fn owners(scene: &Scene<'_>, instance: &Instance, found: &mut Findings) {
         }
         return;
     };
-    let way = if instance.by_iptables { "iptables" } else { "nf_tables" };
+    let way = match instance.origin {
+        Some(Origin::Nft) => "by nf_tables, ",
+        Some(_) => "by iptables, ",
+        None => "",
+    };
     host::good(
         found,
         findings::INSTANCE,
         format_args!(
-            "{name}: by {way}, of process {pid}, routing rules from {} and routing table {}",
+            "{name}: {way}of {owner}, routing rules from {} and routing table {}",
             place.priority, place.table
         ),
     );
-    if scene.facts.stopped.contains(&pid) {
+    for process in owner.processes().iter().filter(|process| scene.facts.stopped.contains(&process.pid)) {
         found
             .say(
                 Severity::Failure,
                 findings::STOPPED,
-                format_args!("process {pid}, which instance {name} belongs to, is stopped"),
+                format_args!("{process}, which instance {name} belongs to, is stopped"),
             )
-            .with("pid", &pid);
+            .with("pid", &process.pid);
     }
 }
 
-fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listener], found: &mut Findings) {
+fn listener(
+    scene: &Scene<'_>,
+    interception: &Interception<'_>,
+    at_port: &[&Listener],
+    chooses_otherwise: bool,
+    found: &mut Findings,
+) {
     let Interception { family, protocol, port, addr, .. } = interception;
-    let served = |listener: &&Listener| {
-        listener.port == *port && listener.protocol.number() == *protocol && listener.serves(*family)
-    };
-    let candidates: Vec<&Listener> = listeners.iter().filter(served).list();
-    let named = if *protocol == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
+    let candidates: Vec<&Listener> = at_port.iter().copied().filter(|listener| listener.serves(*family)).collect();
+    let called = if *protocol == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
     let whose = text::by(|f| match &interception.instance {
         Some(name) => write!(f, "instance {name}"),
-        None => write!(f, "chain {}", filters::named(&interception.chain)),
+        None => write!(f, "chain {}", named(interception.chain)),
     });
     let to = text::by(|f| match addr {
         Some(addr) => write!(f, "{addr}"),
         None => f.write_str("any address"),
     });
-    let mut say = |kind: &'static Kind, what: fmt::Arguments<'_>| {
+    let mut say = |kind: &'static Kind, what: std::fmt::Arguments<'_>| {
         let finding = found.say(
             Severity::Failure,
             kind,
-            format_args!("{whose} gives {family} {named} packets to {to}, port {port}, where {what}"),
+            format_args!("{whose} gives {family} {called} packets to {to}, port {port}, where {what}"),
         );
-        match scene.instance(interception).and_then(|instance| instance.owner) {
-            Some(pid) => finding.with("pid", &pid),
-            None => {
-                let removal = filters::removal(&interception.chain, Some(&interception.rule), *family);
-                finding.cured_by(format_args!("{removal}"))
+        match scene.instance(interception).map(|instance| instance.owner.as_ref()) {
+            Some(owner) => {
+                let command = owner.map(ending).unwrap_or_default();
+                finding.cured_by(format_args!("{command}"));
+                if let (Some(owner), true) = (owner, command.is_empty()) {
+                    let _ = write!(finding.found, "; the rules are those of {owner}");
+                }
             }
-        };
+            None => {
+                let command = removal(interception.chain, interception.rule);
+                finding.cured_by(format_args!("{command}"));
+            }
+        }
     };
     if candidates.is_empty() {
         return say(findings::LISTENER_GONE, format_args!("nothing listens"));
@@ -104,20 +148,20 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
         // The address of some interface will do, if it is the one that the packets come in by.
         (None, Some(own)) => !own.is_loopback(),
     };
-    let reached: Vec<&&Listener> = candidates.iter().filter(reachable).list();
+    let reached: Vec<&&Listener> = candidates.iter().filter(reachable).collect();
     if reached.is_empty() {
-        let addrs: Vec<String> = candidates.iter().filter_map(|l| l.addr).map(|addr| addr.to_string()).list();
+        let addrs: Vec<String> =
+            candidates.iter().filter_map(|l| l.addr).map(|addr| addr.to_string()).take(SHOWN).collect();
         return say(findings::UNREACHABLE, format_args!("a listener is, but on {}", addrs.join(", ")));
     }
     if reached.iter().all(|listener| listener.transparent == Some(false)) {
         return say(findings::NOT_TRANSPARENT, format_args!("the listener is not transparent"));
     }
     let interface = |index: u32| scene.facts.interfaces.iter().find(|interface| interface.index == index);
-    if reached.iter().all(|listener| listener.interface != 0)
-        && !instances::chooses_otherwise(scene.facts.chains.as_deref().unwrap_or_default(), interception)
-    {
-        let name = |l: &&&Listener| interface(l.interface).map_or("one that is gone", |i| &i.name);
-        let names: Vec<&str> = reached.iter().map(name).list();
+    if reached.iter().all(|listener| listener.interface != 0) && !chooses_otherwise {
+        let name =
+            |l: &&&Listener| interface(l.interface).map_or("one that is gone".to_owned(), |i| i.name.to_string());
+        let names: Vec<String> = reached.iter().map(name).take(SHOWN).collect();
         return say(findings::BOUND, format_args!("the listener is bound to an interface ({})", names.join(", ")));
     }
     // sk_acceptq_is_full: more than the backlog.
@@ -131,42 +175,39 @@ fn listener(scene: &Scene<'_>, interception: &Interception, listeners: &[Listene
     }
 }
 
+/// So many addresses or names are listed in a sentence.
+const SHOWN: usize = 8;
+
 /// Jumps to iptables chains of instances that have no living owner.
 fn forsaken_chains(scene: &Scene<'_>, found: &mut Findings) {
     // On a host without nf_tables nobody can tell who lives.
     let able = scene.facts.features.iter().any(|(kind, outcome)| *kind == findings::NF_TABLES && outcome.is_ok());
     // Where the finding of each instance is.
-    let mut said: Vec<(&str, usize)> = Vec::new();
-    for chain in scene.facts.chains.iter().flatten().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some()) {
-        // The last first, so that the numbers of the others stay.
-        for rule in chain.rules.iter().rev() {
-            let target = rule.parts.iter().find_map(|part| match part {
-                Part::Verdict(Verdict::Jump(target)) => Some(target),
-                _ => None,
-            });
-            let Some(instance) = target.and_then(|target| crate::backend::iptables::instance_of(target)) else {
-                continue;
-            };
-            let lives = |other: &Instance| table::name_of(instance) == other.table && other.owner.is_some();
-            if scene.instances.iter().any(lives) {
-                continue;
-            }
-            let at = match said.iter().find(|(name, _)| *name == instance) {
-                Some((_, at)) => *at,
-                None => {
-                    said.push((instance, found.0.len()));
-                    found
-                        .say(
-                            Severity::Failure,
-                            findings::IPTABLES_ORPHAN,
-                            format_args!("iptables has chains of instance {instance}, which no process owns"),
-                        )
-                        .not_cured();
-                    found.0.len() - 1
-                }
-            };
-            let family = chain.family.unwrap_or(Family::V4);
-            found.0[at].and(format_args!("{}", filters::removal(chain, Some(rule), family)));
+    let mut said: HashMap<&str, usize> = HashMap::new();
+    let bases = scene.ruleset().chains.iter().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some());
+    for (chain, rule) in bases.flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule))) {
+        let target = rule.parts.iter().find_map(|part| match part {
+            Part::Verdict(Verdict::Jump(target)) => Some(target),
+            _ => None,
+        });
+        let to = target.and_then(|target| Some((target.as_str()?, instances::instance_of_chain(target)?)));
+        let Some((to, instance)) = to else { continue };
+        let lives = |other: &Instance| table::name_of(instance) == other.table && other.owner.is_some();
+        if scene.instance_named(instance).is_some_and(lives) {
+            continue;
+        }
+        let at = *said.entry(instance).or_insert_with(|| {
+            found
+                .say(
+                    Severity::Failure,
+                    findings::IPTABLES_ORPHAN,
+                    format_args!("iptables has chains of instance {instance}, which no process owns"),
+                )
+                .not_cured();
+            found.0.len() - 1
+        });
+        if let Some(finding) = found.0.get_mut(at) {
+            finding.and(format_args!("{}", removal_of_jump(chain, instance, to)));
         }
     }
 }

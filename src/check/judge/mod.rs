@@ -7,63 +7,109 @@ macro_rules! say {
     };
 }
 
+mod commands;
 mod filters;
 mod host;
 mod listeners;
 mod routing;
 mod sysctls;
 
-use std::fmt::{self, Write};
+use std::collections::{HashMap, HashSet};
 
 use super::facts::Facts;
-use super::findings::{Finding, Findings};
+use super::findings::{self, Finding, Findings, Severity};
 use super::instances::{self, Instance, Interception};
 use super::walk::Chains;
-use crate::text;
+use crate::backend::seen::filter::{Chain, Rule, Ruleset};
+
+/// Of one kind no more findings are told: nobody reads thousands.
+const OF_A_KIND_MAX: usize = 100;
 
 /// Who intercepts what, on the host that the facts are of.
 struct Scene<'a> {
     facts: &'a Facts,
+    ruleset: &'a Ruleset,
     chains: Chains<'a>,
     instances: Vec<Instance>,
-    interceptions: Vec<Interception>,
+    /// Where each is, by its name.
+    numbers: HashMap<String, usize>,
+    interceptions: Vec<Interception<'a>>,
 }
 
 /// Everything that is to be said, the host itself first; each thing once.
 pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
-    let chains = facts.chains.as_deref().unwrap_or_default();
-    let scene = Scene {
-        facts,
-        chains: Chains::new(chains),
-        instances: instances::instances(&facts.tables, chains),
-        interceptions: instances::interceptions(chains),
-    };
+    let nothing = Ruleset::default();
+    let scene = Scene::new(facts, facts.ruleset.as_ref().unwrap_or(&nothing));
     let mut found = Findings::default();
     for judge in [host::judge, listeners::judge, routing::judge, sysctls::judge, filters::judge] {
         judge(&scene, &mut found);
     }
+    once(found.0)
+}
+
+/// Each finding once, and of each kind so many that they can be read.
+fn once(found: Vec<Finding>) -> Vec<Finding> {
+    let (mut cured, mut said) = (HashSet::new(), HashSet::new());
+    let mut counts: HashMap<&str, usize> = HashMap::new();
     let mut findings: Vec<Finding> = Vec::new();
-    for finding in found.0 {
+    for finding in found {
         // One command cures both families, often.
-        let known = |other: &Finding| {
-            *other == finding || other.kind == finding.kind && other.cure == finding.cure && !other.cure.is_empty()
+        let known = match finding.cure.is_empty() {
+            true => !said.insert((finding.kind.id, finding.severity, finding.found.clone())),
+            false => !cured.insert((finding.kind.id, finding.cure.clone())),
         };
-        if !findings.iter().any(known) {
+        if known {
+            continue;
+        }
+        let count = counts.entry(finding.kind.id).or_default();
+        *count += 1;
+        if *count <= OF_A_KIND_MAX {
             findings.push(finding);
         }
     }
-    findings
+    let mut counts: Vec<(&str, usize)> = counts.into_iter().filter(|(_, count)| *count > OF_A_KIND_MAX).collect();
+    counts.sort_unstable();
+    let mut more = Findings(findings);
+    for (id, count) in counts {
+        let left = count - OF_A_KIND_MAX;
+        say!(more, Severity::Note, findings::UNSEEN, "{left} more findings like these: {id}");
+    }
+    more.0
 }
 
-impl Scene<'_> {
-    fn instance(&self, interception: &Interception) -> Option<&Instance> {
-        let name = interception.instance.as_ref()?;
-        self.instances.iter().find(|instance| instance.name == *name)
+impl<'a> Scene<'a> {
+    fn new(facts: &'a Facts, ruleset: &'a Ruleset) -> Scene<'a> {
+        let instances = instances::instances(&facts.tables, &ruleset.chains, &facts.holders);
+        let numbers = instances.iter().map(|instance| instance.name.clone()).zip(0..).collect();
+        let interceptions = instances::interceptions(ruleset);
+        Scene { facts, ruleset, chains: Chains::new(ruleset), instances, numbers, interceptions }
+    }
+
+    fn ruleset(&self) -> &'a Ruleset {
+        self.ruleset
+    }
+
+    fn instance_named(&self, name: &str) -> Option<&Instance> {
+        self.instances.get(*self.numbers.get(name)?)
+    }
+
+    fn instance(&self, interception: &Interception<'_>) -> Option<&Instance> {
+        self.instance_named(interception.instance?)
     }
 
     /// Something is intercepted here.
     fn intercepts(&self) -> bool {
         !self.interceptions.is_empty()
+    }
+
+    /// Every rule, and its chain.
+    fn rules(&self) -> impl Iterator<Item = (&'a Chain, &'a Rule)> {
+        self.ruleset.chains.iter().flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule)))
+    }
+
+    /// The chains that this library did not make.
+    fn others(&self) -> impl Iterator<Item = &'a Chain> {
+        self.ruleset.chains.iter().filter(|chain| !instances::is_ours(chain))
     }
 }
 
@@ -75,39 +121,18 @@ fn flag(family: crate::model::Family) -> &'static str {
     }
 }
 
-/// A name that means itself, to a shell and to `nft`. Whoever named it may have had something else in mind.
-fn is_plain(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./@+".contains(&b))
-}
-
-/// A name as a word for a shell.
-fn quoted(name: &str) -> impl fmt::Display {
-    text::by(move |f| {
-        if is_plain(name) {
-            return f.write_str(name);
-        }
-        f.write_char('\'')?;
-        for letter in name.chars() {
-            match letter {
-                '\'' => f.write_str("'\\''")?,
-                letter => f.write_char(letter)?,
-            }
-        }
-        f.write_char('\'')
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::holder::{Holder, Process};
     use crate::backend::nft::table::{Place as At, Table};
-    use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+    use crate::backend::seen::filter::{Condition, Hook, Origin, Part, Place, PortSet, Verdict};
     use crate::backend::seen::routing::{self, Action, Interface, Route};
-    use crate::backend::seen::sockets::Listener;
-    use crate::check::facts::Descriptors;
-    use crate::check::findings::Severity;
+    use crate::backend::seen::sockets::{Listener, Listeners};
+    use crate::check::facts::{Descriptors, Routes};
     use crate::check::procfs::Sysctls;
     use crate::model::{Families, Family, Mark, Protocol};
+    use crate::name::Name;
     use proptest::prelude::*;
 
     fn family() -> impl Strategy<Value = Family> {
@@ -119,21 +144,27 @@ mod tests {
             .prop_map(|(value, mask)| Mark { value: value & mask, mask })
     }
 
-    fn name() -> impl Strategy<Value = String> {
+    fn name() -> impl Strategy<Value = Name> {
         prop_oneof![
-            Just("divert".to_owned()),
-            Just("tp-tproxy-p".to_owned()),
-            Just("tp-é-".to_owned()),
-            Just("PREROUTING".to_owned()),
-            "[a-z]{0,2}"
+            Just(Name::from("divert")),
+            Just(Name::from("tp-tproxy-p")),
+            Just(Name::from("tp-é-")),
+            Just(Name::from("PREROUTING")),
+            "[a-z]{0,2}".prop_map(|name| Name::from(name.as_str())),
+            proptest::collection::vec(any::<u8>(), 0..8).prop_map(|bytes| Name::new(&bytes)),
         ]
+    }
+
+    fn processes(of: Vec<(u32, Name)>) -> Holder {
+        Holder::Processes(of.into_iter().map(|(pid, name)| Process { pid, name }).collect())
     }
 
     fn condition() -> impl Strategy<Value = Condition> {
         prop_oneof![
             family().prop_map(Condition::Family),
             any::<u8>().prop_map(Condition::Protocol),
-            proptest::collection::vec(any::<(u16, u16)>(), 0..3).prop_map(Condition::Ports),
+            any::<(u16, u16)>().prop_map(|(first, last)| Condition::Ports(first, last)),
+            (0..3usize).prop_map(Condition::PortSet),
             mark().prop_map(|Mark { value, mask }| Condition::Mark { mask, value }),
             Just(Condition::Loopback),
             Just(Condition::TransparentSocket),
@@ -173,7 +204,7 @@ mod tests {
             .prop_map(|(place, priority)| Place::of_number(place).map(|place| Hook { place, priority }));
         let origin = prop_oneof![Just(Origin::Nft), Just(Origin::IptablesNft), Just(Origin::IptablesLegacy)];
         let rules = proptest::collection::vec(proptest::collection::vec(part(), 0..5), 0..5);
-        let table = prop_oneof![Just("libtproxy-tproxy".to_owned()), Just("mangle".to_owned()), name()];
+        let table = prop_oneof![Just(Name::from("libtproxy-tproxy")), Just(Name::from("mangle")), name()];
         (origin, proptest::option::of(family()), table, name(), prop_oneof![hook, Just(None)], any::<bool>(), rules)
             .prop_map(|(origin, family, table, name, hook, drops, rules)| Chain {
                 origin,
@@ -182,7 +213,12 @@ mod tests {
                 name,
                 hook,
                 drops,
-                rules: rules.into_iter().zip(1..).map(|(parts, handle)| Rule { handle, parts }).collect(),
+                rules: rules
+                    .into_iter()
+                    .zip(1..)
+                    .map(|(parts, number)| Rule { handle: number as u64, number, parts })
+                    .collect(),
+                cut: false,
             })
     }
 
@@ -192,12 +228,15 @@ mod tests {
             number().prop_map(Action::Lookup),
             number().prop_map(Action::Goto),
             Just(Action::Nop),
-            Just(Action::Refuse)
+            Just(Action::Blackhole)
         ];
         let flags = any::<(bool, bool, bool)>();
         let protocol = prop_oneof![Just(116u8), any::<u8>()];
-        (family(), number(), protocol, action, proptest::option::of(mark()), proptest::option::of("lo|eth0"), flags)
-            .prop_map(|(family, priority, protocol, action, mark, incoming, (conditional, inverted, by_interface))| {
+        let incoming = proptest::option::of(prop_oneof![Just(Name::from("lo")), Just(Name::from("eth0")), name()]);
+        let others = prop_oneof![Just(Vec::new()), name().prop_map(|name| vec![("oif", name)])];
+        (family(), number(), protocol, action, proptest::option::of(mark()), (incoming, others), flags).prop_map(
+            |(family, priority, protocol, action, mark, named, (conditional, inverted, by_interface))| {
+                let (incoming, others) = named;
                 routing::Rule {
                     family,
                     priority,
@@ -208,24 +247,34 @@ mod tests {
                     conditional,
                     inverted,
                     by_interface,
+                    others,
+                    unknown: false,
                 }
-            })
+            },
+        )
     }
 
     fn facts() -> impl Strategy<Value = Facts> {
         let place = prop_oneof![Just((200, 7470)), any::<(u32, u32)>()];
         let place = place.prop_map(|(priority, table)| At { priority, table });
+        let holder = prop_oneof![
+            proptest::collection::vec((any::<u32>(), name()), 1..3).prop_map(processes),
+            Just(Holder::Elsewhere),
+            Just(Holder::Unknown)
+        ];
         let table = (place, any::<Option<u32>>()).prop_map(|(place, owner)| Table {
             name: "libtproxy-tproxy".to_owned(),
             place: Some(place),
             owner,
-            owner_port: owner,
+            owner_port: owner.map(|_| 1),
             persistent: true,
         });
         // A destination is our own text for the kernel's numbers.
         let destination = proptest::option::of("[0-9a-f:.]{1,39}/[0-9]{1,3}");
-        let route = (family(), prop_oneof![Just(7470), any::<u32>()], destination, any::<bool>())
-            .prop_map(|(family, table, destination, local)| Route { family, table, destination, local });
+        let route = (family(), prop_oneof![Just(7470), any::<u32>()], destination, 0..12u8)
+            .prop_map(|(family, table, destination, kind)| Route { family, table, destination, kind });
+        let set = (proptest::collection::vec(any::<(u16, u16)>(), 0..3), any::<bool>())
+            .prop_map(|(ranges, complete)| PortSet { ranges, complete, asked: [(80, true)].into() });
         let listener = (family(), any::<Option<std::net::IpAddr>>(), any::<(u16, bool, Option<bool>, u32, u32)>())
             .prop_map(|(family, addr, (port, v6_only, transparent, waiting, backlog))| Listener {
                 family,
@@ -250,30 +299,58 @@ mod tests {
             proptest::collection::vec(table, 0..2),
             proptest::collection::vec(listener, several.clone()),
             proptest::collection::btree_map(sysctl.0, sysctl.1, several),
-            any::<(u64, bool)>(),
+            (any::<(Option<u64>, bool)>(), proptest::collection::vec(set, 3), holder, name()),
         )
-            .prop_map(|(chains, rules, routes, tables, listeners, sysctls, (filtered_by_rp, up))| Facts {
-                chains: Some(chains),
-                rules,
-                routes,
-                tables,
-                listeners: Some(listeners),
-                sysctls: Sysctls::of(sysctls.into_iter().collect()),
-                filtered_by_rp,
-                routed: Families::ALL,
-                features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
-                interfaces: ["lo", "eth0"]
-                    .map(|name| Interface {
-                        index: 1,
-                        name: name.to_owned(),
-                        up,
-                        kind: "bridge".to_owned(),
-                        master: 0,
-                        switches: Vec::new(),
-                    })
-                    .to_vec(),
-                ..Facts::default()
-            })
+            .prop_map(
+                |(chains, rules, routes, tables, found, sysctls, ((filtered_by_rp, up), port_sets, holder, name))| {
+                    let mut tables_of: HashMap<(Family, u32), Vec<Route>> = HashMap::new();
+                    for route in routes {
+                        tables_of.entry((route.family, route.table)).or_default().push(route);
+                    }
+                    let routes = |(of, routes): ((Family, u32), Vec<Route>)| (of, Routes::of(routes, of.1 != 201));
+                    Facts {
+                        ruleset: Some(Ruleset { chains, port_sets }),
+                        rules,
+                        routes: tables_of.into_iter().map(routes).collect(),
+                        tables,
+                        holders: [(1, holder)].into(),
+                        listeners: Some(Listeners { found, ..Listeners::default() }),
+                        sysctls: Sysctls::of(sysctls),
+                        filtered_by_rp,
+                        routed: Families::ALL,
+                        features: vec![(crate::check::findings::NF_TABLES, Ok(()))],
+                        interfaces: [Name::from("lo"), Name::from("eth0"), name]
+                            .map(|name| Interface {
+                                index: 1,
+                                name,
+                                up,
+                                kind: "bridge".into(),
+                                master: 0,
+                                switches: vec![("forwarding", 0), ("rp_filter", 1)],
+                            })
+                            .to_vec(),
+                        ..Facts::default()
+                    }
+                },
+            )
+    }
+
+    /// What of a command is not in quotes of any kind.
+    fn bare(command: &str) -> String {
+        let mut bare = String::new();
+        let mut rest = command;
+        while let Some((before, from)) = rest.split_once(['\'', '"']) {
+            bare.push_str(before.strip_suffix('\\').unwrap_or(before));
+            // `'\''` is a quote outside of quotes.
+            if before.ends_with('\\') {
+                rest = from;
+                continue;
+            }
+            let double = rest.as_bytes().get(before.len()) == Some(&b'"');
+            let inside = if double { from.split_once("')\"") } else { from.split_once('\'') };
+            rest = inside.map_or("", |(_, after)| after);
+        }
+        bare + rest
     }
 
     proptest! {
@@ -286,46 +363,111 @@ mod tests {
                 prop_assert!(!finding.found.is_empty());
                 prop_assert!(!finding.cure.contains("{table}") && !finding.cure.contains("{flag}"), "{:?}", finding);
                 prop_assert!(!finding.cure.contains("{pid}") && !finding.cure.contains("{chain}"), "{:?}", finding);
-                // Outside quotes nothing that a shell takes for its own, but for what joins commands.
-                let bare: String = finding.cure.split('\'').step_by(2).collect();
-                prop_assert!(!bare.replace(" && ", "").contains(['<', '>', '|', ';', '&', '$', '`', '*', '(', '#']), "{}", bare);
+                // Outside quotes nothing that a shell takes for its own, but for what joins commands and leads to a sysctl.
+                let bare = bare(&finding.cure).replace(" && ", "").replace(" >/proc/sys/", "");
+                prop_assert!(!bare.contains(['<', '>', '|', ';', '&', '$', '`', '*', '(', '#']), "{} {}", bare, finding.cure);
+                prop_assert!(finding.cure.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{}", finding.cure);
+                prop_assert!(!finding.cure.split_whitespace().any(|word| word == "{interface}"), "{}", finding.cure);
                 prop_assert!(finding.severity > Severity::Ok || finding.cure.is_empty());
             }
         }
     }
 
-    #[test]
-    fn names_of_others_are_no_commands() {
-        assert_eq!(quoted("eth0.7").to_string(), "eth0.7");
-        assert_eq!(quoted("$(reboot)").to_string(), "'$(reboot)'");
-        assert_eq!(quoted("a'b").to_string(), "'a'\\''b'");
-        let interface = Interface {
-            index: 2,
-            name: "a;reboot".to_owned(),
-            up: true,
-            kind: String::new(),
-            master: 0,
-            switches: Vec::new(),
-        };
-        let sysctls = [("ipv4/ip_forward", "1"), ("ipv4/conf/a;reboot/forwarding", "0")];
-        let facts = Facts {
-            interfaces: vec![interface],
-            sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).to_vec()),
-            ..Facts::default()
-        };
-        let found = judge(&facts);
-        let cure = &found.iter().find(|finding| finding.kind.id == "sysctl.forwarding_interface").unwrap().cure;
-        assert_eq!(cure, "sysctl -w net/ipv4/conf/'a;reboot'/forwarding=1");
-        let chain = Chain {
-            origin: Origin::Nft,
-            family: None,
-            table: "t;reboot".to_owned(),
-            name: "c".to_owned(),
+    fn chain_called(origin: Origin, table: &str, name: &Name) -> Chain {
+        Chain {
+            origin,
+            family: Some(Family::V4),
+            table: table.into(),
+            name: name.clone(),
             hook: None,
             drops: false,
             rules: Vec::new(),
+            cut: false,
+        }
+    }
+
+    #[test]
+    fn name_of_an_interface_is_one_word_of_the_command() {
+        let cure = |name: &[u8]| {
+            let interface = Interface {
+                index: 2,
+                name: Name::new(name),
+                up: true,
+                kind: Name::default(),
+                master: 0,
+                switches: vec![("forwarding", 0)],
+            };
+            let tproxy = Part::Tproxy { family: None, addr: None, port: 1 };
+            let mut chain = chain_called(Origin::Nft, "t", &"c".into());
+            chain.rules = vec![Rule { handle: 1, number: 1, parts: vec![tproxy] }];
+            let facts = Facts {
+                ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
+                interfaces: vec![interface],
+                ..Facts::default()
+            };
+            let found = judge(&facts);
+            found.into_iter().find(|finding| finding.kind.id == "sysctl.forwarding_interface").unwrap().cure
         };
-        assert_eq!(filters::removal(&chain, None, Family::V4), "");
+        assert_eq!(cure(b"eth0.7"), "sysctl -w net/ipv4/conf/eth0.7/forwarding=1");
+        assert_eq!(cure(b"a;reboot"), "echo 1 >/proc/sys/net/ipv4/conf/'a;reboot'/forwarding");
+        assert_eq!(cure(b"a=1"), "echo 1 >/proc/sys/net/ipv4/conf/a=1/forwarding");
+        assert_eq!(cure(b"a\xff"), "echo 1 >/proc/sys/net/ipv4/conf/\"$(printf 'a\\377')\"/forwarding");
+    }
+
+    #[test]
+    fn name_of_a_chain_is_one_word_of_the_command() {
+        let rule = Rule { handle: 7, number: 3, parts: Vec::new() };
+        let removal = |origin, name: &[u8]| commands::removal(&chain_called(origin, "filter", &Name::new(name)), &rule);
+        assert_eq!(removal(Origin::Nft, b"c"), "nft delete rule ip filter c handle 7");
+        assert_eq!(removal(Origin::IptablesNft, b"c"), "nft delete rule ip filter c handle 7");
+        assert_eq!(removal(Origin::IptablesLegacy, b"c"), "iptables-legacy -t filter -D c 3");
+        let json = |name| {
+            let rule = format!("\"family\":\"ip\",\"table\":\"filter\",\"chain\":\"{name}\",\"handle\":7");
+            format!("nft -j '{{\"nftables\":[{{\"delete\":{{\"rule\":{{{rule}}}}}}}]}}'")
+        };
+        assert_eq!(removal(Origin::Nft, b"c;reboot"), json("c\\u003breboot"));
+        assert_eq!(removal(Origin::IptablesNft, "a\u{202e}'".as_bytes()), json("a\\u202e\\u0027"));
+        assert_eq!(removal(Origin::Nft, b"a\xff"), "");
+        assert_eq!(removal(Origin::IptablesNft, b"a\xff"), "iptables-nft -t filter -D \"$(printf 'a\\377')\" 3");
+        assert_eq!(removal(Origin::IptablesLegacy, b"a'b"), "iptables-legacy -t filter -D 'a'\\''b' 3");
+        // iptables would not take these.
+        assert_eq!(removal(Origin::IptablesLegacy, b"-x"), "");
+        assert_eq!(removal(Origin::IptablesLegacy, b"a b"), "");
+    }
+
+    /// The kernel deletes the first rule that has what a command asks for.
+    #[test]
+    fn rule_is_deleted_by_a_command_that_means_no_other() {
+        let rule = |others: &[(&'static str, &str)]| routing::Rule {
+            family: Family::V4,
+            priority: 150,
+            protocol: 0,
+            action: Action::Lookup(7470),
+            mark: None,
+            incoming: None,
+            conditional: !others.is_empty(),
+            inverted: false,
+            by_interface: false,
+            others: others.iter().map(|(option, value)| (*option, Name::from(*value))).collect(),
+            unknown: false,
+        };
+        let first = rule(&[("from", "192.0.2.0/24")]);
+        let rules = [first.clone(), rule(&[("from", "198.51.100.0/24")]), rule(&[])];
+        let deletion = |number: usize| routing_command(&rules, &rules[number]);
+        assert_eq!(deletion(0), "ip -4 rule del pref 150 from 192.0.2.0/24 lookup 7470");
+        assert_eq!(deletion(1), "ip -4 rule del pref 150 from 198.51.100.0/24 lookup 7470");
+        assert_eq!(deletion(2), "");
+        let odd = routing::Rule { incoming: Some(Name::new(b"a\xff")), ..first.clone() };
+        assert_eq!(
+            routing_command(std::slice::from_ref(&odd), &odd),
+            "ip -4 rule del pref 150 iif \"$(printf 'a\\377')\" from 192.0.2.0/24 lookup 7470"
+        );
+        let unknown = routing::Rule { unknown: true, ..first };
+        assert_eq!(routing_command(std::slice::from_ref(&unknown), &unknown), "");
+    }
+
+    fn routing_command(rules: &[routing::Rule], rule: &routing::Rule) -> String {
+        super::routing::deletion(rules, rule)
     }
 
     /// What cannot be made in a network of our own, or not soon.
@@ -334,7 +476,7 @@ mod tests {
         let tracked = |count: &str| {
             let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
             Facts {
-                sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned())).to_vec()),
+                sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned()))),
                 ..Facts::default()
             }
         };
@@ -358,23 +500,155 @@ mod tests {
         assert_eq!(having(12, 1 << 20, None), warned("65536:1048576"));
     }
 
-    /// Chains that lead to each other, without end.
+    fn jumping(name: &str, to: &[&str], hook: Option<Hook>) -> Chain {
+        let jump = |to: &&str| Part::Verdict(Verdict::Jump((*to).into()));
+        let rule = |(to, number): (&&str, usize)| Rule { handle: number as u64, number, parts: vec![jump(to)] };
+        let rules = to.iter().zip(1..).map(rule).collect();
+        Chain { family: None, hook, rules, ..chain_called(Origin::Nft, "t", &name.into()) }
+    }
+
+    /// A TPROXY rule by hand for each port.
+    fn recipes(ports: std::ops::Range<u16>) -> Chain {
+        let hook = Hook { place: Place::Prerouting, priority: -150 };
+        let mut chain = jumping("r", &[], Some(hook));
+        for (port, number) in ports.zip(1..) {
+            let parts = vec![
+                Part::OnlyIf(Condition::Protocol(6)),
+                Part::OnlyIf(Condition::Ports(port, port)),
+                Part::Tproxy { family: None, addr: None, port: port % 1000 + 10_000 },
+                Part::SetMark { keep: 0, set: Some(1) },
+                Part::Verdict(Verdict::Accept),
+            ];
+            chain.rules.push(Rule { handle: number as u64, number, parts });
+        }
+        chain
+    }
+
+    const INPUT: Hook = Hook { place: Place::Input, priority: 0 };
+
+    /// How many rules and effects are looked at, to follow everything that is intercepted through all chains; and what is
+    /// found.
+    fn work(chains: Vec<Chain>) -> (usize, Vec<Finding>) {
+        let ruleset = Ruleset { chains, port_sets: Vec::new() };
+        let facts = Facts::default();
+        let scene = Scene::new(&facts, &ruleset);
+        let mut found = Findings::default();
+        filters::judge(&scene, &mut found);
+        (scene.chains.steps(), found.0)
+    }
+
     #[test]
     fn chains_in_a_circle_end() {
-        let chain = |name: &str, to: &str, hook| Chain {
-            origin: Origin::Nft,
-            family: None,
-            table: "t".to_owned(),
-            name: name.to_owned(),
-            hook,
-            drops: false,
-            rules: vec![Rule { handle: 1, parts: vec![Part::Verdict(Verdict::Jump(to.to_owned()))] }; 100],
+        let chains = vec![jumping("a", &["b"; 100], Some(INPUT)), jumping("b", &["a"; 100], None), recipes(1..2)];
+        assert!(work(chains).0 < 10_000);
+    }
+
+    #[test]
+    fn work_of_nested_jumps_grows_with_their_number() {
+        let names: Vec<String> = (0..=16).map(|level| format!("c{level}")).collect();
+        let level = |level: usize| {
+            let to: &[&str] = if level < 16 { &[names[level + 1].as_str(); 2] } else { &[] };
+            jumping(&names[level], to, (level == 0).then_some(INPUT))
         };
-        let hook = Hook { place: Place::Input, priority: 0 };
-        let tproxy = Part::Tproxy { family: None, addr: None, port: 1 };
-        let mut recipe = chain("r", "r", Some(Hook { place: Place::Prerouting, priority: -150 }));
-        recipe.rules = vec![Rule { handle: 1, parts: vec![tproxy] }];
-        let chains = vec![chain("a", "b", Some(hook)), chain("b", "a", None), recipe];
-        judge(&Facts { chains: Some(chains), ..Facts::default() });
+        let mut chains: Vec<Chain> = (0..=16).map(level).collect();
+        let last = chains.last_mut().unwrap();
+        last.rules = vec![Rule { handle: 1, number: 1, parts: vec![Part::Verdict(Verdict::Drop)] }];
+        chains.push(recipes(1..2));
+        let (steps, found) = work(chains);
+        assert!(steps < 1000, "{steps}");
+        assert!(found.iter().any(|finding| finding.kind.id == "filter.input_drop"), "{found:?}");
+    }
+
+    #[test]
+    fn work_of_many_rules_grows_with_their_number() {
+        let of = |count: u16| {
+            let mut fw = jumping("fw", &[], Some(INPUT));
+            for (port, number) in (0..count).zip(1..) {
+                let parts = vec![
+                    Part::OnlyIf(Condition::Ports(port, port)),
+                    Part::OnlyIf(Condition::Other),
+                    Part::Verdict(Verdict::Accept),
+                ];
+                fw.rules.push(Rule { handle: number as u64, number, parts });
+            }
+            fw.drops = true;
+            let (steps, found) = work(vec![recipes(1..count + 1), fw]);
+            assert!(found.iter().any(|finding| finding.kind.id == "filter.input_drop"), "{found:?}");
+            steps
+        };
+        let (some, many) = (of(1000), of(8000));
+        assert!(many < 10 * some && many < 200_000, "{some} {many}");
+    }
+
+    #[test]
+    fn rules_beyond_what_can_be_followed_are_noted() {
+        let mut chains = vec![recipes(1..2000)];
+        for number in 0..1000 {
+            let mut chain = jumping(&format!("i{number}"), &[], Some(INPUT));
+            let rule = Rule { handle: 1, number: 1, parts: vec![Part::OnlyIf(Condition::Other)] };
+            chain.rules = vec![rule; 1000];
+            chains.push(chain);
+        }
+        let (_, found) = work(chains);
+        assert!(found.iter().any(|finding| finding.kind.id == "check.unseen"), "{found:?}");
+    }
+
+    #[test]
+    fn findings_of_a_kind_are_as_many_as_can_be_read() {
+        let chain = recipes(1..1001);
+        let facts = Facts {
+            ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
+            listeners: Some(Listeners::default()),
+            ..Facts::default()
+        };
+        let found = judge(&facts);
+        let gone = found.iter().filter(|finding| finding.kind.id == "listener.gone").count();
+        assert_eq!(gone, OF_A_KIND_MAX);
+        let more = found.iter().find(|finding| finding.kind.id == "check.unseen").unwrap();
+        assert_eq!(more.found, "900 more findings like these: listener.gone");
+    }
+
+    #[test]
+    fn nothing_that_is_not_known_is_said_to_be_missing() {
+        let found = judge(&Facts::default());
+        let said: Vec<&Finding> = found.iter().filter(|finding| finding.severity > Severity::Note).collect();
+        assert!(said.is_empty(), "{said:?}");
+        assert!(!found.iter().any(|finding| finding.kind.id.starts_with("privilege.")), "{found:?}");
+    }
+
+    #[test]
+    fn owner_is_named_only_where_it_is_known() {
+        let told = |holder| {
+            let table = Table {
+                name: "libtproxy-tproxy".to_owned(),
+                place: Some(At { priority: 200, table: 7470 }),
+                owner: Some(1),
+                owner_port: Some(1024),
+                persistent: false,
+            };
+            let mut chain = recipes(80..81);
+            chain.table = "libtproxy-tproxy".into();
+            let facts = Facts {
+                tables: vec![table],
+                holders: [(1024, holder)].into(),
+                ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
+                listeners: Some(Listeners::default()),
+                ..Facts::default()
+            };
+            let found = judge(&facts);
+            let of = |id: &str| found.iter().find(|finding| finding.kind.id == id).unwrap().clone();
+            (of("instance").found, of("listener.gone").cure)
+        };
+        let (said, cure) = told(processes(vec![(12, "a".into()), (15, "b".into())]));
+        assert!(said.contains("of process 12 (a), process 15 (b), "), "{said}");
+        assert_eq!(cure, "kill 12 15");
+        let (said, cure) = told(Holder::Elsewhere);
+        assert!(said.contains("of a process in another PID namespace"), "{said}");
+        assert_eq!(cure, "");
+        let (said, cure) = told(Holder::Unknown);
+        assert!(said.contains("of a process that cannot be seen from here"), "{said}");
+        assert_eq!(cure, "");
+        // The first process of a PID namespace takes all others with it.
+        assert_eq!(told(processes(vec![(1, "init".into())])).1, "");
     }
 }

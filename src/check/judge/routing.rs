@@ -1,17 +1,18 @@
 //! Where marked packets are led.
 
+use std::collections::HashMap;
 use std::fmt;
 
-use super::{Scene, flag, quoted};
+use super::{Scene, flag};
 use crate::backend::seen::filter::{Condition, Part};
-use crate::backend::seen::routing::{Action, Route, Rule};
+use crate::backend::seen::routing::{Action, Rule};
 use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::instances::Instance;
+use crate::check::shell::word;
 use crate::check::walk::{self, Way};
-use crate::list::List;
 use crate::model::{Family, Mark};
+use crate::name::Name;
 use crate::text;
-use crate::text::Owned;
 
 /// What marks rules and routes as ours (`route::PROTOCOL`).
 pub(super) const PROTOCOL: u8 = crate::backend::route::PROTOCOL;
@@ -21,26 +22,62 @@ const MAIN: Action = Action::Lookup(254);
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     let missing_lo = scene.facts.interfaces.iter().any(|i| i.name == "lo" && !i.up);
+    let mut rules: HashMap<(Family, u32), Vec<&Rule>> = HashMap::new();
+    for rule in &scene.facts.rules {
+        rules.entry((rule.family, rule.priority)).or_default().push(rule);
+    }
+    let marks = Marks::of(scene);
     for instance in scene.instances.iter().filter(|instance| instance.owner.is_some()) {
         for family in instance.families.iter().filter(|family| scene.facts.routed.contains(*family)) {
             if let Some(mark) = instance.mark {
-                let place = Placed { scene, instance, family, mark };
+                let place = Placed { scene, rules: &rules, marks, instance, family, mark };
                 place.rules(found);
                 place.routes(missing_lo, found);
             }
         }
     }
+    shared(scene, found);
     if missing_lo {
         loopback_down(scene, found);
     }
-    recipes(scene, found);
+    recipes(scene, marks, found);
     left_behind(scene, found);
     system_rules(scene, found);
+}
+
+/// What looks up the way back, or the answer's way, with a packet's mark.
+#[derive(Debug, Clone, Copy)]
+struct Marks {
+    /// On some interface a packet whose way back, by its mark, is local, is dropped.
+    martians: bool,
+    /// tcp_fwmark_accept.
+    answers: bool,
+    /// A rule asks for the way back, with the mark.
+    filters: bool,
+}
+
+impl Marks {
+    fn of(scene: &Scene<'_>) -> Marks {
+        let sysctls = &scene.facts.sysctls;
+        let mut outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
+        let asks = |part: &Part| matches!(part, Part::OnlyIf(Condition::NoWayBack { mark: true }));
+        Marks {
+            martians: outside.any(|interface| {
+                let on = |name| sysctls.is_on_any(interface, name);
+                on("src_valid_mark") == Some(true) && on("accept_local") == Some(false)
+            }),
+            answers: sysctls.is_on("ipv4/tcp_fwmark_accept") == Some(true),
+            filters: scene.rules().any(|(_, rule)| rule.parts.iter().any(asks)),
+        }
+    }
 }
 
 /// One family of one instance, in its place.
 struct Placed<'a> {
     scene: &'a Scene<'a>,
+    /// All rules, by their preference.
+    rules: &'a HashMap<(Family, u32), Vec<&'a Rule>>,
+    marks: Marks,
     instance: &'a Instance,
     family: Family,
     mark: Mark,
@@ -52,9 +89,8 @@ impl Placed<'_> {
     }
 
     fn has(&self, priority: u32, action: Action, mark: Option<Mark>) -> bool {
-        let is =
-            |rule: &Rule| (rule.family, rule.priority, rule.action, rule.mark) == (self.family, priority, action, mark);
-        self.scene.facts.rules.iter().any(is)
+        let rules = self.rules.get(&(self.family, priority)).map(Vec::as_slice).unwrap_or_default();
+        rules.iter().any(|rule| rule.action == action && rule.mark == mark)
     }
 
     fn say<'f>(
@@ -93,10 +129,8 @@ impl Placed<'_> {
         let nop = self.has(last, Action::Nop, None);
         let goto = self.has(first, Action::Goto(last), Some(own));
         if !nop || !goto {
-            let severity = match looks_at_marks(self.scene) {
-                true => Severity::Failure,
-                false => Severity::Warning,
-            };
+            let Marks { martians, answers, filters } = self.marks;
+            let severity = if martians || answers || filters { Severity::Failure } else { Severity::Warning };
             let finding = self
                 .say(
                     found,
@@ -118,7 +152,6 @@ impl Placed<'_> {
         if complete {
             self.shadowed(found);
         }
-        self.shared(found);
     }
 
     /// A rule before ours that takes our packets.
@@ -138,9 +171,9 @@ impl Placed<'_> {
             format_args!("routing rule {} ({}) comes before ours, {}", rule.priority, shown(rule), self.priority()),
         );
         // What refuses everything does more harm than that.
-        let everything = rule.action == Action::Refuse && rule.incoming.is_none() && rule.mark.is_none() && sure;
+        let everything = rule.action.refuses() && rule.incoming.is_none() && rule.mark.is_none() && sure;
         match rule.priority.checked_sub(1).filter(|_| !everything) {
-            None => finding.cured_by(format_args!("{}", deletion(rule))),
+            None => finding.cured_by(format_args!("{}", deletion(facts.rules.as_slice(), rule))),
             // The same two of ours, once more, before it: rules of one preference are asked in the order of their making.
             Some(before) => {
                 let (flag, mark, table) = (flag(self.family), self.mark, self.instance.place.table);
@@ -152,29 +185,12 @@ impl Placed<'_> {
         };
     }
 
-    /// Rules that lead others' packets into our table.
-    fn shared(&self, found: &mut Findings) {
-        let table = self.instance.place.table;
-        let own = |mark| mark == self.mark || Some(mark) == self.instance.output_mark;
-        for rule in &self.scene.facts.rules {
-            if rule.family == self.family && rule.action == Action::Lookup(table) && !rule.mark.is_some_and(own) {
-                self.say(
-                    found,
-                    Severity::Warning,
-                    findings::TABLE_SHARED,
-                    format_args!("routing rule {} ({}) leads to our table {table}", rule.priority, shown(rule)),
-                )
-                .cured_by(format_args!("{}", deletion(rule)));
-            }
-        }
-    }
-
     fn routes(&self, lo_down: bool, found: &mut Findings) {
         let (flag, table) = (flag(self.family), self.instance.place.table);
-        let own = |route: &&Route| route.family == self.family && route.table == table;
-        let routes = || self.scene.facts.routes.iter().filter(own);
-        let disabled = self.family == Family::V6 && self.scene.facts.sysctls.on("ipv6/conf/lo/disable_ipv6");
-        if !routes().any(|route| route.local && route.destination.is_none()) && !lo_down {
+        let scene = self.scene;
+        let disabled =
+            self.family == Family::V6 && scene.facts.sysctls.is_on("ipv6/conf/lo/disable_ipv6") == Some(true);
+        if scene.facts.local_default(self.family, table) == Some(false) && !lo_down {
             let add = local_route(self.family, table);
             if disabled {
                 self.say(found, Severity::Failure, findings::DISABLE_IPV6, format_args!("IPv6 is disabled on lo"))
@@ -189,21 +205,60 @@ impl Placed<'_> {
                 .cured_by(format_args!("{add}"));
             }
         }
-        let foreign: Vec<&str> =
-            routes().filter(|r| !r.local).map(|r| r.destination.as_deref().unwrap_or("default")).list();
-        if !foreign.is_empty() {
-            let finding = self
-                .say(
-                    found,
-                    Severity::Failure,
-                    findings::ROUTE_FOREIGN,
-                    format_args!("routing table {table} has routes of somebody else: {}", foreign.join(", ")),
-                )
-                .not_cured();
-            for to in foreign {
-                finding.and(format_args!("ip {flag} route del {to} table {table}"));
+        let Some(routes) = scene.facts.routes.get(&(self.family, table)) else { return };
+        let foreign: Vec<_> = routes.first.iter().filter(|route| !route.is_local()).collect();
+        if foreign.is_empty() {
+            return;
+        }
+        let to = |destination: &Option<String>| destination.clone().unwrap_or_else(|| "default".to_owned());
+        let mut names: Vec<String> = foreign.iter().take(SHOWN).map(|route| to(&route.destination)).collect();
+        if foreign.len() > SHOWN {
+            names.push(format!("and {} more", foreign.len() - SHOWN));
+        }
+        let finding = self
+            .say(
+                found,
+                Severity::Failure,
+                findings::ROUTE_FOREIGN,
+                format_args!("routing table {table} has routes of somebody else: {}", names.join(", ")),
+            )
+            .not_cured();
+        for route in foreign.into_iter().take(SHOWN) {
+            // With its kind: the route to this host, which is ours, may have the same destination.
+            if let Some(kind) = route.kind_name() {
+                finding.and(format_args!("ip {flag} route del {kind} {} table {table}", to(&route.destination)));
             }
         }
+    }
+}
+
+/// So many rules or routes are listed in a sentence, and removed by a command.
+const SHOWN: usize = 50;
+
+/// Rules that lead others' packets into the tables of instances.
+fn shared(scene: &Scene<'_>, found: &mut Findings) {
+    let mut tables: HashMap<u32, &Instance> = HashMap::new();
+    for instance in scene.instances.iter().filter(|i| i.owner.is_some() && i.mark.is_some()) {
+        tables.entry(instance.place.table).or_insert(instance);
+    }
+    for rule in &scene.facts.rules {
+        let Action::Lookup(table) = rule.action else { continue };
+        let Some(instance) = tables.get(&table) else { continue };
+        let own = rule.mark.is_some() && (rule.mark == instance.mark || rule.mark == instance.output_mark);
+        if own || !instance.families.contains(rule.family) || !scene.facts.routed.contains(rule.family) {
+            continue;
+        }
+        let (name, family, priority) = (&instance.name, rule.family, rule.priority);
+        found
+            .say(
+                Severity::Warning,
+                findings::TABLE_SHARED,
+                format_args!(
+                    "instance {name}, {family}: routing rule {priority} ({}) leads to our table {table}",
+                    shown(rule)
+                ),
+            )
+            .cured_by(format_args!("{}", deletion(&scene.facts.rules, rule)));
     }
 }
 
@@ -217,7 +272,7 @@ fn loopback_down(scene: &Scene<'_>, found: &mut Findings) {
         for instance in scene.instances.iter().filter(|instance| instance.mark.is_some()) {
             let table = instance.place.table;
             for family in instance.families.iter() {
-                if !scene.facts.routes.iter().any(|r| r.family == family && r.table == table && r.local) {
+                if scene.facts.local_default(family, table) == Some(false) {
                     write!(f, " && {}", local_route(family, table))?;
                 }
             }
@@ -228,50 +283,67 @@ fn loopback_down(scene: &Scene<'_>, found: &mut Findings) {
     say!(found, severity, findings::LO_DOWN, "lo is down").with("routes", &lost);
 }
 
-/// Something makes the look-up of the way back, or of the answer, bear the packet's mark.
-fn looks_at_marks(scene: &Scene<'_>) -> bool {
-    martians(scene) || scene.facts.sysctls.on("ipv4/tcp_fwmark_accept") || filters_by_mark(scene)
-}
-
-/// On some interface a packet whose way back, by its mark, is local, is dropped.
-fn martians(scene: &Scene<'_>) -> bool {
-    let sysctls = &scene.facts.sysctls;
-    let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
-    outside.map(|i| &i.name).any(|name| sysctls.on_any(name, "src_valid_mark") && !sysctls.on_any(name, "accept_local"))
-}
-
-/// A rule asks for the way back, with the mark.
-fn filters_by_mark(scene: &Scene<'_>) -> bool {
-    let mut parts = scene.facts.chains.iter().flatten().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.parts);
-    parts.any(|part| matches!(part, Part::OnlyIf(Condition::NoWayBack { mark: true })))
-}
-
 /// TPROXY rules of others, made by hand or by scripts: they need a rule, a route, and luck with the way back.
-fn recipes(scene: &Scene<'_>, found: &mut Findings) {
-    let facts = scene.facts;
+fn recipes(scene: &Scene<'_>, marks: Marks, found: &mut Findings) {
+    // What is to be said of them depends on the mark only.
+    let mut ports: HashMap<(Family, Mark), Vec<u16>> = HashMap::new();
+    let mut order = Vec::new();
     for recipe in scene.interceptions.iter().filter(|interception| interception.instance.is_none()) {
-        let (Some(mark), family) = (recipe.mark, recipe.family) else { continue };
-        if !facts.routed.contains(family) {
-            continue;
+        let Some(mark) = recipe.mark else { continue };
+        let ports = ports.entry((recipe.family, mark)).or_default();
+        if ports.is_empty() {
+            order.push((recipe.family, mark));
         }
-        let flag = flag(family);
-        let mut say = |kind, words: fmt::Arguments<'_>, cure: Option<fmt::Arguments<'_>>, pref: u32, table: u32| {
-            let finding = say!(
-                found,
-                Severity::Failure,
-                kind,
-                "TPROXY to port {} with mark {mark}, {family}: {words}",
-                recipe.port
-            );
-            match cure {
-                Some(cure) => finding.cured_by(cure),
-                None => finding
-                    .with("flag", &flag)
-                    .with("mark", &mark)
-                    .with("pref", &pref.saturating_sub(1))
-                    .with("table", &table),
-            };
+        ports.push(recipe.port);
+    }
+    for (family, mark) in order.into_iter().filter(|(family, _)| scene.facts.routed.contains(*family)) {
+        let mut ports = ports.remove(&(family, mark)).unwrap_or_default();
+        ports.sort_unstable();
+        ports.dedup();
+        Recipe { scene, family, mark, ports: &ports }.judge(marks, found);
+    }
+}
+
+/// The TPROXY rules of others with one mark.
+struct Recipe<'a> {
+    scene: &'a Scene<'a>,
+    family: Family,
+    mark: Mark,
+    /// Of the listeners.
+    ports: &'a [u16],
+}
+
+impl Recipe<'_> {
+    fn say(
+        &self,
+        found: &mut Findings,
+        kind: &'static Kind,
+        words: fmt::Arguments<'_>,
+        cure: Option<fmt::Arguments<'_>>,
+        [pref, table]: [u32; 2],
+    ) {
+        let (mark, family) = (self.mark, self.family);
+        let first = self.ports.first().copied().unwrap_or(0);
+        let more = text::by(|f| match self.ports.len() {
+            0 | 1 => Ok(()),
+            several => write!(f, " and {} other ports", several - 1),
+        });
+        let finding =
+            say!(found, Severity::Failure, kind, "TPROXY to port {first}{more} with mark {mark}, {family}: {words}");
+        match cure {
+            Some(cure) => finding.cured_by(cure),
+            None => finding
+                .with("flag", &flag(family))
+                .with("mark", &mark)
+                .with("pref", &pref.saturating_sub(1))
+                .with("table", &table),
         };
+    }
+
+    fn judge(&self, marks: Marks, found: &mut Findings) {
+        let facts = self.scene.facts;
+        let (mark, family) = (self.mark, self.family);
+        let flag = flag(family);
         let covers = |rule: &&Rule| {
             rule.family == family && rule.mark.is_some_and(|wanted| mark.value & wanted.mask == wanted.value)
         };
@@ -279,60 +351,42 @@ fn recipes(scene: &Scene<'_>, found: &mut Findings) {
             Action::Lookup(table) => Some((rule, table)),
             _ => None,
         });
-        let default = |route: &&Route| route.family == family && route.local && route.destination.is_none();
         let Some((rule, table)) = rule else {
-            let there = facts.routes.iter().find(default).map(|route| route.table);
+            let mut tables = facts.routes.iter().filter(|((other, _), _)| *other == family);
+            let there = tables.find(|(_, routes)| routes.local_default == Some(true)).map(|((_, table), _)| *table);
             let table = there.unwrap_or(100);
             let route = text::by(|f| match there {
                 Some(_) => Ok(()),
                 None => write!(f, " && ip {flag} route replace local default dev lo table {table}"),
             });
-            say(
-                findings::RULE_MISSING,
-                format_args!("no routing rule is for that mark"),
-                Some(format_args!("ip {flag} rule add fwmark {mark} lookup {table}{route}")),
-                0,
-                table,
-            );
-            continue;
+            let cure = format_args!("ip {flag} rule add fwmark {mark} lookup {table}{route}");
+            let words = format_args!("no routing rule is for that mark");
+            return self.say(found, findings::RULE_MISSING, words, Some(cure), [0, table]);
         };
-        if !facts.routes.iter().any(|route| route.table == table && default(&route)) {
-            say(
-                findings::ROUTE_MISSING,
-                format_args!("routing table {table} has no local default route"),
-                Some(format_args!("ip {flag} route replace local default dev lo table {table}")),
-                0,
-                table,
-            );
-            continue;
+        if facts.local_default(family, table) == Some(false) {
+            let words = format_args!("routing table {table} has no local default route");
+            let cure = format_args!("ip {flag} route replace local default dev lo table {table}");
+            return self.say(found, findings::ROUTE_MISSING, words, Some(cure), [0, table]);
         }
         let way = |incoming| walk::routed(&facts.rules, &facts.routes, family, mark, incoming);
         if let Way::Elsewhere(other, _) = way(Some(""))
             && other.priority < rule.priority
         {
-            say(
-                findings::RULE_SHADOWED,
-                format_args!("routing rule {} ({}) comes before {}", other.priority, shown(other), rule.priority),
-                None,
-                other.priority,
-                table,
-            );
+            let words =
+                format_args!("routing rule {} ({}) comes before {}", other.priority, shown(other), rule.priority);
+            self.say(found, findings::RULE_SHADOWED, words, None, [other.priority, table]);
         }
         // The host's own look-ups, of the way back and of answers, find the local route: only a sysctl away from harm.
-        let Way::Local(by) = way(Some("lo")) else { continue };
+        let Way::Local(by) = way(Some("lo")) else { return };
         let by_mark = [
-            (findings::SRC_VALID_MARK, family == Family::V4 && martians(scene), "src_valid_mark is set"),
-            (findings::FWMARK_ACCEPT, facts.sysctls.on("ipv4/tcp_fwmark_accept"), "tcp_fwmark_accept is set"),
-            (findings::RPFILTER, filters_by_mark(scene), "a rule looks for the way back with the mark"),
+            (findings::SRC_VALID_MARK, family == Family::V4 && marks.martians, "src_valid_mark is set"),
+            (findings::FWMARK_ACCEPT, marks.answers, "tcp_fwmark_accept is set"),
+            (findings::RPFILTER, marks.filters, "a rule looks for the way back with the mark"),
         ];
         for (kind, _, words) in by_mark.into_iter().filter(|(_, applies, _)| *applies) {
-            say(
-                kind,
-                format_args!("{words}, and the way back of marked packets is local, by routing rule {}", by.priority),
-                None,
-                by.priority,
-                table,
-            );
+            let words =
+                format_args!("{words}, and the way back of marked packets is local, by routing rule {}", by.priority);
+            self.say(found, kind, words, None, [by.priority, table]);
         }
     }
 }
@@ -347,11 +401,14 @@ fn left_behind(scene: &Scene<'_>, found: &mut Findings) {
         };
         scene.instances.iter().any(covers)
     };
-    let orphan = |rule: &&Rule| rule.protocol == PROTOCOL && !in_place(rule);
-    let orphans = || facts.rules.iter().filter(orphan);
+    let orphans: Vec<&Rule> = facts.rules.iter().filter(|rule| rule.protocol == PROTOCOL && !in_place(rule)).collect();
     // Without a look at the tables nobody can tell who lives.
-    if facts.chains.is_some() && !facts.features.is_empty() && orphans().next().is_some() {
-        let numbers: Vec<String> = orphans().map(|rule| format!("{} {}", rule.family, rule.priority)).list();
+    if facts.ruleset.is_some() && !facts.features.is_empty() && !orphans.is_empty() {
+        let shown = orphans.iter().take(SHOWN);
+        let mut numbers: Vec<String> = shown.map(|rule| format!("{} {}", rule.family, rule.priority)).collect();
+        if orphans.len() > SHOWN {
+            numbers.push(format!("and {} more", orphans.len() - SHOWN));
+        }
         let finding = found
             .say(
                 Severity::Note,
@@ -359,27 +416,25 @@ fn left_behind(scene: &Scene<'_>, found: &mut Findings) {
                 format_args!("routing rules that nobody owns: {}", numbers.join(", ")),
             )
             .not_cured();
-        for rule in orphans() {
+        for rule in orphans.iter().take(SHOWN) {
             let (flag, priority) = (flag(rule.family), rule.priority);
             finding.and(format_args!("ip {flag} rule del pref {priority} protocol {PROTOCOL}"));
         }
     }
-    let others: Vec<&Rule> = facts.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some()).list();
-    for (index, rule) in others.iter().enumerate() {
-        let same = |other: &&&Rule| {
-            (other.family, other.action, other.mark, &other.incoming, other.conditional)
-                == (rule.family, rule.action, rule.mark, &rule.incoming, rule.conditional)
+    let mut known: HashMap<_, u32> = HashMap::new();
+    for rule in facts.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some() && !rule.unknown) {
+        let Rule { family, priority: later, action, mark, incoming, others, inverted, .. } = rule;
+        let Some(earlier) = known.get(&(family, action, mark, incoming, others, inverted)).copied() else {
+            known.insert((family, action, mark, incoming, others, inverted), *later);
+            continue;
         };
-        if let Some(first) = others.get(..index).unwrap_or_default().iter().find(same) {
-            let (family, earlier, later) = (rule.family, first.priority, rule.priority);
-            found
-                .say(
-                    Severity::Note,
-                    findings::RULE_DUPLICATE,
-                    format_args!("{family} routing rules {earlier} and {later} are the same: {}", shown(rule)),
-                )
-                .cured_by(format_args!("{}", deletion(rule)));
-        }
+        found
+            .say(
+                Severity::Note,
+                findings::RULE_DUPLICATE,
+                format_args!("{family} routing rules {earlier} and {later} are the same: {}", shown(rule)),
+            )
+            .cured_by(format_args!("{}", deletion(&facts.rules, rule)));
     }
 }
 
@@ -398,38 +453,70 @@ fn system_rules(scene: &Scene<'_>, found: &mut Findings) {
     }
 }
 
-/// The command that deletes a rule.
-fn deletion(rule: &Rule) -> String {
-    format!("ip {} rule del pref {} {}", flag(rule.family), rule.priority, selector(rule)).trim_end().owned()
+/// The command that deletes a rule. Empty: there is none, since it would delete another.
+pub(super) fn deletion(rules: &[Rule], rule: &Rule) -> String {
+    // The kernel deletes the first rule that has all that is asked for (`rule_find`), whatever else that one has.
+    let asked = conditions(rule);
+    let same = |other: &&Rule| {
+        (other.family, other.priority, other.action) == (rule.family, rule.priority, rule.action) && {
+            let all = conditions(other);
+            asked.iter().all(|one| one.0 == NOT || all.contains(one))
+        }
+    };
+    if rule.unknown || rules.iter().find(same) != Some(rule) {
+        return String::new();
+    }
+    match selector(rule, &|name| word(name)) {
+        Some(words) => {
+            format!("ip {} rule del pref {} {words}", flag(rule.family), rule.priority).trim_end().to_owned()
+        }
+        None => String::new(),
+    }
 }
 
-/// A rule in few words.
-fn shown(rule: &Rule) -> String {
-    let mut words = selector(rule);
-    if rule.action == Action::Refuse {
-        words.push_str(if words.is_empty() { "refuses" } else { ", refuses" });
+/// The option of `ip rule` that inverts the others, and has no value.
+const NOT: &str = "not";
+
+/// A rule's conditions, each as an option of `ip rule` and its value.
+fn conditions(rule: &Rule) -> Vec<(&'static str, Name)> {
+    let mut conditions = Vec::new();
+    if rule.inverted {
+        conditions.push((NOT, Name::default()));
     }
-    if rule.conditional {
+    conditions.extend(rule.incoming.clone().map(|name| ("iif", name)));
+    conditions.extend(rule.mark.map(|mark| ("fwmark", Name::from(mark.to_string().as_str()))));
+    conditions.extend(rule.others.iter().cloned());
+    if rule.protocol != 0 {
+        conditions.push(("protocol", Name::from(rule.protocol.to_string().as_str())));
+    }
+    conditions
+}
+
+/// A rule in few words, for people.
+fn shown(rule: &Rule) -> String {
+    let mut words = selector(rule, &|name| Some(name.to_string())).unwrap_or_default();
+    if rule.unknown {
         words.push_str(" and more conditions");
     }
     words
 }
 
-/// What tells a rule from others of its preference.
-fn selector(rule: &Rule) -> String {
-    let words = text::by(|f| {
-        if let Some(name) = &rule.incoming {
-            write!(f, "iif {} ", quoted(name))?;
+/// What tells a rule from others of its preference, with the names in it put into words.
+fn selector(rule: &Rule, name: &dyn Fn(&Name) -> Option<String>) -> Option<String> {
+    let mut words = Vec::new();
+    for (option, value) in conditions(rule) {
+        words.push(option.to_owned());
+        if !value.as_bytes().is_empty() {
+            words.push(name(&value)?);
         }
-        if let Some(mark) = rule.mark {
-            write!(f, "fwmark {mark} ")?;
-        }
-        match rule.action {
-            Action::Lookup(table) => write!(f, "lookup {table} "),
-            Action::Goto(to) => write!(f, "goto {to} "),
-            Action::Nop => f.write_str("nop "),
-            Action::Refuse => Ok(()),
-        }
+    }
+    words.push(match rule.action {
+        Action::Lookup(table) => format!("lookup {table}"),
+        Action::Goto(to) => format!("goto {to}"),
+        Action::Nop => "nop".to_owned(),
+        Action::Blackhole => "blackhole".to_owned(),
+        Action::Unreachable => "unreachable".to_owned(),
+        Action::Prohibit => "prohibit".to_owned(),
     });
-    words.to_string().trim_end().owned()
+    Some(words.join(" "))
 }

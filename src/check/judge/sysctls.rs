@@ -1,15 +1,17 @@
 //! Switches of the kernel.
 
-use super::{Scene, quoted};
-use crate::backend::seen::filter::Part;
+use super::Scene;
+use crate::backend::seen::filter::{Part, Place};
+use crate::backend::seen::routing::Interface;
 use crate::check::findings::{self, Findings, Severity};
-use crate::list::List;
+use crate::check::shell::{is_plain, word};
 use crate::model::Family;
 
 /// Fewer local ports than this are a proxy's bottleneck.
 const PORTS: u32 = 1000;
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
+    const SWITCH: &str = "accept_local";
     forwarding(scene, found);
     reverse_path(scene, found);
     bridges(scene, found);
@@ -24,12 +26,37 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     if sysctls.number("ipv4/ip_early_demux") == Some(0) {
         say!(found, Severity::Note, findings::EARLY_DEMUX, "net.ipv4.ip_early_demux is 0");
     }
-    let interfaces = scene.facts.interfaces.iter().map(|interface| interface.name.as_str());
-    for name in interfaces
-        .chain(["all"])
-        .filter(|name| sysctls.of_interface(name, "accept_local").is_some_and(|value| value != 0))
-    {
-        say!(found, Severity::Note, findings::ACCEPT_LOCAL, "net.ipv4.conf.{name}.accept_local is 1");
+    let interfaces =
+        scene.facts.interfaces.iter().map(|interface| (interface.switch(SWITCH), interface.name.to_string()));
+    for (value, name) in [(sysctls.of_all(SWITCH), "all".to_owned())].into_iter().chain(interfaces) {
+        if value.is_some_and(|value| value != 0) {
+            say!(found, Severity::Note, findings::ACCEPT_LOCAL, "net.ipv4.conf.{name}.accept_local is 1");
+        }
+    }
+}
+
+/// The command that sets a switch of an interface, by its directory below net. Empty: there is none.
+fn setting(directory: &str, interface: &Interface, switch: &str, value: u32) -> String {
+    let name = &interface.name;
+    let bytes = name.as_bytes();
+    match word(name) {
+        // To sysctl(8) a `=` ends the name, and what begins with a `*` is a pattern.
+        Some(word) if is_plain(name) && !bytes.contains(&b'=') => {
+            format!("sysctl -w net/{directory}/conf/{word}/{switch}={value}")
+        }
+        Some(word) => format!("echo {value} >/proc/sys/net/{directory}/conf/{word}/{switch}"),
+        None => String::new(),
+    }
+}
+
+/// So many interfaces are listed in a sentence.
+const SHOWN: usize = 16;
+
+fn listed(interfaces: &[&Interface]) -> String {
+    let names: Vec<String> = interfaces.iter().take(SHOWN).map(|interface| interface.name.to_string()).collect();
+    match interfaces.len().saturating_sub(SHOWN) {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names.join(", ")),
     }
 }
 
@@ -39,46 +66,60 @@ fn forwarding(scene: &Scene<'_>, found: &mut Findings) {
     // Who intercepts the host's own traffic may want no more.
     let for_others = scene.intercepts() && scene.instances.iter().all(|instance| instance.output_mark.is_none());
     let severity = if for_others { Severity::Warning } else { Severity::Note };
+    // A host that intercepts for nobody else need not be a router.
     if sysctls.number("ipv6/conf/all/forwarding") == Some(0) {
-        say!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0");
+        let finding = say!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0");
+        if !for_others {
+            finding.not_cured();
+        }
     }
     if sysctls.number("ipv4/ip_forward") == Some(0) {
-        say!(found, severity, findings::IP_FORWARD, "net.ipv4.ip_forward is 0");
+        let finding = say!(found, severity, findings::IP_FORWARD, "net.ipv4.ip_forward is 0");
+        if !for_others {
+            finding.not_cured();
+        }
         return;
     }
     // A bridge's port forwards by the bridge.
     let outside = scene.facts.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.master == 0);
-    for name in outside.map(|interface| &interface.name) {
-        if sysctls.of_interface(name, "forwarding") == Some(0) {
-            say!(found, severity, findings::FORWARDING_INTERFACE, "net.ipv4.conf.{name}.forwarding is 0")
-                .with("interface", &quoted(name));
-        }
+    for interface in outside.filter(|interface| interface.switch("forwarding") == Some(0)) {
+        let name = &interface.name;
+        let finding = say!(found, severity, findings::FORWARDING_INTERFACE, "net.ipv4.conf.{name}.forwarding is 0");
+        match for_others {
+            true => finding.cured_by(format_args!("{}", setting("ipv4", interface, "forwarding", 1))),
+            false => finding.not_cured(),
+        };
     }
 }
 
 /// Strict is no fault by itself; that it has dropped something is a sign.
 fn reverse_path(scene: &Scene<'_>, found: &mut Findings) {
     const STRICT: u64 = 1;
-    let sysctls = &scene.facts.sysctls;
+    const LOOSE: u32 = 2;
+    let Some(dropped) = scene.facts.filtered_by_rp.filter(|dropped| *dropped > 0) else { return };
     // The greater of both counts (`IN_DEV_RPFILTER`).
-    let mode = |name: &str| sysctls.of_interface(name, "rp_filter").unwrap_or(0);
-    let strict = |name: &&str| mode(name).max(mode("all")) == STRICT;
-    let outside = scene.facts.interfaces.iter().map(|interface| interface.name.as_str());
-    let names: Vec<&str> = outside.filter(|name| *name != "lo").filter(strict).list();
-    let dropped = scene.facts.filtered_by_rp;
-    if dropped > 0 && !names.is_empty() {
-        let names = names.join(", ");
-        found.say(
-            Severity::Warning,
-            findings::RP_FILTER,
-            format_args!("rp_filter is strict on {names}, and has dropped {dropped} packets"),
-        );
+    let Some(all) = scene.facts.sysctls.of_all("rp_filter") else { return };
+    let strict = |interface: &&Interface| interface.switch("rp_filter").is_some_and(|own| own.max(all) == STRICT);
+    let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
+    let strict: Vec<&Interface> = outside.filter(strict).collect();
+    if strict.is_empty() {
+        return;
+    }
+    let names = listed(&strict);
+    let finding = found.say(
+        Severity::Warning,
+        findings::RP_FILTER,
+        format_args!("rp_filter is strict on {names}, and has dropped {dropped} packets"),
+    );
+    // Only these: loose is stricter than what others may have.
+    finding.not_cured();
+    for interface in strict.iter().take(SHOWN) {
+        finding.and(format_args!("{}", setting("ipv4", interface, "rp_filter", LOOSE)));
     }
 }
 
 fn bridges(scene: &Scene<'_>, found: &mut Findings) {
-    let bridges: Vec<&str> =
-        scene.facts.interfaces.iter().filter(|i| i.kind == "bridge").map(|interface| interface.name.as_str()).list();
+    let bridges: Vec<&Interface> = scene.facts.interfaces.iter().filter(|i| i.kind == "bridge").collect();
     if bridges.is_empty() {
         return;
     }
@@ -86,12 +127,19 @@ fn bridges(scene: &Scene<'_>, found: &mut Findings) {
         (Family::V4, findings::BRIDGE_V4, "bridge/bridge-nf-call-iptables"),
         (Family::V6, findings::BRIDGE_V6, "bridge/bridge-nf-call-ip6tables"),
     ];
+    // Others may have rules for what is bridged.
+    let filtered = scene.others().any(|chain| {
+        chain.hook.is_some_and(|hook| hook.place == Place::Forward) && (chain.drops || !chain.rules.is_empty())
+    });
     for (family, kind, path) in families {
-        if scene.facts.sysctls.on(path) {
+        if scene.facts.sysctls.is_on(path) == Some(true) {
             let concerned = scene.interceptions.iter().any(|i| i.family == family && !i.nat);
             let severity = if concerned { Severity::Warning } else { Severity::Note };
             let name = path.replace('/', ".");
-            say!(found, severity, kind, "net.{name} is 1, and there are bridges: {}", bridges.join(", "));
+            let finding = say!(found, severity, kind, "net.{name} is 1, and there are bridges: {}", listed(&bridges));
+            if filtered || !concerned {
+                finding.not_cured();
+            }
         }
     }
 }
@@ -99,19 +147,24 @@ fn bridges(scene: &Scene<'_>, found: &mut Findings) {
 /// Translation to 127.0.0.1.
 fn to_loopback(scene: &Scene<'_>, found: &mut Findings) {
     let sysctls = &scene.facts.sysctls;
-    let mut parts = scene.facts.chains.iter().flatten().flat_map(|c| &c.rules).flat_map(|rule| &rule.parts);
+    let mut parts = scene.rules().flat_map(|(_, rule)| &rule.parts);
     let translates = parts
         .any(|part| matches!(part, Part::TranslateDestination(Some(addr)) if addr.is_ipv4() && addr.is_loopback()));
     let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
-    let names: Vec<&str> =
-        outside.map(|i| i.name.as_str()).filter(|name| !sysctls.on_any(name, "route_localnet")).list();
-    if translates && !names.is_empty() {
-        let names = names.join(", ");
-        found.say(
+    let off: Vec<&Interface> =
+        outside.filter(|interface| sysctls.is_on_any(interface, "route_localnet") == Some(false)).collect();
+    if translates && !off.is_empty() {
+        let names = listed(&off);
+        let finding = found.say(
             Severity::Warning,
             findings::ROUTE_LOCALNET,
             format_args!("a rule translates destinations to 127.0.0.1, and route_localnet is 0 for {names}"),
         );
+        if let Some(iptables) = scene.facts.iptables.first() {
+            finding
+                .cured_by(format_args!("{iptables} -t raw -I PREROUTING ! -i lo -d 127.0.0.0/8 -j DROP"))
+                .and(format_args!("sysctl -w net.ipv4.conf.all.route_localnet=1"));
+        }
     }
 }
 

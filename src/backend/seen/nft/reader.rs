@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use super::family_of;
 use crate::backend::seen::filter::{Condition, Part, Rule, Verdict};
 use crate::backend::seen::xtables;
+use crate::name::Name;
 use crate::netlink::wire;
-use crate::text::Owned;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Read {
     pub rule: Rule,
     /// Conditions that a port is in a set: which part, and the set's name.
-    pub port_sets: Vec<(usize, String)>,
+    pub port_sets: Vec<(usize, Name)>,
 }
 
 /// What a register holds.
@@ -122,7 +122,7 @@ impl Reader {
             return self.load(register, Some(Value::Constant(constant.to_vec())));
         }
         let Some(verdict) = wire::attribute(value, 2) else { return };
-        let chain = || wire::string_of(verdict, 2).unwrap_or_default().owned();
+        let chain = || wire::name_of(verdict, 2).unwrap_or_default();
         let verdict = match wire::be32_of(verdict, 1).map(|code| code as i32) {
             Some(ACCEPT) => Verdict::Accept,
             Some(DROP) => Verdict::Drop,
@@ -226,8 +226,8 @@ impl Reader {
             _ => Condition::Other,
         };
         let parts = &mut self.read.rule.parts;
-        if let (Some(Value::DestinationPort), Some(set)) = (value, wire::string_of(data, 1)) {
-            self.read.port_sets.push((parts.len(), set.owned()));
+        if let (Some(Value::DestinationPort), Some(set)) = (value, wire::name_of(data, 1)) {
+            self.read.port_sets.push((parts.len(), set));
         }
         let inverted = number(5).unwrap_or(0) & INVERTED != 0;
         parts.push(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) });
@@ -274,7 +274,10 @@ fn value_in(registers: &[(u32, Value)], from: u32) -> Option<&Value> {
 fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition> {
     if let (Value::DestinationPort, AT_MOST | AT_LEAST) = (value, operation) {
         let port = port(constant)?;
-        return Some(Condition::Ports(vec![if operation == AT_MOST { (0, port) } else { (port, u16::MAX) }]));
+        return Some(match operation {
+            AT_MOST => Condition::Ports(0, port),
+            _ => Condition::Ports(port, u16::MAX),
+        });
     }
     // From RTN_LOCAL on all types are this host's, or nobody's; in network order, as what is compared in size is.
     if let (Value::DestinationType, AT_MOST | AT_LEAST) = (value, operation) {
@@ -290,9 +293,9 @@ fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition>
         Value::Family => Condition::Family(family_of(*constant.first()?)??),
         Value::DestinationPort => {
             let port = port(constant)?;
-            Condition::Ports(vec![(port, port)])
+            Condition::Ports(port, port)
         }
-        Value::InterfaceName if wire::string(constant)? == "lo" && constant.len() > 2 => Condition::Loopback,
+        Value::InterfaceName if constant.starts_with(b"lo\0") => Condition::Loopback,
         Value::InterfaceIndex if wire::u32_at(constant, 0)? == 1 => Condition::Loopback,
         Value::DestinationType if wire::u32_at(constant, 0)? == u32::from(libc::RTN_LOCAL) => {
             Condition::DestinationIsLocal
