@@ -24,7 +24,6 @@ pub mod check;
 pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;
-mod list;
 mod memory;
 mod model;
 mod name;
@@ -36,10 +35,8 @@ mod program;
 pub mod rules;
 mod self_test;
 pub mod socket;
-mod sort;
 #[allow(unsafe_code)]
 mod sys;
-mod text;
 pub mod udp;
 
 pub use error::{Error, Result};

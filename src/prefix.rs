@@ -8,7 +8,6 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::Family;
 
-mod ordered;
 mod set;
 
 pub(crate) use set::{BYTES_EACH, Change, Contents, LENGTHS, PrefixSet};

@@ -12,7 +12,6 @@ use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use crate::list::List;
 use crate::sys::{self, End, Errno, Result};
 
 /// Where programs are sought, in this order.
@@ -65,7 +64,7 @@ impl Running {
         for argument in arguments {
             words.push(text(argument)?);
         }
-        let words: Vec<&CStr> = words.iter().map(CString::as_c_str).list();
+        let words: Vec<&CStr> = words.iter().map(CString::as_c_str).collect();
         let (its_input, input) = std::io::pipe()?;
         let (output, its_output) = std::io::pipe()?;
         let (errors, its_errors) = std::io::pipe()?;

@@ -11,7 +11,6 @@ use std::time::Duration;
 use socket2::SockAddr;
 
 use crate::address::KernelAddr;
-use crate::list::List;
 
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
@@ -474,7 +473,7 @@ pub(crate) fn spawn(
     files: [BorrowedFd<'_>; 3],
 ) -> Result<libc::pid_t> {
     let pointers = |words: &[&CStr]| -> Vec<*mut libc::c_char> {
-        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).list()
+        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).collect::<Vec<_>>()
     };
     let (argv, envp) = (pointers(arguments), pointers(environment));
     let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };

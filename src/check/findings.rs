@@ -2,8 +2,6 @@
 
 use std::fmt::{self, Write};
 
-use crate::text::Owned;
-
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
@@ -64,7 +62,7 @@ impl Finding {
     /// Fills in one of the cure's particulars.
     pub(crate) fn with(&mut self, name: &str, value: &dyn fmt::Display) -> &mut Finding {
         let mut pieces = self.cure.split('{');
-        let mut filled = pieces.next().unwrap_or_default().owned();
+        let mut filled = pieces.next().unwrap_or_default().to_owned();
         for piece in pieces {
             // Writing to a String does not fail.
             let _ = match piece.strip_prefix(name).and_then(|rest| rest.strip_prefix('}')) {
@@ -108,7 +106,7 @@ impl Findings {
     #[inline(never)]
     pub(crate) fn say(&mut self, severity: Severity, kind: &'static Kind, found: fmt::Arguments<'_>) -> &mut Finding {
         let at = self.0.len();
-        self.0.push(Finding { kind, severity, found: found.to_string(), cure: kind.cure.owned() });
+        self.0.push(Finding { kind, severity, found: found.to_string(), cure: kind.cure.to_owned() });
         &mut self.0[at]
     }
 }

@@ -10,7 +10,6 @@ use super::arg;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
-use crate::text::Owned;
 
 /// Only bring packets to transparent sockets that they belong to: listeners
 /// on addresses that this host does not own, and connections from such
@@ -254,7 +253,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         )
     };
     Ok(Config {
-        name: name.owned(),
+        name: name.to_owned(),
         listeners,
         mode,
         backend: match config.backend {
@@ -346,7 +345,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
     let name = |item: &*const c_char| {
         // SAFETY: by the caller's word.
         let name = unsafe { arg::text(what, *item) }?;
-        Ok(name.ok_or_else(|| arg::null(what))?.owned())
+        Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
     };
     memory::collect(items.iter().map(name))
 }

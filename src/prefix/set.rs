@@ -7,15 +7,13 @@
 //! of a set of their own, which is asked for a packet's address without the
 //! bits of the host. All the others become ranges.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::ordered::Ordered;
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::memory;
 use crate::model::{Families, Family};
-use crate::sort;
 
 /// Fewer prefixes of a length than this cost no more among ranges: a search takes some 25 ns for each doubling of the
 /// set, a look-up of its own, with what cuts off the bits of the host, some 50 ns, whatever is in it.
@@ -42,9 +40,9 @@ pub(crate) struct PrefixSet {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Half {
     /// The lengths with a set of their own, and the networks of each.
-    hashed: Vec<(u8, Ordered)>,
+    hashed: Vec<(u8, BTreeSet<Prefix>)>,
     /// The others,
-    rest: Ordered,
+    rest: BTreeSet<Prefix>,
     /// and how many of them are of each length that is there, in the order of lengths.
     counts: Vec<(u8, usize)>,
 }
@@ -96,7 +94,7 @@ impl PrefixSet {
     /// What the kernel's sets of a family shall hold.
     pub fn contents(&self, family: Family) -> Result<Contents> {
         let half = self.half(family);
-        let addresses = |(len, networks): &(u8, Ordered)| {
+        let addresses = |(len, networks): &(u8, BTreeSet<Prefix>)| {
             let mut list = Vec::new();
             list.try_reserve_exact(networks.len()).map_err(|_| Error::no_memory())?;
             list.extend(networks.iter().map(|prefix| prefix.addr));
@@ -115,7 +113,8 @@ impl PrefixSet {
         memory::require((add.len() + remove.len()) * BYTES_EACH)?;
         let sorted = |prefixes: &[Prefix]| {
             let mut prefixes = memory::collect(prefixes.iter().map(|prefix| Ok(*prefix)))?;
-            sort::unique(&mut prefixes);
+            prefixes.sort_unstable();
+            prefixes.dedup();
             Ok(prefixes)
         };
         let (add, remove): (Vec<Prefix>, Vec<Prefix>) = (sorted(add)?, sorted(remove)?);
@@ -164,9 +163,9 @@ impl Half {
         let mut lengths: Vec<(u8, usize)> = Vec::new();
         prefixes.clone().for_each(|prefix| *count_of(&mut lengths, prefix.len) += 1);
         lengths.retain(|(_, count)| *count >= many);
-        sort::by_key(&mut lengths, |(len, count)| (std::cmp::Reverse(*count), *len));
+        lengths.sort_unstable_by_key(|(len, count)| (std::cmp::Reverse(*count), *len));
         lengths.truncate(LENGTHS);
-        let hashed = lengths.iter().map(|(len, _)| (*len, Ordered::default())).list();
+        let hashed = lengths.iter().map(|(len, _)| (*len, BTreeSet::new())).collect::<Vec<_>>();
         let mut half = Half { hashed, ..Half::default() };
         prefixes.for_each(|prefix| half.insert(prefix));
         half
@@ -244,7 +243,7 @@ impl Half {
         // As far as the ranges reach that it lies in or touches.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
         let mut windows = memory::gather(around)?;
-        sort::by_key(&mut windows, |range| range.first);
+        windows.sort_unstable_by_key(|range| range.first);
         merged(windows.into_iter())
     }
 
@@ -284,7 +283,7 @@ impl Half {
 
     /// The prefixes that begin at an address or above.
     fn from(&self, family: Family, first: u128) -> impl Iterator<Item = &Prefix> {
-        self.rest.from(Prefix { addr: address(family, first), len: 0 })
+        self.rest.range(Prefix { addr: address(family, first), len: 0 }..)
     }
 
     /// The ranges within windows that none of them crosses.
@@ -324,7 +323,6 @@ mod tests {
     use super::*;
     use crate::prefix::mask;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
 
     fn prefix(text: &str) -> Prefix {
         let (addr, len) = text.split_once('/').unwrap();

@@ -16,7 +16,6 @@ use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
 
@@ -314,7 +313,7 @@ fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
     }
     let (sets, others): (Vec<&Object>, Vec<&Object>) = objects.iter().partition(|object| is_set(object));
     add_sets(nft, table, &sets)?;
-    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).list();
+    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).collect();
     commit(nft, table, None, &others)
 }
 

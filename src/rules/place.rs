@@ -10,10 +10,8 @@ use crate::backend::nft::table::{self, Place, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Families, Plan};
 use crate::netlink::Channel;
-use crate::text::Owned;
 
 /// Places for instances that ask for none of their own: routing rules from
 /// this preference on, four each, and a routing table each.
@@ -63,7 +61,7 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: 
         let place = choose(plan, &tables, &rules, avoid)?;
         commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
         // What a dead instance left there, and no sweep has removed.
-        let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
+        let in_use: Vec<u32> = places(&tables).map(|place| place.table).collect();
         match route::delete_found(route, &left_at(&place, &rules), &in_use) {
             Ok(()) => Ok(Claim { place, adopted: false }),
             Err(error) => Err(error.after(commit(nft, &name, None, &[Change::DeleteTable]))),
@@ -82,7 +80,7 @@ pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
 
 /// The rules of ours that are in a place.
 fn left_at(place: &Place, rules: &[FoundRule]) -> Vec<FoundRule> {
-    rules.iter().filter(|rule| rule.ours && rule.is_behind(place.priority)).copied().list()
+    rules.iter().filter(|rule| rule.ours && rule.is_behind(place.priority)).copied().collect::<Vec<_>>()
 }
 
 /// Removes the routing that dead instances left behind, whatever place it was. Another process that does the same is
@@ -125,7 +123,7 @@ fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
             let Some(place) = place_of_first(&mut rules) else { return Ok(Next::Nothing) };
             commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
-            let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
+            let in_use: Vec<u32> = places(&tables).map(|place| place.table).collect();
             Ok(Next::Clean(rules, in_use))
         })?;
         match claimed {
@@ -304,7 +302,7 @@ fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
             Error::new(libc::ERESTART, "what a dead instance left there is being removed")
         }
         Occupant::Instance(table, other) => {
-            let owner = owner_of(table).unwrap_or_else(|| "what persists".owned());
+            let owner = owner_of(table).unwrap_or_else(|| "what persists".to_owned());
             Error::with(
                 libc::EBUSY,
                 format_args!(

@@ -16,7 +16,7 @@ use crate::check::findings::{self, Finding, Findings, Severity};
 use crate::error::{Error, Result};
 use crate::model::{Family, Interfaces, Protocol};
 use crate::rules::{Config, plan};
-use crate::{sys, text};
+use crate::sys;
 use probe::{Fate, Probe};
 
 /// A name that the configuration chooses.
@@ -52,7 +52,7 @@ fn judge(probe: &Probe, found: &mut Findings) {
         Protocol::Udp => (findings::SELF_DATAGRAM, "datagram"),
     };
     let severity = if probe.fate == Fate::Served { Severity::Ok } else { Severity::Failure };
-    let fate = text::by(|f| match &probe.fate {
+    let fate = std::fmt::from_fn(|f| match &probe.fate {
         Fate::Served => f.write_str("delivered, and answered"),
         Fate::Wrong(what) => f.write_str(what),
         Fate::Failed(e) => write!(f, "{e}{}", probe.seen()),

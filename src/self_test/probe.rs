@@ -11,7 +11,6 @@ use super::network::Network;
 use crate::address::canonical;
 use crate::backend::nft::trace::{Step, Tracer};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Families, Family, Mode, Plan, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
@@ -19,7 +18,6 @@ use crate::prefix::Prefix;
 use crate::rules::{Config, Listener, Rules};
 use crate::socket::{self, ListenOptions};
 use crate::sys;
-use crate::text::Owned;
 
 /// In milliseconds. The first packet of a connection is sent again after a second.
 const PATIENCE: u64 = 1300;
@@ -68,11 +66,11 @@ impl Probe {
     pub fn seen(&self) -> String {
         // Its first packet; later ones go the same way.
         let Some(packet) = self.steps.first().map(|step| step.packet) else {
-            return "; it was never seen to come in".owned();
+            return "; it was never seen to come in".to_owned();
         };
-        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).list();
+        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).collect();
         if let Some(by) = steps.iter().find(|step| step.dropped) {
-            let rule = by.rule.map_or("its policy".owned(), |handle| format!("rule {handle}"));
+            let rule = by.rule.map_or("its policy".to_owned(), |handle| format!("rule {handle}"));
             return format!("; last seen in chain {} of table {}, where {rule} dropped it", by.chain, by.table);
         }
         let Some(hook) = steps.iter().rev().find_map(|step| step.hook()) else { return String::new() };
@@ -88,7 +86,7 @@ impl Probe {
 
 /// Whom a probe of a family asks; `None`: the wish leaves nobody.
 pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
-    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).list();
+    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
     let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
     let more = config.dst.is_empty().then(|| sample(ELSEWHERE, family));
     candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
@@ -159,8 +157,8 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     }
     for probe in &mut probes {
         let numbers = (u32::from(probe.family.nfproto()), Some(probe.protocol.number()));
-        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).list();
-        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().list();
+        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).collect();
+        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().collect::<Vec<_>>();
     }
     Ok(probes)
 }
@@ -208,7 +206,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
         };
         made.push((addr, listener.protocol, socket));
     }
-    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).list())
+    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).collect::<Vec<_>>())
 }
 
 /// What NAT needs: a listener that is not transparent.
@@ -320,7 +318,7 @@ fn hear(probe: &mut Probe) {
     let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
     match socket.read(&mut [0; 16]).map_err(sys::Errno::from) {
         Ok(1..) if probe.fate == Fate::Unanswered => probe.settle(Fate::Served),
-        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".owned())),
+        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".to_owned())),
         Err(sys::Errno(libc::EAGAIN | libc::ENOTCONN | libc::EINTR)) => {}
         Err(e) => probe.settle(Fate::Failed(e.to_string())),
     }

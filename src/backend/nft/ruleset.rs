@@ -21,7 +21,6 @@
 use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{InterfacePrefix, Side, Statement, Verdict};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::memory;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
@@ -538,7 +537,7 @@ impl Ruleset<'_> {
         }
         let names = (!interfaces.names.is_empty()).then_some(Statement::InterfaceIn(self.set(INTERFACES)));
         let like = |prefix: &String| Statement::InterfaceLike(InterfacePrefix::new(prefix));
-        names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).list()
+        names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).collect::<Vec<_>>()
     }
 
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.

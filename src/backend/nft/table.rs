@@ -5,10 +5,8 @@ use std::fmt;
 use super::{SUBSYSTEM, header};
 use crate::backend::route;
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
 use crate::sys;
-use crate::text::Owned;
 
 /// Every table of ours is called this and the name of its instance. Some
 /// names alone ("tproxy", "ip") are words of the nft language, which could
@@ -47,7 +45,7 @@ impl Place {
     }
 
     fn parse(comment: &str) -> Option<Place> {
-        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').list();
+        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').collect();
         let ["priority", priority, "table", table] = words[..] else { return None };
         let place = Place { priority: priority.parse().ok()?, table: table.parse().ok()? };
         place.is_possible().then_some(place)
@@ -105,7 +103,7 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
-    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).list()))
+    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect::<Vec<_>>()))
 }
 
 /// The table of this name, if there is one.
@@ -121,7 +119,7 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
     let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
-        name: wire::string_of(attrs, NAME)?.owned(),
+        name: wire::string_of(attrs, NAME)?.to_owned(),
         place: comment.and_then(Place::parse),
         owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
         owner_port: wire::be32_of(attrs, OWNER),
@@ -143,7 +141,7 @@ pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
     const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
-        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.owned())).list())
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).collect::<Vec<_>>())
     };
     Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
 }
@@ -162,9 +160,9 @@ pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>>
         let name = wire::string_of(attrs, NAME)?;
         let data = wire::attribute(attrs, DATA)?;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
-        Some((name.owned(), number(PACKETS)?, number(BYTES)?))
+        Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
     };
-    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).list())
+    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).collect::<Vec<_>>())
 }
 
 /// The attributes of each object of a kind in a table. The kernel filters some kinds by table and some not.
@@ -176,7 +174,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::io(format_args!("nft list table inet {table}"), e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
-    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).list())
+    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).collect::<Vec<_>>())
 }
 
 #[cfg(test)]

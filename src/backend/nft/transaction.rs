@@ -6,11 +6,8 @@ use super::object::{Elements, Object, SetName, comment};
 use super::table::Place;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
-use crate::text;
-use crate::text::Owned;
 
 /// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
 const BEGIN: u16 = 0x10;
@@ -137,7 +134,7 @@ pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) ->
         None if answered => Ok(()),
         None => Err(Error::new(libc::EIO, "nf_tables: the kernel did not answer")),
     };
-    sent.into_iter().map(outcome).list()
+    sent.into_iter().map(outcome).collect::<Vec<_>>()
 }
 
 /// The error for what the kernel refused: where it is in the batch, its table, and what it was to change.
@@ -147,18 +144,18 @@ fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &C
             let message = batch.message_at(at).unwrap_or_default();
             (Command { change, table }.to_string(), expression_at(message, failure.offset))
         }
-        None => ("nf_tables".owned(), None),
+        None => ("nf_tables".to_owned(), None),
     };
     rejected(failure, &step, expression)
 }
 
 /// The sentence for what the kernel refused: step, its words, where, cure.
 fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
-    let at = text::by(|f| match expression {
+    let at = std::fmt::from_fn(|f| match expression {
         Some(expression) => write!(f, ", at `{expression}`"),
         None => Ok(()),
     });
-    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", text::contains(step, " table inet "));
+    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
     let (before, cure) = cure.map_or(("", ""), |cure| ("; ", cure));
     Error::with(errno, format_args!("{step}: {failure}{at}{before}{cure}"))
 }

@@ -11,7 +11,6 @@ use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::instances::{self, Interception};
 use crate::check::walk::{Effect, Outcome, Packet};
 use crate::model::{Family, Mark};
-use crate::text;
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     let mut groups: HashMap<Group, Vec<&Interception<'_>>> = HashMap::new();
@@ -199,7 +198,7 @@ impl Judged<'_> {
             }
             _ => return,
         };
-        let by = text::by(|f| match rule {
+        let by = std::fmt::from_fn(|f| match rule {
             Some(rule) => write!(f, "{}", ruled(rule, chain)),
             None => write!(f, "the policy of chain {}", named(chain)),
         });
@@ -211,7 +210,7 @@ impl Judged<'_> {
         let order = self.group.is_behind(self.hook);
         let (after, sure) = (order != Order::Before, effect.sure && order == Order::Behind);
         let of = of_family(self.base);
-        let rule = text::by(|f| write!(f, "{}", ruled(effect.rule, effect.chain)));
+        let rule = std::fmt::from_fn(|f| write!(f, "{}", ruled(effect.rule, effect.chain)));
         match (self.hook.place, effect.part) {
             (Place::Prerouting, Part::SetMark { keep, set }) if after && !effect.with_tproxy => {
                 let Some(mark) = self.group.mark else { return };
@@ -291,7 +290,7 @@ impl Judged<'_> {
 
 /// A rule, as its program calls it.
 pub(super) fn ruled(rule: &Rule, chain: &Chain) -> impl fmt::Display {
-    text::by(move |f| {
+    std::fmt::from_fn(move |f| {
         let number = if chain.origin == Origin::Nft { rule.handle } else { rule.number as u64 };
         write!(f, "rule {number} of chain {}", named(chain))
     })

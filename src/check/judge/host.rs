@@ -9,7 +9,6 @@ use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::probes::Transparency;
 use crate::check::procfs;
 use crate::model::Family;
-use crate::text;
 
 /// The default limit of most systems; a proxy that has less was given less.
 const DESCRIPTORS: u64 = 1024;
@@ -125,13 +124,13 @@ fn starting(scene: &Scene<'_>) -> String {
 /// Few are a proxy's end, and so are many when it has them all.
 fn descriptors(of: &Descriptors, found: &mut Findings) {
     let Descriptors { pid, soft, hard, used } = *of;
-    let whose = text::by(|f| match pid == std::process::id() {
+    let whose = std::fmt::from_fn(|f| match pid == std::process::id() {
         true => f.write_str("this process"),
         false => write!(f, "process {pid}"),
     });
     let exhausted = used.filter(|used| *used >= soft.saturating_sub(soft / 10));
     let kind = findings::DESCRIPTORS;
-    let words = text::by(|f| match exhausted {
+    let words = std::fmt::from_fn(|f| match exhausted {
         Some(used) => write!(f, "{whose} has {used} of the {soft} descriptors that it may have"),
         None if soft < DESCRIPTORS => write!(f, "{whose} may have {soft} descriptors: some {} connections", soft / 2),
         None => write!(f, "{whose} may have {soft} descriptors"),
@@ -145,7 +144,7 @@ fn descriptors(of: &Descriptors, found: &mut Findings) {
 /// As many as the hard limit lets; only the administrator of the whole host can raise that one.
 fn wanted(soft: u64, hard: u64) -> impl fmt::Display {
     let wanted = DESCRIPTORS_WANTED.max(soft.saturating_mul(2));
-    text::by(move |f| match hard {
+    std::fmt::from_fn(move |f| match hard {
         u64::MAX => write!(f, "{wanted}:unlimited"),
         hard if hard < DESCRIPTORS || hard <= soft => write!(f, "{wanted}:{wanted}"),
         hard => write!(f, "{}:{hard}", hard.min(wanted)),

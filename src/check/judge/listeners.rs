@@ -12,7 +12,6 @@ use crate::backend::seen::sockets::Listener;
 use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::instances::{self, Instance, Interception};
 use crate::model::Protocol;
-use crate::text;
 
 pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
     scene.instances.iter().for_each(|instance| owners(scene, instance, found));
@@ -108,11 +107,11 @@ fn listener(
     let Interception { family, protocol, port, addr, .. } = interception;
     let candidates: Vec<&Listener> = at_port.iter().copied().filter(|listener| listener.serves(*family)).collect();
     let called = if *protocol == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
-    let whose = text::by(|f| match &interception.instance {
+    let whose = std::fmt::from_fn(|f| match &interception.instance {
         Some(name) => write!(f, "instance {name}"),
         None => write!(f, "chain {}", named(interception.chain)),
     });
-    let to = text::by(|f| match addr {
+    let to = std::fmt::from_fn(|f| match addr {
         Some(addr) => write!(f, "{addr}"),
         None => f.write_str("any address"),
     });

@@ -12,7 +12,6 @@ use crate::check::shell::word;
 use crate::check::walk::{self, Way};
 use crate::model::{Family, Mark};
 use crate::name::Name;
-use crate::text;
 
 /// What marks rules and routes as ours (`route::PROTOCOL`).
 pub(super) const PROTOCOL: u8 = crate::backend::route::PROTOCOL;
@@ -264,11 +263,11 @@ fn shared(scene: &Scene<'_>, found: &mut Findings) {
 
 fn local_route(family: Family, table: u32) -> impl fmt::Display {
     let flag = flag(family);
-    text::by(move |f| write!(f, "ip {flag} route add local default dev lo table {table} protocol {PROTOCOL}"))
+    std::fmt::from_fn(move |f| write!(f, "ip {flag} route add local default dev lo table {table} protocol {PROTOCOL}"))
 }
 
 fn loopback_down(scene: &Scene<'_>, found: &mut Findings) {
-    let lost = text::by(|f| {
+    let lost = std::fmt::from_fn(|f| {
         for instance in scene.instances.iter().filter(|instance| instance.mark.is_some()) {
             let table = instance.place.table;
             for family in instance.families.iter() {
@@ -324,7 +323,7 @@ impl Recipe<'_> {
     ) {
         let (mark, family) = (self.mark, self.family);
         let first = self.ports.first().copied().unwrap_or(0);
-        let more = text::by(|f| match self.ports.len() {
+        let more = std::fmt::from_fn(|f| match self.ports.len() {
             0 | 1 => Ok(()),
             several => write!(f, " and {} other ports", several - 1),
         });
@@ -355,7 +354,7 @@ impl Recipe<'_> {
             let mut tables = facts.routes.iter().filter(|((other, _), _)| *other == family);
             let there = tables.find(|(_, routes)| routes.local_default == Some(true)).map(|((_, table), _)| *table);
             let table = there.unwrap_or(100);
-            let route = text::by(|f| match there {
+            let route = std::fmt::from_fn(|f| match there {
                 Some(_) => Ok(()),
                 None => write!(f, " && ip {flag} route replace local default dev lo table {table}"),
             });

@@ -4,7 +4,6 @@
 use super::*;
 use crate::backend::iptables;
 use crate::sys;
-use crate::text;
 use std::os::fd::AsFd;
 
 impl Instance {
@@ -129,7 +128,7 @@ pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<
             found = true;
             let count = match counter.part.as_str() {
                 "i" => &mut stats.intercepted,
-                "d" if text::contains(&counter.rule, "-j MARK") => &mut stats.diverted,
+                "d" if counter.rule.contains("-j MARK") => &mut stats.diverted,
                 "p" if counter.rule.ends_with("-j DROP") => &mut stats.guarded,
                 _ => continue,
             };

@@ -3,10 +3,8 @@
 
 use super::*;
 use crate::backend::nft::table::Contents;
-use crate::list::List;
 use crate::model::Family;
 use crate::prefix::{self, Prefix, PrefixSet};
-use crate::text::Owned;
 
 impl Instance {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
@@ -92,7 +90,7 @@ impl Instance {
             Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
             _ => None,
         });
-        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).list();
+        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).collect();
         if changes.is_empty() { Ok(()) } else { commit(&mut self.nft, &self.table, None, &changes) }
     }
 
@@ -101,7 +99,7 @@ impl Instance {
     pub(super) fn delete_surplus(&mut self, before: &[FoundRule]) {
         let routing = self.routing;
         let ours = before.iter().filter(|rule| rule.ours && rule.is_behind(routing.priority));
-        let surplus: Vec<FoundRule> = ours.filter(|rule| !routing.has(rule)).copied().list();
+        let surplus: Vec<FoundRule> = ours.filter(|rule| !routing.has(rule)).copied().collect();
         let _ = route::delete_rules(&mut self.route, &surplus);
         let _ = route::delete_routes_without(&mut self.route, &routing);
     }
@@ -122,7 +120,7 @@ impl Instance {
             if these.is_empty() || others.is_empty() {
                 break;
             }
-            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).list();
+            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
             match commit(&mut self.nft, &self.table, None, &changes) {
                 Ok(()) => contents.sets = others,
                 // The rules ask these: the others are idle.
@@ -161,13 +159,9 @@ impl Instance {
             };
             let mut changes = vec![Change::DeleteRules];
             let gone = old.chains.iter().filter(|name| !kept(name));
-            gone.map(|name| Change::DeleteChain(name)).onto(&mut changes);
-            old.sets.iter().cloned().map(Change::DeleteSet).onto(&mut changes);
-            others
-                .iter()
-                .filter(|object| !has_already(old, object))
-                .map(|object| Change::Add(object))
-                .onto(&mut changes);
+            changes.extend(gone.map(|name| Change::DeleteChain(name)));
+            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
+            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
             commit(&mut self.nft, &self.table, None, &changes)
         });
         if let Err(error) = done {
@@ -203,7 +197,7 @@ fn names_of(objects: &[Object]) -> Contents {
     let mut names = Contents::default();
     for object in objects {
         match object {
-            Object::Chain { name, .. } => names.chains.push((*name).owned()),
+            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
             Object::Set(set) => names.sets.push(set.name.to_string()),
             _ => {}
         }

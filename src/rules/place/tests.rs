@@ -49,7 +49,9 @@ impl Rule {
         plain
             && match self.action {
                 1 => self.mask != 0 && self.input.is_none() && ![0, 253, 254, 255].contains(&self.target),
-                2 => self.mask != 0 && self.input == Some("lo") && u64::from(self.priority) + 3 == self.target.into(),
+                2 => {
+                    self.mask != 0 && self.input == Some("lo") && u64::from(self.priority) + 3 == u64::from(self.target)
+                }
                 3 => self.mask == 0 && self.input.is_none(),
                 _ => false,
             }
