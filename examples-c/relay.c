@@ -16,7 +16,7 @@
  * are go on; it ends when they have, or at the second signal. SIGUSR1: a line of
  * JSON with what it has done. SIGHUP keeps its usual meaning.
  *
- * How it works. Each thread has a listener (TP_REUSEPORT: the kernel
+ * How it works. Each thread has a listener (TP_LISTEN_REUSEPORT: the kernel
  * spreads the connections), its own edge-triggered epoll and its own memory, and
  * never waits for another. What is read in one piece is copied through one small
  * buffer a thread, since that is cheapest for short messages; a stream that
@@ -25,7 +25,7 @@
  * idle connection costs two descriptors and a struct of some hundred bytes.
  *
  *   the first bytes: most clients speak at once, and the handshake with the server
- *     ends with what they say (TP_DATA_FOLLOWS), which saves packets. For one that
+ *     ends with what they say (TP_CONNECT_DATA_FOLLOWS), which saves packets. For one that
  *     does not it ends a millisecond later.
  *   back-pressure: what one end does not take stays where it is; nothing more is
  *     read for it, the other end's window fills, and its sender waits.
@@ -494,7 +494,7 @@ static bool accept_one(struct worker *worker)
     int server = -1;
     if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
         server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
-                                 TP_NONBLOCK | TP_DATA_FOLLOWS);
+                                 TP_NONBLOCK | TP_CONNECT_DATA_FOLLOWS);
     struct connection *connection = server < 0 ? NULL : allocate(worker);
     if (connection != NULL) {
         connection->client = (struct end){ .fd = client, .writable = true, .writes = 2 };
@@ -633,9 +633,9 @@ static int listen_on(uint16_t port)
     /* For both families; for IPv4 alone where the kernel has no IPv6. */
     struct sockaddr_in6 any6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
     struct sockaddr_in any4 = { .sin_family = AF_INET, .sin_port = htons(port) };
-    int fd = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK | TP_REUSEPORT);
+    int fd = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK | TP_LISTEN_REUSEPORT);
     if (fd < 0 && errno == EAFNOSUPPORT)
-        fd = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK | TP_REUSEPORT);
+        fd = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK | TP_LISTEN_REUSEPORT);
     if (fd < 0)
         errx(1, "%s", tp_last_error());
     /* What it accepts has these from the start. An answer acknowledges the question: that saves a packet. */

@@ -229,10 +229,10 @@ static int patience(void)
 static struct session *open_session(const struct key *key)
 {
     const struct sockaddr_in6 *server = &to[!IN6_IS_ADDR_V4MAPPED(&key->client.sin6_addr)];
-    uint32_t flags = TP_DGRAM | TP_NONBLOCK;
+    uint32_t flags = TP_CONNECT_DGRAM | TP_NONBLOCK;
     if (server->sin6_family == AF_UNSPEC) {
         server = &key->orig_dst;
-        flags |= TP_KEEP_PORT;
+        flags |= TP_CONNECT_KEEP_PORT;
     }
     if (free_sessions == NULL)
         evict();
@@ -578,9 +578,9 @@ static uint16_t parse_options(int argc, char **argv, struct tp_rules_config *con
     config->dst = dst;
     config->ports = ports, config->n_ports = parse_ports(argv + optind + 1, ports);
     if (to[0].sin6_family != AF_UNSPEC)
-        config->families |= TP_IPV4;
+        config->families |= TP_FAMILY_IPV4;
     if (to[1].sin6_family != AF_UNSPEC)
-        config->families |= TP_IPV6;
+        config->families |= TP_FAMILY_IPV6;
     return (uint16_t)parse_number(argv[optind], 1, 65535, '\0', NULL);
 }
 

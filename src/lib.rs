@@ -12,7 +12,7 @@
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!
 //! Arrows run one way: `ffi` decodes what C gave into the types of the modules
-//! above; `rules` turns a validated wish into a plan, `backend` turns the plan
+//! above; `rules` turns a validated config into a plan, `backend` turns the plan
 //! into messages, `netlink` sends them. Whatever fails is one [`Error`].
 
 #![cfg(target_os = "linux")]

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use socket2::SockRef;
 
 use crate::address::{KernelAddr, as_family_of, canonical};
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys::{self, Errno};
 
 /// The original destination of an accepted stream socket.
@@ -54,7 +54,7 @@ fn no_address(why: Errno) -> Error {
             libc::ENOTCONN,
             "not an accepted connection: the socket has no address of its own (is it the listener?)",
         ),
-        _ => Error::socket(Step::Inspect, Ends::default(), why),
+        _ => Error::socket(SocketOp::Inspect, Endpoints::default(), why),
     }
 }
 
@@ -68,7 +68,7 @@ fn before_nat(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     let found = if canonical(local).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
     let found = found.map_err(|e| match Errno::from(e) {
         Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
-        e => Error::socket(Step::Inspect, Ends { local: Some(*addr), remote: None }, e),
+        e => Error::socket(SocketOp::Inspect, Endpoints { local: Some(*addr), remote: None }, e),
     })?;
     let unknown = || Error::new(libc::EIO, "connection tracking answered with an address of no known family");
     match as_family_of(local, found.as_socket().ok_or_else(unknown)?) {

@@ -150,7 +150,7 @@ impl Running {
         Ok([writable, written, complained, ended || self.process.is_none()])
     }
 
-    /// Ends a program that has failed its caller. It may have ended by itself, which is no error.
+    /// Endpoints a program that has failed its caller. It may have ended by itself, which is no error.
     fn kill(self) {
         let Some(process) = &self.process else { return };
         let process = process.as_fd();

@@ -12,7 +12,7 @@ use libc::{EBUSY, EEXIST, EINVAL, ENOENT};
 use tproxy::ffi::*;
 
 /// What a configuration points to, kept together with it.
-struct Wish {
+struct OwnedConfig {
     name: std::ffi::CString,
     listener: i32,
     ports: Vec<tp_port_range>,
@@ -20,9 +20,9 @@ struct Wish {
     flags: u32,
 }
 
-impl Wish {
-    fn new(listener: &impl AsRawFd, ports: &[u16], dst: &[&str], flags: u32) -> Wish {
-        Wish {
+impl OwnedConfig {
+    fn new(listener: &impl AsRawFd, ports: &[u16], dst: &[&str], flags: u32) -> OwnedConfig {
+        OwnedConfig {
             name: c"tproxy".to_owned(),
             listener: listener.as_raw_fd(),
             ports: ports.iter().map(|port| tp_port_range { first: *port, last: *port }).collect(),
@@ -31,8 +31,8 @@ impl Wish {
         }
     }
 
-    fn named(self, name: &str) -> Wish {
-        Wish { name: std::ffi::CString::new(name).unwrap(), ..self }
+    fn named(self, name: &str) -> OwnedConfig {
+        OwnedConfig { name: std::ffi::CString::new(name).unwrap(), ..self }
     }
 
     fn config(&self) -> tp_rules_config {
@@ -74,7 +74,7 @@ fn not_busy<T>(attempt: impl Fn() -> Result<T, Failed>) -> T {
 }
 
 fn listener(lab: &Lab) -> TcpListener {
-    lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), TP_REUSEPORT)).unwrap()
+    lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap()
 }
 
 /// Whether a connection to a server's port is intercepted; else the server must get it.
@@ -144,22 +144,22 @@ fn replacing_leaves_no_gap() {
         prefixes(&texts.iter().map(String::as_str).collect::<Vec<_>>())
     };
     let (many, more) = (many(24), many(25));
-    let mut large = Wish::new(&listener, &[80], &all, 0);
+    let mut large = OwnedConfig::new(&listener, &[80], &all, 0);
     large.dst.extend(&many);
-    let wishes = [
+    let config = [
         large,
-        Wish::new(&listener, &[80], &[], 0),
-        Wish::new(&listener, &[80, 81], &all, TP_RULES_LOCAL_OUTPUT),
-        Wish::new(&listener, &[], &all, TP_RULES_NOTRACK | TP_RULES_ALLOW_DIRECT),
+        OwnedConfig::new(&listener, &[80], &[], 0),
+        OwnedConfig::new(&listener, &[80, 81], &all, TP_RULES_LOCAL_OUTPUT),
+        OwnedConfig::new(&listener, &[], &all, TP_RULES_NOTRACK | TP_RULES_ALLOW_DIRECT),
     ];
     let before = lab.proxy.state();
-    let rules = lab.proxy.run(|| wishes[0].install()).unwrap();
+    let rules = lab.proxy.run(|| config[0].install()).unwrap();
     let made = under_load(&lab, &listener, &lab.serve(80), || {
         lab.proxy.run(|| {
             for n in 1..=200 {
-                rules.replace(&wishes[n % wishes.len()].config()).unwrap();
+                rules.replace(&config[n % config.len()].config()).unwrap();
                 std::thread::sleep(Duration::from_millis(1));
-                if n % wishes.len() == 0 {
+                if n % config.len() == 0 {
                     // So many of a length that they get a set of their own; then some of that.
                     rules.update(TP_SET_DST, &more[..1000], &many[..10]).unwrap();
                     rules.update(TP_SET_DST, &more[1000..1010], &more[..10]).unwrap();
@@ -176,12 +176,12 @@ fn replacing_leaves_no_gap() {
 #[test]
 fn a_route_of_someone_else_stops_a_replacement() {
     let lab = Lab::new();
-    let plain = lab.proxy.run(|| listen("0.0.0.0:3129".parse().unwrap(), TP_REUSEPORT)).unwrap();
+    let plain = lab.proxy.run(|| listen("0.0.0.0:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap();
     let dual = lab.proxy.run(|| listen("[::]:3130".parse().unwrap(), 0)).unwrap();
     lab.proxy.ip("-6 route add default dev eth1 table 7470");
-    let rules = lab.proxy.run(|| Wish::new(&plain, &[80], &[], 0).install()).unwrap();
+    let rules = lab.proxy.run(|| OwnedConfig::new(&plain, &[80], &[], 0).install()).unwrap();
     let before = lab.proxy.state();
-    let failed = rules.replace(&Wish::new(&dual, &[80], &[], 0).config()).unwrap_err();
+    let failed = rules.replace(&OwnedConfig::new(&dual, &[80], &[], 0).config()).unwrap_err();
     assert_eq!(failed.errno, EEXIST, "{failed}");
     assert_eq!(lab.proxy.state(), before);
     assert!(intercepted(&lab, v4(), &plain, &lab.serve(80)));
@@ -215,16 +215,16 @@ fn what_was_replaced_is_what_counts() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let (http, other) = (lab.serve(80), lab.serve(81));
-    let rules = lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).unwrap();
+    let rules = lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &[], 0).install()).unwrap();
     assert!(intercepted(&lab, v4(), &listener, &http));
     let counted = rules.stats().intercepted_packets;
-    lab.proxy.run(|| rules.replace(&Wish::new(&listener, &[81], &["203.0.113.2/32"], 0).config())).unwrap();
+    lab.proxy.run(|| rules.replace(&OwnedConfig::new(&listener, &[81], &["203.0.113.2/32"], 0).config())).unwrap();
     assert!(!intercepted(&lab, v4(), &listener, &http));
     assert!(intercepted(&lab, v4(), &listener, &other));
     assert!(!intercepted(&lab, v6(), &listener, &other));
     assert!(rules.stats().intercepted_packets > counted, "counters go on");
-    // A wish that cannot be carried out changes nothing.
-    let failed = rules.replace(&Wish::new(&listener, &[0], &[], 0).config()).unwrap_err();
+    // A config that cannot be carried out changes nothing.
+    let failed = rules.replace(&OwnedConfig::new(&listener, &[0], &[], 0).config()).unwrap_err();
     assert_eq!(failed.errno, EINVAL);
     assert!(intercepted(&lab, v4(), &listener, &other));
 }
@@ -235,7 +235,7 @@ fn prefixes_come_and_go() {
     let listener = listener(&lab);
     let server = lab.serve(80);
     let rules =
-        lab.proxy.run(|| Wish::new(&listener, &[80], &["192.0.2.0/24", "203.0.113.0/25"], 0).install()).unwrap();
+        lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &["192.0.2.0/24", "203.0.113.0/25"], 0).install()).unwrap();
     let update = |set, add: &[&str], remove: &[&str]| rules.update(set, &prefixes(add), &prefixes(remove));
     assert!(intercepted(&lab, v4(), &listener, &server));
     assert!(!intercepted(&lab, v6(), &listener, &server));
@@ -268,16 +268,16 @@ fn counters_count_what_was_intercepted_diverted_dropped_and_guarded() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let server = lab.serve(80);
-    let rules = lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).unwrap();
+    let rules = lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &[], 0).install()).unwrap();
     assert_eq!(rules.stats().intercepted_packets, 0);
     assert!(intercepted(&lab, v4(), &listener, &server));
     let stats = rules.stats();
     // The first packet is the listener's; the handshake's end, and what follows, the connection's.
     assert_eq!((stats.intercepted_packets, stats.intercepted_bytes), (1, 60));
     assert!(stats.diverted_packets > 0 && stats.diverted_bytes >= 52 * stats.diverted_packets);
-    assert_eq!((stats.dropped_packets, stats.guarded_packets), (0, 0));
+    assert_eq!((stats.dropped_packets, stats.direct_packets), (0, 0));
     lab.client.run(|| TcpStream::connect_timeout(&at(v4().proxy, 3129), NEVER)).unwrap_err();
-    assert_eq!(rules.stats().guarded_packets, 1);
+    assert_eq!(rules.stats().direct_packets, 1);
     drop(listener);
     lab.client.run(|| TcpStream::connect_timeout(&at(v6().server, 80), NEVER)).unwrap_err();
     assert_eq!((rules.stats().dropped_packets, rules.stats().dropped_bytes), (1, 80));
@@ -288,7 +288,7 @@ fn fail_open_lets_traffic_pass_while_there_is_no_listener() {
     let lab = Lab::new();
     let first = listener(&lab);
     let server = lab.serve(80);
-    let _rules = lab.proxy.run(|| Wish::new(&first, &[80], &[], TP_RULES_FAIL_OPEN).install()).unwrap();
+    let _rules = lab.proxy.run(|| OwnedConfig::new(&first, &[80], &[], TP_RULES_FAIL_OPEN).install()).unwrap();
     assert!(intercepted(&lab, v4(), &first, &server));
     drop(first);
     let nobody = lab.proxy.run(|| TcpListener::bind("127.0.0.1:0")).unwrap();
@@ -326,8 +326,8 @@ fn a_restart_by_a_second_name_leaves_no_gap_in_either_order() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let before = lab.proxy.state();
-    let wish = |name| Wish::new(&listener, &[80], &[], 0).named(name);
-    let (old, new) = (wish("old"), wish("new"));
+    let config = |name| OwnedConfig::new(&listener, &[80], &[], 0).named(name);
+    let (old, new) = (config("old"), config("new"));
     let mut installed = lab.proxy.run(|| old.install()).unwrap();
     under_load(&lab, &listener, &lab.serve(80), || {
         for n in 0..20 {
@@ -347,40 +347,44 @@ fn rules_that_persist_hold_the_place_of_a_dead_process_until_taken_over_or_purge
     let before = lab.proxy.state();
     let listener = listener(&lab);
     let server = lab.serve(80);
-    let wish = Wish::new(&listener, &[80], &[], TP_RULES_PERSIST);
+    let config = OwnedConfig::new(&listener, &[80], &[], TP_RULES_PERSIST);
     // The process ends without removing them: here, by forgetting the handle and closing its socket.
-    let rules = lab.proxy.run(|| wish.install()).unwrap();
-    assert_eq!(lab.proxy.run(|| wish.install()).err().unwrap().errno, EBUSY);
+    let rules = lab.proxy.run(|| config.install()).unwrap();
+    assert_eq!(lab.proxy.run(|| config.install()).err().unwrap().errno, EBUSY);
     assert_eq!(lab.proxy.run(|| purge(Some("tproxy"))).unwrap_err().errno, EBUSY);
     rules.abandon();
     // Orphaned, they still intercept.
     for hosts in [v4(), v6()] {
         assert!(intercepted(&lab, hosts, &listener, &server));
     }
-    let failed = lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).err().unwrap();
+    let failed = lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &[], 0).install()).err().unwrap();
     assert_eq!(failed.errno, EEXIST);
     assert!(failed.sentence.contains("tp_purge_rules"), "{failed}");
 
-    // Taken over with another wish, under load, without a gap.
-    let wider =
-        Wish::new(&listener, &[80, 81], &["203.0.113.0/24", "2001:db8::/32"], TP_RULES_PERSIST | TP_RULES_LOCAL_OUTPUT);
-    let wishes = [&wider, &wish];
+    // Taken over with another config, under load, without a gap.
+    let wider = OwnedConfig::new(
+        &listener,
+        &[80, 81],
+        &["203.0.113.0/24", "2001:db8::/32"],
+        TP_RULES_PERSIST | TP_RULES_LOCAL_OUTPUT,
+    );
+    let both = [&wider, &config];
     under_load(&lab, &listener, &server, || {
         for n in 0..20 {
-            lab.proxy.run(|| wishes[n % 2].take_over()).abandon();
+            lab.proxy.run(|| both[n % 2].take_over()).abandon();
         }
     });
     let rules = lab.proxy.run(|| wider.take_over());
     lab.proxy.run(|| rules.remove()).unwrap();
     assert_eq!(lab.proxy.state(), before);
 
-    lab.proxy.run(|| wish.install()).unwrap().abandon();
+    lab.proxy.run(|| config.install()).unwrap().abandon();
     assert_ne!(lab.proxy.state(), before);
     lab.proxy.run(|| purge(Some("other"))).unwrap();
     assert_ne!(lab.proxy.state(), before);
     lab.proxy.run(|| not_busy(|| purge(Some("tproxy"))));
     assert_eq!(lab.proxy.state(), before);
-    lab.proxy.run(|| wish.install()).unwrap().abandon();
+    lab.proxy.run(|| config.install()).unwrap().abandon();
     // By no name, what is still somebody's is passed over: ask until nothing is.
     lab.proxy.run(|| not_busy(|| purge(Some("tproxy")).and_then(|()| purge(None))));
     assert_eq!(lab.proxy.state(), before);
@@ -391,8 +395,8 @@ fn rules_that_persist_hold_the_place_of_a_dead_process_until_taken_over_or_purge
 fn an_empty_table_that_persists_is_taken_over() {
     let lab = Lab::new();
     let listener = listener(&lab);
-    let wish = Wish::new(&listener, &[80], &[], TP_RULES_PERSIST);
-    lab.proxy.run(|| wish.install()).unwrap().abandon();
+    let config = OwnedConfig::new(&listener, &[80], &[], TP_RULES_PERSIST);
+    lab.proxy.run(|| config.install()).unwrap().abandon();
     // As the killed process would have left it.
     lab.proxy.nft("flush table inet libtproxy-tproxy");
     for object in [
@@ -402,7 +406,7 @@ fn an_empty_table_that_persists_is_taken_over() {
     ] {
         lab.proxy.nft(&format!("flush table inet libtproxy-tproxy; delete {object}"));
     }
-    let rules = lab.proxy.run(|| wish.take_over());
+    let rules = lab.proxy.run(|| config.take_over());
     assert!(intercepted(&lab, v4(), &listener, &lab.serve(80)));
     lab.proxy.run(|| rules.remove()).unwrap();
 }
@@ -422,11 +426,11 @@ fn without_tracking_a_kept_port_works_beside_connection_tracking() {
             }
         }",
     );
-    let _rules = lab.proxy.run(|| Wish::new(&listener, &[80], &[], TP_RULES_NOTRACK).install()).unwrap();
+    let _rules = lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &[], TP_RULES_NOTRACK).install()).unwrap();
     for hosts in [v4(), v6()] {
         std::thread::scope(|scope| {
             let served = scope.spawn(|| answer_one(&server));
-            scope.spawn(|| lab.proxy.run(|| proxy_one(&listener, TP_KEEP_PORT)));
+            scope.spawn(|| lab.proxy.run(|| proxy_one(&listener, TP_CONNECT_KEEP_PORT)));
             let heard = lab.ask(at(hosts.server, 80)).unwrap();
             assert_eq!(served.join().unwrap(), heard.from);
         });
@@ -442,7 +446,8 @@ fn a_rendered_script_intercepts() {
         let lab = Lab::new();
         let listener = listener(&lab);
         let server = lab.serve(80);
-        let script = render(&Wish::new(&listener, &[80], &["203.0.113.2/32", "2001:db8:2::/64"], 0).config(), format);
+        let script =
+            render(&OwnedConfig::new(&listener, &[80], &["203.0.113.2/32", "2001:db8:2::/64"], 0).config(), format);
         lab.proxy.command("sh", &["-c", &script]);
         for hosts in [v4(), v6()] {
             assert!(intercepted(&lab, hosts, &listener, &server), "{script}");
@@ -455,15 +460,15 @@ fn what_a_script_made_is_respected_and_can_be_purged() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let server = lab.serve(80);
-    let script = render(&Wish::new(&listener, &[80], &[], 0).config(), TP_FORMAT_NFT);
+    let script = render(&OwnedConfig::new(&listener, &[80], &[], 0).config(), TP_FORMAT_NFT);
     lab.proxy.command("sh", &["-c", &script]);
-    assert_eq!(lab.proxy.run(|| Wish::new(&listener, &[80], &[], 0).install()).err().unwrap().errno, EEXIST);
+    assert_eq!(lab.proxy.run(|| OwnedConfig::new(&listener, &[80], &[], 0).install()).err().unwrap().errno, EEXIST);
     lab.proxy.run(|| purge(Some("tproxy"))).unwrap();
     assert!(!intercepted(&lab, v4(), &listener, &server));
 }
 
-fn by_iptables(wish: &Wish) -> tp_rules_config {
-    tp_rules_config { backend: TP_BACKEND_IPTABLES, ..wish.config() }
+fn by_iptables(config: &OwnedConfig) -> tp_rules_config {
+    tp_rules_config { backend: TP_BACKEND_IPTABLES, ..config.config() }
 }
 
 #[test]
@@ -472,9 +477,9 @@ fn iptables_rules_are_replaced_updated_counted_and_removed() {
     let listener = listener(&lab);
     let (http, other) = (lab.serve(80), lab.serve(81));
     let all = ["203.0.113.0/24", "2001:db8:2::/64"];
-    let wish = Wish::new(&listener, &[80], &all, 0);
-    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).unwrap();
-    let busy = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).err().unwrap();
+    let config = OwnedConfig::new(&listener, &[80], &all, 0);
+    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&config))).unwrap();
+    let busy = lab.proxy.run(|| Rules::install(&by_iptables(&config))).err().unwrap();
     assert_eq!(busy.errno, EBUSY, "{busy}");
     for hosts in [v4(), v6()] {
         assert!(intercepted(&lab, hosts, &listener, &http));
@@ -488,13 +493,13 @@ fn iptables_rules_are_replaced_updated_counted_and_removed() {
     });
     assert!(!intercepted(&lab, v4(), &listener, &http));
     assert!(intercepted(&lab, v6(), &listener, &http));
-    lab.proxy.run(|| rules.replace(&by_iptables(&Wish::new(&listener, &[81], &[], 0)))).unwrap();
+    lab.proxy.run(|| rules.replace(&by_iptables(&OwnedConfig::new(&listener, &[81], &[], 0)))).unwrap();
     for hosts in [v4(), v6()] {
         assert!(!intercepted(&lab, hosts, &listener, &http));
         assert!(intercepted(&lab, hosts, &listener, &other));
     }
     lab.client.run(|| TcpStream::connect_timeout(&at(v4().proxy, 3129), NEVER)).unwrap_err();
-    assert_eq!(lab.proxy.run(|| rules.stats()).guarded_packets, 1);
+    assert_eq!(lab.proxy.run(|| rules.stats()).direct_packets, 1);
     lab.proxy.run(|| rules.remove()).unwrap();
     assert!(!lab.proxy.command("iptables-save", &[]).contains("tproxy"));
     assert!(!lab.proxy.command("ip6tables-save", &[]).contains("tproxy"));
@@ -506,16 +511,16 @@ fn iptables_rules_of_a_dead_process_are_taken_over_or_purged() {
     let lab = Lab::new();
     let listener = listener(&lab);
     let server = lab.serve(80);
-    let wish = Wish::new(&listener, &[80], &[], 0);
+    let config = OwnedConfig::new(&listener, &[80], &[], 0);
     // As if killed: the descriptors close, and nothing is removed.
     let leave = || {
-        let script = render(&wish.config(), TP_FORMAT_IPTABLES);
+        let script = render(&config.config(), TP_FORMAT_IPTABLES);
         lab.proxy.command("sh", &["-c", &script]);
     };
     // Somebody's chain, whose name could be one of ours.
     lab.proxy.command("iptables", &["-t", "mangle", "-N", "tp-link-p"]);
     leave();
-    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&wish))).unwrap();
+    let rules = lab.proxy.run(|| Rules::install(&by_iptables(&config))).unwrap();
     assert_eq!(lab.proxy.command("iptables-save", &[]).matches("-A PREROUTING").count(), 1, "one jump, not two");
     assert!(intercepted(&lab, v4(), &listener, &server));
     lab.proxy.run(|| rules.remove()).unwrap();

@@ -51,7 +51,10 @@ fn a_healthy_host_gives_no_warning_and_stays_as_it_is() {
         "kernel.policy_routing",
         "limit.descriptors",
     ] {
-        assert!(found.iter().any(|f| f.id == id && f.severity == TP_OK && f.cure.is_empty()), "{id}: {found:#?}");
+        assert!(
+            found.iter().any(|f| f.id == id && f.severity == TP_SEVERITY_OK && f.fix.is_empty()),
+            "{id}: {found:#?}"
+        );
     }
     assert!(!ids(&found).contains(&"check.unseen"), "{found:#?}");
 }
@@ -65,8 +68,8 @@ fn a_listener_of_the_interface_that_the_rules_name_is_fine() {
     let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
     let install = || {
         let interface = c"eth0".as_ptr();
-        let wish = tp_rules_config { listeners: &raw const fd, n_listeners: 1, ..config() };
-        Rules::install(&tp_rules_config { interfaces: &raw const interface, n_interfaces: 1, ..wish }).unwrap()
+        let config = tp_rules_config { listeners: &raw const fd, n_listeners: 1, ..config() };
+        Rules::install(&tp_rules_config { interfaces: &raw const interface, n_interfaces: 1, ..config }).unwrap()
     };
     let _rules = lab.proxy.run(install);
     assert_eq!(troubles(&lab.proxy.run(check)), [] as [&Found; 0]);
@@ -132,7 +135,7 @@ fn it_takes_less_than_a_tenth_of_a_second() {
     let best = (0..30).map(|_| measure()).min().unwrap();
     println!("{best:?}");
     let unseen = net.run(check).into_iter().find(|finding| finding.id == "check.unseen").unwrap();
-    assert!(unseen.found.starts_with("IPv4 routes of table 77: all but the first 10"), "{unseen:?}");
+    assert!(unseen.message.starts_with("IPv4 routes of table 77: all but the first 10"), "{unseen:?}");
     assert!(best < Duration::from_millis(100), "{best:?}");
 }
 
@@ -142,7 +145,7 @@ fn capabilities_over_another_network_are_none() {
     const ALONE: &str = "TPROXY_TEST_POWERLESS";
     if std::env::var_os(ALONE).is_some() {
         let found = check();
-        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.found, f.cure));
+        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.message, f.fix));
         return;
     }
     let test = std::env::current_exe().unwrap();
@@ -170,9 +173,9 @@ fn what_does_no_harm_is_a_note() {
     let found = net.run(check);
     assert_eq!(troubles(&found), [] as [&Found; 0]);
     for id in ["sysctl.ip_early_demux", "sysctl.accept_local", "kernel.version", "iptables.variants"] {
-        assert!(found.iter().any(|f| f.id == id && f.cure.is_empty()), "{id}: {found:#?}");
+        assert!(found.iter().any(|f| f.id == id && f.fix.is_empty()), "{id}: {found:#?}");
     }
-    cured(&net, "rule.duplicate", TP_NOTE);
+    cured(&net, "rule.duplicate", TP_SEVERITY_NOTE);
     assert!(net.ip("rule").contains("300:") && !net.ip("rule").contains("301:"));
 }
 
@@ -182,7 +185,7 @@ fn without_privileges_it_says_what_it_cannot_see() {
     const ALONE: &str = "TPROXY_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
         let found = check();
-        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.found, f.cure));
+        found.iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.message, f.fix));
         return;
     }
     let net = Net::new();

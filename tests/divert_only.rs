@@ -38,7 +38,7 @@ fn a_connection_from_a_foreign_address_gets_its_answers() {
         let server = lab.serve(80);
         let _rules = lab.proxy.run(divert_only).unwrap();
         // The client's address, from the proxy's host, while the client knows nothing.
-        for flags in [0, TP_KEEP_PORT] {
+        for flags in [0, TP_CONNECT_KEEP_PORT] {
             let src = at(hosts.client, 4321);
             std::thread::scope(|scope| {
                 let served = scope.spawn(|| answer_one(&server));
@@ -51,7 +51,7 @@ fn a_connection_from_a_foreign_address_gets_its_answers() {
                 assert_eq!(answer, format!("seen {}, heard hello", hosts.client));
                 let peer = served.join().unwrap();
                 assert_eq!(peer.ip(), hosts.client);
-                assert_eq!(peer.port() == 4321, flags == TP_KEEP_PORT);
+                assert_eq!(peer.port() == 4321, flags == TP_CONNECT_KEEP_PORT);
             });
         }
     }
@@ -81,7 +81,9 @@ fn fragmented_datagrams_arrive_whole() {
         let socket = lab.proxy.run(|| receiver(foreign));
         let _rules = lab
             .proxy
-            .run(|| Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_UDP, ..config() }))
+            .run(|| {
+                Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_PROTO_UDP, ..config() })
+            })
             .unwrap();
         lab.client.run(|| {
             let any = if foreign.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };

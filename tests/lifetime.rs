@@ -19,7 +19,7 @@ const HOLD: &str = "TPROXY_TEST_HOLD";
 fn rules_last_as_long_as_their_holder() {
     if let Ok(name) = std::env::var(HOLD) {
         let name = std::ffi::CString::new(name).unwrap();
-        let listener = listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap();
+        let listener = listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap();
         let _rules = install(&listener, |config| config.name = name.as_ptr()).unwrap();
         println!("held");
         std::thread::sleep(std::time::Duration::from_secs(60));
@@ -73,7 +73,7 @@ impl Drop for Holder {
 }
 
 fn listener(net: &Net) -> std::net::TcpListener {
-    net.run(|| listen("[::]:3129".parse().unwrap(), TP_REUSEPORT)).unwrap()
+    net.run(|| listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap()
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn a_host_without_ipv6_is_served_ipv4() {
         lab.proxy.sysctl(&format!("ipv6/conf/{interface}/disable_ipv6"), "1");
     }
     let listener = listener(&lab.proxy);
-    let failed = lab.proxy.run(|| install(&listener, |c| c.families = TP_IPV4 | TP_IPV6)).err().unwrap();
+    let failed = lab.proxy.run(|| install(&listener, |c| c.families = TP_FAMILY_IPV4 | TP_FAMILY_IPV6)).err().unwrap();
     assert!(failed.sentence.contains("IPv6 is disabled on lo"), "{failed}");
     let _rules = lab.proxy.run(|| install(&listener, |_| {})).unwrap();
     let to = at(v4().server, 80);

@@ -20,7 +20,10 @@ fn hold(how: &str) {
     if how == "report" {
         let port = listen("[::]:3129".parse().unwrap(), 0);
         println!("listens: {}", port.is_ok());
-        return check().iter().filter(|f| f.severity >= TP_WARNING).for_each(|f| println!("\n{} {}", f.id, f.cure));
+        return check()
+            .iter()
+            .filter(|f| f.severity >= TP_SEVERITY_WARNING)
+            .for_each(|f| println!("\n{} {}", f.id, f.fix));
     }
     let flags = if how == "persist" { TP_RULES_PERSIST } else { 0 };
     let backend = if how == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
@@ -69,8 +72,9 @@ fn hold(how: &str) {
     while how != "full" && std::time::Instant::now() < deadline {
         if how == "few" {
             // What the process can say of itself.
-            let command = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING);
-            command.into_iter().for_each(|finding| println!("cure: {}", finding.cure));
+            let command =
+                check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING);
+            command.into_iter().for_each(|finding| println!("fix: {}", finding.fix));
         }
         if let Ok((mut stream, _)) = listener.accept() {
             stream.set_read_timeout(Some(SOON)).unwrap();
@@ -144,7 +148,7 @@ fn rules_and_their_process() {
     ] {
         held(how, |lab, child| {
             assert!(!answered(lab, hosts()), "{id}: it works");
-            cured(&lab.proxy, id, TP_FAILURE);
+            cured(&lab.proxy, id, TP_SEVERITY_FAILURE);
             child.wait().unwrap();
             assert!(answered_at_last(lab, hosts()), "{id}: not cured");
         });
@@ -168,7 +172,7 @@ fn a_process_that_is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
         assert!(!answered(lab, v4()));
-        cured(&lab.proxy, "owner.stopped", TP_FAILURE);
+        cured(&lab.proxy, "owner.stopped", TP_SEVERITY_FAILURE);
         assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
     });
 }
@@ -181,11 +185,11 @@ fn rules_that_outlive_their_process() {
             child.kill().unwrap();
             child.wait().unwrap();
             assert!(!answered(lab, v4()) && !answered(lab, v6()), "{id}: it works");
-            cured(&lab.proxy, id, TP_FAILURE);
+            cured(&lab.proxy, id, TP_SEVERITY_FAILURE);
             assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()), "{id}: not cured");
             let left = lab.proxy.run(check);
             if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
-                lab.proxy.sh(&routing.cure);
+                lab.proxy.sh(&routing.fix);
             }
             assert!(!lab.proxy.ip("rule").contains("7470"), "routing is left");
         });
@@ -199,7 +203,7 @@ fn a_queue_that_is_full() {
         let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
         assert!(open.iter().any(Option::is_none), "the queue has room");
         let found = lab.proxy.run(check);
-        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_WARNING), "{found:#?}");
+        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_SEVERITY_WARNING), "{found:#?}");
     });
 }
 
@@ -211,9 +215,9 @@ fn a_process_with_few_descriptors() {
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
         let found = lab.proxy.run(check);
-        let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING).unwrap();
-        assert_eq!(line, format!("cure: {}\n", named.cure), "the process itself says the same");
-        cured(&lab.proxy, "limit.descriptors", TP_WARNING);
+        let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING).unwrap();
+        assert_eq!(line, format!("fix: {}\n", named.fix), "the process itself says the same");
+        cured(&lab.proxy, "limit.descriptors", TP_SEVERITY_WARNING);
         // The connection that waited is served first, to nobody.
         assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
         child.stdout = Some(output.into_inner());
@@ -230,9 +234,9 @@ fn program_started_as_its_finding_says_has_the_capabilities() {
     let before = net.command("env", &[&[report.as_str()], &arguments(&plain)[..]].concat());
     assert!(before.contains("listens: false\n"), "{before}");
     for id in ["privilege.net_admin", "privilege.transparent"] {
-        let cure = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
-        assert!(!cure.contains("setcap"), "{cure}");
-        let command = cure.replacen("setpriv ", "setpriv --securebits=+noroot ", 1);
+        let fix = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
+        assert!(!fix.contains("setcap"), "{fix}");
+        let command = fix.replacen("setpriv ", "setpriv --securebits=+noroot ", 1);
         let command = command.replace("PROGRAM", program.to_str().unwrap());
         let words: Vec<&str> = command.split(' ').collect();
         let after = net.command("env", &[&[report.as_str()], &arguments(&words)[..]].concat());

@@ -167,8 +167,8 @@ fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
     let named: Vec<&Found> = troubles(&found).into_iter().filter(|finding| finding.id == row.id).collect();
     must(!named.is_empty(), "not named among", &found)?;
     for finding in named {
-        must(!finding.cure.is_empty() && !finding.cure.contains("{"), "no cure", &found)?;
-        proxy.sh(&finding.cure);
+        must(!finding.fix.is_empty() && !finding.fix.contains("{"), "no fix", &found)?;
+        proxy.sh(&finding.fix);
     }
     let after = proxy.run(check);
     must(world.works_at_last(row.broken), "not cured by these; left is", &[found, after.clone()].concat())?;
@@ -411,7 +411,7 @@ fn few_local_ports_are_few_connections_onward() {
         assert_eq!(onward(), 9);
         proxy.sh("sysctl -qw net.ipv4.ip_local_port_range='40000 40003'");
         assert!(onward() < 9, "the range is of no account");
-        cured(proxy, "sysctl.ip_local_port_range", TP_WARNING);
+        cured(proxy, "sysctl.ip_local_port_range", TP_SEVERITY_WARNING);
         assert_eq!(onward(), 9);
     });
 }
@@ -441,7 +441,7 @@ fn masquerading_hides_the_client_from_the_server() {
         }
         let found = lab.proxy.run(check);
         let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
-        cures.for_each(|finding| lab.proxy.sh(&finding.cure));
+        cures.for_each(|finding| lab.proxy.sh(&finding.fix));
         for (hosts, port) in [(v4(), 84), (v6(), 85)] {
             assert_eq!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
             // What the router forwards is translated as before.
@@ -461,10 +461,10 @@ fn connection_tracking_is_named_and_spared() {
     let entries = || lab.proxy.run(|| std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap());
     lab.proxy
         .sh("nft 'table inet fw { chain in { type filter hook input priority filter; ct state invalid drop\n}\n}'");
-    seen_by_server(&lab, v4(), TP_KEEP_PORT);
+    seen_by_server(&lab, v4(), TP_CONNECT_KEEP_PORT);
     assert_ne!(entries(), "0\n", "nothing is tracked");
-    cured(&lab.proxy, "conntrack.keep_port", TP_NOTE);
+    cured(&lab.proxy, "conntrack.keep_port", TP_SEVERITY_NOTE);
     let before = entries();
-    seen_by_server(&lab, v6(), TP_KEEP_PORT);
+    seen_by_server(&lab, v6(), TP_CONNECT_KEEP_PORT);
     assert_eq!(entries(), before, "the connection is tracked");
 }

@@ -18,15 +18,15 @@ use tproxy::ffi::*;
 const ROLE: &str = "TPROXY_TEST_ROLE";
 
 /// What a configuration points to, kept together with it.
-struct Wish {
+struct OwnedConfig {
     name: CString,
     listener: i32,
     dst: Vec<tp_prefix>,
 }
 
-impl Wish {
-    fn new(name: &str, listener: &impl AsRawFd) -> Wish {
-        Wish {
+impl OwnedConfig {
+    fn new(name: &str, listener: &impl AsRawFd) -> OwnedConfig {
+        OwnedConfig {
             name: CString::new(name).unwrap(),
             listener: listener.as_raw_fd(),
             dst: prefixes(&["203.0.113.0/24", "2001:db8:2::/64"]),
@@ -52,7 +52,7 @@ impl Wish {
 }
 
 fn listener() -> TcpListener {
-    listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap()
+    listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap()
 }
 
 /// Starts a test of this file as a process of its own, in this namespace.
@@ -85,17 +85,17 @@ fn a_process_may_be_killed_at_any_moment() {
 /// All that can be done with rules, over and over.
 fn change_for_ever(name: &str) -> ! {
     let listener = listener();
-    let wish = Wish::new(name, &listener);
+    let config = OwnedConfig::new(name, &listener);
     let (more, less) = (prefixes(&["203.0.112.0/24", "2001:db8:3::/48"]), prefixes(&["203.0.113.0/24"]));
     println!("ready");
     loop {
-        let rules = wish.install().unwrap();
+        let rules = config.install().unwrap();
         rules.update(TP_SET_DST, &more, &less).unwrap();
         rules.update(TP_SET_BYPASS, &less, &[]).unwrap();
-        rules.replace(&wish.config(TP_RULES_LOCAL_OUTPUT, 0)).unwrap();
+        rules.replace(&config.config(TP_RULES_LOCAL_OUTPUT, 0)).unwrap();
         rules.update(TP_SET_DST, &less, &less).unwrap();
-        rules.replace(&wish.config(TP_RULES_NOTRACK, TP_IPV4)).unwrap();
-        rules.replace(&wish.config(0, 0)).unwrap();
+        rules.replace(&config.config(TP_RULES_NOTRACK, TP_FAMILY_IPV4)).unwrap();
+        rules.replace(&config.config(0, 0)).unwrap();
         rules.remove().unwrap();
     }
 }
@@ -107,7 +107,7 @@ fn kill_again_and_again(seed: u64, every: usize) {
     let net = Net::new();
     let before = net.state();
     let listener = net.run(listener);
-    let wish = Wish::new("", &listener);
+    let config = OwnedConfig::new("", &listener);
     let mut random = Random(seed);
     let next = || start(&net, "a_process_may_be_killed_at_any_moment", "");
     let mut child = next();
@@ -123,7 +123,7 @@ fn kill_again_and_again(seed: u64, every: usize) {
             assert_rules_of_one_instance(&net, 4);
         }
         if number % every == 0 {
-            let rules = net.run(|| wish.install()).unwrap_or_else(|failed| panic!("after kill {number}: {failed}"));
+            let rules = net.run(|| config.install()).unwrap_or_else(|failed| panic!("after kill {number}: {failed}"));
             if number % 10 == 0 {
                 assert_eq!(net.nft("list tables"), "table inet libtproxy-tproxy\n");
                 assert_rules_of_one_instance(&net, 3);
@@ -173,10 +173,10 @@ fn processes_that_work_at_once_disturb_each_other_by_name_alone() {
 
 fn install_and_remove(name: &str, may_be_busy: bool) {
     let listener = listener();
-    let wish = Wish::new(name, &listener);
+    let config = OwnedConfig::new(name, &listener);
     for _ in 0..200 {
         let rules = loop {
-            match wish.install() {
+            match config.install() {
                 Err(failed) if may_be_busy && failed.errno == EBUSY => std::thread::yield_now(),
                 done => break done.unwrap(),
             }

@@ -17,7 +17,9 @@ fn hardly_anybody_but_the_server_is_heard() {
         let lab = Lab::new();
         let _rules = lab
             .proxy
-            .run(|| Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_UDP, ..config() }))
+            .run(|| {
+                Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_PROTO_UDP, ..config() })
+            })
             .unwrap();
         let client = at(hosts.client, 4321);
         let server = lab.server.run(|| UdpSocket::bind(at(hosts.server, 53)).unwrap());
@@ -32,7 +34,12 @@ fn hardly_anybody_but_the_server_is_heard() {
             let heard = lab.proxy.run(|| {
                 let mut heard = 0;
                 for _ in 0..SOCKETS {
-                    let fd = connect_from(client, at(hosts.server, 53), TP_DGRAM | TP_NONBLOCK | TP_KEEP_PORT).unwrap();
+                    let fd = connect_from(
+                        client,
+                        at(hosts.server, 53),
+                        TP_CONNECT_DGRAM | TP_NONBLOCK | TP_CONNECT_KEEP_PORT,
+                    )
+                    .unwrap();
                     let socket = UdpSocket::from(fd);
                     heard += usize::from(socket.recv(&mut [0; 100]).is_ok());
                 }

@@ -148,7 +148,7 @@ impl Builder<'_> {
         }
         if let Some(bypass) = &self.plan.bypass {
             self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
-            if self.plan.may_choose_answers() && then == "v" {
+            if self.plan.needs_reply_exemption() && then == "v" {
                 // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
                 self.by_prefixes(&mut to, "-m conntrack --ctdir REPLY -s", bypass, "-j RETURN");
             }
@@ -216,7 +216,7 @@ impl Builder<'_> {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
         let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
-        let guarded: Vec<Intercept> = self.plan.guarded().collect();
+        let guarded: Vec<Intercept> = self.plan.direct_drops().collect();
         for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
             let Intercept { protocol, port, .. } = listener;
             let to = option("-d", listener);
@@ -251,7 +251,7 @@ impl Builder<'_> {
         let mut chain = self.chain("o");
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
-        if self.plan.may_choose_own_answers() && self.plan.protocols.tcp {
+        if self.plan.needs_own_reply_exemption() && self.plan.protocols.tcp {
             // As in the nf_tables rules: data has to be of a connection that was accepted.
             chain.rule(format_args!("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN"));
             chain.rule(format_args!("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN"));

@@ -1,15 +1,16 @@
 //! What on this host breaks, or weakens, transparent proxying, and what cures it.
 //!
-//! `facts` gathers (read only), `judge` decides, with no look at the kernel; `findings` has the words.
+//! `host_state` gathers (read only), `diagnose` decides, with no look at the kernel; `findings` has the words.
 
-mod facts;
+mod diagnose;
+mod eval;
 pub(crate) mod findings;
+mod host_state;
+pub(crate) mod inspect;
 mod instances;
-mod judge;
 mod probes;
 mod procfs;
 mod shell;
-mod walk;
 
 pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};
 
@@ -17,5 +18,5 @@ pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};
 ///
 /// Nothing is changed. What cannot be seen (for want of a privilege, mostly) is said too.
 pub fn check() -> Vec<Finding> {
-    judge::judge(&facts::Facts::gather())
+    diagnose::diagnose(&host_state::HostState::collect())
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::backend::seen::routing::Interface;
+use crate::check::inspect::routing::Interface;
 use crate::sys;
 
 /// The file of the user ids maps more than the initial namespace's: all to themselves.

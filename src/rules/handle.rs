@@ -103,7 +103,7 @@ impl Rules {
         Ok(instance)
     }
 
-    /// Ends this copy; removes the rules if that is this process's to do, and they are not to stay.
+    /// Endpoints this copy; removes the rules if that is this process's to do, and they are not to stay.
     fn end(&mut self, even_if_persistent: bool) -> Result<()> {
         let Some(instance) = self.instance.take() else { return Ok(()) };
         let may_remove = self.installer.relation() != Relation::ChildOfLiving;

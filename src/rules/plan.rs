@@ -1,4 +1,4 @@
-//! What the kernel shall hold, worked out from a wish with no look at the
+//! What the kernel shall hold, worked out from a config with no look at the
 //! kernel.
 
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
 
-/// Checks a wish and fills in its defaults.
+/// Checks a config and fills in its defaults.
 pub(crate) fn make(config: &Config) -> Result<Plan> {
     refuse_contradictions(config)?;
     let protocols = protocols(config)?;
@@ -334,7 +334,7 @@ mod tests {
             plan.intercepts.iter().map(|i| (i.family, i.port)).collect::<Vec<_>>(),
             [(Some(Family::V4), 1), (Some(Family::V6), 2)]
         );
-        assert_eq!(plan.guarded().count(), 0, "nobody outside reaches a loopback listener");
+        assert_eq!(plan.direct_drops().count(), 0, "nobody outside reaches a loopback listener");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::control;
 use super::datagram::Datagram;
 use super::message::{self, ControlRoom};
 use crate::address::{AddrRef, KernelAddr};
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 
 /// What [`receive_from`] says of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,12 +40,12 @@ pub(crate) fn receive_one<'c>(
     control: &'c mut ControlRoom,
 ) -> Result<(usize, Option<AddrRef<'c>>)> {
     let (len, control) = message::receive_one(fd, buffer, flags, source, control)
-        .map_err(|e| Error::socket(Step::Receive, Ends::default(), e))?;
+        .map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))?;
     Ok((len, control::orig_dst(control)))
 }
 
 /// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
 /// `recvmmsg(2)`, which waits for the first alone. Gives their number.
 pub fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> Result<usize> {
-    message::receive(fd, datagrams, flags).map_err(|e| Error::socket(Step::Receive, Ends::default(), e))
+    message::receive(fd, datagrams, flags).map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))
 }

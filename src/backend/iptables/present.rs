@@ -1,9 +1,9 @@
-//! Which chains of ours the kernel has, in either variant of iptables.
+//! PrefixList chains of ours the kernel has, in either variant of iptables.
 //!
 //! It is read from the kernel itself: no program has to be run where there are none, and after one was run the kernel
 //! says whether it did what it was to do.
 
-use crate::backend::seen::{nft, xtables};
+use crate::check::inspect::{nft, xtables};
 use crate::error::{Error, Result};
 use crate::model::Family;
 use crate::netlink::Channel;

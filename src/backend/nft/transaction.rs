@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::object::{Elements, Object, SetName, comment};
-use super::table::Place;
+use super::table::RoutingSlot;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::wire::{self, Buffer};
@@ -30,10 +30,10 @@ const ACK: u16 = libc::NLM_F_ACK as u16;
 /// One change in a table.
 pub(crate) enum Change<'a> {
     /// Makes the table if it is not there, for nobody in particular. Only to be rehearsed.
-    Make,
+    AddTable,
     /// Makes the table, which must not be there.
     Claim {
-        place: &'a Place,
+        slot: &'a RoutingSlot,
         persist: bool,
     },
     /// Takes an orphan.
@@ -104,7 +104,7 @@ pub(crate) fn commit(
 
 /// Finds out which changes, each in its table, the kernel would make, and makes none: a batch without an end is checked,
 /// answered and undone (`nfnetlink_rcv_batch`). All in one batch, since undoing one takes milliseconds.
-pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
+pub(crate) fn dry_run(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
     let mut batch = Buffer::default();
     let begin = channel.next_seq();
     batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |_| {});
@@ -212,7 +212,7 @@ impl Change<'_> {
         const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
-            Change::Make => (NEW_TABLE, libc::NLM_F_CREATE as u16),
+            Change::AddTable => (NEW_TABLE, libc::NLM_F_CREATE as u16),
             Change::Claim { .. } => (NEW_TABLE, exclusively),
             Change::Adopt => (NEW_TABLE, 0),
             Change::DeleteTable => (DELETE_TABLE, 0),
@@ -223,16 +223,16 @@ impl Change<'_> {
             Change::Add(object) => object.message(),
         };
         batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
-            Change::Claim { place, persist } => {
+            Change::Claim { slot, persist } => {
                 a.string(1, table);
                 a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                comment(a, 6, &place.comment());
+                comment(a, 6, &slot.comment());
             }
             Change::Adopt => {
                 a.string(1, table);
                 a.be32(2, OWNER | PERSIST);
             }
-            Change::Make | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::AddTable | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
             Change::DeleteSet(name) => {
                 a.string(1, table);
                 a.string(2, name);
@@ -261,11 +261,11 @@ impl fmt::Display for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("nft ")?;
         match self.change {
-            Change::Claim { place, persist } => {
+            Change::Claim { slot, persist } => {
                 let flags = if *persist { "owner, persist" } else { "owner" };
-                write!(f, "create table inet {} {{ comment \"{place}\"; flags {flags}; }}", self.table)
+                write!(f, "create table inet {} {{ comment \"{slot}\"; flags {flags}; }}", self.table)
             }
-            Change::Make => write!(f, "add table inet {}", self.table),
+            Change::AddTable => write!(f, "add table inet {}", self.table),
             Change::Adopt => write!(f, "add table inet {} {{ flags owner, persist; }}", self.table),
             Change::DeleteTable => write!(f, "delete table inet {}", self.table),
             Change::DeleteRules => write!(f, "flush table inet {}", self.table),

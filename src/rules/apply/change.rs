@@ -1,4 +1,4 @@
-//! Changes to rules that are installed: other rules in their place, prefixes
+//! Changes to rules that are installed: other rules in their slot, prefixes
 //! that come and go, and an orphan's rules taken over.
 
 use super::*;
@@ -21,7 +21,7 @@ impl Instance {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
-        serve(config, &mut plan, &mut self.route)?;
+        drop_ipv6_if_unavailable(config, &mut plan, &mut self.route)?;
         if self.by_iptables {
             return self.replace_in_iptables(plan);
         }
@@ -45,9 +45,9 @@ impl Instance {
             Set::Dst if self.plan.dst.is_none() => return Err(missing("dst")),
             Set::Src if self.plan.src.is_none() => return Err(missing("src")),
             Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
-            Set::Dst => Which::Dst,
-            Set::Src => Which::Src,
-            Set::Bypass => Which::Bypass,
+            Set::Dst => PrefixList::Dst,
+            Set::Src => PrefixList::Src,
+            Set::Bypass => PrefixList::Bypass,
         };
         let families = self.plan.families;
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
@@ -60,7 +60,7 @@ impl Instance {
             prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
             return if self.by_iptables { self.replace_in_iptables(plan) } else { self.swap_for(plan) };
         }
-        // In place: to copy a large set takes longer than to change it.
+        // In slot: to copy a large set takes longer than to change it.
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
         let change = prefixes.update(add, remove)?;
         let done = match prefixes.regrouped() {
@@ -79,7 +79,7 @@ impl Instance {
     }
 
     /// Changes the elements of the sets in force. What goes, goes first: a range that grows is deleted and added.
-    fn commit_elements(&mut self, which: Which, change: &prefix::Change) -> Result<()> {
+    fn commit_elements(&mut self, which: PrefixList, change: &prefix::Change) -> Result<()> {
         let objects = |[v4, v6]: &[prefix::Contents; 2]| -> Result<Vec<Object>> {
             let mut objects = ruleset::elements(which, Family::V4, self.variant, v4)?;
             objects.extend(ruleset::elements(which, Family::V6, self.variant, v6)?);
@@ -144,7 +144,7 @@ impl Instance {
     /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
     /// Chains that both have stay, so that no base chain is away for a moment.
     fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
-        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
         let variant = self.variant.other();
         let new = ruleset::compile(&plan, variant)?;
         let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
@@ -177,11 +177,11 @@ impl Instance {
     }
 }
 
-fn prefixes_of(plan: &mut Plan, which: Which) -> &mut Option<PrefixSet> {
+fn prefixes_of(plan: &mut Plan, which: PrefixList) -> &mut Option<PrefixSet> {
     match which {
-        Which::Dst => &mut plan.dst,
-        Which::Src => &mut plan.src,
-        Which::Bypass => &mut plan.bypass,
+        PrefixList::Dst => &mut plan.dst,
+        PrefixList::Src => &mut plan.src,
+        PrefixList::Bypass => &mut plan.bypass,
     }
 }
 

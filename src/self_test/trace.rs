@@ -4,10 +4,10 @@ use std::os::fd::AsFd;
 
 use socket2::Socket;
 
-use super::object::{Hook, Object};
-use super::statement::Statement;
-use super::transaction::{Change, commit};
-use super::{SUBSYSTEM, header};
+use crate::backend::nft::object::{Hook, Object};
+use crate::backend::nft::statement::Statement;
+use crate::backend::nft::transaction::{Change, commit};
+use crate::backend::nft::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
@@ -65,7 +65,8 @@ impl Tracer {
         let mut objects: Vec<Object> =
             WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).collect::<Vec<_>>();
         objects.push(Object::Rule { chain: WATCHED[0].0, statements: vec![Statement::Trace], comment: "follow" });
-        let changes: Vec<Change<'_>> = std::iter::once(Change::Make).chain(objects.iter().map(Change::Add)).collect();
+        let changes: Vec<Change<'_>> =
+            std::iter::once(Change::AddTable).chain(objects.iter().map(Change::Add)).collect();
         commit(nft, TABLE, None, &changes)?;
         Ok(Tracer { reports, buffer: Vec::with_capacity(32 << 10) })
     }

@@ -3,7 +3,7 @@
 
 use std::fmt::{self, Write};
 
-use crate::backend::seen::filter::{Chain, Origin, Rule};
+use crate::check::inspect::filter::{Chain, Origin, Rule};
 use crate::check::shell::{is_nft_identifier, is_plain, json, word};
 use crate::model::{Family, Mark};
 
