@@ -93,7 +93,7 @@ struct Node<'a> {
     chain: &'a Chain,
     /// By the number of a rule, in that order: the chain that it jumps to; `None`: it is not known.
     jumps: Vec<(usize, Option<usize>)>,
-    /// The rules that are for one port only, and all others.
+    /// The rules that are for few ports only, by each of these, and all others.
     for_port: HashMap<u16, Vec<usize>>,
     others: Vec<usize>,
 }
@@ -122,6 +122,24 @@ impl Node<'_> {
     }
 }
 
+/// The ports that a rule is for, if it is for few only.
+fn few_ports(rule: &Rule, sets: &[PortSet]) -> Option<Vec<u16>> {
+    const FEW: usize = 16;
+    rule.parts.iter().find_map(|part| {
+        let mut ports: Vec<u16> = match part {
+            Part::OnlyIf(Condition::Ports(first, last)) => (*first..=*last).take(FEW + 1).collect(),
+            Part::OnlyIf(Condition::PortSet(set)) => {
+                let set = sets.get(*set).filter(|set| set.complete)?;
+                set.ranges.iter().flat_map(|(first, last)| *first..=*last).take(FEW + 1).collect()
+            }
+            _ => return None,
+        };
+        ports.sort_unstable();
+        ports.dedup();
+        (ports.len() <= FEW).then_some(ports)
+    })
+}
+
 /// A chain's name: whether it is of legacy iptables, its family and table, and its own.
 type Key<'a> = (bool, Option<Family>, &'a [u8], &'a [u8]);
 
@@ -142,12 +160,10 @@ impl<'a> Chains<'a> {
                         node.jumps.push((number, numbers.get(&key(chain, name.as_bytes())).copied()));
                     }
                 }
-                let one = rule.parts.iter().find_map(|part| match part {
-                    Part::OnlyIf(Condition::Ports(first, last)) if first == last => Some(*first),
-                    _ => None,
-                });
-                match one {
-                    Some(port) => node.for_port.entry(port).or_default().push(number),
+                match few_ports(rule, &ruleset.port_sets) {
+                    Some(ports) => {
+                        ports.into_iter().for_each(|port| node.for_port.entry(port).or_default().push(number))
+                    }
                     None => node.others.push(number),
                 }
             }
