@@ -50,7 +50,7 @@ fn child_of_another_test() {
 
 fn print_check() {
     for finding in check() {
-        println!("finding {} {} {} | {}", finding.severity, finding.id, finding.found, finding.cure);
+        println!("finding {} {} {} | {}", finding.severity, finding.id, finding.message, finding.fix);
     }
 }
 
@@ -81,16 +81,16 @@ fn is_harmless(text: &str) -> bool {
 }
 
 /// A shell takes it for a command, and it is of printable ASCII.
-fn is_a_command(cure: &str) -> bool {
-    let parsed = Command::new("sh").args(["-n", "-c", cure]).output().unwrap().status.success();
-    parsed && cure.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+fn is_a_command(fix: &str) -> bool {
+    let parsed = Command::new("sh").args(["-n", "-c", fix]).output().unwrap().status.success();
+    parsed && fix.bytes().all(|byte| (b' '..=b'~').contains(&byte))
 }
 
-/// Every finding is harmless, and every cure a command.
+/// Every finding is harmless, and every fix a command.
 fn all_harmless(found: &[Found]) {
     for finding in found {
-        assert!(is_harmless(&finding.found) && finding.found.len() < 2000, "{finding:?}");
-        assert!(is_a_command(&finding.cure), "{finding:?}");
+        assert!(is_harmless(&finding.message) && finding.message.len() < 2000, "{finding:?}");
+        assert!(is_a_command(&finding.fix), "{finding:?}");
     }
 }
 
@@ -145,10 +145,10 @@ fn chain_with_a_hostile_name_is_analyzed_and_its_cure_works() {
             let found = lab.proxy.run(check);
             all_harmless(&found);
             let finding = find(&found, "filter.input_drop");
-            assert!(!finding.cure.is_empty(), "{finding:?}");
-            lab.proxy.sh(&finding.cure);
+            assert!(!finding.fix.is_empty(), "{finding:?}");
+            lab.proxy.sh(&finding.fix);
             // What the mark does not tell, such as neighbor discovery, the policy drops still: static neighbors are there.
-            assert!(works(3), "{name}: not cured by {}", finding.cure);
+            assert!(works(3), "{name}: not cured by {}", finding.fix);
         });
     }
 }
@@ -174,14 +174,14 @@ fn iptables_chain_with_a_hostile_name_is_analyzed_and_its_cure_names_it() {
             let found = net.run(check);
             all_harmless(&found);
             let finding = find(&found, "filter.mark_collision");
-            assert!(finding.found.contains(shown), "{ip}: {finding:?}");
+            assert!(finding.message.contains(shown), "{ip}: {finding:?}");
             let before = net.run(|| Command::new(ip).args(["-t", "mangle", "-S"]).output().unwrap().stdout);
-            net.sh(&finding.cure);
+            net.sh(&finding.fix);
             let after = net.run(|| Command::new(ip).args(["-t", "mangle", "-S"]).output().unwrap().stdout);
             let (before, after) = (String::from_utf8_lossy(&before), String::from_utf8_lossy(&after));
             assert!(before.contains("--dport 82"), "{before}");
             let expected: Vec<&str> = before.lines().filter(|line| !line.contains("--dport 82")).collect();
-            assert_eq!(after.lines().collect::<Vec<_>>(), expected, "{ip}: {}", finding.cure);
+            assert_eq!(after.lines().collect::<Vec<_>>(), expected, "{ip}: {}", finding.fix);
         }
     }
 }
@@ -200,9 +200,9 @@ fn interface_with_a_hostile_name_is_one_word_of_the_cure() {
         all_harmless(&found);
         for id in ["sysctl.forwarding_interface", "rule.table_shared"] {
             let finding = find(&found, id);
-            net.sh(&finding.cure);
+            net.sh(&finding.fix);
             let left = net.run(check);
-            assert!(left.iter().all(|other| other.id != id), "{name}: {} does not cure {finding:?}", finding.cure);
+            assert!(left.iter().all(|other| other.id != id), "{name}: {} does not fix {finding:?}", finding.fix);
         }
         // The rule of the same interface that is not the library's concern is there.
         let rules = net.run(|| Command::new("ip").arg("rule").output().unwrap().stdout);
@@ -238,8 +238,8 @@ fn holder_in_an_inner_pid_namespace_is_named_as_it_is_seen_here() {
     }
     let found = net.run(check);
     all_harmless(&found);
-    assert_eq!(find(&found, "listener.gone").cure, format!("kill {holder}"));
-    assert!(find(&found, "instance").found.contains(&format!("of process {holder} (")), "{found:#?}");
+    assert_eq!(find(&found, "listener.gone").fix, format!("kill {holder}"));
+    assert!(find(&found, "instance").message.contains(&format!("of process {holder} (")), "{found:#?}");
     net.sh(&format!("kill {holder}"));
     child.wait().unwrap();
     assert!(net.run(check).iter().all(|finding| finding.id != "instance"), "the rules are there");
@@ -280,7 +280,7 @@ fn holder_with_a_hostile_name_is_shown_with_escapes() {
     all_harmless(&found);
     let finding = find(&found, "instance");
     assert!(
-        finding.found.contains(&format!("process {} (\\u{{1b}}[2J\\u{{202e}}1)\\u{{a}})", child.id())),
+        finding.message.contains(&format!("process {} (\\u{{1b}}[2J\\u{{202e}}1)\\u{{a}})", child.id())),
         "{finding:?}"
     );
     let failed = net.run(|| intercept(&listen("[::]:3129".parse().unwrap(), 0).unwrap(), 80)).err().unwrap();
@@ -329,11 +329,11 @@ fn routing_rules_that_differ_are_not_said_to_be_the_same() {
     assert!(found.iter().all(|finding| finding.id != "rule.duplicate"), "{found:#?}");
     // A rule that is there twice is deleted where it is the second, whatever is beside it.
     net.sh("ip rule add pref 310 from 10.2.0.0/16 fwmark 7 lookup 50; ip rule add pref 310 from 10.3.0.0/16 fwmark 7 lookup 50");
-    let cure = find(&net.run(check), "rule.duplicate").cure.clone();
-    net.sh(&cure);
+    let fix = find(&net.run(check), "rule.duplicate").fix.clone();
+    net.sh(&fix);
     let after = rules();
     let expected = before.replacen("32766:", "310:\tfrom 10.3.0.0/16 fwmark 0x7 lookup 50\n32766:", 1);
-    assert_eq!(after, expected, "{cure}");
+    assert_eq!(after, expected, "{fix}");
 }
 
 /// A foreign default route is deleted, and the library's own, which has the same destination, is not.
@@ -346,7 +346,7 @@ fn foreign_default_route_is_deleted_and_ours_stays() {
         let found = lab.proxy.run(check);
         let foreign: Vec<&Found> = found.iter().filter(|finding| finding.id == "route.foreign").collect();
         assert_eq!(foreign.len(), 2, "{found:#?}");
-        foreign.iter().for_each(|finding| lab.proxy.sh(&finding.cure));
+        foreign.iter().for_each(|finding| lab.proxy.sh(&finding.fix));
         for family in ["-4", "-6"] {
             let left = lab.proxy.ip(&format!("{family} route show table 7470"));
             assert_eq!(left.lines().count(), 1, "{left}");
@@ -377,8 +377,8 @@ fn packets_are_let_through_a_firewall_and_nothing_else_is() {
             assert!(!works(1) && !reaches(82), "{spoil}");
             let found = lab.proxy.run(check);
             for finding in found.iter().filter(|finding| finding.id == "filter.prerouting_drop") {
-                assert!(!finding.cure.contains("policy") && !finding.cure.contains("-P "), "{finding:?}");
-                lab.proxy.sh(&finding.cure);
+                assert!(!finding.fix.contains("policy") && !finding.fix.contains("-P "), "{finding:?}");
+                lab.proxy.sh(&finding.fix);
             }
             assert!(works(3), "{found:#?}");
             assert!(!reaches(82) && !reaches(80), "the host is open: {found:#?}");
