@@ -1,7 +1,7 @@
 /*
  * tproxyctl: what libtproxy does, from a shell.
  *
- *     tproxyctl check                                  what breaks transparent proxying here, and what cures it
+ *     tproxyctl check                                  what breaks transparent proxying here, and what fixes it
  *     tproxyctl install --listen [::]:3129 --port 80   rules for a listener in another process, until a signal
  *
  * tproxyctl(8) has the rest. It uses the public calls alone.
@@ -17,7 +17,7 @@
 static const char help[] =
     "usage: tproxyctl COMMAND [OPTION]...\n"
     "\n"
-    "  check                 what on this host breaks transparent proxying, and what cures it\n"
+    "  check                 what on this host breaks transparent proxying, and what fixes it\n"
     "  self-test RULES       send probes through rules, in a network that exists meanwhile\n"
     "  install RULES         install rules, and hold them until SIGINT, SIGTERM or SIGHUP\n"
     "  render RULES          show the script that would do the same\n"
@@ -123,7 +123,7 @@ static void print_finding(const struct tp_finding *finding, void *context)
     if (severity >= TP_SEVERITY_WARNING)
         printf("         %s\n", finding->impact);
     if (*finding->fix)
-        printf("         cure: %s\n", finding->fix);
+        printf("         fix: %s\n", finding->fix);
 }
 
 static int end_report(const char *command, const struct report *report, int failures)

@@ -7,7 +7,7 @@
 //!   packets to such sockets.
 //! * [`udp`]: datagrams with their original destinations, and replies from
 //!   any source.
-//! * [`check`]: what on this host breaks all that, and what cures it.
+//! * [`check`]: what on this host breaks all that, and what fixes it.
 //! * [`self_test()`]: whether rules work here, by probes through a network of their own.
 //! * [`ffi`]: the same as a C library, `include/tproxy.h`.
 //!

@@ -115,9 +115,9 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
     /// `struct fib_rule_hdr` of any rule: the kernel gives those of every family that it has.
     const ANY: [u8; 12] = [0; 12];
     let failed = |family: &str, e: sys::Errno| {
-        let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
-        let cure = if is_absent(e) { cure } else { "" };
-        Error::with(e.0, format_args!("ip {family}rule show: {e}{cure}"))
+        let fix = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
+        let fix = if is_absent(e) { fix } else { "" };
+        Error::with(e.0, format_args!("ip {family}rule show: {e}{fix}"))
     };
     let dumped = match channel.dump(libc::RTM_GETRULE, &ANY, &|_| {}) {
         Err(e) if !is_absent(e) => return Err(failed("", e)),
@@ -350,7 +350,7 @@ fn send(
 }
 
 fn rejected(entry: &Entry, failure: &Failure) -> Error {
-    let cure = match (entry, failure.errno) {
+    let fix = match (entry, failure.errno) {
         (_, libc::EPERM) => "routing needs CAP_NET_ADMIN in the user namespace that owns this network namespace",
         (Entry::Route { .. }, libc::ENETDOWN | libc::ENETUNREACH | libc::EINVAL) => {
             "the loopback device must be up: `ip link set lo up`"
@@ -362,9 +362,9 @@ fn rejected(entry: &Entry, failure: &Failure) -> Error {
         (Entry::Rule { .. }, libc::EEXIST) => "someone else has the same rule: choose another `priority`",
         _ => "",
     };
-    let before = if cure.is_empty() { "" } else { "; " };
+    let before = if fix.is_empty() { "" } else { "; " };
     let command = entry.command(Operation::Add);
-    Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{cure}"))
+    Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{fix}"))
 }
 
 /// `struct fib_rule_hdr`.

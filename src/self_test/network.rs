@@ -104,12 +104,12 @@ impl Network {
 fn unshared() -> Result<OwnedFd> {
     let failed = |e: sys::Errno| {
         let errno = e.0;
-        let cure = if errno == libc::EPERM {
+        let fix = if errno == libc::EPERM {
             "; a network of its own takes CAP_SYS_ADMIN: run as root, or `unshare -r PROGRAM`"
         } else {
             ""
         };
-        Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{cure}"))
+        Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{fix}"))
     };
     sys::unshare_network().map_err(failed)?;
     sys::open("/proc/thread-self/ns/net").map_err(failed)

@@ -79,14 +79,14 @@ pub(crate) fn commit(
 
     let answers = channel.exchange(&batch, last).map_err(|e| {
         let errno = e.0;
-        let cure = if errno == libc::EMSGSIZE {
+        let fix = if errno == libc::EMSGSIZE {
             "; raise sysctl net.core.wmem_max, or have CAP_NET_ADMIN over the whole host"
         } else {
             ""
         };
         Error::with(
             errno,
-            format_args!("nf_tables, table inet {table}: sending {} bytes at once: {e}{cure}", batch.len()),
+            format_args!("nf_tables, table inet {table}: sending {} bytes at once: {e}{fix}", batch.len()),
         )
     })?;
     if let Some(failure) = answers.failures.first() {
@@ -149,25 +149,25 @@ fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &C
     rejected(failure, &step, expression)
 }
 
-/// The sentence for what the kernel refused: step, its words, where, cure.
+/// The sentence for what the kernel refused: step, its words, where, fix.
 fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
     let at = std::fmt::from_fn(|f| match expression {
         Some(expression) => write!(f, ", at `{expression}`"),
         None => Ok(()),
     });
-    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
-    let (before, cure) = cure.map_or(("", ""), |cure| ("; ", cure));
-    Error::with(errno, format_args!("{step}: {failure}{at}{before}{cure}"))
+    let (errno, fix) = fix(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
+    let (before, fix) = fix.map_or(("", ""), |fix| ("; ", fix));
+    Error::with(errno, format_args!("{step}: {failure}{at}{before}{fix}"))
 }
 
-/// The errno for the program and the cure for the operator.
-fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, Option<&'static str>) {
+/// The errno for the program and the fix for the operator.
+fn fix(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, Option<&'static str>) {
     match (errno, expression) {
         (libc::EPERM, _) => {
             (libc::EPERM, Some("rules need CAP_NET_ADMIN in the user namespace that owns this network namespace"))
         }
         (libc::ENOENT | libc::EOPNOTSUPP, Some(expression)) => {
-            let cure = match expression {
+            let fix = match expression {
                 "socket" => {
                     "the kernel needs CONFIG_NFT_SOCKET (`modprobe nft_socket`), and Linux 5.10 for `socket wildcard`"
                 }
@@ -176,7 +176,7 @@ fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32,
                 "ct" => "the kernel needs CONFIG_NFT_CT (`modprobe nft_ct`), to know the answers of what is left alone",
                 _ => "the kernel needs CONFIG_NF_TABLES_INET and the modules of nf_tables",
             };
-            (libc::EOPNOTSUPP, Some(cure))
+            (libc::EOPNOTSUPP, Some(fix))
         }
         (libc::EOPNOTSUPP, None) if whole => {
             (errno, Some("the kernel needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET (`modprobe nf_tables`)"))
