@@ -240,25 +240,25 @@ kinds! {
 
     // Routing.
     LO_DOWN = "route.loopback_down",
-        "Nothing is intercepted any more since `lo` went down",
-        "The loopback device is down. IPv6's local route was lost with it.",
-        "Intercepted IPv6 packets are routed as if they had not been intercepted; IPv4's may be dropped.",
+        "Connections time out since `lo` went down",
+        "The loopback device is down. The kernel has deleted the local route of IPv6 with it.",
+        "Intercepted packets do not reach the listener: they are dropped, of IPv6 always, of IPv4 as long as lo is down.",
         "ip link set lo up{routes}";
     ROUTE_MISSING = "route.missing",
-        "Traffic passes by the proxy, or is refused, though the rules count packets",
+        "Connections time out, though the rules count packets as intercepted",
         "The routing table that marked packets are looked up in has no local default route.",
-        "Marked packets are routed as if they had not been intercepted.",
+        "Marked packets find no way to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} route add local default dev lo table {table}";
     ROUTE_FOREIGN = "route.foreign",
-        "Traffic to some destinations passes by the proxy",
-        "Somebody else has put routes into the table that delivers to local sockets.",
-        "Packets to these destinations are forwarded, not delivered.",
+        "Connections to some destinations time out, though the rules count packets as intercepted",
+        "The table that delivers to local sockets has routes that this library did not make.",
+        "Packets to these destinations are not delivered to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} route del {kind} {destination} table {table}";
     RULE_MISSING = "rule.missing",
-        "Traffic passes by the proxy, or is refused, though the rules count packets",
-        "The routing policy rule that sends marked packets to local sockets is gone. Network managers delete what they did \
-         not make (systemd-networkd: ManageForeignRoutingPolicyRules).",
-        "Marked packets are routed as if they had not been intercepted.",
+        "Connections time out, though the rules count packets as intercepted",
+        "The routing policy rule that sends marked packets to local sockets is gone. Network managers delete rules that they \
+         did not make (systemd-networkd: ManageForeignRoutingPolicyRules).",
+        "Marked packets do not reach the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     GUARD_MISSING = "rule.guard_missing",
         "Packets vanish as martians as soon as src_valid_mark is set",
@@ -266,14 +266,14 @@ kinds! {
         "With src_valid_mark or tcp_fwmark_accept set, intercepted packets or the answers to them are dropped.",
         "ip {flag} rule add pref {pref} iif lo fwmark {mark} goto {after}";
     RULE_SHADOWED = "rule.shadowed",
-        "Traffic passes by the proxy, though the rules count packets",
-        "A routing policy rule of somebody else comes before ours and decides for marked packets too.",
-        "Marked packets go where that rule says, not to the listener.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A routing policy rule of another program comes before ours and decides for marked packets too.",
+        "That rule sends marked packets elsewhere. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     RULE_MARK = "rule.mark_collision",
-        "Traffic passes by the proxy, or ends nowhere, though the rules count packets",
-        "A routing policy rule of somebody else uses bits of the mark that are ours, and comes first.",
-        "Intercepted packets go where that rule says.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A routing policy rule of another program uses bits of our mark, and comes first.",
+        "That rule sends intercepted packets elsewhere. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     TABLE_SHARED = "rule.table_shared",
         "Traffic that is not to be intercepted is refused, or vanishes",
@@ -384,9 +384,9 @@ kinds! {
         "Answers to clients, and connections to servers, are dropped.",
         "nft 'insert rule {chain} socket transparent 1 accept'";
     MARK_OVERWRITTEN = "filter.mark_overwritten",
-        "Traffic passes by the proxy, though the rules count packets as intercepted",
-        "A chain of somebody else, after ours, sets the packet's mark without regard to our bits.",
-        "The packets are routed as if they had not been intercepted.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A chain of another program, after ours, sets the packet's mark and does not preserve our bits.",
+        "Without the mark the packets are not routed to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     MARK_COLLISION = "filter.mark_collision",
         "Traffic that is not to be intercepted is refused, or vanishes",
