@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use crate::prefix::PrefixSet;
 
@@ -197,6 +198,25 @@ pub struct PortRange {
     pub first: u16,
     /// The highest.
     pub last: u16,
+}
+
+impl From<u16> for PortRange {
+    /// One port.
+    fn from(port: u16) -> PortRange {
+        PortRange { first: port, last: port }
+    }
+}
+
+impl From<RangeInclusive<u16>> for PortRange {
+    /// ```
+    /// use tproxy::rules::PortRange;
+    ///
+    /// assert_eq!(PortRange::from(8000..=8100).to_string(), "8000-8100");
+    /// assert_eq!(PortRange::from(80).to_string(), "80");
+    /// ```
+    fn from(ports: RangeInclusive<u16>) -> PortRange {
+        PortRange { first: *ports.start(), last: *ports.end() }
+    }
 }
 
 impl fmt::Display for PortRange {

@@ -1,7 +1,7 @@
 //! Where an intercepted connection was going.
 
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::SockRef;
 
@@ -14,9 +14,16 @@ use crate::sys::{self, Errno};
 /// A transparent socket (TPROXY) has it as its own local address. Any other
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
-pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+///
+/// ```no_run
+/// # let listener = std::net::TcpListener::bind("[::]:3129")?;
+/// let (client, from) = listener.accept()?;
+/// println!("{from} wants {}", tproxy::orig_dst(&client)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn orig_dst(fd: impl AsFd) -> Result<SocketAddr> {
     let mut addr = KernelAddr::NONE;
-    find(fd, &mut addr)?;
+    find(fd.as_fd(), &mut addr)?;
     Ok(addr.into())
 }
 

@@ -41,6 +41,13 @@ pub struct ConnectOptions {
 /// An IPv6 stream or datagram socket is dual-stack; a datagram socket also
 /// reports original destinations (`IP_RECVORIGDSTADDR`,
 /// `IPV6_RECVORIGDSTADDR`).
+///
+/// ```no_run
+/// use tproxy::socket2::{Domain, Type};
+///
+/// let socket = tproxy::socket::socket(Domain::IPV6, Type::DGRAM, None)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     make(domain, kind, protocol)
 }
@@ -71,7 +78,14 @@ pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
 /// A datagram socket also reports original destinations from now on. Nothing
 /// else about the socket changes: whether an IPv6 socket is dual-stack stays
 /// as it is.
-pub fn set_transparent(fd: BorrowedFd<'_>) -> Result<()> {
+///
+/// ```no_run
+/// let socket = std::net::UdpSocket::bind("[::]:3053")?;
+/// tproxy::socket::set_transparent(&socket)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn set_transparent(fd: impl AsFd) -> Result<()> {
+    let fd = fd.as_fd();
     let socket = SockRef::from(&fd);
     let domain = domain_of(fd)?;
     let kind = socket.r#type().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))?;
@@ -88,7 +102,17 @@ pub fn set_transparent(fd: BorrowedFd<'_>) -> Result<()> {
 /// gets its port when it connects (or listens), not now, so that one address
 /// can hold more connections than there are ephemeral ports
 /// (`IP_BIND_ADDRESS_NO_PORT`).
-pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
+///
+/// ```no_run
+/// use tproxy::socket2::{Domain, Type};
+///
+/// let socket = tproxy::socket::socket(Domain::IPV4, Type::STREAM, None)?;
+/// tproxy::socket::bind_nonlocal(&socket, "192.0.2.7:0".parse()?)?;
+/// socket.connect(&"198.51.100.2:80".parse::<std::net::SocketAddr>()?.into())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
+    let fd = fd.as_fd();
     let socket = SockRef::from(&fd);
     let domain = domain_of(fd)?;
     if domain != Domain::for_address(addr) {
@@ -112,6 +136,13 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
 /// An IPv6 socket is dual-stack. SO_REUSEADDR is set, so that a restarted
 /// program need not wait for its old connections to end. A negative `backlog`
 /// asks for the largest that the system allows.
+///
+/// ```no_run
+/// use tproxy::socket::{ListenOptions, listen};
+///
+/// let listener: std::net::TcpListener = listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<Socket> {
     let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
     let addr = KernelAddr::from(addr);
@@ -130,6 +161,15 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
 /// The port of `src` counts only with [`ConnectOptions::keep_port`], and
 /// another is taken when that one is in use (or, below 1024, not permitted).
 /// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
+///
+/// ```no_run
+/// use tproxy::socket::{ConnectOptions, connect_from};
+///
+/// let options = ConnectOptions { keep_port: true, ..ConnectOptions::default() };
+/// let server = connect_from("192.0.2.7:40000".parse()?, "198.51.100.2:80".parse()?, options)?;
+/// let server = std::net::TcpStream::from(server);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<Socket> {
     connect_between(&mut src.into(), &mut dst.into(), options)
 }

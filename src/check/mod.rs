@@ -17,6 +17,12 @@ pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};
 /// Looks at this process, its network namespace and the kernel, and says what it found.
 ///
 /// Nothing is changed. What cannot be seen (for want of a privilege, mostly) is said too.
+///
+/// ```no_run
+/// for finding in tproxy::check::check() {
+///     println!("{:?} {}: {}", finding.severity, finding.kind.id, finding.message);
+/// }
+/// ```
 pub fn check() -> Vec<Finding> {
     diagnose::diagnose(&host_state::HostState::collect())
 }

@@ -192,6 +192,11 @@ impl Instance {
 }
 
 /// What the rules of an instance have done so far, whatever process they belong to.
+///
+/// ```no_run
+/// println!("{} packets intercepted", tproxy::rules::stats_of("tproxy")?.intercepted.packets);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn stats_of(name: &str) -> Result<Stats> {
     let name = plan::name(name)?;
     let (mut nft, _) = channels()?;
@@ -225,6 +230,11 @@ fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
 
 /// Removes what a dead or persistent instance left; without a name, what all
 /// of them left. A living process's rules are never touched: by name, they are EBUSY.
+///
+/// ```no_run
+/// tproxy::rules::purge(Some("tproxy"))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn purge(name: Option<&str>) -> Result<()> {
     let (mut nft, mut route) = channels()?;
     let name = name.map(plan::name).transpose()?;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 
 use socket2::{Domain, SockRef, Type};
 
@@ -76,7 +76,8 @@ impl Listener {
     ///
     /// The socket must be a TCP or UDP socket of IPv4 or IPv6 that is bound to a port, listens if it is TCP, and is
     /// transparent unless the mode is [`Mode::Redirect`]; else the error says which of these it is not.
-    pub fn from_fd(fd: BorrowedFd<'_>, mode: Mode) -> Result<Listener> {
+    pub fn from_fd(fd: impl AsFd, mode: Mode) -> Result<Listener> {
+        let fd = fd.as_fd();
         let failed = |e| Error::socket(SocketOp::Inspect, Endpoints::default(), e);
         let unknown = |e: io::Error| failed(e.into());
         let socket = SockRef::from(&fd);

@@ -16,6 +16,15 @@ use crate::model::{Family, Plan};
 /// host where nothing is taken.
 ///
 /// The table has no owner then: the rules stay until they are deleted.
+///
+/// ```
+/// use tproxy::rules::{Config, Listener, Protocol, render_nft};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// let script = render_nft(&Config { listeners: vec![listener], ports: vec![80.into()], ..Config::default() })?;
+/// assert!(script.starts_with("#!/bin/sh\n") && script.contains("tproxy to :3129"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn render_nft(config: &Config) -> Result<String> {
     let plan = plan::make(config)?;
     let slot = slot::first(&plan);
