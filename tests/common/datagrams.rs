@@ -3,14 +3,14 @@
 use std::ffi::c_int;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use socket2::{SockAddr, SockAddrStorage, SockRef};
 use tproxy::ffi::*;
 use tproxy::udp::Datagram;
 
-use super::{Failed, PATIENCE, at, checked, ip};
+use super::{Failed, PATIENCE, at, bind_nonlocal, canonical, checked, ip, socket};
 
 /// include/uapi/linux/udp.h
 pub const UDP_SEGMENT: c_int = 103;
@@ -197,4 +197,53 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 /// An address that nobody owns, of a family; the server's side of the network routes it.
 pub fn nobody(v6: bool, number: u8) -> std::net::IpAddr {
     if v6 { ip(&format!("2001:db8:2::f:{number:x}")) } else { ip(&format!("203.0.113.{}", 100 + number)) }
+}
+
+/// One datagram: its words, where it came from and where it was going; `None` if none comes in time.
+pub fn receive_datagram(fd: &OwnedFd, patience: Duration) -> Option<(String, SocketAddr, SocketAddr)> {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd.
+    if unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) } != 1 {
+        return None;
+    }
+    let (mut words, mut control, mut from) = ([0u8; 100], [0u64; 32], SockAddrStorage::zeroed());
+    let mut iov = libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: words.len() };
+    // SAFETY: all zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = (&raw mut from).cast();
+    message.msg_namelen = from.size_of();
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: everything that the message points to is alive and as long as it says.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) };
+    assert!(len >= 0, "{}", std::io::Error::last_os_error());
+    let mut to = None;
+    // SAFETY: the kernel filled the message; the macros stay within its control data.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let kind = ((*header).cmsg_level, (*header).cmsg_type);
+            if kind == (libc::SOL_IP, libc::IP_ORIGDSTADDR) || kind == (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR) {
+                let mut addr = SockAddrStorage::zeroed();
+                let size = (*header).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                std::ptr::copy_nonoverlapping(libc::CMSG_DATA(header), (&raw mut addr).cast(), size);
+                to = SockAddr::new(addr, size as libc::socklen_t).as_socket();
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    // SAFETY: the kernel wrote an address of that length.
+    let from = unsafe { SockAddr::new(from, message.msg_namelen) }.as_socket().unwrap();
+    let words = String::from_utf8_lossy(&words[..len as usize]).into_owned();
+    Some((words, canonical(from), canonical(to.expect("no original destination"))))
+}
+
+/// A transparent datagram socket that is bound.
+pub fn receiver(addr: SocketAddr) -> OwnedFd {
+    let domain = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let fd = socket(domain, libc::SOCK_DGRAM).unwrap();
+    bind_nonlocal(&fd, addr).unwrap();
+    fd
 }
