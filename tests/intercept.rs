@@ -79,7 +79,7 @@ fn what_was_not_asked_for_goes_its_way() {
             lab.ask(at(hosts.proxy, 80)).unwrap();
         });
     }
-    assert!(accept_within(&listener, NEVER).is_none());
+    assert!(accept_within(&listener, silence()).is_none());
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn port_ranges_are_intercepted_to_their_ends() {
         [(7999, false), (8000, true), (8005, true), (8011, true), (8012, false), (65_529, false), (65_535, true)]
     {
         // Nothing listens on the server: what is not intercepted is refused at once.
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, port), PATIENCE));
+        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, port), patience()));
         assert_eq!(outcome.is_ok(), inside, "port {port}");
         if inside {
             assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), at(v4().server, port));
@@ -129,7 +129,7 @@ fn interface_patterns_match_the_same_on_both_backends() {
             let _rules = lab.proxy.run(|| install(names)).unwrap();
             for hosts in [v4(), v6()] {
                 // Nothing listens on the server: what is not intercepted is refused at once.
-                let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), PATIENCE));
+                let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), patience()));
                 assert_eq!(outcome.is_ok(), matches, "{names:?} with backend {backend}");
             }
         }
@@ -142,7 +142,7 @@ fn interface_patterns_match_the_same_on_both_backends() {
             Err(error) => assert_eq!((backend, error.errno), (TP_BACKEND_IPTABLES, libc::EOPNOTSUPP), "{error}"),
             Ok(_rules) => {
                 assert_eq!(backend, TP_BACKEND_NFT);
-                assert!(lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), PATIENCE)).is_err());
+                assert!(lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), patience())).is_err());
             }
         }
     }
@@ -201,10 +201,10 @@ fn no_listener_no_traffic() {
     let rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     drop(listener);
     for hosts in [v4(), v6()] {
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), NEVER));
+        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), silence()));
         assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::TimedOut);
     }
-    assert!(accept_within(&server, NEVER).is_none(), "a connection got past the dead proxy");
+    assert!(accept_within(&server, silence()).is_none(), "a connection got past the dead proxy");
     // Without rules the same connections arrive: it was they that held the others back.
     lab.proxy.run(|| rules.remove()).unwrap();
     for hosts in [v4(), v6()] {
@@ -226,7 +226,7 @@ fn connections_straight_to_the_listener_are_dropped_unless_allowed() {
             .run(|| Rules::install(&tp_rules_config { listeners: &raw const fd, n_listeners: 1, flags, ..config() }))
             .unwrap();
         for hosts in [v4(), v6()] {
-            let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.proxy, 3129), NEVER));
+            let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.proxy, 3129), silence()));
             assert_eq!(outcome.is_ok(), allowed, "{outcome:?}");
         }
     }
@@ -268,20 +268,21 @@ fn a_client_port_that_is_used_again_within_a_minute() {
                     let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
                     socket.set_reuse_address(true)?;
                     socket.bind(&at(hosts.client, 4321).into())?;
-                    socket.connect_timeout(&to.into(), PATIENCE)?;
+                    socket.connect_timeout(&to.into(), patience())?;
                     std::io::Result::Ok(TcpStream::from(socket))
                 };
                 let client = lab.client.run(|| {
                     loop {
                         match attempt() {
                             // The client's own last words are not acknowledged yet.
-                            Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable && begin.elapsed() < NEVER => {}
+                            Err(e)
+                                if e.kind() == std::io::ErrorKind::AddrNotAvailable && begin.elapsed() < silence() => {}
                             done => return done,
                         }
                     }
                 });
                 let mut client = client.unwrap();
-                assert!(begin.elapsed() < NEVER, "{:?}", begin.elapsed());
+                assert!(begin.elapsed() < silence(), "{:?}", begin.elapsed());
                 let (accepted, peer) = accept(&listener);
                 assert_eq!(peer, at(hosts.client, 4321));
                 drop(accepted);

@@ -103,7 +103,7 @@ fn a_killed_process_leaves_no_table_and_the_next_start_works_at_once() {
     });
     let listener = listener(&lab.proxy);
     let rules = lab.proxy.run(|| install(&listener, |_| {})).unwrap();
-    let _client = lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), PATIENCE)).unwrap();
+    let _client = lab.client.run(|| connect(at(v4().server, 80)));
     assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), at(v4().server, 80));
     lab.proxy.run(|| rules.remove()).unwrap();
     assert_eq!(lab.proxy.state(), before, "what the killed process left is gone too");
@@ -175,7 +175,7 @@ fn leftovers_that_overlap_the_next_place_do_no_harm() {
         let listener = listener(&lab.proxy);
         let rules = lab.proxy.run(|| install(&listener, |c| c.priority = priority)).unwrap();
         let to = at(v4().server, 80);
-        let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+        let _client = lab.client.run(|| TcpStream::connect_timeout(&to, patience())).unwrap();
         assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), to);
         lab.proxy.run(|| rules.remove()).unwrap();
         assert_eq!(lab.proxy.state(), before);
@@ -245,7 +245,7 @@ fn a_host_without_ipv6_is_served_ipv4() {
     assert!(failed.sentence.contains("IPv6 is disabled on lo"), "{failed}");
     let _rules = lab.proxy.run(|| install(&listener, |_| {})).unwrap();
     let to = at(v4().server, 80);
-    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, patience())).unwrap();
     assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), to);
 }
 
@@ -255,7 +255,7 @@ fn a_firewall_reload_leaves_the_rules_alone() {
     let listener = listener(&lab.proxy);
     let _rules = lab.proxy.run(|| install(&listener, |_| {})).unwrap();
     lab.proxy.nft("flush ruleset");
-    let _client = lab.client.run(|| TcpStream::connect_timeout(&at(v6().server, 80), PATIENCE)).unwrap();
+    let _client = lab.client.run(|| connect(at(v6().server, 80)));
     assert_eq!(orig_dst(&accept(&listener).0).unwrap(), at(v6().server, 80));
 }
 

@@ -1,16 +1,17 @@
-//! The datagram functions of C, with Rust's types.
+//! The C functions for datagrams, with Rust's types.
 
 use std::ffi::c_int;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use socket2::{SockAddr, SockAddrStorage, SockRef};
 use tproxy::ffi::*;
 use tproxy::udp::Datagram;
 
-use super::{Failed, PATIENCE, at, bind_nonlocal, canonical, checked, ip, socket};
+pub use super::eventually;
+use super::{Failed, at, bind_nonlocal, canonical, checked, ip, patience, socket};
 
 /// include/uapi/linux/udp.h
 pub const UDP_SEGMENT: c_int = 103;
@@ -55,7 +56,7 @@ impl Drop for Replier {
     }
 }
 
-/// Room for datagrams.
+/// Buffers for datagrams.
 pub fn rooms(count: usize, len: usize) -> Vec<Vec<u8>> {
     vec![vec![0; len]; count]
 }
@@ -64,7 +65,7 @@ pub fn datagrams(rooms: &mut [Vec<u8>]) -> Vec<Datagram<'_>> {
     rooms.iter_mut().map(|room| Datagram::new(room)).collect()
 }
 
-/// A reply, as a program makes it that did not receive anything.
+/// A reply of a program that has not received anything.
 pub fn reply_of(bytes: &mut [u8], from: SocketAddr, to: SocketAddr) -> Datagram<'_> {
     let len = bytes.len();
     let mut datagram = Datagram::new(bytes);
@@ -80,14 +81,14 @@ pub fn recv_datagrams(fd: &impl AsRawFd, datagrams: &mut [Datagram<'_>], flags: 
     checked(rc).map(|count| count as usize)
 }
 
-/// Waits until there is something to receive.
-pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+/// Waits until a socket is readable; gives whether it is.
+pub fn readable(fd: &impl AsRawFd, limit: Duration) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd.
-    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) == 1 }
+    unsafe { libc::poll(&raw mut poll, 1, limit.as_millis() as c_int) == 1 }
 }
 
-/// What tp_recvfrom gave: the bytes, the sender, the original destination.
+/// The results of tp_recvfrom: the bytes, the sender, the original destination.
 pub type Received = (Vec<u8>, SocketAddr, Option<SocketAddr>);
 
 pub fn recvfrom(fd: &impl AsRawFd, room: usize, flags: c_int) -> Result<Received, Failed> {
@@ -115,7 +116,7 @@ pub fn recvfrom(fd: &impl AsRawFd, room: usize, flags: c_int) -> Result<Received
     Ok((bytes, src.as_socket().unwrap(), dst.as_socket()))
 }
 
-/// Sends bytes as datagrams of a length, in one call.
+/// Sends bytes as datagrams of a length, in one call (UDP_SEGMENT).
 pub fn send_segments(socket: &UdpSocket, bytes: &[u8], len: u16, to: SocketAddr) {
     let len = c_int::from(len);
     // SAFETY: an int of that length.
@@ -137,33 +138,33 @@ pub fn set_option(fd: &impl AsRawFd, level: c_int, name: c_int, value: c_int) {
     assert_eq!(rc, 0, "{}", io::Error::last_os_error());
 }
 
-/// A socket of a client or server, which does not wait for ever.
+/// A socket of a client or server, with a time limit for receiving.
 pub fn udp(addr: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(addr).unwrap_or_else(|e| panic!("{addr}: {e}"));
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
     SockRef::from(&socket).set_recv_buffer_size(4 << 20).unwrap();
     socket
 }
 
-/// What one socket received: bytes and senders.
+/// Receives so many datagrams: bytes and senders.
 pub fn hear(socket: &UdpSocket, count: usize) -> Vec<(Vec<u8>, SocketAddr)> {
     let mut bytes = vec![0; 65536];
     (0..count)
         .map(|number| {
-            let (len, from) = socket.recv_from(&mut bytes).unwrap_or_else(|e| panic!("answer {number}: {e}"));
+            let (len, from) = socket.recv_from(&mut bytes).unwrap_or_else(|e| panic!("datagram {number}: {e}"));
             (bytes[..len].to_vec(), from)
         })
         .collect()
 }
 
-/// Nothing comes.
-pub fn hears_nothing(socket: &UdpSocket, patience: Duration) {
-    socket.set_read_timeout(Some(patience)).unwrap();
+/// Asserts that nothing comes in that time.
+pub fn hears_nothing(socket: &UdpSocket, limit: Duration) {
+    socket.set_read_timeout(Some(limit)).unwrap();
     assert_eq!(socket.recv_from(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
 }
 
-/// The local addresses of all UDP sockets of this thread's network, and how many bytes wait in each.
+/// The local addresses of all UDP sockets of this thread's namespace, and how many bytes wait in each.
 pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
     let mut found = Vec::new();
     for (file, v6) in [("udp", false), ("udp6", true)] {
@@ -185,25 +186,16 @@ pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
     found
 }
 
-/// Waits until something holds.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// An address that nobody owns, of a family; the server's side of the network routes it.
+/// An address of a family that no host has, in the network of the server.
 pub fn nobody(v6: bool, number: u8) -> std::net::IpAddr {
     if v6 { ip(&format!("2001:db8:2::f:{number:x}")) } else { ip(&format!("203.0.113.{}", 100 + number)) }
 }
 
-/// One datagram: its words, where it came from and where it was going; `None` if none comes in time.
-pub fn receive_datagram(fd: &OwnedFd, patience: Duration) -> Option<(String, SocketAddr, SocketAddr)> {
+/// Receives one datagram with recvmsg(2): its text, its sender and its original destination. `None` if none comes in time.
+pub fn receive_datagram(fd: &OwnedFd, limit: Duration) -> Option<(String, SocketAddr, SocketAddr)> {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd.
-    if unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) } != 1 {
+    if unsafe { libc::poll(&raw mut poll, 1, limit.as_millis() as c_int) } != 1 {
         return None;
     }
     let (mut words, mut control, mut from) = ([0u8; 100], [0u64; 32], SockAddrStorage::zeroed());

@@ -1,13 +1,12 @@
 //! `tp_check`, with Rust's types.
 
 use std::ffi::CStr;
-use std::time::{Duration, Instant};
 
 use tproxy::ffi::*;
 
-use super::{Net, PATIENCE, checked};
+use super::{Net, checked, eventually};
 
-/// What a check found.
+/// A finding of `tp_check`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     pub severity: u32,
@@ -17,9 +16,9 @@ pub struct Found {
     pub cure: String,
 }
 
-/// Takes findings into a `Vec<Found>`, the context.
+/// A callback that appends findings to the context, a `Vec<Found>`.
 pub unsafe extern "C" fn take(finding: *const tp_finding, context: *mut std::ffi::c_void) {
-    // SAFETY: a finding whose texts are valid during the call, and the context that the caller gave.
+    // SAFETY: the texts of the finding are valid during the call; the caller gave such a context.
     unsafe {
         let text = |text| CStr::from_ptr(text).to_str().unwrap().to_owned();
         let tp_finding { severity, id, found, effect, cure } = *finding;
@@ -28,10 +27,10 @@ pub unsafe extern "C" fn take(finding: *const tp_finding, context: *mut std::ffi
     }
 }
 
-/// `tp_check`, in this thread's namespace.
+/// Calls `tp_check` in this thread's namespace.
 pub fn check() -> Vec<Found> {
     let mut found: Vec<Found> = Vec::new();
-    // SAFETY: the function that takes such a context.
+    // SAFETY: the callback takes such a context.
     let failures = checked(unsafe { tp_check(Some(take), (&raw mut found).cast()) }).unwrap();
     assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_FAILURE).count());
     found
@@ -42,17 +41,14 @@ pub fn troubles(found: &[Found]) -> Vec<&Found> {
     found.iter().filter(|finding| finding.severity >= TP_WARNING).collect()
 }
 
-/// Finds it, runs its cure, and finds it no more.
+/// Runs the command that a finding prints, after which `tp_check` must not report the finding any more.
 pub fn cured(net: &Net, id: &str, severity: u32) {
     let found = net.run(check);
     let one = found.iter().find(|finding| finding.id == id && finding.severity == severity);
     let one = one.unwrap_or_else(|| panic!("{id} not found among {found:#?}"));
     net.sh(&one.cure);
-    // A process that was told to end needs a moment.
-    let deadline = Instant::now() + PATIENCE;
-    let left = || net.run(check).into_iter().find(|finding| finding.id == id && finding.severity != TP_OK);
-    while let Some(finding) = left() {
-        assert!(Instant::now() < deadline, "{finding:#?} is found still");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    // A process that is killed does not end at once.
+    eventually(&format!("{id} is fixed"), || {
+        !net.run(check).iter().any(|finding| finding.id == id && finding.severity != TP_OK)
+    });
 }

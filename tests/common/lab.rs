@@ -1,11 +1,10 @@
 //! The network of most tests: a client, a proxy and a server.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::time::{Duration, Instant};
 
-use super::{Heard, Net, PATIENCE, ask};
+use super::{Heard, Net, ask, wait_for};
 
-/// client --- proxy --- server; the proxy's host is a router, so that what it does not intercept goes through.
+/// client --- proxy --- server. The proxy's host is a router, and forwards what it does not intercept.
 pub struct Lab {
     pub client: Net,
     pub proxy: Net,
@@ -36,6 +35,7 @@ pub fn at(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
+/// An IPv4-mapped address as an IPv4 address; other addresses unchanged.
 pub fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr {
         SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => at(addr.ip().to_canonical(), addr.port()),
@@ -78,23 +78,17 @@ impl Lab {
         lab
     }
 
-    /// The server's listener for a port, both families. One before it may live on for a moment, in a child of another
-    /// test that has not come to its exec.
+    /// The server's listener on a port, for both families. A former listener may still be open for a moment, in a child
+    /// of another test that has not called exec(2) yet.
     pub fn serve(&self, port: u16) -> TcpListener {
-        let until = Instant::now() + PATIENCE;
-        self.server.run(|| {
-            loop {
-                match TcpListener::bind(at(ip("::"), port)) {
-                    Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < until => {
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
-                    listener => return listener.unwrap(),
-                }
-            }
-        })
+        let bind = || match TcpListener::bind(at(ip("::"), port)) {
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => None,
+            listener => Some(listener.unwrap()),
+        };
+        self.server.run(|| wait_for("the port is in use", bind))
     }
 
-    /// The client connects, says something, and hears what the server makes of it.
+    /// The client connects, sends a request and reads the reply.
     pub fn ask(&self, to: SocketAddr) -> std::io::Result<Heard> {
         self.client.run(|| ask(to))
     }

@@ -4,24 +4,31 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
 
 mod client;
+mod config;
+mod counters;
 pub mod datagrams;
 mod findings;
 mod lab;
 mod namespace;
+pub mod process;
 mod proxy;
 mod random;
+mod requirement;
 mod rules;
 mod server;
 mod sockets;
 mod time;
 
 pub use client::*;
+pub use config::*;
+pub use counters::*;
 pub use datagrams::{receive_datagram, receiver};
 pub use findings::*;
 pub use lab::*;
 pub use namespace::*;
 pub use proxy::*;
 pub use random::*;
+pub use requirement::*;
 pub use rules::*;
 pub use server::*;
 pub use sockets::*;

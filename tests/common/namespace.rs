@@ -3,12 +3,10 @@
 //! The tests run in a user namespace (`.cargo/config.toml`). A [`Net`] is a descriptor of a network namespace, which ends
 //! when its last descriptor is closed.
 
+use super::eventually;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::time::{Duration, Instant};
-
-use super::PATIENCE;
 
 /// A network namespace.
 pub struct Net(File);
@@ -22,13 +20,13 @@ impl Net {
         });
         let net = Net(file.join().unwrap());
         let_iptables_lock();
-        // An address is to be had at once, not after a second of asking who else has it.
+        // Without duplicate address detection an address is usable at once.
         net.sysctl("ipv6/conf/default/accept_dad", "0");
         net.ip("link set lo up");
         net
     }
 
-    /// Runs something in this namespace, in a thread of its own.
+    /// Runs a function in this namespace, in a thread of its own.
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -41,11 +39,17 @@ impl Net {
         })
     }
 
-    /// Runs a command here; gives what it printed.
+    /// Runs a program here, which must succeed; gives its standard output.
     pub fn command(&self, program: &str, args: &[&str]) -> String {
-        let output =
-            self.run(|| Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}")));
-        assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let mut command = Command::new(program);
+        command.args(args);
+        self.output(command)
+    }
+
+    /// The same for a command that is prepared.
+    pub fn output(&self, mut command: Command) -> String {
+        let output = self.run(|| command.output().unwrap_or_else(|e| panic!("{command:?}: {e}")));
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -61,7 +65,7 @@ impl Net {
         self.command("nft", args)
     }
 
-    /// Runs a shell command here, as a person would who was told to.
+    /// Runs a shell command here.
     pub fn sh(&self, command: &str) {
         self.command("sh", &["-ec", command]);
     }
@@ -82,20 +86,20 @@ impl Net {
         let [mac_a, mac_b] = MACS;
         let peer = format!("peer name {} address {mac_b} netns {}", b.1, b.0.path());
         a.0.ip(&format!("link add {} address {mac_a} type veth {peer}", a.1));
-        for ((net, name, addrs), (_, _, neighbours), mac) in [(a, b, mac_b), (b, a, mac_a)] {
+        for ((net, name, addrs), (_, _, neighbors), mac) in [(a, b, mac_b), (b, a, mac_a)] {
             for addr in addrs {
                 net.ip(&format!("addr add {addr} dev {name}"));
             }
             net.ip(&format!("link set {name} up"));
-            // The first question for a neighbour may take a second to be answered.
-            for neighbour in neighbours {
-                let (neighbour, _) = neighbour.split_once('/').unwrap();
-                net.ip(&format!("neigh add {neighbour} lladdr {mac} dev {name}"));
+            // Neighbor discovery may take a second.
+            for neighbor in neighbors {
+                let (neighbor, _) = neighbor.split_once('/').unwrap();
+                net.ip(&format!("neigh add {neighbor} lladdr {mac} dev {name}"));
             }
         }
     }
 
-    /// Until then an interface with a fresh carrier answers to none of its IPv6 addresses.
+    /// Waits until an interface with a fresh carrier answers to its IPv6 addresses.
     fn wait_for_ipv6(&self, interface: &str) {
         const TENTATIVE: u32 = 0x40;
         let ready = || {
@@ -108,14 +112,10 @@ impl Net {
             text.lines().any(|line| line.starts_with("fe80") && line.ends_with(&format!(" {interface}")))
                 && flags.all(|flags| flags & TENTATIVE == 0)
         };
-        let deadline = Instant::now() + PATIENCE;
-        while !self.run(ready) {
-            assert!(Instant::now() < deadline, "{interface} has no IPv6");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        eventually(&format!("IPv6 on {interface}"), || self.run(ready));
     }
 
-    /// Waits until it answers to its addresses on these interfaces.
+    /// Waits until this host answers to its addresses on these interfaces.
     pub fn ready(&self, interfaces: &[&str]) {
         interfaces.iter().for_each(|interface| self.wait_for_ipv6(interface));
     }
@@ -126,8 +126,8 @@ impl Net {
         self.sysctl("ipv6/conf/all/forwarding", "1");
     }
 
-    /// Everything that rules could have changed here, as text: but for routes that the kernel makes by itself, when it
-    /// gets round to it.
+    /// Everything that rules could have changed here, as text, except routes that the kernel adds by itself, sooner or
+    /// later.
     pub fn state(&self) -> String {
         let routes = ["-4 route show table all", "-6 route show table all"].map(|args| {
             let others = |line: &&str| !line.contains("proto kernel");
@@ -138,12 +138,12 @@ impl Net {
     }
 }
 
-/// The legacy iptables locks a file in /run, which only root of the host may open. The mount namespace of the tests
+/// Lets the legacy iptables lock its file in /run, which only root of the host may open: the mount namespace of the tests
 /// (`.cargo/config.toml`) gets an empty /run.
 fn let_iptables_lock() {
     static SET: std::sync::Once = std::sync::Once::new();
     SET.call_once(|| {
-        // Root without a mount namespace of the tests has the true /run, and may lock the file there.
+        // Root who runs the tests in the mount namespace of the host can lock the file in the host's /run.
         let mounts = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
         if mounts("1").is_none_or(|host| Some(host) != mounts("self")) {
             mount_tmpfs("/run");
@@ -151,7 +151,7 @@ fn let_iptables_lock() {
     });
 }
 
-/// Puts an empty directory in the place of one, in this process's mount namespace.
+/// Mounts an empty directory over a directory, in this process's mount namespace.
 pub fn mount_tmpfs(directory: &str) {
     let directory = std::ffi::CString::new(directory).unwrap();
     // SAFETY: NUL-terminated texts, and no options.

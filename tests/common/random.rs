@@ -1,6 +1,6 @@
 //! Pseudo-random numbers.
 
-/// Numbers that look random, the same each time.
+/// Pseudo-random numbers, the same in every run.
 pub struct Random(pub u64);
 
 impl Random {

@@ -1,37 +1,10 @@
 //! The C functions for rules, with Rust's types.
 
-use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use tproxy::ffi::*;
 
-use super::{Failed, checked, ip};
-
-/// A config with nothing set.
-pub fn config() -> tp_rules_config {
-    // SAFETY: integers and pointers, for which all zero is the documented default.
-    unsafe { std::mem::zeroed() }
-}
-
-/// Prefixes as C has them.
-pub fn prefixes(texts: &[&str]) -> Vec<tp_prefix> {
-    let prefix = |text: &&str| {
-        let (addr, len) = text.split_once('/').unwrap();
-        let mut prefix = tp_prefix { family: 0, len: len.parse().unwrap(), reserved: [0; 2], addr: [0; 16] };
-        match ip(addr) {
-            IpAddr::V4(v4) => {
-                prefix.family = libc::AF_INET as u8;
-                prefix.addr[..4].copy_from_slice(&v4.octets());
-            }
-            IpAddr::V6(v6) => {
-                prefix.family = libc::AF_INET6 as u8;
-                prefix.addr = v6.octets();
-            }
-        }
-        prefix
-    };
-    texts.iter().map(prefix).collect()
-}
+use super::{AsConfig, Failed, RulesConfig, checked};
 
 /// Installed rules, removed at the end of the scope.
 #[derive(Debug)]
@@ -44,16 +17,20 @@ unsafe impl Send for Rules {}
 unsafe impl Sync for Rules {}
 
 impl Rules {
-    pub fn install(config: &tp_rules_config) -> Result<Rules, Failed> {
+    pub fn install(config: &impl AsConfig) -> Result<Rules, Failed> {
         let mut rules = std::ptr::null_mut();
-        // SAFETY: the config's pointers are the caller's, alive.
-        checked(unsafe { tp_install_rules(config, size_of::<tp_rules_config>(), &raw mut rules) })?;
+        config.with(|config| {
+            // SAFETY: what the config points to is alive during the call.
+            checked(unsafe { tp_install_rules(config, size_of::<tp_rules_config>(), &raw mut rules) })
+        })?;
         Ok(Rules(rules))
     }
 
-    pub fn replace(&self, config: &tp_rules_config) -> Result<(), Failed> {
-        // SAFETY: a handle that was not removed; the config's pointers are the caller's, alive.
-        checked(unsafe { tp_replace_rules(self.0, config, size_of::<tp_rules_config>()) }).map(drop)
+    pub fn replace(&self, config: &impl AsConfig) -> Result<(), Failed> {
+        config.with(|config| {
+            // SAFETY: a handle that was not removed; what the config points to is alive during the call.
+            checked(unsafe { tp_replace_rules(self.0, config, size_of::<tp_rules_config>()) }).map(drop)
+        })
     }
 
     pub fn update(&self, set: u32, add: &[tp_prefix], remove: &[tp_prefix]) -> Result<(), Failed> {
@@ -91,22 +68,11 @@ impl Drop for Rules {
 
 /// Intercepts a port for a listener, in this thread's namespace.
 pub fn intercept(listener: &impl AsRawFd, port: u16) -> Result<Rules, Failed> {
-    intercept_ports(listener, &[tp_port_range { first: port, last: port }])
+    RulesConfig::of(listener).ports(&[port]).install()
 }
 
 pub fn intercept_ports(listener: &impl AsRawFd, ports: &[tp_port_range]) -> Result<Rules, Failed> {
-    let listeners = [listener.as_raw_fd()];
-    Rules::install(&tp_rules_config {
-        listeners: listeners.as_ptr(),
-        n_listeners: 1,
-        ports: ports.as_ptr(),
-        n_ports: ports.len(),
-        ..config()
-    })
-}
-
-pub fn divert_only() -> Result<Rules, Failed> {
-    Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() })
+    RulesConfig::of(listener).port_ranges(ports.iter().map(|range| (range.first, range.last))).install()
 }
 
 pub fn purge(name: Option<&str>) -> Result<(), Failed> {
@@ -115,16 +81,23 @@ pub fn purge(name: Option<&str>) -> Result<(), Failed> {
     checked(unsafe { tp_purge_rules(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr())) }).map(drop)
 }
 
-pub fn render(config: &tp_rules_config, format: u32) -> String {
-    let mut len = 0;
-    let size = size_of::<tp_rules_config>();
-    let mut call = |buffer: *mut std::ffi::c_char| {
-        // SAFETY: NULL, or room for len bytes; the config's pointers are the caller's, alive.
-        checked(unsafe { tp_render_rules(config, size, format, buffer, &raw mut len) }).unwrap();
-        len
+/// The script of `tp_render_rules`.
+pub fn render(config: &impl AsConfig, format: u32) -> String {
+    let call = |buffer: *mut std::ffi::c_char, len: &mut usize| {
+        config.with(|config| {
+            // SAFETY: NULL, or room for len bytes; what the config points to is alive during the call.
+            checked(unsafe { tp_render_rules(config, size_of::<tp_rules_config>(), format, buffer, len) }).unwrap()
+        })
     };
-    let mut script = vec![0u8; call(std::ptr::null_mut())];
-    call(script.as_mut_ptr().cast());
+    let mut len = 0;
+    call(std::ptr::null_mut(), &mut len);
+    let mut script = vec![0u8; len];
+    call(script.as_mut_ptr().cast(), &mut len);
     assert_eq!(script.pop(), Some(0));
     String::from_utf8(script).unwrap()
+}
+
+/// Rules that only divert: nothing is intercepted.
+pub fn divert_only() -> Result<Rules, Failed> {
+    RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).install()
 }
