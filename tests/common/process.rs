@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use super::{Net, report_skipped};
+use super::{Net, pause, report_skipped};
 
 const ROLE: &str = "TPROXY_TEST_ROLE";
 
@@ -36,6 +36,15 @@ pub fn by_program(program: &[&str], test: impl Fn(), role: &str) -> Command {
     let mut command = Command::new(all[0]);
     command.args(&all[1..]).env(ROLE, role);
     command
+}
+
+/// Keeps this process until its parent kills it or ends.
+pub fn wait_to_be_killed() -> ! {
+    let parent = std::os::unix::process::parent_id();
+    while std::os::unix::process::parent_id() == parent {
+        pause();
+    }
+    std::process::exit(1)
 }
 
 /// A process that runs a test in a role, and what it prints. It is killed at the end of the scope.
