@@ -40,7 +40,7 @@ fn answer_datagrams(socket: &UdpSocket, words: &str, enough: &AtomicBool) {
 
 /// What is answered to a datagram.
 fn answered(from: &UdpSocket, to: std::net::SocketAddr) -> Option<String> {
-    from.set_read_timeout(Some(SOON)).unwrap();
+    from.set_read_timeout(Some(limit(900))).unwrap();
     from.send_to(b"?", to).unwrap();
     let mut words = [0; 10];
     let len = from.recv(&mut words).ok()?;
@@ -74,7 +74,7 @@ fn answers_come_back(hosts: Hosts, flags: u32, backend: u32) {
     assert_eq!(connection.expect(&case), "server", "{case}");
     assert_eq!(datagrams, [(); 3].map(|()| Some("server".to_owned())), "{case}");
     assert_eq!(other.expect(&case), "proxy", "{case}");
-    assert_eq!(receive_datagram(&udp, PATIENCE).map(|(words, ..)| words).as_deref(), Some("intercept"), "{case}");
+    assert_eq!(receive_datagram(&udp, patience()).map(|(words, ..)| words).as_deref(), Some("intercept"), "{case}");
 }
 
 #[test]
@@ -142,15 +142,15 @@ fn nothing_leaks(hosts: Hosts, flags: u32, backend: u32) {
                     meta l4proto { tcp, udp } counter name seen; }; }",
     );
     let case = format!("{} flags {flags} backend {backend}", hosts.server);
-    let mut client = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), PATIENCE)).expect(&case);
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut client = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), patience())).expect(&case);
+    client.set_read_timeout(Some(patience())).unwrap();
     let (mut accepted, _) = accept(&listener);
     client.write_all(b"?").unwrap();
     accepted.read_exact(&mut [0]).unwrap();
     lab.proxy.run(|| forget(accepted));
     // Nobody has this connection any more; the client learns so, by the proxy's host.
     // Another test's child may have had the socket a moment longer, and what came for it is lost: it is said again.
-    client.set_read_timeout(Some(NEVER)).unwrap();
+    client.set_read_timeout(Some(silence())).unwrap();
     let told = (0..20).any(|_| {
         let said = client.write_all(b"secret").and_then(|()| client.read_exact(&mut [0]));
         said.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset)
@@ -159,7 +159,7 @@ fn nothing_leaks(hosts: Hosts, flags: u32, backend: u32) {
     let datagrams = lab.client.run(|| UdpSocket::bind(at(hosts.client, 0)).unwrap());
     for _ in 0..3 {
         datagrams.send_to(b"secret", at(hosts.server, 53)).unwrap();
-        assert!(receive_datagram(&udp, PATIENCE).is_some(), "{case}");
+        assert!(receive_datagram(&udp, patience()).is_some(), "{case}");
     }
     let seen = lab.server.nft("list counter inet seen seen");
     assert!(seen.contains("packets 0 "), "{case}: {seen}");
@@ -219,11 +219,11 @@ fn knocking_first_does_not_get_past_the_proxy() {
         );
         for hosts in [v4(), v6()] {
             let (own, other) = (at(hosts.proxy, KNOCKED), at(hosts.server, 80));
-            let knock = lab.server.run(|| bound(own, other).connect_timeout(&own.into(), NEVER));
+            let knock = lab.server.run(|| bound(own, other).connect_timeout(&own.into(), silence()));
             assert!(knock.is_err());
             let stream = lab.proxy.run(|| {
                 let socket = bound(other, own);
-                socket.connect_timeout(&other.into(), PATIENCE).unwrap();
+                socket.connect_timeout(&other.into(), patience()).unwrap();
                 TcpStream::from(socket)
             });
             let (mut accepted, _) = accept(&listener);

@@ -80,7 +80,7 @@ fn echo(case: Case, listener: &OwnedFd, replier: &mut Replier, expected: usize) 
     let mut batch = datagrams(&mut rooms);
     let mut seen = 0;
     while seen < expected {
-        assert!(readable(listener, PATIENCE), "{case:?}: {seen} of {expected} came");
+        assert!(readable(listener, patience()), "{case:?}: {seen} of {expected} came");
         let count = recv_datagrams(listener, &mut batch, 0).unwrap();
         for datagram in &batch[..count] {
             let (client, to) = (datagram.client().unwrap(), datagram.orig_dst().unwrap());

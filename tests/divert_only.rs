@@ -19,7 +19,7 @@ fn a_listener_on_a_foreign_address_accepts() {
         let foreign = foreign.parse().unwrap();
         let listener = lab.proxy.run(|| listen(foreign, 0)).unwrap();
         // Without the rules the packets are not for this host.
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&foreign, NEVER));
+        let outcome = lab.client.run(|| TcpStream::connect_timeout(&foreign, silence()));
         assert!(outcome.is_err());
         let _rules = lab.proxy.run(divert_only).unwrap();
         std::thread::scope(|scope| {
@@ -69,7 +69,7 @@ fn nothing_is_intercepted() {
             lab.ask(at(hosts.server, 80)).unwrap();
         });
     }
-    assert!(accept_within(&listener, NEVER).is_none(), "a wildcard listener is no reason to divert");
+    assert!(accept_within(&listener, silence()).is_none(), "a wildcard listener is no reason to divert");
 }
 
 /// Only the first fragment has the ports by which a socket is known.
@@ -89,7 +89,7 @@ fn fragmented_datagrams_arrive_whole() {
             let any = if foreign.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             std::net::UdpSocket::bind(any).unwrap().send_to(&[b'x'; 4000], foreign).unwrap();
         });
-        let (_, _, to) = receive_datagram(&socket, PATIENCE).expect("nothing came");
+        let (_, _, to) = receive_datagram(&socket, patience()).expect("nothing came");
         assert_eq!(to, foreign);
     }
 }

@@ -181,7 +181,7 @@ fn refused_with(backend: u32, flags: u32, dst: &[&str]) {
             }
         });
         let mut heard: Vec<_> =
-            (0..2).map(|_| receive_datagram(&receiver, PATIENCE).expect("an honest datagram")).collect();
+            (0..2).map(|_| receive_datagram(&receiver, patience()).expect("an honest datagram")).collect();
         heard.sort_by_key(|(.., to)| to.is_ipv6());
         for ((words, from, to), hosts) in heard.iter().zip([v4(), v6()]) {
             assert_eq!(
@@ -278,7 +278,7 @@ fn direct_is_refused(backend: u32) {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.send_to(b"honest", at(v4().server, PORT)).unwrap();
     });
-    let heard = lab.proxy.run(|| receive_datagram(&receiver, PATIENCE)).expect("the honest datagram");
+    let heard = lab.proxy.run(|| receive_datagram(&receiver, patience())).expect("the honest datagram");
     assert_eq!(heard.0, "honest");
     assert!(accept_within(&listener, Duration::from_millis(50)).is_none());
     drop(rules);

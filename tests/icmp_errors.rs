@@ -4,7 +4,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
@@ -63,8 +63,8 @@ fn upload(lab: &Lab, client: &Net, server: &Net, to: IpAddr, listener: &TcpListe
         });
         scope.spawn(|| lab.proxy.run(|| proxy_one(listener, 0)));
         let answer = client.run(|| {
-            let mut stream = TcpStream::connect_timeout(&to, PATIENCE).unwrap();
-            stream.set_write_timeout(Some(PATIENCE)).unwrap();
+            let mut stream = connect(to);
+            stream.set_write_timeout(Some(patience())).unwrap();
             stream.write_all(&vec![b'x'; LEN]).unwrap();
             stream.shutdown(std::net::Shutdown::Write).unwrap();
             let mut answer = String::new();
@@ -74,7 +74,7 @@ fn upload(lab: &Lab, client: &Net, server: &Net, to: IpAddr, listener: &TcpListe
         assert_eq!(answer, "done");
         assert_eq!(served.join().unwrap(), LEN as u64);
     });
-    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < patience(), "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -118,20 +118,20 @@ fn download(client: &Net, from: IpAddr, to: IpAddr, listener: &TcpListener) {
         scope.spawn(|| {
             let (mut stream, peer) = accept(listener);
             assert_eq!(peer.ip(), from);
-            stream.set_write_timeout(Some(PATIENCE)).unwrap();
+            stream.set_write_timeout(Some(patience())).unwrap();
             stream.write_all(&vec![b'x'; LEN]).unwrap();
         });
         client.run(|| {
-            let mut stream = TcpStream::connect_timeout(&at(to, 80), PATIENCE).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut stream = connect(at(to, 80));
+            stream.set_read_timeout(Some(patience())).unwrap();
             assert_eq!(std::io::copy(&mut stream, &mut std::io::sink()).unwrap(), LEN as u64);
         });
     });
-    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < patience(), "{:?}", begin.elapsed());
 }
 
 fn refusal(socket: &UdpSocket) -> Option<std::io::ErrorKind> {
-    socket.set_read_timeout(Some(NEVER)).unwrap();
+    socket.set_read_timeout(Some(silence())).unwrap();
     loop {
         match socket.recv(&mut [0; 10]).err().map(|error| error.kind()) {
             Some(std::io::ErrorKind::Interrupted) => {}

@@ -1,14 +1,14 @@
-//! The main job: connections between two hosts, intercepted by a third.
+//! Connections between two hosts, intercepted by a third.
 
 mod common;
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 
 use common::*;
 use tproxy::ffi::*;
 
-/// One connection, and what all three hosts saw of it.
+/// Makes one connection, and asserts what each host sees of it.
 fn proxied(lab: &Lab, hosts: Hosts, listener: &std::net::TcpListener, server: &std::net::TcpListener, flags: u32) {
     let to = at(hosts.server, 80);
     std::thread::scope(|scope| {
@@ -28,7 +28,7 @@ fn proxied(lab: &Lab, hosts: Hosts, listener: &std::net::TcpListener, server: &s
 }
 
 #[test]
-fn both_families_through_one_dual_stack_listener() {
+fn intercept_tcp_with_dual_stack_listener_proxies_both_families() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
@@ -40,7 +40,7 @@ fn both_families_through_one_dual_stack_listener() {
 }
 
 #[test]
-fn a_listener_for_each_family_on_loopback() {
+fn intercept_tcp_with_listener_on_loopback_proxies() {
     for (hosts, listen_at) in [(v4(), "127.0.0.1:3129"), (v6(), "[::1]:3129")] {
         let lab = Lab::new();
         let server = lab.serve(80);
@@ -51,7 +51,7 @@ fn a_listener_for_each_family_on_loopback() {
 }
 
 #[test]
-fn a_listener_on_one_of_the_hosts_own_addresses() {
+fn intercept_tcp_with_listener_on_own_address_proxies() {
     for (hosts, listen_at) in [(v4(), "203.0.113.1:3129"), (v6(), "[2001:db8:2::1]:3129")] {
         let lab = Lab::new();
         let server = lab.serve(80);
@@ -62,12 +62,12 @@ fn a_listener_on_one_of_the_hosts_own_addresses() {
 }
 
 #[test]
-fn what_was_not_asked_for_goes_its_way() {
+fn install_rules_leaves_other_ports_and_own_addresses_alone() {
     let lab = Lab::new();
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
     let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     let other_port = lab.serve(81);
-    // The proxy's host is no destination to intercept, even on the port.
+    // Connections to the proxy's host itself are not intercepted, whatever their port.
     let own = lab.proxy.run(|| std::net::TcpListener::bind("[::]:80")).unwrap();
     for hosts in [v4(), v6()] {
         std::thread::scope(|scope| {
@@ -79,21 +79,20 @@ fn what_was_not_asked_for_goes_its_way() {
             lab.ask(at(hosts.proxy, 80)).unwrap();
         });
     }
-    assert!(accept_within(&listener, NEVER).is_none());
+    assert!(accept_within(&listener, silence()).is_none());
 }
 
 #[test]
-fn port_ranges_are_intercepted_to_their_ends() {
+fn install_rules_with_port_ranges_intercepts_their_ends() {
     let lab = Lab::new();
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
-    let ports = [(8000, 8010), (8011, 8011), (65_530, 65_535), (8005, 8006)];
-    let ports = ports.map(|(first, last)| tp_port_range { first, last });
-    let _rules = lab.proxy.run(|| intercept_ports(&listener, &ports)).unwrap();
+    let config = RulesConfig::of(&listener).port_ranges([(8000, 8010), (8011, 8011), (65_530, 65_535), (8005, 8006)]);
+    let _rules = lab.proxy.run(|| config.install()).unwrap();
     for (port, inside) in
         [(7999, false), (8000, true), (8005, true), (8011, true), (8012, false), (65_529, false), (65_535, true)]
     {
-        // Nothing listens on the server: what is not intercepted is refused at once.
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, port), PATIENCE));
+        // No server listens on these ports: a connection that is not intercepted is refused.
+        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, port), patience()));
         assert_eq!(outcome.is_ok(), inside, "port {port}");
         if inside {
             assert_eq!(canonical(orig_dst(&accept(&listener).0).unwrap()), at(v4().server, port));
@@ -101,55 +100,45 @@ fn port_ranges_are_intercepted_to_their_ends() {
     }
 }
 
-/// The clients come by eth0. A trailing `*` is a pattern, and nothing else is, on both backends.
+/// The clients come in by eth0. Only a trailing `*` is a pattern, on both backends.
 #[test]
-fn interface_patterns_match_the_same_on_both_backends() {
+fn install_rules_interface_patterns_match_the_same_on_both_backends() {
     for backend in [TP_BACKEND_NFT, TP_BACKEND_IPTABLES] {
         let lab = Lab::new();
         let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
-        let install = |names: &[&std::ffi::CStr]| {
-            let names: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
-            Rules::install(&tp_rules_config {
-                listeners: &raw const fd,
-                n_listeners: 1,
-                backend,
-                interfaces: names.as_ptr(),
-                n_interfaces: names.len(),
-                ..config()
-            })
-        };
+        let install =
+            |names: &[&str]| RulesConfig::of(&listener).ports(&[80]).backend(backend).interfaces(names).install();
         for (names, matches) in [
-            (&[c"e*"][..], true),
-            (&[c"eth0*"], true),
-            (&[c"ppp*", c"eth0"], true),
-            (&[c"ppp0", c"et*"], true),
-            (&[c"eth1*", c"et", c"th0", c"wg0"], false),
+            (&["e*"][..], true),
+            (&["eth0*"], true),
+            (&["ppp*", "eth0"], true),
+            (&["ppp0", "et*"], true),
+            (&["eth1*", "et", "th0", "wg0"], false),
         ] {
             let _rules = lab.proxy.run(|| install(names)).unwrap();
             for hosts in [v4(), v6()] {
-                // Nothing listens on the server: what is not intercepted is refused at once.
-                let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), PATIENCE));
+                // No server listens: a connection that is not intercepted is refused.
+                let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), patience()));
                 assert_eq!(outcome.is_ok(), matches, "{names:?} with backend {backend}");
             }
         }
-        for bad in [c"*", c"e*0", c"eth0,eth1*x"] {
+        for bad in ["*", "e*0", "eth0,eth1*x"] {
             let error = lab.proxy.run(|| install(&[bad])).unwrap_err();
             assert_eq!(error.errno, libc::EINVAL, "{error}");
         }
-        // To iptables this is a pattern, to the kernel a name like another.
-        match lab.proxy.run(|| install(&[c"eth+"])) {
+        // iptables takes a trailing `+` for a pattern; the kernel takes it for a part of the name.
+        match lab.proxy.run(|| install(&["eth+"])) {
             Err(error) => assert_eq!((backend, error.errno), (TP_BACKEND_IPTABLES, libc::EOPNOTSUPP), "{error}"),
             Ok(_rules) => {
                 assert_eq!(backend, TP_BACKEND_NFT);
-                assert!(lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), PATIENCE)).is_err());
+                assert!(lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), patience())).is_err());
             }
         }
     }
 }
 
 #[test]
-fn megabytes_and_half_close_both_ways() {
+fn intercept_tcp_megabytes_and_half_close_arrive() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
@@ -161,7 +150,7 @@ fn megabytes_and_half_close_both_ways() {
             let (mut stream, _) = accept(&server);
             let mut got = Vec::new();
             stream.read_to_end(&mut got).unwrap();
-            // The client has said all; the answer still goes through.
+            // The client has closed its direction; the reply still arrives.
             got.reverse();
             stream.write_all(&got).unwrap();
         });
@@ -175,9 +164,9 @@ fn megabytes_and_half_close_both_ways() {
     });
 }
 
-/// The most reported silent failure of the textbook recipe: every packet dropped as a martian.
+/// With src_valid_mark the rules of the kernel's documentation have every packet dropped as a martian.
 #[test]
-fn reverse_path_filters_that_look_at_marks_do_no_harm() {
+fn install_rules_with_src_valid_mark_and_rp_filter_intercepts() {
     for rp_filter in ["0", "1", "2"] {
         let lab = Lab::new();
         for interface in ["all", "default", "eth0", "eth1", "lo"] {
@@ -194,18 +183,18 @@ fn reverse_path_filters_that_look_at_marks_do_no_harm() {
 }
 
 #[test]
-fn no_listener_no_traffic() {
+fn install_rules_without_listener_drops_until_removed() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
     let rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     drop(listener);
     for hosts in [v4(), v6()] {
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, 80), NEVER));
+        let outcome = lab.client.run(|| connect_in_vain(at(hosts.server, 80)));
         assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::TimedOut);
     }
-    assert!(accept_within(&server, NEVER).is_none(), "a connection got past the dead proxy");
-    // Without rules the same connections arrive: it was they that held the others back.
+    assert!(accept_within(&server, silence()).is_none(), "a connection was forwarded although the listener is closed");
+    // Without the rules the same connections arrive: the rules dropped the others.
     lab.proxy.run(|| rules.remove()).unwrap();
     for hosts in [v4(), v6()] {
         std::thread::scope(|scope| {
@@ -216,27 +205,24 @@ fn no_listener_no_traffic() {
 }
 
 #[test]
-fn connections_straight_to_the_listener_are_dropped_unless_allowed() {
+fn install_rules_drops_direct_connections_unless_allowed() {
     for (flags, allowed) in [(0, false), (TP_RULES_ALLOW_DIRECT, true)] {
         let lab = Lab::new();
         let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
-        let _rules = lab
-            .proxy
-            .run(|| Rules::install(&tp_rules_config { listeners: &raw const fd, n_listeners: 1, flags, ..config() }))
-            .unwrap();
+        let config = RulesConfig::of(&listener).flags(flags);
+        let _rules = lab.proxy.run(|| config.install()).unwrap();
         for hosts in [v4(), v6()] {
-            let outcome = lab.client.run(|| TcpStream::connect_timeout(&at(hosts.proxy, 3129), NEVER));
+            let outcome = lab.client.run(|| connect_in_vain(at(hosts.proxy, 3129)));
             assert_eq!(outcome.is_ok(), allowed, "{outcome:?}");
         }
     }
 }
 
 #[test]
-fn other_bits_of_the_mark_survive() {
+fn install_rules_preserves_other_bits_of_mark() {
     let lab = Lab::new();
     let server = lab.serve(80);
-    // Another program's mark, set before our rules and needed behind them.
+    // Another program sets its mark before the library's rules, and needs it after them.
     lab.proxy.nft(
         "table inet other {
             chain before { type filter hook prerouting priority -200; iifname eth0 meta mark set 0x40000
@@ -251,43 +237,42 @@ fn other_bits_of_the_mark_survive() {
     proxied(&lab, v6(), &listener, &server, 0);
 }
 
-/// The server closes first, so that the proxy keeps the old connection in TIME_WAIT; then the client comes from the
-/// same port again. That is a new connection, to be intercepted, and not the old one's last words.
+/// The server closes first, so that the proxy keeps the old connection in TIME_WAIT. Then the client connects from the same
+/// port again: a new connection, which must be intercepted, not a late packet of the old one.
 #[test]
-fn a_client_port_that_is_used_again_within_a_minute() {
+fn intercept_tcp_port_in_time_wait_is_a_new_connection() {
     for rfc1337 in ["0", "1"] {
         let lab = Lab::new();
         lab.proxy.sysctl("ipv4/tcp_rfc1337", rfc1337);
         let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
         let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+        let repeated = lab.client.syns_repeated();
         for hosts in [v4(), v6()] {
             for _ in 0..3 {
-                let to = at(hosts.server, 80);
-                let begin = std::time::Instant::now();
-                let attempt = || {
-                    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
-                    socket.set_reuse_address(true)?;
-                    socket.bind(&at(hosts.client, 4321).into())?;
-                    socket.connect_timeout(&to.into(), PATIENCE)?;
-                    std::io::Result::Ok(TcpStream::from(socket))
-                };
-                let client = lab.client.run(|| {
-                    loop {
-                        match attempt() {
-                            // The client's own last words are not acknowledged yet.
-                            Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable && begin.elapsed() < NEVER => {}
-                            done => return done,
-                        }
-                    }
-                });
-                let mut client = client.unwrap();
-                assert!(begin.elapsed() < NEVER, "{:?}", begin.elapsed());
+                let mut client = lab.client.run(|| connect_from_port(at(hosts.client, 4321), at(hosts.server, 80)));
                 let (accepted, peer) = accept(&listener);
                 assert_eq!(peer, at(hosts.client, 4321));
                 drop(accepted);
-                let mut nothing = Vec::new();
-                assert_eq!(client.read_to_end(&mut nothing).unwrap(), 0);
+                assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
             }
         }
+        assert_eq!(lab.client.syns_repeated(), repeated, "a first packet was lost");
     }
+}
+
+/// Connects from a port, as soon as the last packet of the former connection from there is acknowledged.
+fn connect_from_port(from: SocketAddr, to: SocketAddr) -> TcpStream {
+    wait_for("the port of the client is in use", || {
+        let attempt = || {
+            let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&from.into())?;
+            socket.connect_timeout(&to.into(), patience())?;
+            std::io::Result::Ok(TcpStream::from(socket))
+        };
+        match attempt() {
+            Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable => None,
+            done => Some(done.unwrap()),
+        }
+    })
 }

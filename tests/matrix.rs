@@ -92,7 +92,7 @@ fn send(protocol: Protocol, from: IpAddr, to: SocketAddr) -> (SocketAddr, Option
         Protocol::Tcp => {
             let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).unwrap();
             socket.bind(&at(from, 0).into()).unwrap();
-            socket.connect_timeout(&to.into(), PATIENCE).unwrap_or_else(|e| panic!("{from} to {to}: {e}"));
+            socket.connect_timeout(&to.into(), patience()).unwrap_or_else(|e| panic!("{from} to {to}: {e}"));
             let stream = TcpStream::from(socket);
             (stream.local_addr().unwrap(), Some(stream))
         }
@@ -110,7 +110,7 @@ enum Got {
 /// Which of two listeners gets what is sent. The peer that it sees must be the sender.
 fn who_gets(net: &Net, protocol: Protocol, from: IpAddr, to: SocketAddr, proxy: &Listener, server: &Listener) -> Got {
     let (sender, _open) = net.run(|| send(protocol, from, to));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let step = Duration::from_millis(2);
     while Instant::now() < deadline {
         match (proxy.got(step), server.got(step)) {

@@ -77,7 +77,7 @@ fn hold(how: &str) {
             command.into_iter().for_each(|finding| println!("fix: {}", finding.fix));
         }
         if let Ok((mut stream, _)) = listener.accept() {
-            stream.set_read_timeout(Some(SOON)).unwrap();
+            stream.set_read_timeout(Some(limit(900))).unwrap();
             let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"proxy"));
         } else {
             std::thread::sleep(Duration::from_millis(50));
@@ -166,7 +166,7 @@ fn a_process_that_is_stopped() {
             let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap();
             tasks.map(Result::unwrap).map(stat).any(|stat| !stat.rsplit_once(") ").unwrap().1.starts_with('T'))
         };
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let deadline = std::time::Instant::now() + patience();
         while running() {
             assert!(std::time::Instant::now() < deadline, "it goes on");
             std::thread::sleep(Duration::from_millis(1));
@@ -199,7 +199,7 @@ fn rules_that_outlive_their_process() {
 #[test]
 fn a_queue_that_is_full() {
     held("full", |lab, _| {
-        let attempt = || lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), SOON)).ok();
+        let attempt = || lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), limit(900))).ok();
         let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
         assert!(open.iter().any(Option::is_none), "the queue has room");
         let found = lab.proxy.run(check);

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
@@ -446,7 +446,7 @@ fn masquerading_hides_the_client_from_the_server() {
             assert_eq!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
             // What the router forwards is translated as before.
             let server = lab.serve(port);
-            lab.client.run(|| TcpStream::connect_timeout(&at(hosts.server, port), PATIENCE)).unwrap();
+            lab.client.run(|| connect(at(hosts.server, port)));
             assert_ne!(accept(&server).1.ip(), hosts.client, "{spoil}");
         }
     }

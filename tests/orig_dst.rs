@@ -19,7 +19,7 @@ fn redirect(net: &Net) {
 
 /// The accepted end of a connection that the client makes.
 fn accepted(lab: &Lab, listener: &TcpListener, to: SocketAddr) -> TcpStream {
-    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, patience())).unwrap();
     accept(listener).0
 }
 

@@ -52,7 +52,7 @@ fn reply_sockets_neither_queue_nor_steal() {
         let mut replier = lab.proxy.run(|| open(&replier_config()));
         for round in 0..5 {
             client.send_to(b"question", asked).unwrap();
-            let got = receive_datagram(&listener, PATIENCE).unwrap_or_else(|| panic!("round {round}"));
+            let got = receive_datagram(&listener, patience()).unwrap_or_else(|| panic!("round {round}"));
             assert_eq!(got, ("question".to_owned(), here, asked));
             assert_eq!(lab.proxy.run(|| reply(&mut replier, asked, here, b"answer")), None);
             assert_eq!(hear(&client, 1), [(b"answer".to_vec(), asked)]);
@@ -90,7 +90,7 @@ fn services_on_the_same_port_are_not_disturbed() {
                     socket.set_reuse_address(shares).unwrap();
                     socket.bind(&at(bound, 53).into())?;
                     let socket = UdpSocket::from(socket);
-                    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                    socket.set_read_timeout(Some(patience())).unwrap();
                     Ok::<_, std::io::Error>(socket)
                 })
             };
@@ -508,8 +508,8 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
             let to = other.local_addr().unwrap();
             UdpSocket::from(connect_from(here, to, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT).unwrap())
         });
-        upstream.set_read_timeout(Some(PATIENCE)).unwrap();
-        second.set_read_timeout(Some(PATIENCE)).unwrap();
+        upstream.set_read_timeout(Some(patience())).unwrap();
+        second.set_read_timeout(Some(patience())).unwrap();
         for _ in 0..3 {
             upstream.send(b"for the server").unwrap();
             assert_eq!(hear(&server, 1), [(b"for the server".to_vec(), here)]);
@@ -518,7 +518,7 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
             second.send(b"for the other").unwrap();
             assert_eq!(hear(&other, 1), [(b"for the other".to_vec(), here)]);
             client.send_to(b"more", there).unwrap();
-            assert_eq!(receive_datagram(&listener, PATIENCE).unwrap(), ("more".to_owned(), here, there));
+            assert_eq!(receive_datagram(&listener, patience()).unwrap(), ("more".to_owned(), here, there));
         }
         // Any port will do, without TP_CONNECT_KEEP_PORT.
         let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM).unwrap()));

@@ -1,11 +1,9 @@
-//! Sets of very many prefixes: the kernel holds what was asked for, no more and no less.
+//! Sets of very many prefixes: the kernel covers exactly the addresses that were asked for.
 
 mod common;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use tproxy::ffi::*;
@@ -48,12 +46,12 @@ fn as_c(wanted: &[Wanted]) -> Vec<tp_prefix> {
     wanted.iter().map(Wanted::prefix).collect()
 }
 
-/// First and last addresses of what the prefixes of a family cover, with gaps between.
+/// The ranges of addresses that the prefixes of a family cover, with gaps between them.
 fn union(wanted: &[Wanted], bits: u32) -> Vec<(u128, u128)> {
     merged(wanted.iter().filter(|prefix| prefix.bits == bits).map(|prefix| (prefix.addr, prefix.last())))
 }
 
-/// Ranges with gaps between: depth is counted along the address space, up where one begins and down behind its end.
+/// Merges ranges until there are gaps between them: a sweep along the address space counts how many ranges are open.
 fn merged(ranges: impl Iterator<Item = (u128, u128)>) -> Vec<(u128, u128)> {
     let mut steps: BTreeMap<u128, i32> = BTreeMap::new();
     for (first, last) in ranges {
@@ -74,8 +72,8 @@ fn merged(ranges: impl Iterator<Item = (u128, u128)>) -> Vec<(u128, u128)> {
     ranges
 }
 
-/// The sets that hold the prefixes of a kind (`dst4`, say): one of ranges, and one for each length of which there are
-/// many, with that length. Any may have "-2" behind its name.
+/// The sets that hold the prefixes of a kind, such as `dst4`: one set of ranges, and one for each length with many
+/// prefixes, with that length. Each name may end with "-2".
 fn sets(net: &Net, kind: &str) -> Vec<(String, Option<u32>)> {
     let listing = net.nft_with(&["-t", "list", "table", "inet", "libtproxy-tproxy"]);
     let names = listing.lines().filter_map(|line| line.trim().strip_prefix("set ")?.strip_suffix(" {"));
@@ -86,7 +84,7 @@ fn sets(net: &Net, kind: &str) -> Vec<(String, Option<u32>)> {
     names.filter_map(of_kind).collect()
 }
 
-/// What a kind of set covers, read from the kernel: first and last addresses.
+/// The ranges of addresses that a kind of set covers in the kernel.
 fn held(net: &Net, kind: &str) -> Vec<(u128, u128)> {
     let sets = sets(net, kind);
     assert_eq!(sets.iter().filter(|(_, len)| len.is_none()).count(), 1, "{sets:?}");
@@ -98,7 +96,7 @@ fn elements(net: &Net, kind: &str, set: &str, len: Option<u32>) -> Vec<(u128, u1
     let bits = if kind.ends_with('4') { 32 } else { 128 };
     let json = net.nft_with(&["-j", "list", "set", "inet", "libtproxy-tproxy", set]);
     let Some((_, elements)) = json.split_once("\"elem\": [") else { return Vec::new() };
-    // {"prefix": {"addr": A, "len": N}}, {"range": [A, B]} or A: what is quoted, and numbers behind "len".
+    // {"prefix": {"addr": A, "len": N}}, {"range": [A, B]} or A: quoted words, and a number after "len".
     let mut quoted = elements.split('"').skip(1).step_by(2);
     let mut behind = elements.split('"').skip(2).step_by(2);
     let mut ranges = Vec::new();
@@ -127,7 +125,7 @@ fn number(text: &str) -> u128 {
     }
 }
 
-/// The kernel's sets cover what the prefixes cover, no more and no less.
+/// Asserts that the kernel's sets cover exactly what the prefixes cover.
 fn assert_held(net: &Net, which: &str, wanted: &[Wanted]) {
     for (bits, family) in [(32, "4"), (128, "6")] {
         let (held, wanted) = (merged(held(net, &format!("{which}{family}")).into_iter()), union(wanted, bits));
@@ -136,7 +134,7 @@ fn assert_held(net: &Net, which: &str, wanted: &[Wanted]) {
     }
 }
 
-/// The lab, with a server at every address that nobody else has.
+/// The lab, in which the server answers at every address that no other host has.
 struct World {
     lab: Lab,
     server: TcpListener,
@@ -157,51 +155,27 @@ impl World {
         World { lab, server, listener }
     }
 
-    fn install(&self, dst: &[tp_prefix]) -> Rules {
-        self.install_sets([dst, &[], &[]])
+    /// Rules for port 80, without lists of prefixes.
+    fn config(&self) -> RulesConfig {
+        RulesConfig::of(&self.listener).ports(&[80])
     }
 
-    /// Rules with sets of destinations, sources and bypasses.
-    fn install_sets(&self, [dst, src, bypass]: [&[tp_prefix]; 3]) -> Rules {
-        let listener = self.listener.as_raw_fd();
-        let http = tp_port_range { first: 80, last: 80 };
-        self.lab.proxy.run(|| {
-            Rules::install(&tp_rules_config {
-                listeners: &raw const listener,
-                n_listeners: 1,
-                ports: &raw const http,
-                n_ports: 1,
-                dst: dst.as_ptr(),
-                n_dst: dst.len(),
-                src: src.as_ptr(),
-                n_src: src.len(),
-                bypass: bypass.as_ptr(),
-                n_bypass: bypass.len(),
-                ..config()
-            })
-            .unwrap()
-        })
+    fn install(&self, config: &RulesConfig) -> Rules {
+        self.lab.proxy.run(|| config.install().unwrap())
     }
 
-    /// Who answers at each address.
+    /// Which host answers at each address.
     fn answers(&self, to: &[IpAddr]) -> Vec<String> {
-        let enough = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            for (listener, words) in [(&self.server, "server"), (&self.listener, "proxy")] {
-                let enough = &enough;
-                scope.spawn(move || answer_all(listener, words, enough));
-            }
+        while_answering(&[(&self.server, "server"), (&self.listener, "proxy")], || {
             let answer = |to: &IpAddr| match self.lab.client.run(|| ask(at(*to, 80))) {
                 Ok(heard) => heard.answer,
                 Err(error) => error.to_string(),
             };
-            let answers = to.iter().map(answer).collect();
-            enough.store(true, Ordering::Relaxed);
-            answers
+            to.iter().map(answer).collect()
         })
     }
 
-    /// Both ends of ranges here and there, and the addresses next to them.
+    /// Asserts who answers at both ends of some ranges, and at the addresses next to them.
     fn assert_intercepted(&self, wanted: &[Wanted]) {
         const SAMPLE: usize = 8;
         for bits in [32, 128] {
@@ -227,7 +201,7 @@ fn address(bits: u32, number: u128) -> IpAddr {
     }
 }
 
-/// The address of some host far away.
+/// Whether an address is a unicast address outside of the lab.
 fn is_elsewhere(addr: IpAddr) -> bool {
     match addr {
         IpAddr::V4(v4) => match v4.octets() {
@@ -238,8 +212,7 @@ fn is_elsewhere(addr: IpAddr) -> bool {
     }
 }
 
-/// Scattered prefixes, a tenth of them crowded in 10.64.0.0/10; among them some that cover others, lie within others,
-/// touch others, and are there twice.
+/// Random prefixes, a tenth of them in 10.64.0.0/10; some cover others, lie within others, touch others, or occur twice.
 fn scattered(random: &mut Random, count: usize) -> Vec<Wanted> {
     let mut wanted = Vec::new();
     for number in 0..count {
@@ -276,15 +249,15 @@ fn scattered(random: &mut Random, count: usize) -> Vec<Wanted> {
 }
 
 #[test]
-fn a_hundred_thousand_prefixes_and_changes_of_them() {
+fn update_rules_of_100000_prefixes_covers_what_was_asked() {
     let world = World::new();
     let mut random = Random(3);
     let mut wanted = scattered(&mut random, 100_000);
-    let rules = world.install(&as_c(&wanted));
+    let rules = world.install(&world.config().dst(as_c(&wanted)));
     assert_held(&world.lab.proxy, "dst", &wanted);
     world.assert_intercepted(&wanted);
     for round in 0..3 {
-        // What goes is the cover of something, or beside something, often enough; what comes falls anywhere.
+        // The removed prefixes often cover or touch others; the added ones lie anywhere.
         let gone: HashSet<Wanted> = (0..500).map(|_| wanted[random.below(wanted.len() as u64) as usize]).collect();
         let more = scattered(&mut random, 300);
         let remove: Vec<Wanted> = gone.iter().copied().collect();
@@ -299,24 +272,27 @@ fn a_hundred_thousand_prefixes_and_changes_of_them() {
     world.lab.proxy.run(|| rules.remove()).unwrap();
 }
 
-/// Many of one length, of both families, that nobody here has.
+/// Many prefixes of one length for each family, outside of the lab.
 fn many_single() -> Vec<Wanted> {
     (0..500)
         .flat_map(|n| [Wanted::v4(0x0B00_0000 | n << 8, 32), Wanted::v6(0x3000 << 112 | u128::from(n), 128)])
         .collect()
 }
 
-/// A packet is looked for in the sets of lengths and in that of ranges, whatever the set is for.
+/// An address is looked up in the sets of one length and in the set of ranges, in each of the three lists.
 #[test]
-fn members_are_found_by_length_and_by_range() {
-    for (at, set, kind) in [(0, TP_SET_DST, "dst"), (1, TP_SET_SRC, "src"), (2, TP_SET_BYPASS, "bypass")] {
+fn update_rules_finds_members_by_length_and_by_range() {
+    for (set, kind) in [(TP_SET_DST, "dst"), (TP_SET_SRC, "src"), (TP_SET_BYPASS, "bypass")] {
         let world = World::new();
-        // One range beside, of a length that is rare.
+        // One prefix of a rare length, which becomes a range.
         let elsewhere =
             as_c(&[many_single(), vec![Wanted::v4(0x0C00_0000, 19), Wanted::v6(0x3001 << 112, 35)]].concat());
-        let mut given: [&[tp_prefix]; 3] = [&[]; 3];
-        given[at] = &elsewhere;
-        let rules = world.install_sets(given);
+        let config = match set {
+            TP_SET_DST => world.config().dst(elsewhere),
+            TP_SET_SRC => world.config().src(elsewhere),
+            _ => world.config().bypass(elsewhere),
+        };
+        let rules = world.install(&config);
         for (family, len) in [("4", 32), ("6", 128)] {
             let lengths: Vec<Option<u32>> =
                 sets(&world.lab.proxy, &format!("{kind}{family}")).into_iter().map(|(_, len)| len).collect();
@@ -325,7 +301,7 @@ fn members_are_found_by_length_and_by_range() {
         let (outside, inside) = if set == TP_SET_BYPASS { ("proxy", "server") } else { ("server", "proxy") };
         let answers = || world.answers(&[v4().server, v6().server]);
         assert_eq!(answers(), [outside; 2], "{kind}");
-        // The address that counts, by itself, and within a network.
+        // The address that the list is about, as a host and as a network.
         let own = |[v4_len, v6_len]: [u8; 2]| match set {
             TP_SET_SRC => prefixes(&[&format!("198.51.100.2/{v4_len}"), &format!("2001:db8:1::2/{v6_len}")]),
             _ => prefixes(&[&format!("203.0.113.2/{v4_len}"), &format!("2001:db8:2::2/{v6_len}")]),
@@ -342,13 +318,13 @@ fn members_are_found_by_length_and_by_range() {
 
 /// From a few prefixes to many of several lengths and back, in small steps, each a transaction of its own.
 #[test]
-fn thousands_of_changes() {
+fn update_rules_3000_times_covers_what_was_asked() {
     const STEPS: u64 = 3000;
     const SETS: [(u32, &str); 3] = [(TP_SET_DST, "dst"), (TP_SET_SRC, "src"), (TP_SET_BYPASS, "bypass")];
     let world = World::new();
     let mut random = Random(11);
     let some = |random: &mut Random| {
-        // Mostly of three lengths.
+        // Most have one of three lengths.
         let host_bits = match random.below(4) {
             0 => random.below(13) as u32,
             other => 4 * (other as u32 - 1),
@@ -360,15 +336,16 @@ fn thousands_of_changes() {
     };
     let first = [Wanted::v4(0x0A00_0000, 24), Wanted::v6(0x3000 << 112, 48)];
     let mut all = SETS.map(|_| first.to_vec());
-    let rules = world.install_sets([&as_c(&first), &as_c(&first), &as_c(&first)]);
+    let config = world.config().dst(as_c(&first)).src(as_c(&first)).bypass(as_c(&first));
+    let rules = world.install(&config);
     let mut most = 0;
     for step in 1..=STEPS {
-        // More comes than goes, until more goes than comes.
-        let (come, go) = if step < STEPS / 2 { (8, 2) } else { (2, 8) };
+        // At first more prefixes are added than removed, later fewer.
+        let (most_added, most_removed) = if step < STEPS / 2 { (8, 2) } else { (2, 8) };
         let which = random.below(3) as usize;
         let wanted = &mut all[which];
-        let add: Vec<Wanted> = (0..random.below(come)).map(|_| some(&mut random)).collect();
-        let remove: Vec<Wanted> = (0..random.below(go))
+        let add: Vec<Wanted> = (0..random.below(most_added)).map(|_| some(&mut random)).collect();
+        let remove: Vec<Wanted> = (0..random.below(most_removed))
             .filter_map(|_| wanted.get(random.below(wanted.len().max(1) as u64) as usize).copied())
             .collect();
         rules.update(SETS[which].0, &as_c(&add), &as_c(&remove)).unwrap();
@@ -382,20 +359,19 @@ fn thousands_of_changes() {
             most = most.max(sets(&world.lab.proxy, "dst4").len());
         }
     }
-    assert_eq!(most, 1 + 3, "each of the lengths has had a set of its own");
-    // What is known of the sets is what the kernel holds: other rules can take their place.
+    assert_eq!(most, 1 + 3, "not every length had a set of its own");
     world.lab.proxy.run(|| rules.remove()).unwrap();
 }
 
-/// Without privilege over the whole host these are more than one transaction takes, so the sets come first, in pieces.
+/// Without privilege over the initial user namespace one transaction cannot hold so many: the sets come first, in pieces.
 #[test]
-fn a_million_prefixes() {
+fn install_rules_with_a_million_prefixes_intercepts() {
     let world = World::new();
     let before = world.lab.proxy.state();
-    // One /24 of every sixteen, so that none touches another; in no order.
+    // One /24 of every sixteen, so that none touches another, in random order.
     let wanted: Vec<Wanted> =
         (0..1_000_000u32).map(|number| Wanted::v4((number.wrapping_mul(0x9E37_79B1) & 0xF_FFFF) << 12, 24)).collect();
-    let rules = world.install(&as_c(&wanted));
+    let rules = world.install(&world.config().dst(as_c(&wanted)));
     let last = wanted.iter().map(Wanted::last).find(|last| is_elsewhere(address(32, *last))).unwrap();
     let (inside, outside) = (address(32, last), address(32, last + 1));
     assert_eq!(world.answers(&[inside, outside]), ["proxy", "server"]);

@@ -1,16 +1,17 @@
-//! The datagram functions of C, with Rust's types.
+//! The C functions for datagrams, with Rust's types.
 
 use std::ffi::c_int;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use socket2::{SockAddr, SockAddrStorage, SockRef};
 use tproxy::ffi::*;
 use tproxy::udp::Datagram;
 
-use super::{Failed, PATIENCE, at, checked, ip};
+pub use super::eventually;
+use super::{Failed, at, bind_nonlocal, canonical, checked, ip, patience, socket};
 
 /// include/uapi/linux/udp.h
 pub const UDP_SEGMENT: c_int = 103;
@@ -55,7 +56,7 @@ impl Drop for Replier {
     }
 }
 
-/// Room for datagrams.
+/// Buffers for datagrams.
 pub fn rooms(count: usize, len: usize) -> Vec<Vec<u8>> {
     vec![vec![0; len]; count]
 }
@@ -64,7 +65,7 @@ pub fn datagrams(rooms: &mut [Vec<u8>]) -> Vec<Datagram<'_>> {
     rooms.iter_mut().map(|room| Datagram::new(room)).collect()
 }
 
-/// A reply, as a program makes it that did not receive anything.
+/// A reply of a program that has not received anything.
 pub fn reply_of(bytes: &mut [u8], from: SocketAddr, to: SocketAddr) -> Datagram<'_> {
     let len = bytes.len();
     let mut datagram = Datagram::new(bytes);
@@ -80,14 +81,14 @@ pub fn recv_datagrams(fd: &impl AsRawFd, datagrams: &mut [Datagram<'_>], flags: 
     checked(rc).map(|count| count as usize)
 }
 
-/// Waits until there is something to receive.
-pub fn readable(fd: &impl AsRawFd, patience: Duration) -> bool {
+/// Waits until a socket is readable; gives whether it is.
+pub fn readable(fd: &impl AsRawFd, limit: Duration) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd.
-    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as c_int) == 1 }
+    unsafe { libc::poll(&raw mut poll, 1, limit.as_millis() as c_int) == 1 }
 }
 
-/// What tp_recvfrom gave: the bytes, the sender, the original destination.
+/// The results of tp_recvfrom: the bytes, the sender, the original destination.
 pub type Received = (Vec<u8>, SocketAddr, Option<SocketAddr>);
 
 pub fn recvfrom(fd: &impl AsRawFd, room: usize, flags: c_int) -> Result<Received, Failed> {
@@ -115,7 +116,7 @@ pub fn recvfrom(fd: &impl AsRawFd, room: usize, flags: c_int) -> Result<Received
     Ok((bytes, src.as_socket().unwrap(), dst.as_socket()))
 }
 
-/// Sends bytes as datagrams of a length, in one call.
+/// Sends bytes as datagrams of a length, in one call (UDP_SEGMENT).
 pub fn send_segments(socket: &UdpSocket, bytes: &[u8], len: u16, to: SocketAddr) {
     let len = c_int::from(len);
     // SAFETY: an int of that length.
@@ -137,33 +138,33 @@ pub fn set_option(fd: &impl AsRawFd, level: c_int, name: c_int, value: c_int) {
     assert_eq!(rc, 0, "{}", io::Error::last_os_error());
 }
 
-/// A socket of a client or server, which does not wait for ever.
+/// A socket of a client or server, with a time limit for receiving.
 pub fn udp(addr: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(addr).unwrap_or_else(|e| panic!("{addr}: {e}"));
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
     SockRef::from(&socket).set_recv_buffer_size(4 << 20).unwrap();
     socket
 }
 
-/// What one socket received: bytes and senders.
+/// Receives so many datagrams: bytes and senders.
 pub fn hear(socket: &UdpSocket, count: usize) -> Vec<(Vec<u8>, SocketAddr)> {
     let mut bytes = vec![0; 65536];
     (0..count)
         .map(|number| {
-            let (len, from) = socket.recv_from(&mut bytes).unwrap_or_else(|e| panic!("answer {number}: {e}"));
+            let (len, from) = socket.recv_from(&mut bytes).unwrap_or_else(|e| panic!("datagram {number}: {e}"));
             (bytes[..len].to_vec(), from)
         })
         .collect()
 }
 
-/// Nothing comes.
-pub fn hears_nothing(socket: &UdpSocket, patience: Duration) {
-    socket.set_read_timeout(Some(patience)).unwrap();
+/// Asserts that nothing comes in that time.
+pub fn hears_nothing(socket: &UdpSocket, limit: Duration) {
+    socket.set_read_timeout(Some(limit)).unwrap();
     assert_eq!(socket.recv_from(&mut [0; 10]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
 }
 
-/// The local addresses of all UDP sockets of this thread's network, and how many bytes wait in each.
+/// The local addresses of all UDP sockets of this thread's namespace, and how many bytes wait in each.
 pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
     let mut found = Vec::new();
     for (file, v6) in [("udp", false), ("udp6", true)] {
@@ -185,16 +186,56 @@ pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
     found
 }
 
-/// Waits until something holds.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// An address that nobody owns, of a family; the server's side of the network routes it.
+/// An address of a family that no host has, in the network of the server.
 pub fn nobody(v6: bool, number: u8) -> std::net::IpAddr {
     if v6 { ip(&format!("2001:db8:2::f:{number:x}")) } else { ip(&format!("203.0.113.{}", 100 + number)) }
+}
+
+/// Receives one datagram with recvmsg(2): its text, its sender and its original destination. `None` if none comes in time.
+pub fn receive_datagram(fd: &OwnedFd, limit: Duration) -> Option<(String, SocketAddr, SocketAddr)> {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd.
+    if unsafe { libc::poll(&raw mut poll, 1, limit.as_millis() as c_int) } != 1 {
+        return None;
+    }
+    let (mut words, mut control, mut from) = ([0u8; 100], [0u64; 32], SockAddrStorage::zeroed());
+    let mut iov = libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: words.len() };
+    // SAFETY: all zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = (&raw mut from).cast();
+    message.msg_namelen = from.size_of();
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: everything that the message points to is alive and as long as it says.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, 0) };
+    assert!(len >= 0, "{}", std::io::Error::last_os_error());
+    let mut to = None;
+    // SAFETY: the kernel filled the message; the macros stay within its control data.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let kind = ((*header).cmsg_level, (*header).cmsg_type);
+            if kind == (libc::SOL_IP, libc::IP_ORIGDSTADDR) || kind == (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR) {
+                let mut addr = SockAddrStorage::zeroed();
+                let size = (*header).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                std::ptr::copy_nonoverlapping(libc::CMSG_DATA(header), (&raw mut addr).cast(), size);
+                to = SockAddr::new(addr, size as libc::socklen_t).as_socket();
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    // SAFETY: the kernel wrote an address of that length.
+    let from = unsafe { SockAddr::new(from, message.msg_namelen) }.as_socket().unwrap();
+    let words = String::from_utf8_lossy(&words[..len as usize]).into_owned();
+    Some((words, canonical(from), canonical(to.expect("no original destination"))))
+}
+
+/// A transparent datagram socket that is bound.
+pub fn receiver(addr: SocketAddr) -> OwnedFd {
+    let domain = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let fd = socket(domain, libc::SOCK_DGRAM).unwrap();
+    bind_nonlocal(&fd, addr).unwrap();
+    fd
 }

@@ -1,0 +1,68 @@
+//! What a kernel or a machine may lack without a fault of the library.
+//!
+//! Rust's test runner knows no skipped tests. A test that cannot run, or not all of it, prints a line that
+//! `tests/check.sh` counts as skipped:
+//!
+//! ```text
+//! skipped: TEST: REASON; needs `COMMAND`
+//! ```
+//!
+//! If the command succeeds for root, the machine can run the test, and `tests/check.sh` fails.
+
+use std::io::Write;
+use std::process::Command;
+use std::sync::LazyLock;
+
+use super::Net;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Requirement {
+    /// The tables of the legacy iptables, of both families. Their kernel modules cannot be loaded in a user namespace.
+    LegacyIptables,
+    /// A file below /proc/sys/net. Some appear only in the initial network namespace, or only with a module.
+    Sysctl(&'static str),
+}
+
+impl Requirement {
+    /// A shell command that succeeds in a fresh network namespace where the requirement is met.
+    fn command(self) -> String {
+        match self {
+            Requirement::LegacyIptables => {
+                "for t in raw mangle nat filter; do iptables-legacy -t $t -S; ip6tables-legacy -t $t -S; done"
+                    .to_owned()
+            }
+            Requirement::Sysctl(name) => format!("ls /proc/sys/net/{name}"),
+        }
+    }
+
+    /// The first complaint of the command if it fails.
+    fn missing(self) -> Option<String> {
+        let output = Net::new().run(|| Command::new("sh").args(["-ec", &self.command()]).output().unwrap());
+        let complaints = String::from_utf8_lossy(&output.stderr).into_owned();
+        (!output.status.success()).then(|| complaints.lines().next().unwrap_or("it fails").to_owned())
+    }
+}
+
+/// Whether this machine meets a requirement. If not, the test (the place that calls this) counts as skipped, and leaves
+/// out what needs it.
+#[track_caller]
+pub fn provided(requirement: Requirement) -> bool {
+    static LEGACY: LazyLock<Option<String>> = LazyLock::new(|| Requirement::LegacyIptables.missing());
+    let missing = match requirement {
+        Requirement::LegacyIptables => LEGACY.clone(),
+        Requirement::Sysctl(_) => requirement.missing(),
+    };
+    let Some(reason) = missing else { return true };
+    // The runner names the thread of a test by the test.
+    let thread = std::thread::current();
+    let place = std::panic::Location::caller().to_string();
+    let test = thread.name().filter(|name| *name != "main").unwrap_or(&place);
+    report_skipped(&format!("skipped: {test}: {reason}; needs `{}`", requirement.command()));
+    false
+}
+
+/// Prints such a line, as `print!` does not: the runner would keep that from the output.
+#[allow(clippy::explicit_write, reason = "println! is captured")]
+pub fn report_skipped(line: &str) {
+    writeln!(std::io::stdout(), "\n{line}").unwrap();
+}
