@@ -58,7 +58,7 @@ def check():
     assert re.search(r"^0 failures, 0 warnings$", out("check"), re.M)
     everything = json.loads(out("--json", "check", "--all"))
     some = json.loads(out("check", "--json"))
-    assert all(set(one) == {"severity", "id", "found", "impact", "fix"} for one in everything)
+    assert all(set(one) == {"severity", "id", "message", "impact", "fix"} for one in everything)
     assert {one["severity"] for one in everything} == {"ok", "note"}
     assert [one for one in everything if one["severity"] != "ok"] == some
     subprocess.run(["ip", "rule", "del", "pref", "32766"], check=True)
@@ -103,7 +103,7 @@ def install():
     child, said = start("--json", "--name", "other")
     assert json.loads(said) == {"name": "other", "state": "installed"} and "libtproxy-other" in tables()
     ok = [one for one in json.loads(out("--json", "--all", "check")) if one["id"] == "instance"]
-    assert ok[0]["found"].startswith(f"other: by nf_tables, of process {child.pid}, "), ok
+    assert ok[0]["message"].startswith(f"other: by nf_tables, of process {child.pid}, "), ok
     taken = run("install", *RULES, "--name", "other", status=3)
     assert str(child.pid) in taken.stderr and taken.stdout == ""
     error = json.loads(out("--json", "install", *RULES, "--name", "other", status=3))
@@ -169,7 +169,7 @@ def self_test():
     assert out("self-test", *RULES, "--tcp", "--udp") == "0 failures, 0 warnings\n" and tables() == ""
     lost = ["--json", "self-test", "--listen", "127.0.0.1:3129", "--redirect", "--local-output"]
     found = [one for one in json.loads(out(*lost, status=1)) if one["severity"] == "failure"]
-    assert [one["id"] for one in found] == ["self_test.connection"] and "last seen at hook prerouting" in found[0]["found"]
+    assert [one["id"] for one in found] == ["self_test.connection"] and "last seen at hook prerouting" in found[0]["message"]
     assert json.loads(out("--json", "self-test", status=3))["errno"] == 22
     bare = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", "--", PROGRAM, "self-test", *RULES]
     done = subprocess.run(bare, capture_output=True, text=True)

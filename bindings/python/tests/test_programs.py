@@ -156,7 +156,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)[2] == {
         "severity": "failure",
         "id": "cap.net_admin",
-        "found": "missing",
+        "message": "missing",
         "impact": "no rules can be made",
         "fix": "run as root",
     }

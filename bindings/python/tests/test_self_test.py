@@ -42,8 +42,8 @@ def test_what_is_not_asked_for_is_said(net: Net) -> None:
     with net.run(lambda: tproxy.listen("0.0.0.0:3129")) as listener:
         for config in ({"listeners": [listener]}, {"listen_addr": "[::]:3129", "families": Family.IPV4}):
             findings = net.run(lambda config=config: tproxy.self_test(dst=["192.0.2.128/25"], **config))  # type: ignore[misc]
-            assert findings[0].found.startswith("IPv4 connection from ")
-            assert "to 192.0.2.13" in findings[0].found
+            assert findings[0].message.startswith("IPv4 connection from ")
+            assert "to 192.0.2.13" in findings[0].message
             assert [finding.severity for finding in findings] == [Severity.OK, Severity.NOTE, Severity.NOTE]
             assert {finding.id for finding in findings[1:]} == {"self_test.skipped"}
 
@@ -62,8 +62,8 @@ def test_what_is_lost_and_others_work_meanwhile(net: Net) -> None:
     assert turns > 20
     lost = testing.result()[0]
     assert lost.severity == Severity.FAILURE
-    assert "lost; last seen at hook prerouting" in lost.found
-    assert lost.effect
+    assert "lost; last seen at hook prerouting" in lost.message
+    assert lost.impact
 
 
 @pytest.mark.parametrize(
