@@ -20,6 +20,10 @@ from ._errors import Error, checked, kernel_error, last_error
 from ._flags import DatagramFlag, ReplierFlag
 from ._sockets import uint32, wait_for
 
+_UNSPECIFIED4 = bytes(4)
+_UNSPECIFIED6 = bytes(16)
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+
 #: Bytes that are sent.
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -49,14 +53,20 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     except ValueError:
         level, kind, body = _orig_dst_among(control)
     # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
+    # A v4-mapped address, or ::, in the second was written into an IPv6 header by a sender who wants the program to reach
+    # what only this host can reach, such as 127.0.0.1: None, as of tp_recvfrom.
     if kind == 20 and level == 0:
         port, ip = unpack_in(body)
+        if ip == _UNSPECIFIED4:
+            return data, client, None
         # The address is of the sender's family.
         if len(client) == 2:
             return data, client, (inet_ntoa(ip), port)
         return data, client, ("::ffff:" + inet_ntoa(ip), port, 0, 0)
     if kind == 74 and level == 41:
         port, flow, ip, scope = unpack_in6(body)
+        if ip.startswith(_V4_MAPPED) or ip == _UNSPECIFIED6:
+            return data, client, None
         return data, client, (inet_ntop(AF_INET6, ip), port, flow, scope and ntohl(scope))
     return data, client, None
 
