@@ -175,7 +175,9 @@ impl Channel {
 
     /// A channel on which long lists are to be read.
     pub fn open_wide(family: i32) -> sys::Result<Channel> {
-        Ok(Channel { received: Vec::with_capacity(WIDE_BUFFER), ..Channel::open(family)? })
+        let mut channel = Channel::open(family)?;
+        channel.received.try_reserve_exact(WIDE_BUFFER).map_err(|_| sys::Errno(libc::ENOMEM))?;
+        Ok(channel)
     }
 
     /// Opens a socket of a netlink family (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
