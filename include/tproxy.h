@@ -615,7 +615,9 @@ struct tp_rules_config {
     size_t n_ports;
     /**
      * Destinations to intercept, in any order, overlaps welcome. What they
-     * name is intercepted even if it is this host's own address.
+     * name is intercepted even if it is this host's own address. What this
+     * host sends to itself (by the interface "lo") is intercepted with
+     * TP_RULES_LOCAL_OUTPUT only.
      */
     const struct tp_prefix *dst;
     /**
@@ -643,7 +645,8 @@ struct tp_rules_config {
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces by which forwarded traffic comes in. They need
+     * Names of the interfaces by which forwarded traffic comes in: "lo" is
+     * none of them, and adds nothing. They need
      * not exist yet. A trailing '*' makes a name a pattern, with both backends:
      * "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
      * name that ends with '+' is EOPNOTSUPP with iptables, to which it would
@@ -867,9 +870,11 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  *
  * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
- * family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, or src or dst is
+ * family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, src or dst is
  * unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
- * address of this host, or to this host. EAFNOSUPPORT: a family other than
+ * address of this host, or to this host; or src is multicast or
+ * 255.255.255.255. (The broadcast address of a subnet looks like any other,
+ * and is not refused.) EAFNOSUPPORT: a family other than
  * AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
  * CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
  * signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
@@ -1074,9 +1079,9 @@ int tp_replier_open(const struct tp_replier_config *config,
  *
  * In error: EFAULT: data is NULL, and len is not 0. EAFNOSUPPORT: an
  * address that is neither of AF_INET nor of AF_INET6, or two of different
- * families. EINVAL: port 0. EADDRNOTAVAIL: from the unspecified address, or
- * a multicast one. EINVAL, ENETUNREACH: the kernel sends nothing from this
- * source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
+ * families. EINVAL: port 0, or to the unspecified address. EADDRNOTAVAIL: from
+ * the unspecified address, or a multicast one. EINVAL, ENETUNREACH: the kernel
+ * sends nothing from this source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
  * room. EINTR: a signal came while waiting for room; the rest was not tried.
  * EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
  * EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).

@@ -97,6 +97,11 @@ impl KernelAddr {
         if self.is_ipv4() { self.0[4] & 0xf0 == 0xe0 } else { self.0[8] == 0xff }
     }
 
+    /// Whether it is 255.255.255.255. A subnet's broadcast address looks like any other.
+    pub(crate) fn is_broadcast(&self) -> bool {
+        self.is_ipv4() && self.field::<4>(4) == [255; 4]
+    }
+
     /// Whether it is the same as another, whatever follows an IPv4 one.
     #[inline(always)]
     pub(crate) fn same_as(&self, other: &KernelAddr) -> bool {

@@ -10,10 +10,10 @@ use crate::address::KernelAddr;
 use crate::memory::Text;
 use crate::sys::{self, Errno};
 
-/// Repr every fallible call of this crate returns.
+/// What every fallible call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Repr went wrong: which step, why, and the fix where one is known.
+/// What went wrong: which step, why, and the fix where one is known.
 ///
 /// Making one that happens all the time (there is nothing to be received) allocates nothing; its text is rendered when
 /// it is displayed.
@@ -68,7 +68,7 @@ impl Error {
     #[inline(never)]
     pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
         let mut text = Text::default();
-        // Repr there is no memory for is left out.
+        // What there is no memory for is left out.
         let _ = text.write_fmt(sentence);
         Error::of_sentence(errno, Cow::Owned(text.0))
     }
@@ -95,7 +95,7 @@ impl Error {
         Error::with(libc::EINVAL, sentence)
     }
 
-    /// Repr was being done failed.
+    /// What was being done failed.
     #[cold]
     #[inline(never)]
     pub(crate) fn io(what: fmt::Arguments<'_>, cause: Errno) -> Self {
@@ -194,7 +194,7 @@ impl SocketOp {
         }
     }
 
-    /// Repr an operator can do about it.
+    /// What an operator can do about it.
     fn fix(self, errno: i32) -> Option<&'static str> {
         Some(match (self, errno) {
             (SocketOp::Transparent, libc::EPERM) => {

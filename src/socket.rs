@@ -183,8 +183,8 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
     if src.is_ipv4() != dst.is_ipv4() {
         return Err(Error::new(libc::EAFNOSUPPORT, "the source and the destination are of different address families"));
     }
-    if src.is_unspecified() || dst.is_unspecified() {
-        return Err(unspecified(src));
+    if src.is_unspecified() || src.is_multicast() || src.is_broadcast() || dst.is_unspecified() {
+        return Err(not_of_one_host(src));
     }
     if options.keep_port && src.port() != 0 {
         connect_from_port(src, dst, options)
@@ -195,13 +195,14 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
 
 #[cold]
 #[inline(never)]
-fn unspecified(src: &KernelAddr) -> Error {
-    Error::invalid(match src.is_unspecified() {
-        true => {
-            "the source is 0.0.0.0 or ::, from which the kernel would connect with an address of this host: give the \
-             address that the server shall see, or use connect(2)"
-        }
-        false => "the destination is 0.0.0.0 or ::, which the kernel takes for this host: give the server's address",
+fn not_of_one_host(src: &KernelAddr) -> Error {
+    Error::invalid(if src.is_unspecified() {
+        "the source is 0.0.0.0 or ::, from which the kernel would connect with an address of this host: give the \
+         address that the server shall see, or use connect(2)"
+    } else if src.is_multicast() || src.is_broadcast() {
+        "the source is a multicast address or 255.255.255.255, which no answer can go to: give a client's address"
+    } else {
+        "the destination is 0.0.0.0 or ::, which the kernel takes for this host: give the server's address"
     })
 }
 

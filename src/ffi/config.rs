@@ -170,7 +170,9 @@ pub struct tp_rules_config {
     /// How many ranges. 0: every port.
     pub n_ports: usize,
     /// Destinations to intercept, in any order, overlaps welcome. What they
-    /// name is intercepted even if it is this host's own address.
+    /// name is intercepted even if it is this host's own address. What this
+    /// host sends to itself (by the interface "lo") is intercepted with
+    /// TP_RULES_LOCAL_OUTPUT only.
     pub dst: *const tp_prefix,
     /// How many prefixes. 0: every destination but this host's own addresses,
     /// loopback, broadcast and multicast.
@@ -186,7 +188,8 @@ pub struct tp_rules_config {
     pub bypass: *const tp_prefix,
     /// How many prefixes.
     pub n_bypass: usize,
-    /// Names of the interfaces by which forwarded traffic comes in. They need
+    /// Names of the interfaces by which forwarded traffic comes in: "lo" is
+    /// none of them, and adds nothing. They need
     /// not exist yet. A trailing '*' makes a name a pattern, with both backends:
     /// "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
     /// name that ends with '+' is EOPNOTSUPP with iptables, to which it would

@@ -335,9 +335,9 @@ pub unsafe extern "C" fn tp_replier_open(
 ///
 /// In error: EFAULT: data is NULL, and len is not 0. EAFNOSUPPORT: an
 /// address that is neither of AF_INET nor of AF_INET6, or two of different
-/// families. EINVAL: port 0. EADDRNOTAVAIL: from the unspecified address, or
-/// a multicast one. EINVAL, ENETUNREACH: the kernel sends nothing from this
-/// source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
+/// families. EINVAL: port 0, or to the unspecified address. EADDRNOTAVAIL: from
+/// the unspecified address, or a multicast one. EINVAL, ENETUNREACH: the kernel
+/// sends nothing from this source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
 /// room. EINTR: a signal came while waiting for room; the rest was not tried.
 /// EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
 /// EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).

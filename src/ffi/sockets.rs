@@ -181,9 +181,11 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
-/// family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, or src or dst is
+/// family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, src or dst is
 /// unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
-/// address of this host, or to this host. EAFNOSUPPORT: a family other than
+/// address of this host, or to this host; or src is multicast or
+/// 255.255.255.255. (The broadcast address of a subnet looks like any other,
+/// and is not refused.) EAFNOSUPPORT: a family other than
 /// AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
 /// CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
 /// signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,

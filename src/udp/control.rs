@@ -69,16 +69,16 @@ pub(crate) fn orig_dst(data: &[u8]) -> Option<AddrRef<'_>> {
     })
 }
 
-/// The address in such a message, unless it is one that an IPv6 packet cannot be going to.
+/// The address in such a message, unless it is one that no packet from a network can rightly be going to.
 ///
 /// A datagram of IPv4 has `IP_ORIGDSTADDR`, on a dual-stack socket too. So a v4-mapped address in `IPV6_ORIGDSTADDR` is
 /// what a sender wrote into an IPv6 header: a program that answered or connected to it would use IPv4, and reach what
-/// the sender cannot reach, such as 127.0.0.1. The same holds for `::`, which `connect(2)` takes for this host.
+/// the sender cannot reach, such as 127.0.0.1. The same holds for `::` and 0.0.0.0, which `connect(2)` takes for this host.
 #[inline(always)]
 fn destination(what: (i32, i32), body: &[u8]) -> Option<AddrRef<'_>> {
     match AddrRef::parse(body)? {
         AddrRef::V6(v6) if what != ORIG_DST_V6 || address::is_unspecified_or_v4_mapped(v6) => None,
-        AddrRef::V4(_) if what != ORIG_DST_V4 => None,
+        AddrRef::V4(v4) if what != ORIG_DST_V4 || v4[4..] == [0; 4] => None,
         addr => Some(addr),
     }
 }

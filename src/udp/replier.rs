@@ -74,6 +74,8 @@ fn check(datagram: &Datagram<'_>, from: &KernelAddr, to: &KernelAddr) -> std::re
         _ if from.port() == 0 || to.port() == 0 => Err(libc::EINVAL),
         // The kernel would choose a source by itself.
         _ if from.is_unspecified() || from.is_multicast() => Err(libc::EADDRNOTAVAIL),
+        // It would send to this host itself.
+        _ if to.is_unspecified() => Err(libc::EINVAL),
         _ if datagram.lacks_data() => Err(libc::EFAULT),
         _ => Ok(()),
     }
