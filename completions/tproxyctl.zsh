@@ -2,7 +2,7 @@
 local -a commands rules every own
 local command word
 commands=(
-    'check:what breaks transparent proxying here, and what cures it'
+    'check:what breaks transparent proxying here, and what fixes it'
     'self-test:send probes through rules'
     'install:install rules, and hold them until a signal'
     'render:show the script that would do the same'

@@ -1,7 +1,7 @@
 /*
  * A transparent TCP relay, for speed: what the library can do on every core.
  *
- *     relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] LISTEN-PORT PORT[-PORT]...
+ *     relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] [-x PREFIX]... LISTEN-PORT PORT[-PORT]...
  *
  * intercepts every connection that this host would forward to one of the PORTs
  * of somebody else, over IPv4 and IPv6, and connects onward from the client's
@@ -10,13 +10,14 @@
  * connections that there are may take to end after a signal to stop (30).
  * CONNECTIONS: the most at a time (what the descriptor limit lets). WAIT: how many
  * milliseconds the server's handshake may wait for the client's first bytes (1).
- * PREFIXES: a file of destinations to intercept, a line each (all).
+ * PREFIXES: a file of destinations to intercept, a line each (all). -x: call nobody
+ * there for a client; see deny.h for what is refused anyway, `-x none` clears it.
  *
  * Signals. SIGTERM, SIGINT: new connections pass the relay by, those that there
  * are go on; it ends when they have, or at the second signal. SIGUSR1: a line of
  * JSON with what it has done. SIGHUP keeps its usual meaning.
  *
- * How it works. Each thread has a listener (TP_REUSEPORT: the kernel
+ * How it works. Each thread has a listener (TP_LISTEN_REUSEPORT: the kernel
  * spreads the connections), its own edge-triggered epoll and its own memory, and
  * never waits for another. What is read in one piece is copied through one small
  * buffer a thread, since that is cheapest for short messages; a stream that
@@ -25,13 +26,14 @@
  * idle connection costs two descriptors and a struct of some hundred bytes.
  *
  *   the first bytes: most clients speak at once, and the handshake with the server
- *     ends with what they say (TP_DATA_FOLLOWS), which saves packets. For one that
+ *     ends with what they say (TP_CONNECT_DATA_FOLLOWS), which saves packets. For one that
  *     does not it ends a millisecond later.
  *   back-pressure: what one end does not take stays where it is; nothing more is
  *     read for it, the other end's window fills, and its sender waits.
  *   half-close: an end of stream is passed on when all that came before it has been.
  *   resets: a reset, or a refusal by the server, is passed on as a reset.
- *   limits: at the limit of connections none is accepted: they wait in the kernel's
+ *   limits: at the limit of connections the one that was silent for longest makes
+ *     room, if that is ten seconds; else none is accepted: they wait in the kernel's
  *     queue. Without a free pipe a stream is copied, by looking at what there is
  *     (MSG_PEEK) and taking as much as the other end took.
  *
@@ -61,6 +63,8 @@
 
 #include <tproxy.h>
 
+#include "deny.h"
+
 enum {
     BUFFER = 16 * 1024,      /* a message that is shorter is copied, a stream is spliced */
     PIPE = 1024 * 1024,      /* of a pipe; /proc/sys/fs/pipe-max-size */
@@ -72,6 +76,7 @@ enum {
     OWN_DESCRIPTORS = 64,    /* standard streams, epoll, listeners, the rules' socket */
     MAX_THREADS = 256,
     MAX_RANGES = 64,
+    SILENT_FOR = 10,         /* seconds after which a connection makes room for another, at the limit */
 };
 
 struct pipe {
@@ -129,6 +134,8 @@ struct worker {
 static atomic_int stopping;               /* how often it was asked to */
 static atomic_uint ended;                 /* workers */
 static uint32_t idle_limit = 600, drain_limit = 30, wait_limit = 1;
+static struct deny_list deny;
+static in_port_t listen_port;
 
 #define ADD(counter, n)                                                                             \
     atomic_store_explicit(&(counter), atomic_load_explicit(&(counter), memory_order_relaxed) + (uint64_t)(n), \
@@ -476,6 +483,15 @@ static void complain(struct worker *worker, const char *what)
     worker->complained = worker->now;
 }
 
+/* The relay is not to be a way to what only this host reaches, nor to call itself. */
+static bool refused(const struct sockaddr_storage *to, socklen_t len)
+{
+    in_port_t port = to->ss_family == AF_INET ? ((const struct sockaddr_in *)to)->sin_port
+                                              : ((const struct sockaddr_in6 *)to)->sin6_port;
+    return denied(&deny, (const struct sockaddr *)to) ||
+           (port == listen_port && is_own_address((const struct sockaddr *)to, len));
+}
+
 /* The heart of it: who calls, whom do they want, call them in the caller's name. */
 static bool accept_one(struct worker *worker)
 {
@@ -492,9 +508,14 @@ static bool accept_one(struct worker *worker)
     ADD(worker->count.accepted, 1);
 
     int server = -1;
-    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
-        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
-                                 TP_NONBLOCK | TP_DATA_FOLLOWS);
+    const char *refusal = NULL;
+    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0) {
+        if (refused(&to, to_len))
+            refusal = "refused: a destination that is denied, or the relay itself";
+        else
+            server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
+                                     TP_NONBLOCK | TP_CONNECT_DATA_FOLLOWS);
+    }
     struct connection *connection = server < 0 ? NULL : allocate(worker);
     if (connection != NULL) {
         connection->client = (struct end){ .fd = client, .writable = true, .writes = 2 };
@@ -507,7 +528,7 @@ static bool accept_one(struct worker *worker)
             broken(worker, connection);
         return true;
     }
-    complain(worker, server < 0 ? tp_last_error() : "out of memory");
+    complain(worker, refusal != NULL ? refusal : server < 0 ? tp_last_error() : "out of memory");
     ADD(worker->count.failed, 1);
     if (server >= 0)
         close(server);
@@ -516,11 +537,27 @@ static bool accept_one(struct worker *worker)
     return true;
 }
 
+/* Clients that say nothing are not to keep others out. */
+static bool may_make_room(const struct worker *worker)
+{
+    const struct connection *oldest = worker->others.oldest;
+    return oldest != NULL && worker->now - oldest->active >= SILENT_FOR;
+}
+
+static bool make_room(struct worker *worker)
+{
+    if (!may_make_room(worker))
+        return false;
+    ADD(worker->count.idle, 1);
+    finish(worker, worker->others.oldest, true);
+    return true;
+}
+
 /* A share of a round's events. More will be told again; to try and find none costs the kernel a socket. */
 static void accept_some(struct worker *worker, int events)
 {
     for (int i = 0; i < events; i += ACCEPTS) {
-        if (VALUE(worker->count.live) >= worker->max_live) {
+        if (VALUE(worker->count.live) >= worker->max_live && !make_room(worker)) {
             accept_more(worker, false);
             return;
         }
@@ -617,7 +654,7 @@ static void work(struct worker *worker)
         end_silence(worker);
         end_idle(worker);
         /* With room again, or after a while, look whether there are descriptors. */
-        if ((worker->dead != NULL || n == 0) && VALUE(worker->count.live) < worker->max_live)
+        if ((worker->dead != NULL || n == 0) && (VALUE(worker->count.live) < worker->max_live || may_make_room(worker)))
             accept_more(worker, true);
         reserve_pipe(worker);
         free_dead(worker);
@@ -633,9 +670,9 @@ static int listen_on(uint16_t port)
     /* For both families; for IPv4 alone where the kernel has no IPv6. */
     struct sockaddr_in6 any6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
     struct sockaddr_in any4 = { .sin_family = AF_INET, .sin_port = htons(port) };
-    int fd = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK | TP_REUSEPORT);
+    int fd = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK | TP_LISTEN_REUSEPORT);
     if (fd < 0 && errno == EAFNOSUPPORT)
-        fd = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK | TP_REUSEPORT);
+        fd = tp_listen((struct sockaddr *)&any4, sizeof any4, -1, TP_NONBLOCK | TP_LISTEN_REUSEPORT);
     if (fd < 0)
         errx(1, "%s", tp_last_error());
     /* What it accepts has these from the start. An answer acknowledges the question: that saves a packet. */
@@ -790,7 +827,8 @@ int main(int argc, char **argv)
     unsigned n = cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : (unsigned)cores;
     uint64_t connections = 0;
     const char *prefixes = NULL;
-    for (int option; (option = getopt(argc, argv, "t:w:i:d:c:p:")) != -1;) {
+    deny_defaults(&deny);
+    for (int option; (option = getopt(argc, argv, "t:w:i:d:c:p:x:")) != -1;) {
         switch (option) {
         case 't': n = (unsigned)parse_number(optarg, '\0', 1, MAX_THREADS, NULL); break;
         case 'w': wait_limit = (uint32_t)parse_number(optarg, '\0', 0, 10000, NULL); break;
@@ -798,12 +836,16 @@ int main(int argc, char **argv)
         case 'd': drain_limit = (uint32_t)parse_number(optarg, '\0', 0, 2000000, NULL); break;
         case 'c': connections = parse_number(optarg, '\0', 1, 1000000000, NULL); break;
         case 'p': prefixes = optarg; break;
+        case 'x':
+            if (!deny_add(&deny, optarg))
+                errx(2, "%s: not a prefix to deny (ADDR/LEN), or there are more than %d", optarg, MAX_DENIED);
+            break;
         default: argc = 0;
         }
     }
     if (argc - optind < 2)
-        errx(2, "usage: relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] LISTEN-PORT "
-                "PORT[-PORT]...");
+        errx(2, "usage: relay [-t THREADS] [-w WAIT] [-i IDLE] [-d DRAIN] [-c CONNECTIONS] [-p PREFIXES] [-x PREFIX]... "
+                "LISTEN-PORT PORT[-PORT]...");
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     signal(SIGPIPE, SIG_IGN);
@@ -820,6 +862,7 @@ int main(int argc, char **argv)
     if (workers == NULL || listeners == NULL)
         err(1, "calloc");
     set_limits(workers, n, connections);
+    listen_port = htons((uint16_t)parse_number(argv[optind], '\0', 1, 65535, NULL));
     for (unsigned i = 0; i < n; i++) {
         prepare(&workers[i], (uint16_t)parse_number(argv[optind], '\0', 1, 65535, NULL));
         listeners[i] = workers[i].listener;

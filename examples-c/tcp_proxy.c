@@ -1,13 +1,20 @@
 /*
  * A transparent TCP proxy, whole.
  *
- *     tcp_proxy LISTEN-PORT PORT[-PORT]...
+ *     tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... LISTEN-PORT PORT[-PORT]...
  *
  * intercepts every connection that this host would forward to one of the PORTs
  * of somebody else, over IPv4 and IPv6, and connects onward: the client
  * believes that it talks to the server, the server that it talks to the client.
  * Until SIGINT or SIGTERM, which leave nothing behind. A line for each
  * connection goes to standard output.
+ *
+ * A connection in which no byte moves for SECONDS (300) is reset, and so is one
+ * whose server does not answer for 10 seconds. When descriptors run out, the one
+ * that was silent for longest makes room, if that is a second; else new ones wait
+ * in the listener's queue. A connection takes two descriptors and up to 128 KiB.
+ * --deny: call nobody there for a client; may be given again. See deny.h for
+ * what is refused anyway; `--deny none` clears it.
  *
  * One thread, one epoll loop. What is specific to transparent proxying is in
  * main() and in accept_one(); the rest is any relay: bytes go both ways, an end
@@ -17,6 +24,7 @@
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <getopt.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -28,11 +36,14 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <tproxy.h>
 
-enum { BUFFER = 64 * 1024, EVENTS = 256, MAX_RANGES = 64 };
+#include "deny.h"
+
+enum { BUFFER = 64 * 1024, EVENTS = 256, MAX_RANGES = 64, CONNECT_SECONDS = 10, SILENT_FOR = 1 };
 
 /* One end of a connection, and what was read from it but not yet written to the other. */
 struct end {
@@ -49,12 +60,44 @@ struct connection {
     struct end client, server;
     bool connecting;               /* the server has not answered yet */
     bool dead;                     /* to be freed when this round of events is done */
-    struct connection *next_dead;
+    time_t active;                 /* when a byte moved last, or it was accepted */
+    struct connection *newer, *older, *next_dead;
 };
+
+/* Connections by the time of their last byte: those that wait for the server, and the others. */
+static struct list {
+    struct connection *newest, *oldest;
+} waiting, open_list;
 
 static int epoll_fd, listener, spare_fd = -1;
 static bool accepting = true;
+static time_t now, idle_seconds = 300, paused_at;
 static struct connection *dead_list;
+static struct deny_list deny;
+static in_port_t listen_port;
+
+static void leave(struct connection *connection)
+{
+    struct list *list = connection->connecting ? &waiting : &open_list;
+    *(connection->newer != NULL ? &connection->newer->older : &list->newest) = connection->older;
+    *(connection->older != NULL ? &connection->older->newer : &list->oldest) = connection->newer;
+}
+
+static void join(struct connection *connection)
+{
+    struct list *list = connection->connecting ? &waiting : &open_list;
+    connection->active = now;
+    connection->newer = NULL, connection->older = list->newest;
+    *(list->newest != NULL ? &list->newest->newer : &list->oldest) = connection;
+    list->newest = connection;
+}
+
+static time_t seconds(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &time);
+    return time.tv_sec;
+}
 
 static struct connection *connection_of(struct end *end)
 {
@@ -86,7 +129,8 @@ static void refill(void)
 {
     if (spare_fd < 0)
         spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    bool wanted = spare_fd >= 0;
+    /* After a failure a second goes by: the listener is ready as long as somebody waits. */
+    bool wanted = spare_fd >= 0 && now != paused_at;
     if (wanted != accepting)
         watch(listener, (accepting = wanted) ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD);
 }
@@ -102,9 +146,30 @@ static void finish(struct connection *connection, bool reset)
     }
     close(connection->client.fd);
     close(connection->server.fd);
+    leave(connection);
     connection->dead = true;
     connection->next_dead = dead_list;
     dead_list = connection;
+}
+
+/* Ends the connection that was silent for longest, to make room for another. */
+static bool make_room(void)
+{
+    struct connection *oldest = open_list.oldest;
+    if (waiting.oldest != NULL && (oldest == NULL || waiting.oldest->active < oldest->active))
+        oldest = waiting.oldest;
+    if (oldest == NULL || now - oldest->active < SILENT_FOR)
+        return false;
+    finish(oldest, true);
+    return true;
+}
+
+static void end_idle(void)
+{
+    while (waiting.oldest != NULL && now - waiting.oldest->active >= CONNECT_SECONDS)
+        finish(waiting.oldest, true);
+    while (open_list.oldest != NULL && now - open_list.oldest->active >= idle_seconds)
+        finish(open_list.oldest, true);
 }
 
 /* Moves bytes from one end to the other until either has to wait. False: the connection broke. */
@@ -155,11 +220,15 @@ static void on_end(struct end *end, uint32_t events)
             finish(connection, true);
             return;
         }
+        leave(connection);
         connection->connecting = false;
+        join(connection);
     } else if (events & EPOLLERR) {
         finish(connection, true);
         return;
     }
+    if (!connection->connecting && connection->active != now)
+        leave(connection), join(connection);
     if (!pump(&connection->client) || !pump(&connection->server)) {
         finish(connection, true);
     } else if (connection->client.told && connection->server.told) {
@@ -183,23 +252,44 @@ static const char *show(const struct sockaddr_storage *addr, char text[static 80
     return text;
 }
 
+/* Why a destination is not to be called: it is denied, or this proxy itself, which would call itself for ever. */
+static const char *refused(const struct sockaddr_storage *to, socklen_t len)
+{
+    in_port_t port = to->ss_family == AF_INET ? ((const struct sockaddr_in *)to)->sin_port
+                                              : ((const struct sockaddr_in6 *)to)->sin6_port;
+    if (denied(&deny, (const struct sockaddr *)to))
+        return "refused: a destination that is denied";
+    if (port == listen_port && is_own_address((const struct sockaddr *)to, len))
+        return "refused: a connection to this proxy itself";
+    return NULL;
+}
+
 /* The heart of it: who calls, whom do they want, call them in the caller's name. */
 static bool accept_one(void)
 {
     struct sockaddr_storage from, to;
     socklen_t from_len = sizeof from, to_len = sizeof to;
     int client = accept4(listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (client < 0)
-        return errno == EINTR || errno == ECONNABORTED;
+    if (client < 0) {
+        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+            if (!make_room())
+                paused_at = now;
+            refill();
+            return accepting;
+        }
+        /* Else that connection is gone, and the next may be well (accept(2)). */
+        return errno != EAGAIN;
+    }
 
     close(spare_fd);
     spare_fd = -1;
     int server = -1;
-    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0)
+    const char *refusal = NULL;
+    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0 && (refusal = refused(&to, to_len)) == NULL)
         server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
     struct connection *connection = server < 0 ? NULL : malloc(sizeof *connection);
     if (connection == NULL) {
-        fprintf(stderr, "%s\n", server < 0 ? tp_last_error() : "out of memory");
+        fprintf(stderr, "%s\n", refusal != NULL ? refusal : server < 0 ? tp_last_error() : "out of memory");
         struct linger linger = { .l_onoff = 1, .l_linger = 0 };
         setsockopt(client, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
         close(client);
@@ -216,6 +306,7 @@ static bool accept_one(void)
     connection->client.fd = client, connection->client.other = &connection->server;
     connection->server.fd = server, connection->server.other = &connection->client;
     connection->connecting = true, connection->dead = false;
+    join(connection);
     set_interest(&connection->server, EPOLLOUT);
     refill();
     return accepting;
@@ -249,8 +340,22 @@ static size_t parse_ports(char **args, struct tp_port_range *ranges)
 
 int main(int argc, char **argv)
 {
-    if (argc < 3)
-        errx(2, "usage: tcp_proxy LISTEN-PORT PORT[-PORT]...");
+    static const struct option options[] = { { "idle", required_argument, NULL, 'i' },
+                                             { "deny", required_argument, NULL, 'x' },
+                                             { 0 } };
+    deny_defaults(&deny);
+    for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        char *end = "";
+        if (option == 'x' && !deny_add(&deny, optarg))
+            errx(2, "%s: not a prefix to deny (ADDR/LEN), or there are more than %d", optarg, MAX_DENIED);
+        if (option == 'i' && ((idle_seconds = strtol(optarg, &end, 10)) < 1 || *end != '\0'))
+            errx(2, "%s: not a number of seconds", optarg);
+        if (option == '?')
+            argc = 0;
+    }
+    if (argc - optind < 2)
+        errx(2, "usage: tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... LISTEN-PORT PORT[-PORT]...");
+    argv += optind - 1;
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     struct rlimit limit;
@@ -271,6 +376,7 @@ int main(int argc, char **argv)
     /* One listener for both families; for IPv4 alone where the kernel has no IPv6. */
     const char *rest;
     uint16_t port = htons(parse_port(argv[1], '\0', &rest));
+    listen_port = port;
     struct sockaddr_in6 any6 = { .sin6_family = AF_INET6, .sin6_port = port };
     struct sockaddr_in any4 = { .sin_family = AF_INET, .sin_port = port };
     listener = tp_listen((struct sockaddr *)&any6, sizeof any6, -1, TP_NONBLOCK);
@@ -289,12 +395,15 @@ int main(int argc, char **argv)
     printf("listening\n");
 
     watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD);
+    now = seconds(), paused_at = -1;
     refill();
     watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD);
     for (bool running = true; running;) {
         struct epoll_event events[EVENTS];
-        /* While none are accepted, look now and then whether there are descriptors again. */
-        int n = epoll_wait(epoll_fd, events, EVENTS, accepting ? -1 : 100);
+        /* While none are accepted, look now and then whether there are descriptors again; and who has gone silent. */
+        bool idle = waiting.oldest == NULL && open_list.oldest == NULL;
+        int n = epoll_wait(epoll_fd, events, EVENTS, !accepting ? 100 : idle ? -1 : 1000);
+        now = seconds();
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == NULL)
                 while (accepting && accept_one())
@@ -304,6 +413,9 @@ int main(int argc, char **argv)
             else
                 on_end(events[i].data.ptr, events[i].events);
         }
+        end_idle();
+        if (spare_fd < 0 && dead_list == NULL)
+            make_room();
         refill();
         while (dead_list != NULL) {
             struct connection *next = dead_list->next_dead;

@@ -1,7 +1,7 @@
 /*
  * tproxyctl: what libtproxy does, from a shell.
  *
- *     tproxyctl check                                  what breaks transparent proxying here, and what cures it
+ *     tproxyctl check                                  what breaks transparent proxying here, and what fixes it
  *     tproxyctl install --listen [::]:3129 --port 80   rules for a listener in another process, until a signal
  *
  * tproxyctl(8) has the rest. It uses the public calls alone.
@@ -17,7 +17,7 @@
 static const char help[] =
     "usage: tproxyctl COMMAND [OPTION]...\n"
     "\n"
-    "  check                 what on this host breaks transparent proxying, and what cures it\n"
+    "  check                 what on this host breaks transparent proxying, and what fixes it\n"
     "  self-test RULES       send probes through rules, in a network that exists meanwhile\n"
     "  install RULES         install rules, and hold them until SIGINT, SIGTERM or SIGHUP\n"
     "  render RULES          show the script that would do the same\n"
@@ -101,17 +101,17 @@ static const char *const colours[] = { "32", "36", "33", "31" };
 static void print_finding(const struct tp_finding *finding, void *context)
 {
     struct report *report = context;
-    uint32_t severity = finding->severity <= TP_FAILURE ? finding->severity : TP_FAILURE;
-    report->warnings += severity == TP_WARNING;
-    if (severity == TP_OK && !options.all)
+    uint32_t severity = finding->severity <= TP_SEVERITY_FAILURE ? finding->severity : TP_SEVERITY_FAILURE;
+    report->warnings += severity == TP_SEVERITY_WARNING;
+    if (severity == TP_SEVERITY_OK && !options.all)
         return;
     if (options.json) {
         fputs(report->printed++ ? ",\n  {" : "[\n  {", stdout);
         print_field("severity", severities[severity], ", ");
         print_field("id", finding->id, ", ");
-        print_field("found", finding->found, ", ");
-        print_field("effect", finding->effect, ", ");
-        print_field("cure", finding->cure, "}");
+        print_field("message", finding->message, ", ");
+        print_field("impact", finding->impact, ", ");
+        print_field("fix", finding->fix, "}");
         return;
     }
     ++report->printed;
@@ -119,11 +119,11 @@ static void print_finding(const struct tp_finding *finding, void *context)
         printf("\033[%sm%-7s\033[0m  ", colours[severity], severities[severity]);
     else
         printf("%-7s  ", severities[severity]);
-    printf("%s: %s\n", finding->id, finding->found);
-    if (severity >= TP_WARNING)
-        printf("         %s\n", finding->effect);
-    if (*finding->cure)
-        printf("         cure: %s\n", finding->cure);
+    printf("%s: %s\n", finding->id, finding->message);
+    if (severity >= TP_SEVERITY_WARNING)
+        printf("         %s\n", finding->impact);
+    if (*finding->fix)
+        printf("         fix: %s\n", finding->fix);
 }
 
 static int end_report(const char *command, const struct report *report, int failures)
@@ -234,7 +234,7 @@ static void print_stats(const struct tp_rules_stats *stats)
         { "intercepted", stats->intercepted_packets, stats->intercepted_bytes },
         { "diverted", stats->diverted_packets, stats->diverted_bytes },
         { "dropped", stats->dropped_packets, stats->dropped_bytes },
-        { "guarded", stats->guarded_packets, stats->guarded_bytes },
+        { "direct", stats->direct_packets, stats->direct_bytes },
     };
     for (size_t i = 0; i < sizeof counts / sizeof counts[0]; ++i) {
         const char *form = options.json ? "%s\"%s\": {\"packets\": %llu, \"bytes\": %llu}%s" : "%s%-12s %12llu packets %15llu bytes%s";

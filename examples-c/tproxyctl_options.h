@@ -192,10 +192,10 @@ static void set_option(struct options *options, int option, char *value)
     case MARK: set_mark(options, value); break;
     case TABLE: config->table = (uint32_t)number("--table", value, UINT32_MAX); break;
     case PRIORITY: config->priority = (uint32_t)number("--priority", value, UINT32_MAX); break;
-    case TCP: config->protocols |= TP_TCP; break;
-    case UDP: config->protocols |= TP_UDP; break;
-    case '4': config->families |= TP_IPV4; break;
-    case '6': config->families |= TP_IPV6; break;
+    case TCP: config->protocols |= TP_PROTO_TCP; break;
+    case UDP: config->protocols |= TP_PROTO_UDP; break;
+    case '4': config->families |= TP_FAMILY_IPV4; break;
+    case '6': config->families |= TP_FAMILY_IPV6; break;
     case BACKEND: config->backend = one_of("--backend", value, backends, 3); break;
     case REDIRECT: config->flags |= TP_RULES_REDIRECT; break;
     case DIVERT_ONLY: config->flags |= TP_RULES_DIVERT_ONLY; break;

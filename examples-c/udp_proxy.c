@@ -14,6 +14,8 @@
  *                       given for each family; a family without is left alone
  *     --sessions N      how many conversations there are at most
  *     --idle SECONDS    how long one may be silent; 30
+ *     --deny ADDR/LEN   call nobody there for a client; may be given again. See
+ *                       deny.h for what is refused anyway; `--deny none` clears it
  *     --verbose         a line to standard output for each session
  *
  * A session is one client's address and port with one destination, and has a
@@ -53,6 +55,8 @@
 
 #include <tproxy.h>
 
+#include "deny.h"
+
 enum {
     BUFFER = 64 * 1024,         /* a datagram, or what UDP_GRO makes of many */
     EVENTS = 256,
@@ -78,7 +82,7 @@ struct session {
 };
 
 static struct {
-    uint64_t opened, idle, evicted, failed;                 /* sessions */
+    uint64_t opened, idle, evicted, failed, denied;         /* sessions */
     uint64_t received, sent, unsent, answers, strangers;    /* datagrams; of UDP_GRO's many, one */
     uint64_t refused;                                       /* times that a server's host said so */
 } count;
@@ -86,6 +90,8 @@ static struct {
 static int epoll_fd, signal_fd, listener;
 static bool verbose;
 static tp_replier *replier;
+static struct deny_list deny;
+static in_port_t listen_port;
 static struct sockaddr_in6 to[2];                  /* --to, of IPv4 and of IPv6 */
 static uint64_t now, idle_ms = 30000, seed;
 static size_t max_sessions, n_sessions, n_buckets;
@@ -229,10 +235,22 @@ static int patience(void)
 static struct session *open_session(const struct key *key)
 {
     const struct sockaddr_in6 *server = &to[!IN6_IS_ADDR_V4MAPPED(&key->client.sin6_addr)];
-    uint32_t flags = TP_DGRAM | TP_NONBLOCK;
+    uint32_t flags = TP_CONNECT_DGRAM | TP_NONBLOCK;
     if (server->sin6_family == AF_UNSPEC) {
         server = &key->orig_dst;
-        flags |= TP_KEEP_PORT;
+        flags |= TP_CONNECT_KEEP_PORT;
+    }
+    /*
+     * Not for this host itself, whose datagrams would come back to it, nor where clients must not get to.
+     * A session that goes on is not asked again.
+     */
+    const struct sockaddr *client = (const struct sockaddr *)&key->client;
+    if ((flags & TP_CONNECT_KEEP_PORT && denied(&deny, (const struct sockaddr *)server)) ||
+        is_own_address(client, sizeof key->client) ||
+        (server->sin6_port == listen_port && is_own_address((const struct sockaddr *)server, sizeof *server))) {
+        complain("refused: a client with an address of this host, or a destination that is denied");
+        count.denied++;
+        return NULL;
     }
     if (free_sessions == NULL)
         evict();
@@ -240,7 +258,7 @@ static struct session *open_session(const struct key *key)
     do {
         fd = tp_connect_from((const struct sockaddr *)&key->client, sizeof key->client,
                              (const struct sockaddr *)server, sizeof *server, flags);
-    } while (fd < 0 && (errno == EMFILE || errno == ENFILE) && evict());
+    } while (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) && evict());
     if (fd < 0) {
         complain(tp_last_error());
         count.failed++;
@@ -392,10 +410,10 @@ static void print_statistics(void)
     if (tp_replier_stats(replier, &replies, sizeof replies) != 0)
         errx(1, "%s", tp_last_error());
     printf("sessions: %zu of %zu, opened %" PRIu64 ", idle %" PRIu64 ", evicted %" PRIu64 ", failed %" PRIu64
-           "; requests: %" PRIu64 ", sent %" PRIu64 ", unsent %" PRIu64 ", refused %" PRIu64 "; answers: %" PRIu64
+           ", denied %" PRIu64 "; requests: %" PRIu64 ", sent %" PRIu64 ", unsent %" PRIu64 ", refused %" PRIu64 "; answers: %" PRIu64
            ", sent %" PRIu64 ", raw %" PRIu64 ", unsent %" PRIu64 ", strangers %" PRIu64 "; sources: %" PRIu64 "\n",
-           n_sessions, max_sessions, count.opened, count.idle, count.evicted, count.failed, count.received, count.sent,
-           count.unsent, count.refused, count.answers, replies.sent, replies.raw, replies.errors, count.strangers,
+           n_sessions, max_sessions, count.opened, count.idle, count.evicted, count.failed, count.denied, count.received,
+           count.sent, count.unsent, count.refused, count.answers, replies.sent, replies.raw, replies.errors, count.strangers,
            replies.sockets);
 }
 
@@ -557,8 +575,10 @@ static uint16_t parse_options(int argc, char **argv, struct tp_rules_config *con
     static const struct option options[] = {
         { "dst", required_argument, NULL, 'd' },      { "to", required_argument, NULL, 't' },
         { "sessions", required_argument, NULL, 's' }, { "idle", required_argument, NULL, 'i' },
-        { "verbose", no_argument, NULL, 'v' },        { 0 },
+        { "deny", required_argument, NULL, 'x' },     { "verbose", no_argument, NULL, 'v' },
+        { 0 },
     };
+    deny_defaults(&deny);
     for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;)
         switch (option) {
         case 'd':
@@ -567,20 +587,25 @@ static uint16_t parse_options(int argc, char **argv, struct tp_rules_config *con
             dst[config->n_dst++] = parse_prefix(optarg);
             break;
         case 't': parse_to(optarg); break;
+        case 'x':
+            if (!deny_add(&deny, optarg))
+                errx(2, "%s: not a prefix to deny (ADDR/LEN), or there are more than %d", optarg, MAX_DENIED);
+            break;
         case 's': *sessions = parse_number(optarg, 1, 1 << 20, '\0', NULL); break;
         case 'i': idle_ms = 1000 * parse_number(optarg, 1, 1 << 20, '\0', NULL); break;
         case 'v': verbose = true; break;
         default: exit(2);
         }
     if (argc - optind < 2)
-        errx(2, "usage: udp_proxy [--dst ADDR/LEN]... [--to ADDR:PORT]... [--sessions N] [--idle SECONDS] [--verbose] "
+        errx(2, "usage: udp_proxy [--dst ADDR/LEN]... [--to ADDR:PORT]... [--sessions N] [--idle SECONDS] [--deny ADDR/LEN]... "
+                "[--verbose] "
                 "LISTEN-PORT PORT[-PORT]...");
     config->dst = dst;
     config->ports = ports, config->n_ports = parse_ports(argv + optind + 1, ports);
     if (to[0].sin6_family != AF_UNSPEC)
-        config->families |= TP_IPV4;
+        config->families |= TP_FAMILY_IPV4;
     if (to[1].sin6_family != AF_UNSPEC)
-        config->families |= TP_IPV6;
+        config->families |= TP_FAMILY_IPV6;
     return (uint16_t)parse_number(argv[optind], 1, 65535, '\0', NULL);
 }
 
@@ -636,6 +661,7 @@ int main(int argc, char **argv)
     if (tp_replier_open(&sources, sizeof sources, &replier) != 0)
         errx(1, "%s", tp_last_error());
     listener = open_listener(port);
+    listen_port = htons(port);
     watch(listener, &listener);
     watch(signal_fd, &signal_fd);
     tp_rules *rules = install(&config);

@@ -177,24 +177,24 @@ typedef struct tp_replier tp_replier;
  * Several listeners share the address and port, and the kernel spreads
  * the connections among them (SO_REUSEPORT). tp_listen.
  */
-#define TP_REUSEPORT 2
+#define TP_LISTEN_REUSEPORT 2
 
 /**
  * Connect from the source's own port if it can be had, else from any
  * other. tp_connect_from.
  */
-#define TP_KEEP_PORT 4
+#define TP_CONNECT_KEEP_PORT 4
 
 /**
  * A datagram socket instead of a stream socket. tp_connect_from.
  */
-#define TP_DGRAM 8
+#define TP_CONNECT_DGRAM 8
 
 /**
  * What is to be sent on the connection is there already: the packet that ends
  * the handshake waits for it. tp_connect_from.
  */
-#define TP_DATA_FOLLOWS 16
+#define TP_CONNECT_DATA_FOLLOWS 16
 
 /**
  * In tp_datagram.flags: the datagram was longer than its place; len is what
@@ -313,12 +313,12 @@ typedef struct tp_replier tp_replier;
 /**
  * TCP.
  */
-#define TP_TCP 1
+#define TP_PROTO_TCP 1
 
 /**
  * UDP.
  */
-#define TP_UDP 2
+#define TP_PROTO_UDP 2
 
 /**
  * The destinations to intercept. tp_update_rules.
@@ -348,32 +348,32 @@ typedef struct tp_replier tp_replier;
 /**
  * IPv4.
  */
-#define TP_IPV4 1
+#define TP_FAMILY_IPV4 1
 
 /**
  * IPv6.
  */
-#define TP_IPV6 2
+#define TP_FAMILY_IPV6 2
 
 /**
  * As it should be.
  */
-#define TP_OK 0
+#define TP_SEVERITY_OK 0
 
 /**
  * Good to know.
  */
-#define TP_NOTE 1
+#define TP_SEVERITY_NOTE 1
 
 /**
  * Some traffic may be lost, or pass by the proxy.
  */
-#define TP_WARNING 2
+#define TP_SEVERITY_WARNING 2
 
 /**
  * Interception cannot work.
  */
-#define TP_FAILURE 3
+#define TP_SEVERITY_FAILURE 3
 
 /**
  * A replier.
@@ -549,7 +549,7 @@ struct tp_rules_config {
      * Protocol, family, address and port come from them. Each must be
      * transparent, bound and, for TCP, listening (tp_listen makes such), and
      * for each protocol and family there must be one address and port;
-     * sockets that share it by TP_REUSEPORT are fine. They are read now; a
+     * sockets that share it by TP_LISTEN_REUSEPORT are fine. They are read now; a
      * listener that ends later leaves no listener, and so no traffic.
      */
     const int *listeners;
@@ -575,12 +575,12 @@ struct tp_rules_config {
      */
     uint32_t backend;
     /**
-     * TP_TCP, TP_UDP. 0: what the listeners are, else TCP. With listen_addr
+     * TP_PROTO_TCP, TP_PROTO_UDP. 0: what the listeners are, else TCP. With listen_addr
      * it says what listens there.
      */
     uint32_t protocols;
     /**
-     * TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both; IPv4
+     * TP_FAMILY_IPV4, TP_FAMILY_IPV6. 0: those that the listeners serve, else both; IPv4
      * alone on a host that has no IPv6 address.
      */
     uint32_t families;
@@ -688,20 +688,20 @@ struct tp_rules_stats {
     /**
      * Dropped, because they were sent straight to a listener.
      */
-    uint64_t guarded_packets;
+    uint64_t direct_packets;
     /**
      * Their bytes.
      */
-    uint64_t guarded_bytes;
+    uint64_t direct_bytes;
 };
 
 /**
- * Something that was found. All of it is valid during the call of a
+ * Something that was message. All of it is valid during the call of a
  * tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
  */
 struct tp_finding {
     /**
-     * TP_OK, TP_NOTE, TP_WARNING or TP_FAILURE.
+     * TP_SEVERITY_OK, TP_SEVERITY_NOTE, TP_SEVERITY_WARNING or TP_SEVERITY_FAILURE.
      */
     uint32_t severity;
     /**
@@ -710,24 +710,24 @@ struct tp_finding {
      */
     const char *id;
     /**
-     * What was found, for people.
+     * What was message, for people.
      */
-    const char *found;
+    const char *message;
     /**
      * What it does to traffic, for people.
      */
-    const char *effect;
+    const char *impact;
     /**
      * The command that cures it, for sh(1). Empty: nothing is to be cured, or
      * no command does. Names that others gave are quoted in it. Read it before
      * you run it: some cures end the process that the rules belong to, or
      * delete a rule that somebody else made.
      */
-    const char *cure;
+    const char *fix;
 };
 
 /**
- * Is told what was found: one call for each finding, from the thread that
+ * Is told what was message: one call for each finding, from the thread that
  * called tp_check or tp_self_test, with the context that was given to it. It
  * must return (no longjmp, no C++ exception), and may call this library.
  */
@@ -814,7 +814,7 @@ int tp_bind_nonlocal(int fd, const struct sockaddr *addr, socklen_t addrlen);
  * addr: a struct sockaddr_in or sockaddr_in6, in network byte order; with
  * port 0 the kernel chooses one (getsockname(2) tells). backlog: as
  * listen(2); negative asks for the most that the system allows
- * (net.core.somaxconn). flags: TP_NONBLOCK, TP_REUSEPORT, or 0.
+ * (net.core.somaxconn). flags: TP_NONBLOCK, TP_LISTEN_REUSEPORT, or 0.
  *
  * Returns a descriptor, which the caller closes, or -1 with errno: EFAULT:
  * addr is NULL. EINVAL: addrlen does not fit the family, or flags has an
@@ -839,17 +839,17 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * what routers and hosts say of its packets (ICMP): that they are too big for
  * a link, or refused.
  *
- * The port: without TP_KEEP_PORT any that is free for this destination; the
- * port in src does not count. With TP_KEEP_PORT the one in src, unless it is
+ * The port: without TP_CONNECT_KEEP_PORT any that is free for this destination; the
+ * port in src does not count. With TP_CONNECT_KEEP_PORT the one in src, unless it is
  * 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
  * 1024 without CAP_NET_BIND_SERVICE): then any, as without.
  *
- * flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, TP_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
+ * flags: TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM, TP_CONNECT_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
  * may still be under way when the descriptor is returned: wait until it is
  * writable, then SO_ERROR tells. Without, the call waits, at most as long as
  * the kernel tries (net.ipv4.tcp_syn_retries).
  *
- * With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
+ * With TP_CONNECT_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
  * and recv(2) receives what dst answers to it. (What others sent to src at the
  * very moment of the call is dropped; where a datagram of theirs that slips
  * through matters, look at the sender that recvfrom(2) gives.) What the
@@ -858,7 +858,7 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * be no two with the same port and destination: the kernel does not refuse
  * that, and gives the answers to either.
  *
- * With TP_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
+ * With TP_CONNECT_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
  * sent first, and so does the one for the first answer, if it can: a packet or
  * two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
  * that has the client's first bytes before it connects. If nothing is sent,
@@ -867,7 +867,7 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  *
  * Returns a connected socket, which the caller closes, or -1 with
  * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
- * family, an unknown flag, TP_DATA_FOLLOWS with TP_DGRAM, or src or dst is
+ * family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, or src or dst is
  * unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
  * address of this host, or to this host. EAFNOSUPPORT: a family other than
  * AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
@@ -877,10 +877,10 @@ int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint3
  * as tp_socket. On failure no descriptor is left open.
  *
  * System calls: socket, setsockopt(IP_TRANSPARENT),
- * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
- * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
+ * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_CONNECT_KEEP_PORT
+ * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_CONNECT_DGRAM neither
  * or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
- * from others before the connect; with TP_DATA_FOLLOWS one setsockopt more.
+ * from others before the connect; with TP_CONNECT_DATA_FOLLOWS one setsockopt more.
  * Thread-safe.
  */
 int tp_connect_from(const struct sockaddr *src,
@@ -1324,7 +1324,7 @@ int tp_render_rules(const struct tp_rules_config *config,
  *
  * report: is told each finding, good ones too. context: is handed on to it.
  *
- * Returns the number of failures (findings of TP_FAILURE), 0 if there are
+ * Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
  * none, or -1 with errno: EFAULT: report is NULL.
  *
  * Takes some milliseconds, more with thousands of rules. Thread-safe.

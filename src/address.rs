@@ -24,7 +24,7 @@ impl KernelAddr {
 
     /// Hands on where it is, if it is one.
     #[inline(always)]
-    pub(crate) fn hand_on<T>(&self, body: impl FnOnce(AddrRef<'_>) -> T) -> Option<T> {
+    pub(crate) fn with_ref<T>(&self, body: impl FnOnce(AddrRef<'_>) -> T) -> Option<T> {
         match (self.family(), self.0.first_chunk()) {
             (Some(libc::AF_INET), Some(v4)) => Some(body(AddrRef::V4(v4))),
             (Some(libc::AF_INET6), _) => Some(body(AddrRef::V6(&self.0))),
@@ -99,7 +99,7 @@ impl KernelAddr {
 
     /// Whether it is the same as another, whatever follows an IPv4 one.
     #[inline(always)]
-    pub(crate) fn is(&self, other: &KernelAddr) -> bool {
+    pub(crate) fn same_as(&self, other: &KernelAddr) -> bool {
         self.field::<8>(0) == other.field::<8>(0) && (self.is_ipv4() || self == other)
     }
 
@@ -133,7 +133,7 @@ impl KernelAddr {
 
     /// As a socket of that family has it: an IPv6 socket has IPv4 addresses v4-mapped.
     #[inline(always)]
-    pub(crate) fn take_family(&mut self, family: Option<i32>) {
+    pub(crate) fn map_to_family(&mut self, family: Option<i32>) {
         if family == Some(libc::AF_INET6) && self.is_ipv4() {
             *self = KernelAddr(v4_mapped(&self.field(0)));
         }
@@ -304,14 +304,14 @@ mod tests {
             (v4, ["192.0.2.2:80", "192.0.2.1:81", "[::ffff:192.0.2.1]:80"]),
             (v6, ["[2001:db8::2%3]:80", "[2001:db8::1%3]:81", "[2001:db8::1%4]:80"]),
         ] {
-            assert!(addr.is(&addr));
+            assert!(addr.same_as(&addr));
             for other in others {
-                assert!(!addr.is(&one(other)), "{addr:?} {other}");
+                assert!(!addr.same_as(&one(other)), "{addr:?} {other}");
             }
         }
         let mut followed = v4;
         followed.0[8..].fill(0xaa);
-        assert!(v4.is(&followed) && followed.is(&v4));
+        assert!(v4.same_as(&followed) && followed.same_as(&v4));
     }
 
     proptest! {
@@ -326,7 +326,7 @@ mod tests {
             prop_assert_eq!(changed.is_multicast(), addr.ip().to_canonical().is_multicast());
             for other in ["192.0.2.1:1".parse().unwrap(), "[::1]:1".parse().unwrap()] {
                 let mut taken = KernelAddr::from(addr);
-                taken.take_family(KernelAddr::from(other).family());
+                taken.map_to_family(KernelAddr::from(other).family());
                 prop_assert_eq!(taken.get(), Some(as_family_of(other, addr)));
             }
             changed.set_port(7);

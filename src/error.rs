@@ -10,28 +10,28 @@ use crate::address::KernelAddr;
 use crate::memory::Text;
 use crate::sys::{self, Errno};
 
-/// What every fallible call of this crate returns.
+/// Repr every fallible call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong: which step, why, and the cure where one is known.
+/// Repr went wrong: which step, why, and the fix where one is known.
 ///
 /// Making one that happens all the time (there is nothing to be received) allocates nothing; its text is rendered when
 /// it is displayed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Error(What);
+pub struct Error(Repr);
 
 /// Two words: errors are handed on by every function of this crate, and hardly ever made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum What {
+enum Repr {
     /// The whole sentence; `None`: there was no memory for one.
     Sentence { errno: i32, sentence: Option<Box<Cow<'static, str>>> },
     /// A system call on a socket; the errno is the kernel's. The addresses are left out if there was no memory for them.
-    Socket { errno: i32, step: Step, ends: Option<Box<Ends>> },
+    Socket { errno: i32, step: SocketOp, endpoints: Option<Box<Endpoints>> },
 }
 
 /// The system call on a socket that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
+pub(crate) enum SocketOp {
     Create,
     DualStack,
     Transparent,
@@ -50,7 +50,7 @@ pub(crate) enum Step {
 
 /// The addresses that a step was about, as far as it had any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Ends {
+pub(crate) struct Endpoints {
     pub local: Option<KernelAddr>,
     pub remote: Option<KernelAddr>,
 }
@@ -68,21 +68,21 @@ impl Error {
     #[inline(never)]
     pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
         let mut text = Text::default();
-        // What there is no memory for is left out.
+        // Repr there is no memory for is left out.
         let _ = text.write_fmt(sentence);
         Error::of_sentence(errno, Cow::Owned(text.0))
     }
 
     fn of_sentence(errno: i32, sentence: Cow<'static, str>) -> Self {
         let sentence = Some(sentence).filter(|sentence| !sentence.is_empty());
-        Error(What::Sentence { errno, sentence: sentence.and_then(|sentence| sys::try_box(sentence).ok()) })
+        Error(Repr::Sentence { errno, sentence: sentence.and_then(|sentence| sys::try_box(sentence).ok()) })
     }
 
     /// Memory that was asked for is not to be had.
     #[cold]
     #[inline(never)]
     pub(crate) fn no_memory() -> Self {
-        Error(What::Sentence { errno: libc::ENOMEM, sentence: None })
+        Error(Repr::Sentence { errno: libc::ENOMEM, sentence: None })
     }
 
     /// A bad value: EINVAL.
@@ -95,7 +95,7 @@ impl Error {
         Error::with(libc::EINVAL, sentence)
     }
 
-    /// What was being done failed.
+    /// Repr was being done failed.
     #[cold]
     #[inline(never)]
     pub(crate) fn io(what: fmt::Arguments<'_>, cause: Errno) -> Self {
@@ -103,15 +103,17 @@ impl Error {
     }
 
     /// A system call on a socket failed.
-    pub(crate) fn socket(step: Step, ends: Ends, cause: impl Into<Errno>) -> Self {
-        Error::of_socket(step, ends, cause.into())
+    pub(crate) fn socket(step: SocketOp, endpoints: Endpoints, cause: impl Into<Errno>) -> Self {
+        Error::of_socket(step, endpoints, cause.into())
     }
 
     #[cold]
     #[inline(never)]
-    fn of_socket(step: Step, ends: Ends, Errno(errno): Errno) -> Self {
-        let ends = Some(ends).filter(|ends| *ends != Ends::default()).and_then(|ends| sys::try_box(ends).ok());
-        Error(What::Socket { errno, step, ends })
+    fn of_socket(step: SocketOp, endpoints: Endpoints, Errno(errno): Errno) -> Self {
+        let endpoints = Some(endpoints)
+            .filter(|endpoints| *endpoints != Endpoints::default())
+            .and_then(|endpoints| sys::try_box(endpoints).ok());
+        Error(Repr::Socket { errno, step, endpoints })
     }
 
     /// This error, and if it has left something behind, that too.
@@ -130,7 +132,7 @@ impl Error {
     /// The errno value, as in `errno(3)`.
     pub fn errno(&self) -> i32 {
         match self.0 {
-            What::Sentence { errno, .. } | What::Socket { errno, .. } => errno,
+            Repr::Sentence { errno, .. } | Repr::Socket { errno, .. } => errno,
         }
     }
 }
@@ -138,25 +140,25 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            What::Sentence { sentence: Some(sentence), .. } => f.write_str(sentence),
-            What::Sentence { errno: libc::ENOMEM, sentence: None } => f.write_str(
+            Repr::Sentence { sentence: Some(sentence), .. } => f.write_str(sentence),
+            Repr::Sentence { errno: libc::ENOMEM, sentence: None } => f.write_str(
                 "there is not enough memory; free some, or raise the process's limit (ulimit -v, memory.max)",
             ),
-            What::Sentence { errno, sentence: None } => {
+            Repr::Sentence { errno, sentence: None } => {
                 write!(f, "{}; there is no memory for a longer sentence", Errno(*errno))
             }
-            What::Socket { errno, step, ends } => {
+            Repr::Socket { errno, step, endpoints } => {
                 f.write_str(step.call())?;
-                let ends = ends.as_deref().copied().unwrap_or_default();
-                if let Some(local) = ends.local {
+                let endpoints = endpoints.as_deref().copied().unwrap_or_default();
+                if let Some(local) = endpoints.local {
                     write!(f, " from {}", SocketAddr::from(local))?;
                 }
-                if let Some(remote) = ends.remote {
+                if let Some(remote) = endpoints.remote {
                     write!(f, " to {}", SocketAddr::from(remote))?;
                 }
                 write!(f, ": {}", Errno(*errno))?;
-                match step.cure(*errno) {
-                    Some(cure) => write!(f, "; {cure}"),
+                match step.fix(*errno) {
+                    Some(fix) => write!(f, "; {fix}"),
                     None => Ok(()),
                 }
             }
@@ -172,57 +174,63 @@ impl From<Error> for io::Error {
     }
 }
 
-impl Step {
+impl SocketOp {
     fn call(self) -> &'static str {
         match self {
-            Step::Create => "socket()",
-            Step::DualStack => "setsockopt(IPV6_V6ONLY, 0)",
-            Step::Transparent => "setsockopt(IP_TRANSPARENT, 1)",
-            Step::ReportOrigDst => "setsockopt(IP_RECVORIGDSTADDR, 1)",
-            Step::BindAddressNoPort => "setsockopt(IP_BIND_ADDRESS_NO_PORT, 1)",
-            Step::ReuseAddress => "setsockopt(SO_REUSEADDR, 1)",
-            Step::ReusePort => "setsockopt(SO_REUSEPORT, 1)",
-            Step::DelayAck => "setsockopt(TCP_QUICKACK, 0)",
-            Step::Bind => "bind()",
-            Step::Listen => "listen()",
-            Step::Connect => "connect()",
-            Step::Inspect => "reading the socket",
-            Step::Receive => "receiving datagrams",
-            Step::Prepare => "preparing the reply socket",
+            SocketOp::Create => "socket()",
+            SocketOp::DualStack => "setsockopt(IPV6_V6ONLY, 0)",
+            SocketOp::Transparent => "setsockopt(IP_TRANSPARENT, 1)",
+            SocketOp::ReportOrigDst => "setsockopt(IP_RECVORIGDSTADDR, 1)",
+            SocketOp::BindAddressNoPort => "setsockopt(IP_BIND_ADDRESS_NO_PORT, 1)",
+            SocketOp::ReuseAddress => "setsockopt(SO_REUSEADDR, 1)",
+            SocketOp::ReusePort => "setsockopt(SO_REUSEPORT, 1)",
+            SocketOp::DelayAck => "setsockopt(TCP_QUICKACK, 0)",
+            SocketOp::Bind => "bind()",
+            SocketOp::Listen => "listen()",
+            SocketOp::Connect => "connect()",
+            SocketOp::Inspect => "reading the socket",
+            SocketOp::Receive => "receiving datagrams",
+            SocketOp::Prepare => "preparing the reply socket",
         }
     }
 
-    /// What an operator can do about it.
-    fn cure(self, errno: i32) -> Option<&'static str> {
+    /// Repr an operator can do about it.
+    fn fix(self, errno: i32) -> Option<&'static str> {
         Some(match (self, errno) {
-            (Step::Transparent, libc::EPERM) => {
+            (SocketOp::Transparent, libc::EPERM) => {
                 "IP_TRANSPARENT needs CAP_NET_RAW or CAP_NET_ADMIN in the user namespace that owns this network \
                  namespace: run as root, or with the capability, by systemd's `AmbientCapabilities=CAP_NET_RAW` or \
                  `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
             }
-            (Step::Create, libc::EAFNOSUPPORT) => {
+            (SocketOp::Create, libc::EAFNOSUPPORT) => {
                 "this kernel has no such address family (was IPv6 left out or disabled at boot?)"
             }
-            (Step::Create, libc::EMFILE) => "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)",
-            (Step::Create, libc::ENFILE) => "the system is at its descriptor limit: raise sysctl fs.file-max",
-            (Step::Create, libc::EPERM | libc::EACCES) => {
+            (SocketOp::Create, libc::EMFILE) => {
+                "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)"
+            }
+            (SocketOp::Create, libc::ENFILE) => "the system is at its descriptor limit: raise sysctl fs.file-max",
+            (SocketOp::Create, libc::EPERM | libc::EACCES) => {
                 "raw sockets need CAP_NET_RAW; any other is refused by a security module or a seccomp filter"
             }
-            (Step::Bind, libc::EACCES) => "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE",
-            (Step::Bind, libc::EADDRINUSE) => "another socket holds that address and port (`ss -tulnp` shows which)",
-            (Step::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",
-            (Step::Bind, libc::EINVAL) => {
+            (SocketOp::Bind, libc::EACCES) => {
+                "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE"
+            }
+            (SocketOp::Bind, libc::EADDRINUSE) => {
+                "another socket holds that address and port (`ss -tulnp` shows which)"
+            }
+            (SocketOp::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",
+            (SocketOp::Bind, libc::EINVAL) => {
                 "the socket is bound already, or a link-local address came without its scope id"
             }
-            (Step::Listen, libc::EADDRINUSE) => {
+            (SocketOp::Listen, libc::EADDRINUSE) => {
                 "another socket listens on that address and port (`ss -tlnp` shows which)"
             }
-            (Step::Connect, libc::EADDRNOTAVAIL) => {
+            (SocketOp::Connect, libc::EADDRNOTAVAIL) => {
                 "every port of that source address is in use towards that destination (widen \
                  net.ipv4.ip_local_port_range)"
             }
-            (Step::Connect, libc::ENETUNREACH) => "there is no route to that destination (`ip route get` shows it)",
-            (Step::Connect, libc::ETIMEDOUT) => {
+            (SocketOp::Connect, libc::ENETUNREACH) => "there is no route to that destination (`ip route get` shows it)",
+            (SocketOp::Connect, libc::ETIMEDOUT) => {
                 "if the destination is up, its answers to the foreign source address may not come back through this \
                  host, or no rule diverts them to the socket (tp_install_rules)"
             }
@@ -238,8 +246,8 @@ mod tests {
     #[test]
     fn a_socket_error_names_the_call_the_ends_the_cause_and_the_cure() {
         let addr = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
-        let ends = Ends { local: Some(addr("192.0.2.1:0")), remote: Some(addr("[2001:db8::1]:80")) };
-        let error = Error::socket(Step::Connect, ends, Errno(libc::ENETUNREACH));
+        let endpoints = Endpoints { local: Some(addr("192.0.2.1:0")), remote: Some(addr("[2001:db8::1]:80")) };
+        let error = Error::socket(SocketOp::Connect, endpoints, Errno(libc::ENETUNREACH));
         assert_eq!(error.errno(), libc::ENETUNREACH);
         assert_eq!(
             error.to_string(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use crate::prefix::PrefixSet;
 
@@ -199,6 +200,25 @@ pub struct PortRange {
     pub last: u16,
 }
 
+impl From<u16> for PortRange {
+    /// One port.
+    fn from(port: u16) -> PortRange {
+        PortRange { first: port, last: port }
+    }
+}
+
+impl From<RangeInclusive<u16>> for PortRange {
+    /// ```
+    /// use tproxy::rules::PortRange;
+    ///
+    /// assert_eq!(PortRange::from(8000..=8100).to_string(), "8000-8100");
+    /// assert_eq!(PortRange::from(80).to_string(), "80");
+    /// ```
+    fn from(ports: RangeInclusive<u16>) -> PortRange {
+        PortRange { first: *ports.start(), last: *ports.end() }
+    }
+}
+
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -247,7 +267,7 @@ impl Mark {
     }
 }
 
-/// A wish that can be carried out, with its defaults filled in.
+/// A config that can be carried out, with its defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub name: String,
@@ -309,7 +329,7 @@ pub(crate) struct Intercept {
 
 impl Plan {
     /// The listeners that can be reached without interception, and shall not be.
-    pub fn guarded(&self) -> impl Iterator<Item = Intercept> {
+    pub fn direct_drops(&self) -> impl Iterator<Item = Intercept> {
         let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
     }
@@ -317,20 +337,20 @@ impl Plan {
     /// The answers of destinations that are left alone, packets for other hosts as they are, may be chosen too.
     ///
     /// Not where interfaces are named, those of clients: answers come in by others.
-    pub fn may_choose_answers(&self) -> bool {
-        self.bypass.is_some() && self.interfaces.is_empty() && self.chooses_ports_of_clients()
+    pub fn needs_reply_exemption(&self) -> bool {
+        self.bypass.is_some() && self.interfaces.is_empty() && self.matches_ephemeral_ports()
     }
 
     /// What this host answers to others may be chosen, along with its own connections.
     ///
     /// What is not tracked cannot be told from these.
-    pub fn may_choose_own_answers(&self) -> bool {
-        self.output_mark.is_some() && !self.notrack && self.chooses_ports_of_clients()
+    pub fn needs_own_reply_exemption(&self) -> bool {
+        self.output_mark.is_some() && !self.notrack && self.matches_ephemeral_ports()
     }
 
     /// Answers go to a client's port, which is above 1023; where the ports are those of services, none is chosen. Nor is
     /// one with NAT, which looks at the first packets of connections alone.
-    fn chooses_ports_of_clients(&self) -> bool {
+    fn matches_ephemeral_ports(&self) -> bool {
         const FIRST_OF_CLIENTS: u16 = 1024;
         let ports = self.ports.is_empty() || self.ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS);
         self.mode == Mode::Tproxy && ports

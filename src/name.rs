@@ -25,6 +25,11 @@ impl Name {
     }
 }
 
+/// A name that a caller gave, for people: in quotes, and escaped.
+pub(crate) fn quoted(name: &str) -> impl fmt::Display {
+    fmt::from_fn(move |f| write!(f, "\"{}\"", Name::from(name)))
+}
+
 impl From<&str> for Name {
     fn from(text: &str) -> Name {
         Name::new(text.as_bytes())

@@ -1,12 +1,12 @@
 //! Where an intercepted connection was going.
 
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::SockRef;
 
 use crate::address::{KernelAddr, as_family_of, canonical};
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys::{self, Errno};
 
 /// The original destination of an accepted stream socket.
@@ -14,9 +14,16 @@ use crate::sys::{self, Errno};
 /// A transparent socket (TPROXY) has it as its own local address. Any other
 /// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
 /// asked about a transparent socket: it may hold another connection's entry.
-pub fn orig_dst(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+///
+/// ```no_run
+/// # let listener = std::net::TcpListener::bind("[::]:3129")?;
+/// let (client, from) = listener.accept()?;
+/// println!("{from} wants {}", tproxy::orig_dst(&client)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn orig_dst(fd: impl AsFd) -> Result<SocketAddr> {
     let mut addr = KernelAddr::NONE;
-    find(fd, &mut addr)?;
+    find(fd.as_fd(), &mut addr)?;
     Ok(addr.into())
 }
 
@@ -54,7 +61,7 @@ fn no_address(why: Errno) -> Error {
             libc::ENOTCONN,
             "not an accepted connection: the socket has no address of its own (is it the listener?)",
         ),
-        _ => Error::socket(Step::Inspect, Ends::default(), why),
+        _ => Error::socket(SocketOp::Inspect, Endpoints::default(), why),
     }
 }
 
@@ -68,7 +75,7 @@ fn before_nat(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     let found = if canonical(local).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
     let found = found.map_err(|e| match Errno::from(e) {
         Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
-        e => Error::socket(Step::Inspect, Ends { local: Some(*addr), remote: None }, e),
+        e => Error::socket(SocketOp::Inspect, Endpoints { local: Some(*addr), remote: None }, e),
     })?;
     let unknown = || Error::new(libc::EIO, "connection tracking answered with an address of no known family");
     match as_family_of(local, found.as_socket().ok_or_else(unknown)?) {

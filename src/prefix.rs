@@ -3,12 +3,13 @@
 use std::cmp::Ordering;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::Family;
+use crate::name;
 
-mod ordered;
 mod set;
 
 pub(crate) use set::{BYTES_EACH, Change, Contents, LENGTHS, PrefixSet};
@@ -60,6 +61,44 @@ impl Prefix {
 }
 
 /// As derived, but by numbers: long lists are put in their order.
+impl From<IpAddr> for Prefix {
+    /// A single address.
+    fn from(addr: IpAddr) -> Prefix {
+        Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } }
+    }
+}
+
+impl FromStr for Prefix {
+    type Err = Error;
+
+    /// `ADDR/LEN`, or an address for itself only.
+    ///
+    /// ```
+    /// use tproxy::rules::Prefix;
+    ///
+    /// let network: Prefix = "192.0.2.0/24".parse()?;
+    /// assert_eq!(network.to_string(), "192.0.2.0/24");
+    /// assert_eq!("2001:db8::1".parse::<Prefix>()?.to_string(), "2001:db8::1/128");
+    /// assert!("192.0.2.0/33".parse::<Prefix>().is_err());
+    /// # Ok::<(), tproxy::Error>(())
+    /// ```
+    fn from_str(text: &str) -> Result<Prefix> {
+        let invalid = || Error::invalid_with(format_args!("{} is not a prefix (ADDR/LEN)", name::quoted(text)));
+        let (addr, len) = match text.split_once('/') {
+            Some((addr, len)) => (addr, Some(len)),
+            None => (text, None),
+        };
+        let addr: IpAddr = addr.parse().map_err(|_| invalid())?;
+        match len {
+            Some(len) if len.bytes().all(|byte| byte.is_ascii_digit()) => {
+                Prefix::new(addr, len.parse().map_err(|_| invalid())?)
+            }
+            Some(_) => Err(invalid()),
+            None => Ok(addr.into()),
+        }
+    }
+}
+
 impl Ord for Prefix {
     fn cmp(&self, other: &Prefix) -> Ordering {
         let order = |prefix: &Prefix| (prefix.addr.is_ipv6(), number(prefix.addr), prefix.len);

@@ -12,7 +12,6 @@ use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use crate::list::List;
 use crate::sys::{self, End, Errno, Result};
 
 /// Where programs are sought, in this order.
@@ -65,7 +64,7 @@ impl Running {
         for argument in arguments {
             words.push(text(argument)?);
         }
-        let words: Vec<&CStr> = words.iter().map(CString::as_c_str).list();
+        let words: Vec<&CStr> = words.iter().map(CString::as_c_str).collect();
         let (its_input, input) = std::io::pipe()?;
         let (output, its_output) = std::io::pipe()?;
         let (errors, its_errors) = std::io::pipe()?;
@@ -151,7 +150,7 @@ impl Running {
         Ok([writable, written, complained, ended || self.process.is_none()])
     }
 
-    /// Ends a program that has failed its caller. It may have ended by itself, which is no error.
+    /// Endpoints a program that has failed its caller. It may have ended by itself, which is no error.
     fn kill(self) {
         let Some(process) = &self.process else { return };
         let process = process.as_fd();

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::address::KernelAddr;
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys;
 
 /// How [`listen`] makes its socket.
@@ -41,6 +41,13 @@ pub struct ConnectOptions {
 /// An IPv6 stream or datagram socket is dual-stack; a datagram socket also
 /// reports original destinations (`IP_RECVORIGDSTADDR`,
 /// `IPV6_RECVORIGDSTADDR`).
+///
+/// ```no_run
+/// use tproxy::socket2::{Domain, Type};
+///
+/// let socket = tproxy::socket::socket(Domain::IPV6, Type::DGRAM, None)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     make(domain, kind, protocol)
 }
@@ -57,7 +64,7 @@ pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
     let base = base_type(kind);
     let socket = open(domain, kind, protocol)?;
     if domain == Domain::IPV6 && base != Type::RAW {
-        socket.set_only_v6(false).map_err(|e| Error::socket(Step::DualStack, Ends::default(), e))?;
+        socket.set_only_v6(false).map_err(|e| Error::socket(SocketOp::DualStack, Endpoints::default(), e))?;
     }
     make_transparent(&socket, domain)?;
     if base == Type::DGRAM {
@@ -71,10 +78,17 @@ pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
 /// A datagram socket also reports original destinations from now on. Nothing
 /// else about the socket changes: whether an IPv6 socket is dual-stack stays
 /// as it is.
-pub fn set_transparent(fd: BorrowedFd<'_>) -> Result<()> {
+///
+/// ```no_run
+/// let socket = std::net::UdpSocket::bind("[::]:3053")?;
+/// tproxy::socket::set_transparent(&socket)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn set_transparent(fd: impl AsFd) -> Result<()> {
+    let fd = fd.as_fd();
     let socket = SockRef::from(&fd);
     let domain = domain_of(fd)?;
-    let kind = socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), e))?;
+    let kind = socket.r#type().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))?;
     make_transparent(&socket, domain)?;
     if kind == Type::DGRAM {
         report_orig_dst(fd, domain)?;
@@ -88,7 +102,17 @@ pub fn set_transparent(fd: BorrowedFd<'_>) -> Result<()> {
 /// gets its port when it connects (or listens), not now, so that one address
 /// can hold more connections than there are ephemeral ports
 /// (`IP_BIND_ADDRESS_NO_PORT`).
-pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
+///
+/// ```no_run
+/// use tproxy::socket2::{Domain, Type};
+///
+/// let socket = tproxy::socket::socket(Domain::IPV4, Type::STREAM, None)?;
+/// tproxy::socket::bind_nonlocal(&socket, "192.0.2.7:0".parse()?)?;
+/// socket.connect(&"198.51.100.2:80".parse::<std::net::SocketAddr>()?.into())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
+    let fd = fd.as_fd();
     let socket = SockRef::from(&fd);
     let domain = domain_of(fd)?;
     if domain != Domain::for_address(addr) {
@@ -102,7 +126,7 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
     }
     make_transparent(&socket, domain)?;
     let is_stream = addr.port() == 0
-        && socket.r#type().map_err(|e| Error::socket(Step::Inspect, Ends::default(), e))? == Type::STREAM;
+        && socket.r#type().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))? == Type::STREAM;
     let addr = addr.into();
     if is_stream { bind_without_port(&socket, &addr) } else { bind(&socket, &addr) }
 }
@@ -112,16 +136,23 @@ pub fn bind_nonlocal(fd: BorrowedFd<'_>, addr: SocketAddr) -> Result<()> {
 /// An IPv6 socket is dual-stack. SO_REUSEADDR is set, so that a restarted
 /// program need not wait for its old connections to end. A negative `backlog`
 /// asks for the largest that the system allows.
+///
+/// ```no_run
+/// use tproxy::socket::{ListenOptions, listen};
+///
+/// let listener: std::net::TcpListener = listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<Socket> {
     let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
     let addr = KernelAddr::from(addr);
-    let ends = Ends { local: Some(addr), remote: None };
+    let ends = Endpoints { local: Some(addr), remote: None };
     reuse_address(&socket, &addr)?;
     if options.reuse_port {
-        socket.set_reuse_port(true).map_err(|e| Error::socket(Step::ReusePort, ends, e))?;
+        socket.set_reuse_port(true).map_err(|e| Error::socket(SocketOp::ReusePort, ends, e))?;
     }
     bind(&socket, &addr)?;
-    socket.listen(backlog).map_err(|e| Error::socket(Step::Listen, ends, e))?;
+    socket.listen(backlog).map_err(|e| Error::socket(SocketOp::Listen, ends, e))?;
     Ok(socket)
 }
 
@@ -130,6 +161,15 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
 /// The port of `src` counts only with [`ConnectOptions::keep_port`], and
 /// another is taken when that one is in use (or, below 1024, not permitted).
 /// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
+///
+/// ```no_run
+/// use tproxy::socket::{ConnectOptions, connect_from};
+///
+/// let options = ConnectOptions { keep_port: true, ..ConnectOptions::default() };
+/// let server = connect_from("192.0.2.7:40000".parse()?, "198.51.100.2:80".parse()?, options)?;
+/// let server = std::net::TcpStream::from(server);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<Socket> {
     connect_between(&mut src.into(), &mut dst.into(), options)
 }
@@ -196,7 +236,7 @@ fn open_towards(dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
     make_transparent(&socket, domain)?;
     if options.data_follows {
         sys::setsockopt_int(socket.as_fd(), libc::SOL_TCP, libc::TCP_QUICKACK, 0)
-            .map_err(|e| Error::socket(Step::DelayAck, Ends::default(), e))?;
+            .map_err(|e| Error::socket(SocketOp::DelayAck, Endpoints::default(), e))?;
     }
     Ok(socket)
 }
@@ -209,10 +249,10 @@ fn bind_to_any(socket: &Socket, src: &KernelAddr, options: ConnectOptions) -> Re
 
 #[inline(always)]
 fn connect(socket: Socket, src: &KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
-    let failed = |e| Error::socket(Step::Connect, Ends { local: Some(*src), remote: Some(*dst) }, e);
+    let failed = |e| Error::socket(SocketOp::Connect, Endpoints { local: Some(*src), remote: Some(*dst) }, e);
     let connected = sys::connect(socket.as_fd(), dst).map_err(failed)?;
     if connected && options.datagram {
-        forget_strangers(&socket);
+        drain_early_datagrams(&socket);
     }
     Ok(socket)
 }
@@ -230,7 +270,7 @@ fn bind_to_port(socket: &Socket, addr: &KernelAddr) -> Result<bool> {
 /// Drops what came between `bind` and `connect`: the socket was everybody's
 /// then, and who reads from it takes all for the server's. One `recv`, as a
 /// rule. (What another processor has under way at that moment may still come.)
-fn forget_strangers(socket: &Socket) {
+fn drain_early_datagrams(socket: &Socket) {
     /// More than a receive buffer holds; a server that does not stop talking is none of them.
     const MANY: usize = 65_536;
     for _ in 0..MANY {
@@ -254,12 +294,12 @@ fn stream_type(nonblocking: bool) -> Type {
 pub(crate) fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     sys::socket(domain.into(), kind.cloexec().into(), protocol.map_or(0, i32::from))
         .map(Socket::from)
-        .map_err(|e| Error::socket(Step::Create, Ends::default(), e))
+        .map_err(|e| Error::socket(SocketOp::Create, Endpoints::default(), e))
 }
 
 /// The address family of a caller's descriptor, if it is one that can be transparent.
 fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
-    let domain = SockRef::from(&fd).domain().map_err(|e| Error::socket(Step::Inspect, Ends::default(), e))?;
+    let domain = SockRef::from(&fd).domain().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))?;
     if domain == Domain::IPV4 || domain == Domain::IPV6 {
         Ok(domain)
     } else {
@@ -277,18 +317,18 @@ pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
         _ => (libc::SOL_IP, libc::IP_TRANSPARENT),
     };
     sys::setsockopt_int(socket.as_fd(), level, option, 1)
-        .map_err(|e| Error::socket(Step::Transparent, Ends::default(), e))
+        .map_err(|e| Error::socket(SocketOp::Transparent, Endpoints::default(), e))
 }
 
 fn reuse_address(socket: &Socket, addr: &KernelAddr) -> Result<()> {
     sys::setsockopt_int(socket.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
-        .map_err(|e| Error::socket(Step::ReuseAddress, Ends { local: Some(*addr), remote: None }, e))
+        .map_err(|e| Error::socket(SocketOp::ReuseAddress, Endpoints { local: Some(*addr), remote: None }, e))
 }
 
 /// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
 #[inline(always)]
 fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
-    let failed = |e: sys::Errno| Error::socket(Step::ReportOrigDst, Ends::default(), e);
+    let failed = |e: sys::Errno| Error::socket(SocketOp::ReportOrigDst, Endpoints::default(), e);
     if domain == Domain::IPV6 {
         sys::setsockopt_int(fd, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1).map_err(failed)?;
     }
@@ -297,7 +337,8 @@ fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
 
 #[inline(always)]
 pub(crate) fn bind(socket: &Socket, addr: &KernelAddr) -> Result<()> {
-    sys::bind(socket.as_fd(), addr).map_err(|e| Error::socket(Step::Bind, Ends { local: Some(*addr), remote: None }, e))
+    sys::bind(socket.as_fd(), addr)
+        .map_err(|e| Error::socket(SocketOp::Bind, Endpoints { local: Some(*addr), remote: None }, e))
 }
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
@@ -306,7 +347,7 @@ fn bind_without_port(socket: &Socket, addr: &KernelAddr) -> Result<()> {
     match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
         // Linux before 4.2: the port is chosen at once, from fewer.
         Err(e) if e != sys::Errno(libc::ENOPROTOOPT) => {
-            Err(Error::socket(Step::BindAddressNoPort, Ends { local: Some(*addr), remote: None }, e))
+            Err(Error::socket(SocketOp::BindAddressNoPort, Endpoints { local: Some(*addr), remote: None }, e))
         }
         _ => bind(socket, addr),
     }

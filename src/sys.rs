@@ -11,7 +11,6 @@ use std::time::Duration;
 use socket2::SockAddr;
 
 use crate::address::KernelAddr;
-use crate::list::List;
 
 /// This thread's `errno`.
 pub(crate) fn errno() -> i32 {
@@ -80,22 +79,22 @@ pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
 }
 
 /// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
-pub(crate) struct Kept {
+pub(crate) struct SavedErrno {
     place: *mut i32,
     value: i32,
 }
 
-impl Kept {
+impl SavedErrno {
     #[inline(always)]
-    pub(crate) fn errno() -> Kept {
+    pub(crate) fn errno() -> SavedErrno {
         // SAFETY: a valid pointer to this thread's errno.
         let place = unsafe { libc::__errno_location() };
         // SAFETY: as above.
-        Kept { place, value: unsafe { *place } }
+        SavedErrno { place, value: unsafe { *place } }
     }
 
     #[inline(always)]
-    pub(crate) fn put_back(&self) {
+    pub(crate) fn restore(&self) {
         // SAFETY: as above; a raw pointer keeps the struct in its thread.
         unsafe { *self.place = self.value }
     }
@@ -474,7 +473,7 @@ pub(crate) fn spawn(
     files: [BorrowedFd<'_>; 3],
 ) -> Result<libc::pid_t> {
     let pointers = |words: &[&CStr]| -> Vec<*mut libc::c_char> {
-        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).list()
+        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).collect::<Vec<_>>()
     };
     let (argv, envp) = (pointers(arguments), pointers(environment));
     let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
@@ -529,7 +528,7 @@ pub(crate) fn pidfd(child: libc::pid_t) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Ends a process.
+/// Endpoints a process.
 pub(crate) fn kill(process: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: a plain system call; without a siginfo the signal is as by kill(2).
     let rc = unsafe {

@@ -29,7 +29,7 @@ fn not_busy<T>(attempt: impl Fn() -> Result<T, Failed>) -> T {
 }
 
 fn listener(lab: &Lab) -> TcpListener {
-    lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), TP_REUSEPORT)).unwrap()
+    lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap()
 }
 
 /// Whether a connection to a server's port is intercepted; otherwise the server must get it.
@@ -132,7 +132,7 @@ fn replace_rules_under_load_leaves_no_gap() {
 #[test]
 fn replace_rules_with_foreign_route_in_table_is_eexist() {
     let lab = Lab::new();
-    let plain = lab.proxy.run(|| listen("0.0.0.0:3129".parse().unwrap(), TP_REUSEPORT)).unwrap();
+    let plain = lab.proxy.run(|| listen("0.0.0.0:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap();
     let dual = lab.proxy.run(|| listen("[::]:3130".parse().unwrap(), 0)).unwrap();
     lab.proxy.ip("-6 route add default dev eth1 table 7470");
     let rules = lab.proxy.run(|| intercept(&plain, 80)).unwrap();
@@ -380,7 +380,7 @@ fn install_rules_notrack_keeps_client_port_beside_connection_tracking() {
     for hosts in [v4(), v6()] {
         std::thread::scope(|scope| {
             let served = scope.spawn(|| answer_one(&server));
-            scope.spawn(|| lab.proxy.run(|| proxy_one(&listener, TP_KEEP_PORT)));
+            scope.spawn(|| lab.proxy.run(|| proxy_one(&listener, TP_CONNECT_KEEP_PORT)));
             let heard = lab.ask(at(hosts.server, 80)).unwrap();
             assert_eq!(served.join().unwrap(), heard.from);
         });

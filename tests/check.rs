@@ -51,7 +51,10 @@ fn check_healthy_host_gives_no_warning_and_changes_nothing() {
         "kernel.policy_routing",
         "limit.descriptors",
     ] {
-        assert!(found.iter().any(|f| f.id == id && f.severity == TP_OK && f.cure.is_empty()), "{id}: {found:#?}");
+        assert!(
+            found.iter().any(|f| f.id == id && f.severity == TP_SEVERITY_OK && f.fix.is_empty()),
+            "{id}: {found:#?}"
+        );
     }
     assert!(!ids(&found).contains(&"check.unseen"), "{found:#?}");
 }
@@ -191,9 +194,9 @@ fn check_harmless_settings_are_notes() {
     let found = net.run(check);
     assert_eq!(troubles(&found), [] as [&Found; 0]);
     for id in ["sysctl.ip_early_demux", "sysctl.accept_local", "kernel.version", "iptables.variants"] {
-        assert!(found.iter().any(|f| f.id == id && f.cure.is_empty()), "{id}: {found:#?}");
+        assert!(found.iter().any(|f| f.id == id && f.fix.is_empty()), "{id}: {found:#?}");
     }
-    cured(&net, "rule.duplicate", TP_NOTE);
+    cured(&net, "rule.duplicate", TP_SEVERITY_NOTE);
     assert!(net.ip("rule").contains("300:") && !net.ip("rule").contains("301:"));
 }
 

@@ -34,7 +34,7 @@ missing=
 for pair in $needed; do
     command -v "${pair%%:*}" > /dev/null || missing="$missing ${pair##*:}"
 done
-command -v cargo > /dev/null || { echo 'cargo is missing: install Rust 1.88 or newer' >&2; exit 1; }
+command -v cargo > /dev/null || { echo 'cargo is missing: install Rust 1.93 or newer' >&2; exit 1; }
 
 # Debian's Python has no ensurepip without this.
 if [ "${1:-}" = python ]; then

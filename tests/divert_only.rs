@@ -51,7 +51,7 @@ fn connect_from_foreign_address_with_divert_only_gets_replies() {
                 assert_eq!(answer, format!("seen {}, heard hello", hosts.client));
                 let peer = served.join().unwrap();
                 assert_eq!(peer.ip(), hosts.client);
-                assert_eq!(peer.port() == 4321, flags == TP_KEEP_PORT);
+                assert_eq!(peer.port() == 4321, flags == TP_CONNECT_KEEP_PORT);
             });
         }
     }

@@ -229,7 +229,7 @@ fn redirection_with_local_output() {
 fn divert_only_for_one_family() {
     let net = host();
     let _rules = net.run(|| {
-        Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, families: TP_IPV6, ..config() }).unwrap()
+        Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, families: TP_FAMILY_IPV6, ..config() }).unwrap()
     });
     let only_v6: String =
         include_str!("golden/default.ip").lines().filter(|l| l.starts_with("-6")).map(|l| format!("{l}\n")).collect();

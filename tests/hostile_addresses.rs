@@ -307,7 +307,7 @@ fn connect_from_unspecified_address_is_refused() {
             ("[::1]:0", "[::]:80"),
             ("127.0.0.1:0", "[::ffff:0.0.0.0]:80"),
         ] {
-            for flags in [0, TP_KEEP_PORT, TP_DGRAM] {
+            for flags in [0, TP_CONNECT_KEEP_PORT, TP_CONNECT_DGRAM] {
                 let error = connect_from(src.parse().unwrap(), dst.parse().unwrap(), flags).unwrap_err();
                 assert_eq!(error.errno, libc::EINVAL, "{src} {dst}: {error}");
             }

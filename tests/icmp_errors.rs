@@ -139,13 +139,14 @@ fn connect_from_dgram_refused_gets_the_error_and_the_client_does_not() {
             let listener: Option<OwnedFd> = (flags == 0).then(|| lab.proxy.run(|| receiver(at(ip("::"), 3129))));
             let rules = lab.proxy.run(|| {
                 let listener = listener.as_ref().map(|fd| fd as &dyn AsRawFd);
-                install(listener, flags, backend, TP_UDP)
+                install(listener, flags, backend, TP_PROTO_UDP)
             });
             for hosts in [v4(), v6()] {
                 let (from, to) = (at(hosts.client, 4321), at(hosts.server, 9));
                 let client = lab.client.run(|| UdpSocket::bind(from).unwrap());
                 client.connect(to).unwrap();
-                let upstream = lab.proxy.run(|| connect_from(from, to, TP_DGRAM | TP_KEEP_PORT)).unwrap();
+                let upstream =
+                    lab.proxy.run(|| connect_from(from, to, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT)).unwrap();
                 let upstream = UdpSocket::from(upstream);
                 let diverted = || lab.proxy.run(|| rules.stats()).diverted_packets;
                 let before = diverted();

@@ -21,7 +21,7 @@ fn proxied(lab: &Lab, hosts: Hosts, listener: &std::net::TcpListener, server: &s
         assert_eq!(seen.peer, heard.from);
         let peer = served.join().unwrap();
         assert_eq!(peer.ip(), hosts.client);
-        if flags & TP_KEEP_PORT != 0 {
+        if flags & TP_CONNECT_KEEP_PORT != 0 {
             assert_eq!(peer, heard.from, "the server sees the client's own port");
         }
     });
@@ -35,7 +35,7 @@ fn intercept_tcp_with_dual_stack_listener_proxies_both_families() {
     let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     for hosts in [v4(), v6()] {
         proxied(&lab, hosts, &listener, &server, 0);
-        proxied(&lab, hosts, &listener, &server, TP_KEEP_PORT);
+        proxied(&lab, hosts, &listener, &server, TP_CONNECT_KEEP_PORT);
     }
 }
 

@@ -148,7 +148,7 @@ fn check_names_rules_that_outlive_their_process() {
             assert!(works(lab, v4()) && works(lab, v6()), "{id}: not fixed");
             let left = lab.proxy.run(check);
             if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
-                lab.proxy.sh(&routing.cure);
+                lab.proxy.sh(&routing.fix);
             }
             assert!(!lab.proxy.ip("rule").contains("7470"), "routing is left");
         });
@@ -162,7 +162,7 @@ fn check_names_listener_whose_queue_is_full() {
         let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
         assert!(open.iter().any(Option::is_none), "the queue is not full");
         let found = lab.proxy.run(check);
-        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_WARNING), "{found:#?}");
+        assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_SEVERITY_WARNING), "{found:#?}");
     });
 }
 

@@ -443,7 +443,7 @@ fn check_names_and_fixes_masquerading() {
         }
         let found = lab.proxy.run(check);
         let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
-        cures.for_each(|finding| lab.proxy.sh(&finding.cure));
+        cures.for_each(|finding| lab.proxy.sh(&finding.fix));
         for (hosts, port) in [(v4(), 84), (v6(), 85)] {
             assert_eq!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
             // Forwarded connections are still translated.
@@ -469,8 +469,8 @@ fn check_names_and_fixes_connection_tracking() {
     let entries = || lab.proxy.run(|| std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap());
     seen_by_server(&lab, v4(), TP_KEEP_PORT);
     assert_ne!(entries(), "0\n", "nothing is tracked");
-    cured(&lab.proxy, "conntrack.keep_port", TP_NOTE);
+    cured(&lab.proxy, "conntrack.keep_port", TP_SEVERITY_NOTE);
     let before = entries();
-    seen_by_server(&lab, v6(), TP_KEEP_PORT);
+    seen_by_server(&lab, v6(), TP_CONNECT_KEEP_PORT);
     assert_eq!(entries(), before, "the connection is tracked");
 }

@@ -9,7 +9,7 @@ use libc::EEXIST;
 use tproxy::ffi::*;
 
 fn install(flags: u32) -> Result<(), Failed> {
-    let listener = listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap();
+    let listener = listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap();
     let (fd, port) = (listener.as_raw_fd(), tp_port_range { first: 80, last: 80 });
     let rules = Rules::install(&tp_rules_config {
         listeners: &raw const fd,

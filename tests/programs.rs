@@ -92,7 +92,7 @@ struct Setup {
 
 impl Setup {
     fn new() -> Setup {
-        let listener = listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap();
+        let listener = listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap();
         Setup { fd: listener.as_raw_fd(), listener, port: tp_port_range { first: 80, last: 80 } }
     }
 
@@ -460,7 +460,7 @@ fn install_for_one_family_removes_what_is_left_in_the_other() {
         let programs = Programs::new();
         for variant in VARIANTS {
             setup.leave(variant);
-            let ipv4 = tp_rules_config { families: TP_IPV4, ..setup.config() };
+            let ipv4 = tp_rules_config { families: TP_FAMILY_IPV4, ..setup.config() };
             programs.put(&format!("ip6tables-{variant}-restore"), &failing("echo oh no >&2; exit 1"));
             let failed = Rules::install(&ipv4).err().unwrap();
             assert!(failed.errno == EIO && failed.sentence.contains("oh no"), "{failed}");

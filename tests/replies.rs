@@ -500,11 +500,13 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
         let other = lab.server.run(|| udp(at(hosts.server, 54)));
         let client = lab.client.run(|| udp(at(hosts.client, 0)));
         let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
-        let upstream = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_DGRAM | TP_KEEP_PORT).unwrap()));
+        let upstream = lab
+            .proxy
+            .run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT).unwrap()));
         // The same port towards another server.
         let second = lab.proxy.run(|| {
             let to = other.local_addr().unwrap();
-            UdpSocket::from(connect_from(here, to, TP_DGRAM | TP_KEEP_PORT).unwrap())
+            UdpSocket::from(connect_from(here, to, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT).unwrap())
         });
         upstream.set_read_timeout(Some(patience())).unwrap();
         second.set_read_timeout(Some(patience())).unwrap();
@@ -518,13 +520,13 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
             client.send_to(b"more", there).unwrap();
             assert_eq!(receive_datagram(&listener, patience()).unwrap(), ("more".to_owned(), here, there));
         }
-        // Any port will do, without TP_KEEP_PORT.
-        let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_DGRAM).unwrap()));
+        // Any port will do, without TP_CONNECT_KEEP_PORT.
+        let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM).unwrap()));
         any.send(b"x").unwrap();
         let (_, from) = hear(&server, 1).remove(0);
         assert_eq!(from.ip(), here.ip());
         assert_ne!(from.port(), here.port());
-        let again = lab.proxy.run(|| connect_from(here, there, TP_DGRAM | TP_NONBLOCK).unwrap());
+        let again = lab.proxy.run(|| connect_from(here, there, TP_CONNECT_DGRAM | TP_NONBLOCK).unwrap());
         // SAFETY: reads the descriptor's flags.
         assert_ne!(unsafe { libc::fcntl(again.as_raw_fd(), libc::F_GETFL) } & libc::O_NONBLOCK, 0);
     }

@@ -16,7 +16,7 @@ fn self_test(config: &tp_rules_config) -> Result<Vec<Found>, Failed> {
     let rc = unsafe { tp_self_test(config, size_of::<tp_rules_config>(), Some(take), (&raw mut found).cast()) };
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
     let failures = checked(rc)?;
-    assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_FAILURE).count());
+    assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_SEVERITY_FAILURE).count());
     Ok(found)
 }
 
@@ -30,10 +30,10 @@ fn tested(listen: &str, change: impl FnOnce(&mut tp_rules_config)) -> Vec<Found>
 
 /// Severity, id, and the first words.
 fn short(found: &[Found]) -> Vec<(u32, &str, &str)> {
-    found.iter().map(|f| (f.severity, f.id.as_str(), f.found.split(" from ").next().unwrap())).collect()
+    found.iter().map(|f| (f.severity, f.id.as_str(), f.message.split(" from ").next().unwrap())).collect()
 }
 
-const BOTH: u32 = TP_TCP | TP_UDP;
+const BOTH: u32 = TP_PROTO_TCP | TP_PROTO_UDP;
 
 fn served(v4: bool, v6: bool, udp: bool) -> Vec<(u32, &'static str, &'static str)> {
     let mut expected = Vec::new();
@@ -41,15 +41,15 @@ fn served(v4: bool, v6: bool, udp: bool) -> Vec<(u32, &'static str, &'static str
         [(v4, "IPv4 connection", "IPv4 datagram"), (v6, "IPv6 connection", "IPv6 datagram")]
     {
         if served {
-            expected.push((TP_OK, "self_test.connection", connection));
+            expected.push((TP_SEVERITY_OK, "self_test.connection", connection));
             if udp {
-                expected.push((TP_OK, "self_test.datagram", datagram));
+                expected.push((TP_SEVERITY_OK, "self_test.datagram", datagram));
             }
         }
     }
     for (absent, words) in [(!v4, "IPv4: not asked for"), (!v6, "IPv6: not asked for"), (!udp, "udp: not asked for")] {
         if absent {
-            expected.push((TP_NOTE, "self_test.skipped", words));
+            expected.push((TP_SEVERITY_NOTE, "self_test.skipped", words));
         }
     }
     expected
@@ -74,7 +74,7 @@ fn what_works_is_delivered_and_answered() {
     });
     assert_eq!(short(&chosen), served(true, true, true));
     assert!(
-        chosen[0].found.contains(" from 10.0.0.2:") && chosen[0].found.contains(" to 192.0.2.130:443:"),
+        chosen[0].message.contains(" from 10.0.0.2:") && chosen[0].message.contains(" to 192.0.2.130:443:"),
         "{chosen:?}"
     );
     let aside = tested("[::]:3129", |c| (c.bypass, c.n_bypass) = (bypass.as_ptr(), 2));
@@ -99,9 +99,9 @@ fn sockets_on_foreign_addresses_get_theirs() {
 #[test]
 fn what_is_lost_was_last_seen_at_a_hook() {
     let found = tested("127.0.0.1:3129", |c| c.flags = TP_RULES_REDIRECT | TP_RULES_LOCAL_OUTPUT);
-    assert_eq!(found[0].severity, TP_FAILURE, "{found:#?}");
+    assert_eq!(found[0].severity, TP_SEVERITY_FAILURE, "{found:#?}");
     let words = "lost; last seen at hook prerouting, last: routing did not deliver it (a martian, or no route)";
-    assert!(found[0].found.ends_with(words), "{found:#?}");
+    assert!(found[0].message.ends_with(words), "{found:#?}");
 }
 
 /// What the rules drop themselves is named by chain: here the destination is the listener itself, which is guarded.
@@ -111,9 +111,9 @@ fn what_is_dropped_was_dropped_by_a_rule() {
     let port = tp_port_range { first: 3129, last: 3129 };
     let found =
         tested("0.0.0.0:3129", |c| (c.dst, c.n_dst, c.ports, c.n_ports) = (own.as_ptr(), 1, &raw const port, 1));
-    assert_eq!(found[0].severity, TP_FAILURE, "{found:#?}");
+    assert_eq!(found[0].severity, TP_SEVERITY_FAILURE, "{found:#?}");
     let words = "; last seen in chain direct of table libtproxy-tproxy, where rule ";
-    assert!(found[0].found.contains(words) && found[0].found.ends_with(" dropped it"), "{found:#?}");
+    assert!(found[0].message.contains(words) && found[0].message.ends_with(" dropped it"), "{found:#?}");
 }
 
 #[test]
@@ -176,12 +176,12 @@ fn nothing_is_left_behind() {
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         status.lines().find(|line| line.starts_with("SigBlk")).unwrap().to_owned()
     };
-    let wish = tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() };
-    self_test(&wish).unwrap();
+    let config = tp_rules_config { flags: TP_RULES_DIVERT_ONLY, ..config() };
+    self_test(&config).unwrap();
     let before = (count("fd"), count("task"), blocked());
     for _ in 0..5 {
-        self_test(&wish).unwrap();
-        assert_eq!(check().iter().filter(|finding| finding.severity == TP_FAILURE).count(), 0);
+        self_test(&config).unwrap();
+        assert_eq!(check().iter().filter(|finding| finding.severity == TP_SEVERITY_FAILURE).count(), 0);
     }
     assert_eq!((count("fd"), count("task"), blocked()), before);
 }

@@ -116,10 +116,10 @@ fn an_address_of_another_family_than_the_socket_is_refused() {
 #[test]
 fn listeners_share_a_port_if_they_ask_to() {
     Net::new().run(|| {
-        let first = listen("[::]:0".parse().unwrap(), TP_REUSEPORT | TP_NONBLOCK).unwrap();
+        let first = listen("[::]:0".parse().unwrap(), TP_LISTEN_REUSEPORT | TP_NONBLOCK).unwrap();
         assert_eq!(first.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         let addr = first.local_addr().unwrap();
-        let _second = listen(addr, TP_REUSEPORT).unwrap();
+        let _second = listen(addr, TP_LISTEN_REUSEPORT).unwrap();
         let failed = listen(addr, 0).unwrap_err();
         assert_eq!(failed.errno, EADDRINUSE);
         assert!(failed.sentence.contains("bind() from [::]:"), "{failed}");
@@ -163,7 +163,7 @@ fn a_kept_port_serves_several_destinations_and_yields_when_it_cannot() {
     let _rules = lab.proxy.run(divert_only).unwrap();
     let src = at(v4().client, 4321);
     let kept = |dst: &str| {
-        let fd = lab.proxy.run(|| connect_from(src, at(ip(dst), 80), TP_KEEP_PORT)).unwrap();
+        let fd = lab.proxy.run(|| connect_from(src, at(ip(dst), 80), TP_CONNECT_KEEP_PORT)).unwrap();
         let (stream, peer) = accept(&server);
         (fd, stream, peer.port())
     };
@@ -180,7 +180,7 @@ fn a_kept_port_serves_several_destinations_and_yields_when_it_cannot() {
         bind_nonlocal(&fd, at(v4().client, 4322)).unwrap();
         fd
     });
-    let fd = lab.proxy.run(|| connect_from(at(v4().client, 4322), at(v4().server, 80), TP_KEEP_PORT)).unwrap();
+    let fd = lab.proxy.run(|| connect_from(at(v4().client, 4322), at(v4().server, 80), TP_CONNECT_KEEP_PORT)).unwrap();
     assert_ne!(local_addr(&fd).port(), 4322);
     assert_eq!(accept(&server).1, local_addr(&fd));
 }
@@ -205,7 +205,7 @@ fn with_data_that_follow_the_handshake_has_a_packet_less() {
             })
         })
     };
-    assert_eq!(segments(TP_DATA_FOLLOWS), segments(0).map(|sent| sent - 1));
+    assert_eq!(segments(TP_CONNECT_DATA_FOLLOWS), segments(0).map(|sent| sent - 1));
 }
 
 /// Of TCP, in this thread's network namespace.

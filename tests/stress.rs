@@ -12,7 +12,7 @@ use libc::{EBUSY, SIGKILL};
 use tproxy::ffi::*;
 
 fn listener() -> TcpListener {
-    listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap()
+    listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap()
 }
 
 fn config(name: &str, listener: &TcpListener) -> RulesConfig {

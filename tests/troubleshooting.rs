@@ -30,11 +30,11 @@ fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
             "{}",
             kind.id
         );
-        let bare: String = kind.cure.split('\'').step_by(2).collect();
-        assert!(!bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']), "a shell would misread {}", kind.cure);
-        for text in [*cause, kind.effect] {
+        let bare: String = kind.fix.split('\'').step_by(2).collect();
+        assert!(!bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']), "a shell would misread {}", kind.fix);
+        for text in [*cause, kind.impact] {
             assert!(text.ends_with('.'), "{}: {text:?}", kind.id);
         }
-        assert!(!symptom.ends_with('.') && (!symptom.is_empty() || kind.cure.is_empty()), "{}", kind.id);
+        assert!(!symptom.ends_with('.') && (!symptom.is_empty() || kind.fix.is_empty()), "{}", kind.id);
     }
 }

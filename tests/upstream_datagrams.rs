@@ -30,7 +30,12 @@ fn connect_from_dgram_drops_datagrams_of_other_senders() {
             let heard = lab.proxy.run(|| {
                 let mut heard = 0;
                 for _ in 0..SOCKETS {
-                    let fd = connect_from(client, at(hosts.server, 53), TP_DGRAM | TP_NONBLOCK | TP_KEEP_PORT).unwrap();
+                    let fd = connect_from(
+                        client,
+                        at(hosts.server, 53),
+                        TP_CONNECT_DGRAM | TP_NONBLOCK | TP_CONNECT_KEEP_PORT,
+                    )
+                    .unwrap();
                     let socket = UdpSocket::from(fd);
                     heard += usize::from(socket.recv(&mut [0; 100]).is_ok());
                 }

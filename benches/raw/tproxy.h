@@ -22,7 +22,7 @@
 #define IPV6_TRANSPARENT 75
 #endif
 
-enum { TP_NONBLOCK = 1, TP_REUSEPORT = 2, TP_DATA_FOLLOWS = 16, TP_RULES_DIVERT_ONLY = 1 };
+enum { TP_NONBLOCK = 1, TP_LISTEN_REUSEPORT = 2, TP_CONNECT_DATA_FOLLOWS = 16, TP_RULES_DIVERT_ONLY = 1 };
 
 typedef struct tp_rules tp_rules;
 
@@ -62,7 +62,7 @@ static inline int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int 
     if (setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &raw_on, sizeof raw_on) != 0 ||
         (addr->sa_family == AF_INET6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &raw_off, sizeof raw_off) != 0) ||
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &raw_on, sizeof raw_on) != 0 ||
-        (flags & TP_REUSEPORT && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &raw_on, sizeof raw_on) != 0) ||
+        (flags & TP_LISTEN_REUSEPORT && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &raw_on, sizeof raw_on) != 0) ||
         bind(fd, addr, addrlen) != 0 || listen(fd, backlog < 0 ? 1 << 30 : backlog) != 0)
         return raw_close(fd);
     return fd;
@@ -130,7 +130,7 @@ static inline int tp_connect_from(const struct sockaddr *src, socklen_t srclen, 
     int level = to.ss_family == AF_INET ? IPPROTO_IP : IPPROTO_IPV6;
     int option = to.ss_family == AF_INET ? IP_TRANSPARENT : IPV6_TRANSPARENT;
     if (setsockopt(fd, level, option, &raw_on, sizeof raw_on) != 0 ||
-        (flags & TP_DATA_FOLLOWS && setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &raw_off, sizeof raw_off) != 0) ||
+        (flags & TP_CONNECT_DATA_FOLLOWS && setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &raw_off, sizeof raw_off) != 0) ||
         setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &raw_on, sizeof raw_on) != 0 ||
         bind(fd, (struct sockaddr *)&from, srclen) != 0 ||
         (connect(fd, (struct sockaddr *)&to, dstlen) != 0 && errno != EINPROGRESS))

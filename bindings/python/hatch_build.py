@@ -59,7 +59,7 @@ class Library(BuildHookInterface[Any]):
 
     def build(self, source: Path) -> Path:
         if not shutil.which("cargo"):
-            raise RuntimeError("cargo is missing: building libtproxy needs Rust, 1.88 or newer")
+            raise RuntimeError("cargo is missing: building libtproxy needs Rust, 1.93 or newer")
         # Where `make` builds it, so that nothing is built twice.
         target = source / "build" / "cargo"
         environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}

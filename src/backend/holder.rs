@@ -1,4 +1,4 @@
-//! Which processes hold a netlink socket, as far as /proc shows: the kernel names the owner of a table by the socket's
+//! PrefixList processes hold a netlink socket, as far as /proc shows: the kernel names the owner of a table by the socket's
 //! port only (NFTA_TABLE_OWNER), and the process in that number may have ended while a forked child of it still has the
 //! socket, or be one of another PID namespace.
 

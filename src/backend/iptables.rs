@@ -12,10 +12,9 @@ use std::fmt::{self, Write};
 use std::net::IpAddr;
 
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
+use crate::name;
 use crate::prefix::PrefixSet;
-use crate::text;
 use saved::Saved;
 pub(crate) use tool::{counters, instances, remove};
 
@@ -36,7 +35,7 @@ pub(crate) fn check(plan: &Plan) -> Result<()> {
             format_args!(
                 "the iptables backend would take interface {} for a pattern (iptables -i): use the nf_tables backend, or \
                  rename the interface",
-                text::quoted(name)
+                name::quoted(name)
             ),
         ));
     }
@@ -149,7 +148,7 @@ impl Builder<'_> {
         }
         if let Some(bypass) = &self.plan.bypass {
             self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
-            if self.plan.may_choose_answers() && then == "v" {
+            if self.plan.needs_reply_exemption() && then == "v" {
                 // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
                 self.by_prefixes(&mut to, "-m conntrack --ctdir REPLY -s", bypass, "-j RETURN");
             }
@@ -217,7 +216,7 @@ impl Builder<'_> {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
         let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
-        let guarded: Vec<Intercept> = self.plan.guarded().list();
+        let guarded: Vec<Intercept> = self.plan.direct_drops().collect();
         for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
             let Intercept { protocol, port, .. } = listener;
             let to = option("-d", listener);
@@ -252,7 +251,7 @@ impl Builder<'_> {
         let mut chain = self.chain("o");
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
-        if self.plan.may_choose_own_answers() && self.plan.protocols.tcp {
+        if self.plan.needs_own_reply_exemption() && self.plan.protocols.tcp {
             // As in the nf_tables rules: data has to be of a connection that was accepted.
             chain.rule(format_args!("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN"));
             chain.rule(format_args!("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN"));
@@ -347,7 +346,7 @@ impl Builder<'_> {
 
 /// An option with a listener's address, if it has one.
 fn option(name: &str, listener: &Intercept) -> impl fmt::Display {
-    text::by(move |f| match listener.addr {
+    std::fmt::from_fn(move |f| match listener.addr {
         Some(addr) => write!(f, " {name} {addr}"),
         None => Ok(()),
     })

@@ -2,7 +2,5 @@
 
 pub(crate) mod holder;
 pub(crate) mod iptables;
-pub(crate) mod link;
 pub(crate) mod nft;
 pub(crate) mod route;
-pub(crate) mod seen;

@@ -23,12 +23,10 @@
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Families, Family, Mark};
 use crate::netlink::wire::{self, Attrs, Buffer};
 use crate::netlink::{Channel, Failure};
 use crate::sys;
-use crate::text::Owned;
 
 /// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 't'. Not among
 /// those of `linux/rtnetlink.h` or iproute2's `rt_protos`.
@@ -117,15 +115,15 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
     /// `struct fib_rule_hdr` of any rule: the kernel gives those of every family that it has.
     const ANY: [u8; 12] = [0; 12];
     let failed = |family: &str, e: sys::Errno| {
-        let cure = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
-        let cure = if is_absent(e) { cure } else { "" };
-        Error::with(e.0, format_args!("ip {family}rule show: {e}{cure}"))
+        let fix = "; the kernel needs CONFIG_IP_MULTIPLE_TABLES, and for IPv6 CONFIG_IPV6_MULTIPLE_TABLES";
+        let fix = if is_absent(e) { fix } else { "" };
+        Error::with(e.0, format_args!("ip {family}rule show: {e}{fix}"))
     };
     let dumped = match channel.dump(libc::RTM_GETRULE, &ANY, &|_| {}) {
         Err(e) if !is_absent(e) => return Err(failed("", e)),
         dumped => dumped.unwrap_or_default(),
     };
-    let mut found: Vec<FoundRule> = dumped.iter().filter_map(|payload| parse_rule(payload)).list();
+    let mut found: Vec<FoundRule> = dumped.iter().filter_map(|payload| parse_rule(payload)).collect();
     for family in Families::ALL.iter() {
         // There is a rule of each, unless somebody has deleted them all, or the kernel lacks it, and says so.
         if found.iter().any(|rule| rule.family == family) {
@@ -133,7 +131,7 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
         }
         let spared = !needed.contains(family) || needed == Families::ALL && family == Family::V6;
         match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), &|_| {}) {
-            Ok(dumped) => dumped.iter().filter_map(|payload| parse_rule(payload)).onto(&mut found),
+            Ok(dumped) => found.extend(dumped.iter().filter_map(|payload| parse_rule(payload))),
             Err(e) if spared && is_absent(e) => {}
             Err(e) => return Err(failed(if family == Family::V4 { "-4 " } else { "-6 " }, e)),
         }
@@ -178,7 +176,7 @@ pub(crate) fn add(channel: &mut Channel, routing: &Routing) -> Result<()> {
         // A route of ours may be there without its rules: somebody deleted those.
         Err(error) if error.errno() == libc::EEXIST => {
             let is_route = |entry: &&Entry| matches!(entry, Entry::Route { .. });
-            let routes: Vec<Entry> = entries.iter().filter(is_route).copied().list();
+            let routes: Vec<Entry> = entries.iter().filter(is_route).copied().collect();
             delete_entries(channel, &routes)?;
             add_entries(channel, &entries).map(drop)
         }
@@ -244,24 +242,24 @@ pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &
     let tables = rules.iter().filter_map(FoundRule::table).filter(|table| !in_use.contains(table));
     let tables = tables.filter(|table| !is_system_table(*table));
     let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
-    delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).list())
+    delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).collect::<Vec<_>>())
 }
 
 /// Deletes rules of ours that were found, and no routes.
 pub(crate) fn delete_rules(channel: &mut Channel, rules: &[FoundRule]) -> Result<()> {
-    delete_entries(channel, &rules.iter().map(FoundRule::entry).list())
+    delete_entries(channel, &rules.iter().map(FoundRule::entry).collect::<Vec<_>>())
 }
 
 /// Deletes the routes of families that the routing does not serve.
 pub(crate) fn delete_routes_without(channel: &mut Channel, routing: &Routing) -> Result<()> {
     let unserved = Families::ALL.iter().filter(|family| !routing.families.contains(*family));
-    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).list();
+    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).collect::<Vec<_>>();
     delete_entries(channel, &routes)
 }
 
 /// Deletes entries, the last first; those that are gone already are no error.
 pub(crate) fn delete_entries(channel: &mut Channel, entries: &[Entry]) -> Result<()> {
-    let backwards: Vec<Entry> = entries.iter().rev().copied().list();
+    let backwards: Vec<Entry> = entries.iter().rev().copied().collect();
     // ENOENT: no such rule. ESRCH: no such route or table. EAFNOSUPPORT, EOPNOTSUPP: no such family here.
     let gone = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
     let outcome = send(channel, &backwards, Operation::Delete, |_, failure| gone.contains(&failure.errno))?;
@@ -352,7 +350,7 @@ fn send(
 }
 
 fn rejected(entry: &Entry, failure: &Failure) -> Error {
-    let cure = match (entry, failure.errno) {
+    let fix = match (entry, failure.errno) {
         (_, libc::EPERM) => "routing needs CAP_NET_ADMIN in the user namespace that owns this network namespace",
         (Entry::Route { .. }, libc::ENETDOWN | libc::ENETUNREACH | libc::EINVAL) => {
             "the loopback device must be up: `ip link set lo up`"
@@ -364,9 +362,9 @@ fn rejected(entry: &Entry, failure: &Failure) -> Error {
         (Entry::Rule { .. }, libc::EEXIST) => "someone else has the same rule: choose another `priority`",
         _ => "",
     };
-    let before = if cure.is_empty() { "" } else { "; " };
+    let before = if fix.is_empty() { "" } else { "; " };
     let command = entry.command(Operation::Add);
-    Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{cure}"))
+    Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{fix}"))
 }
 
 /// `struct fib_rule_hdr`.
@@ -442,7 +440,7 @@ impl Entry {
                 let what = match kind {
                     RuleKind::Goto(target) => format!("iif lo fwmark {mark} goto {target}"),
                     RuleKind::Lookup(table) => format!("fwmark {mark} lookup {table}"),
-                    RuleKind::Nop => "nop".owned(),
+                    RuleKind::Nop => "nop".to_owned(),
                     RuleKind::Foreign => String::new(),
                 };
                 format!("{} rule {verb} pref {priority} {what} protocol {PROTOCOL}", flag(family))

@@ -2,8 +2,6 @@
 
 use std::fmt::{self, Write};
 
-use crate::text::Owned;
-
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
@@ -23,9 +21,9 @@ pub struct Kind {
     /// Stable: programs may depend on it.
     pub id: &'static str,
     /// What it does to traffic.
-    pub effect: &'static str,
+    pub impact: &'static str,
     /// The usual command that cures it, with names in braces for the particulars; empty: there is none.
-    pub cure: &'static str,
+    pub fix: &'static str,
 }
 
 impl PartialEq for Kind {
@@ -55,16 +53,16 @@ pub struct Finding {
     /// How bad it is here.
     pub severity: Severity,
     /// What was found, with the particulars.
-    pub found: String,
+    pub message: String,
     /// The command that cures it, for `sh`; empty: there is none.
-    pub cure: String,
+    pub fix: String,
 }
 
 impl Finding {
-    /// Fills in one of the cure's particulars.
+    /// Fills in one of the fix's particulars.
     pub(crate) fn with(&mut self, name: &str, value: &dyn fmt::Display) -> &mut Finding {
-        let mut pieces = self.cure.split('{');
-        let mut filled = pieces.next().unwrap_or_default().owned();
+        let mut pieces = self.fix.split('{');
+        let mut filled = pieces.next().unwrap_or_default().to_owned();
         for piece in pieces {
             // Writing to a String does not fail.
             let _ = match piece.strip_prefix(name).and_then(|rest| rest.strip_prefix('}')) {
@@ -72,28 +70,28 @@ impl Finding {
                 None => write!(filled, "{{{piece}"),
             };
         }
-        self.cure = filled;
+        self.fix = filled;
         self
     }
 
     /// Another command in place of the kind's: that is the usual one; here it takes another, or none is known.
-    pub(crate) fn cured_by(&mut self, command: fmt::Arguments<'_>) -> &mut Finding {
-        self.cure.clear();
+    pub(crate) fn fix_with(&mut self, command: fmt::Arguments<'_>) -> &mut Finding {
+        self.fix.clear();
         self.and(command)
     }
 
     /// No command cures it here.
-    pub(crate) fn not_cured(&mut self) -> &mut Finding {
-        self.cured_by(format_args!(""))
+    pub(crate) fn without_fix(&mut self) -> &mut Finding {
+        self.fix_with(format_args!(""))
     }
 
     /// One more command, if it is any, to be run when those before it have succeeded.
     pub(crate) fn and(&mut self, command: fmt::Arguments<'_>) -> &mut Finding {
-        let before = self.cure.len();
+        let before = self.fix.len();
         let joint = if before == 0 { "" } else { " && " };
-        let _ = write!(self.cure, "{joint}{command}");
-        if self.cure.len() == before + joint.len() {
-            self.cure.truncate(before);
+        let _ = write!(self.fix, "{joint}{command}");
+        if self.fix.len() == before + joint.len() {
+            self.fix.truncate(before);
         }
         self
     }
@@ -104,18 +102,23 @@ impl Finding {
 pub(crate) struct Findings(pub Vec<Finding>);
 
 impl Findings {
-    /// Adds a finding, with the cure of its kind; the caller may fill that in, or know another.
+    /// Adds a finding, with the fix of its kind; the caller may fill that in, or know another.
     #[inline(never)]
-    pub(crate) fn say(&mut self, severity: Severity, kind: &'static Kind, found: fmt::Arguments<'_>) -> &mut Finding {
+    pub(crate) fn push(
+        &mut self,
+        severity: Severity,
+        kind: &'static Kind,
+        message: fmt::Arguments<'_>,
+    ) -> &mut Finding {
         let at = self.0.len();
-        self.0.push(Finding { kind, severity, found: found.to_string(), cure: kind.cure.owned() });
+        self.0.push(Finding { kind, severity, message: message.to_string(), fix: kind.fix.to_owned() });
         &mut self.0[at]
     }
 }
 
 macro_rules! kinds {
-    ($($name:ident = $id:literal, $symptom:literal, $cause:literal, $effect:literal, $cure:literal;)*) => {
-        $(pub(crate) const $name: &Kind = &Kind { id: $id, effect: $effect, cure: $cure };)*
+    ($($name:ident = $id:literal, $symptom:literal, $cause:literal, $impact:literal, $fix:literal;)*) => {
+        $(pub(crate) const $name: &Kind = &Kind { id: $id, impact: $impact, fix: $fix };)*
         /// Every kind, in the order of the troubleshooting page.
         pub const ENTRIES: &[Entry] = &[$(Entry { kind: $name, symptom: $symptom, cause: $cause }),*];
     };
@@ -133,7 +136,7 @@ kinds! {
         "setpriv --inh-caps=+net_admin,+net_raw --ambient-caps=+net_admin,+net_raw PROGRAM";
     BIND_SERVICE = "privilege.bind_service",
         "", "The process has no CAP_NET_BIND_SERVICE.",
-        "Listeners need ports from net.ipv4.ip_unprivileged_port_start on, and TP_KEEP_PORT keeps no lower one.", "";
+        "Listeners need ports from net.ipv4.ip_unprivileged_port_start on, and TP_CONNECT_KEEP_PORT keeps no lower one.", "";
     TRANSPARENT = "privilege.transparent",
         "tp_socket, tp_listen or tp_connect_from fail with EPERM",
         "IP_TRANSPARENT was tried, and refused: the process has neither CAP_NET_RAW nor CAP_NET_ADMIN. It is started with \
@@ -237,25 +240,25 @@ kinds! {
 
     // Routing.
     LO_DOWN = "route.loopback_down",
-        "Nothing is intercepted any more since `lo` went down",
-        "The loopback device is down. IPv6's local route was lost with it.",
-        "Intercepted IPv6 packets are routed as if they had not been intercepted; IPv4's may be dropped.",
+        "Connections time out since `lo` went down",
+        "The loopback device is down. The kernel has deleted the local route of IPv6 with it.",
+        "Intercepted packets do not reach the listener: they are dropped, of IPv6 always, of IPv4 as long as lo is down.",
         "ip link set lo up{routes}";
     ROUTE_MISSING = "route.missing",
-        "Traffic passes by the proxy, or is refused, though the rules count packets",
+        "Connections time out, though the rules count packets as intercepted",
         "The routing table that marked packets are looked up in has no local default route.",
-        "Marked packets are routed as if they had not been intercepted.",
+        "Marked packets find no way to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} route add local default dev lo table {table}";
     ROUTE_FOREIGN = "route.foreign",
-        "Traffic to some destinations passes by the proxy",
-        "Somebody else has put routes into the table that delivers to local sockets.",
-        "Packets to these destinations are forwarded, not delivered.",
+        "Connections to some destinations time out, though the rules count packets as intercepted",
+        "The table that delivers to local sockets has routes that this library did not make.",
+        "Packets to these destinations are not delivered to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} route del {kind} {destination} table {table}";
     RULE_MISSING = "rule.missing",
-        "Traffic passes by the proxy, or is refused, though the rules count packets",
-        "The routing policy rule that sends marked packets to local sockets is gone. Network managers delete what they did \
-         not make (systemd-networkd: ManageForeignRoutingPolicyRules).",
-        "Marked packets are routed as if they had not been intercepted.",
+        "Connections time out, though the rules count packets as intercepted",
+        "The routing policy rule that sends marked packets to local sockets is gone. Network managers delete rules that they \
+         did not make (systemd-networkd: ManageForeignRoutingPolicyRules).",
+        "Marked packets do not reach the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     GUARD_MISSING = "rule.guard_missing",
         "Packets vanish as martians as soon as src_valid_mark is set",
@@ -263,14 +266,14 @@ kinds! {
         "With src_valid_mark or tcp_fwmark_accept set, intercepted packets or the answers to them are dropped.",
         "ip {flag} rule add pref {pref} iif lo fwmark {mark} goto {after}";
     RULE_SHADOWED = "rule.shadowed",
-        "Traffic passes by the proxy, though the rules count packets",
-        "A routing policy rule of somebody else comes before ours and decides for marked packets too.",
-        "Marked packets go where that rule says, not to the listener.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A routing policy rule of another program comes before ours and decides for marked packets too.",
+        "That rule sends marked packets elsewhere. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     RULE_MARK = "rule.mark_collision",
-        "Traffic passes by the proxy, or ends nowhere, though the rules count packets",
-        "A routing policy rule of somebody else uses bits of the mark that are ours, and comes first.",
-        "Intercepted packets go where that rule says.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A routing policy rule of another program uses bits of our mark, and comes first.",
+        "That rule sends intercepted packets elsewhere. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "ip {flag} rule add pref {pref} fwmark {mark} lookup {table}";
     TABLE_SHARED = "rule.table_shared",
         "Traffic that is not to be intercepted is refused, or vanishes",
@@ -381,9 +384,9 @@ kinds! {
         "Answers to clients, and connections to servers, are dropped.",
         "nft 'insert rule {chain} socket transparent 1 accept'";
     MARK_OVERWRITTEN = "filter.mark_overwritten",
-        "Traffic passes by the proxy, though the rules count packets as intercepted",
-        "A chain of somebody else, after ours, sets the packet's mark without regard to our bits.",
-        "The packets are routed as if they had not been intercepted.",
+        "Connections time out, though the rules count packets as intercepted",
+        "A chain of another program, after ours, sets the packet's mark and does not preserve our bits.",
+        "Without the mark the packets are not routed to the listener. The kernel does not forward a packet that has been given to a listener; it drops it.",
         "nft 'insert rule {chain} meta mark and {mask} == {value} accept'";
     MARK_COLLISION = "filter.mark_collision",
         "Traffic that is not to be intercepted is refused, or vanishes",
@@ -413,11 +416,11 @@ kinds! {
         "Servers see this host as the client.",
         "nft 'insert rule {chain} meta skuid >= 0 fib saddr type != local accept'";
     KEEP_PORT = "conntrack.keep_port",
-        "Connections that keep the client's port (TP_KEEP_PORT) time out or are reset now and then",
+        "Connections that keep the client's port (TP_CONNECT_KEEP_PORT) time out or are reset now and then",
         "Connection tracking is active: both halves of a proxied connection have the same addresses and ports, and are one \
          connection to it. TP_RULES_NOTRACK keeps them out of it. A firewall that accepts `ct state established` would drop \
          what is not tracked: there no command is given.",
-        "With TP_KEEP_PORT packets may be taken for invalid, or be translated wrongly.",
+        "With TP_CONNECT_KEEP_PORT packets may be taken for invalid, or be translated wrongly.",
         "nft add rule inet transparent-untracked output socket transparent 1 notrack";
     CONNTRACK_FULL = "conntrack.full",
         "New connections time out at random, old ones work; `nf_conntrack: table full` in the kernel's log",
@@ -464,16 +467,16 @@ pub fn page() -> String {
         // Writing to a String does not fail.
         let _ = writeln!(page, "| {symptom} | [{}](#{}) |", kind.id, kind.id.replace('.', ""));
     }
-    for Entry { kind: Kind { id, effect, cure }, symptom, cause } in troubles() {
-        let _ = write!(page, "\n## {id}\n\n{symptom}.\n\n* Cause: {cause}\n* Effect: {effect}\n");
-        let _ = match cure {
-            &"" => writeln!(page, "* Cure: no command; the finding says what is known."),
-            cure => writeln!(page, "* Cure: `{cure}`"),
+    for Entry { kind: Kind { id, impact, fix }, symptom, cause } in troubles() {
+        let _ = write!(page, "\n## {id}\n\n{symptom}.\n\n* Cause: {cause}\n* Effect: {impact}\n");
+        let _ = match fix {
+            &"" => writeln!(page, "* Fix: no command; the finding says what is known."),
+            fix => writeln!(page, "* Fix: `{fix}`"),
         };
     }
-    page.push_str("\n## Facts that are no trouble\n\n| finding | what it says |\n|---|---|\n");
+    page.push_str("\n## HostState that are no trouble\n\n| finding | what it says |\n|---|---|\n");
     for Entry { kind, cause, .. } in ENTRIES.iter().filter(|entry| entry.symptom.is_empty()) {
-        let _ = writeln!(page, "| {} | {cause} {} |", kind.id, kind.effect);
+        let _ = writeln!(page, "| {} | {cause} {} |", kind.id, kind.impact);
     }
     page
 }

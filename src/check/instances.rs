@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use crate::backend::holder::Holder;
 use crate::backend::iptables;
 use crate::backend::nft::ruleset;
-use crate::backend::nft::table::{self, Place, Table};
+use crate::backend::nft::table::{self, RoutingSlot, Table};
 use crate::backend::route::RULES;
-use crate::backend::seen::filter::{self, Chain, Condition, Origin, Part, PortSet, Rule, Ruleset};
+use crate::check::inspect::filter::{self, Chain, Condition, Origin, Part, PortSet, Rule, Ruleset};
 use crate::model::{Families, Family, Mark};
 use crate::name::Name;
 
@@ -17,7 +17,7 @@ use crate::name::Name;
 pub(super) struct Instance {
     pub name: String,
     pub table: String,
-    pub place: Place,
+    pub slot: RoutingSlot,
     /// `None`: it persists without.
     pub owner: Option<Holder>,
     /// The families that it serves.
@@ -92,9 +92,9 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
     let chains = by_instance(chains);
     let instance = |table: &Table| {
         let name = table::instance_of(&table.name).filter(|name| is_name(name))?;
-        let mut place = table.place?;
+        let mut slot = table.slot?;
         // Anybody may write such a comment; four preferences in a row there must be.
-        place.priority = place.priority.min(u32::MAX - RULES);
+        slot.priority = slot.priority.min(u32::MAX - RULES);
         let own: &[&Chain] = chains.get(name).map(Vec::as_slice).unwrap_or_default();
         let by_iptables = own.iter().find(|chain| chain.origin != Origin::Nft);
         let mark_in = |wanted: &[&str]| {
@@ -104,7 +104,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
         Some(Instance {
             name: name.to_owned(),
             table: table.name.clone(),
-            place,
+            slot,
             owner: table.owner_port.map(|port| holders.get(&port).cloned().unwrap_or(Holder::Unknown)),
             families: families(own),
             mark: mark_in(&["divert", "d"]),

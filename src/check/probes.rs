@@ -7,8 +7,8 @@ use socket2::{Domain, Socket, Type};
 use super::findings::{self, Kind};
 use crate::backend::nft::object::Object;
 use crate::backend::nft::statement::{Statement, Verdict};
-use crate::backend::nft::table::Place;
-use crate::backend::nft::transaction::{Change, rehearse};
+use crate::backend::nft::table::RoutingSlot;
+use crate::backend::nft::transaction::{Change, dry_run};
 use crate::error::Error;
 use crate::model::{Family, Protocol};
 use crate::netlink::Channel;
@@ -50,20 +50,20 @@ const PERSISTENT: &str = "libtproxy--persistent";
 
 /// What nf_tables can do: what was asked for, and the error if it cannot.
 pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(), Error>)> {
-    let place = Place { priority: 0, table: 0 };
+    let slot = RoutingSlot { priority: 0, table: 0 };
     let chain = Object::Chain { name: "c", hook: None };
     let rule = |statements: &[Statement]| Object::Rule { chain: "c", statements: statements.to_vec(), comment: "" };
     let socket = rule(&[Statement::TransparentSocket, Statement::WildcardSocket(false)]);
     let tproxy = rule(&[Statement::Protocol(Protocol::Tcp), Statement::Tproxy { family: None, addr: None, port: 1 }]);
     let fib = rule(&[Statement::DestinationIsLocal, Statement::Verdict(Verdict::Drop)]);
     let tried = [
-        (findings::NF_TABLES, TABLE, Change::Make),
+        (findings::NF_TABLES, TABLE, Change::AddTable),
         (findings::NF_TABLES, TABLE, Change::Add(&chain)),
         (findings::NFT_SOCKET, TABLE, Change::Add(&socket)),
         (findings::NFT_TPROXY, TABLE, Change::Add(&tproxy)),
         (findings::NFT_FIB, TABLE, Change::Add(&fib)),
-        (findings::OWNER, OWNED, Change::Claim { place: &place, persist: false }),
-        (findings::PERSIST, PERSISTENT, Change::Claim { place: &place, persist: true }),
+        (findings::OWNER, OWNED, Change::Claim { slot: &slot, persist: false }),
+        (findings::PERSIST, PERSISTENT, Change::Claim { slot: &slot, persist: true }),
     ];
     let (mut kinds, mut changes) = (Vec::new(), Vec::new());
     for (kind, table, change) in tried {
@@ -71,7 +71,7 @@ pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(),
         changes.push((table, change));
     }
     let mut answers: Vec<(&'static Kind, Result<(), Error>)> = Vec::new();
-    for (kind, answer) in kinds.into_iter().zip(rehearse(channel, &changes)) {
+    for (kind, answer) in kinds.into_iter().zip(dry_run(channel, &changes)) {
         match answers.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, first)) if first.is_ok() => *first = answer,
             Some(_) => {}

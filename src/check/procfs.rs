@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::backend::seen::routing::Interface;
-use crate::{sys, text};
+use crate::check::inspect::routing::Interface;
+use crate::sys;
 
 /// The file of the user ids maps more than the initial namespace's: all to themselves.
 pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
@@ -44,7 +44,7 @@ pub(super) fn version(release: &str) -> Option<(u32, u32)> {
 pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str, module: &str) -> Option<&'static str> {
     let named = |line: &str| {
         let file = line.split(':').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-        text::split_once(file, ".ko").map_or(file, |(name, _)| name) == module
+        file.split_once(".ko").map_or(file, |(name, _)| name) == module
     };
     let set = |value: &str| config.lines().any(|line| line == format!("{option}={value}"));
     if set("y") || builtin.lines().any(named) {

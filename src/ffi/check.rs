@@ -11,36 +11,36 @@ use crate::name::Escaping;
 use crate::self_test;
 
 /// As it should be.
-pub const TP_OK: u32 = 0;
+pub const TP_SEVERITY_OK: u32 = 0;
 /// Good to know.
-pub const TP_NOTE: u32 = 1;
+pub const TP_SEVERITY_NOTE: u32 = 1;
 /// Some traffic may be lost, or pass by the proxy.
-pub const TP_WARNING: u32 = 2;
+pub const TP_SEVERITY_WARNING: u32 = 2;
 /// Interception cannot work.
-pub const TP_FAILURE: u32 = 3;
+pub const TP_SEVERITY_FAILURE: u32 = 3;
 
-/// Something that was found. All of it is valid during the call of a
+/// Something that was message. All of it is valid during the call of a
 /// tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_finding {
-    /// TP_OK, TP_NOTE, TP_WARNING or TP_FAILURE.
+    /// TP_SEVERITY_OK, TP_SEVERITY_NOTE, TP_SEVERITY_WARNING or TP_SEVERITY_FAILURE.
     pub severity: u32,
     /// What kind of finding it is, for programs: "sysctl.src_valid_mark". It
     /// stays the same in later versions. docs/troubleshooting.md has them all.
     pub id: *const c_char,
-    /// What was found, for people.
-    pub found: *const c_char,
+    /// What was message, for people.
+    pub message: *const c_char,
     /// What it does to traffic, for people.
-    pub effect: *const c_char,
+    pub impact: *const c_char,
     /// The command that cures it, for sh(1). Empty: nothing is to be cured, or
     /// no command does. Names that others gave are quoted in it. Read it before
     /// you run it: some cures end the process that the rules belong to, or
     /// delete a rule that somebody else made.
-    pub cure: *const c_char,
+    pub fix: *const c_char,
 }
 
-/// Is told what was found: one call for each finding, from the thread that
+/// Is told what was message: one call for each finding, from the thread that
 /// called tp_check or tp_self_test, with the context that was given to it. It
 /// must return (no longjmp, no C++ exception), and may call this library.
 #[allow(non_camel_case_types)]
@@ -60,7 +60,7 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 ///
 /// report: is told each finding, good ones too. context: is handed on to it.
 ///
-/// Returns the number of failures (findings of TP_FAILURE), 0 if there are
+/// Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
 /// none, or -1 with errno: EFAULT: report is NULL.
 ///
 /// Takes some milliseconds, more with thousands of rules. Thread-safe.
@@ -69,7 +69,7 @@ pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -
     guard(|| {
         let report = report.ok_or_else(|| arg::null("report"))?;
         // SAFETY: the caller's function, and its context.
-        Ok(unsafe { tell_all(report, context, &check::check()) })
+        Ok(unsafe { report_all(report, context, &check::check()) })
     })
 }
 
@@ -106,21 +106,21 @@ pub unsafe extern "C" fn tp_self_test(
         // SAFETY: by the caller's word.
         let findings = self_test(&unsafe { decode(&config) }?)?;
         // SAFETY: the caller's function, and its context.
-        Ok(unsafe { tell_all(report, context, &findings) })
+        Ok(unsafe { report_all(report, context, &findings) })
     })
 }
 
 /// Hands findings to C, and counts the failures.
 ///
 /// # Safety
-/// As for [`tell`].
-unsafe fn tell_all(
+/// As for [`invoke_callback`].
+unsafe fn report_all(
     report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
     context: *mut c_void,
     findings: &[Finding],
 ) -> c_int {
     // SAFETY: by the caller's word.
-    findings.iter().for_each(|finding| unsafe { tell(report, context, finding) });
+    findings.iter().for_each(|finding| unsafe { invoke_callback(report, context, finding) });
     findings.iter().filter(|finding| finding.severity == Severity::Failure).count() as c_int
 }
 
@@ -128,7 +128,11 @@ unsafe fn tell_all(
 ///
 /// # Safety
 /// `report` may be called with a finding and this context.
-unsafe fn tell(report: unsafe extern "C" fn(*const tp_finding, *mut c_void), context: *mut c_void, finding: &Finding) {
+unsafe fn invoke_callback(
+    report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
+    context: *mut c_void,
+    finding: &Finding,
+) {
     // Names that other programs gave may have anything in them, for a terminal too.
     let text = |text: &str| {
         let mut escaped = String::new();
@@ -136,18 +140,18 @@ unsafe fn tell(report: unsafe extern "C" fn(*const tp_finding, *mut c_void), con
         let _ = Escaping(&mut escaped).write_str(text);
         CString::new(escaped).unwrap_or_default()
     };
-    let [id, found, effect, cure] = [finding.kind.id, &finding.found, finding.kind.effect, &finding.cure].map(text);
+    let [id, message, impact, fix] = [finding.kind.id, &finding.message, finding.kind.impact, &finding.fix].map(text);
     let finding = tp_finding {
         severity: match finding.severity {
-            Severity::Ok => TP_OK,
-            Severity::Note => TP_NOTE,
-            Severity::Warning => TP_WARNING,
-            Severity::Failure => TP_FAILURE,
+            Severity::Ok => TP_SEVERITY_OK,
+            Severity::Note => TP_SEVERITY_NOTE,
+            Severity::Warning => TP_SEVERITY_WARNING,
+            Severity::Failure => TP_SEVERITY_FAILURE,
         },
         id: id.as_ptr(),
-        found: found.as_ptr(),
-        effect: effect.as_ptr(),
-        cure: cure.as_ptr(),
+        message: message.as_ptr(),
+        impact: impact.as_ptr(),
+        fix: fix.as_ptr(),
     };
     // SAFETY: by the caller's word; the texts live until it returns.
     unsafe { report(&raw const finding, context) };

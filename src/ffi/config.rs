@@ -10,7 +10,6 @@ use super::arg;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
-use crate::text::Owned;
 
 /// Only bring packets to transparent sockets that they belong to: listeners
 /// on addresses that this host does not own, and connections from such
@@ -66,9 +65,9 @@ pub const TP_BACKEND_NFT: u32 = 1;
 pub const TP_BACKEND_IPTABLES: u32 = 2;
 
 /// TCP.
-pub const TP_TCP: u32 = 0x1;
+pub const TP_PROTO_TCP: u32 = 0x1;
 /// UDP.
-pub const TP_UDP: u32 = 0x2;
+pub const TP_PROTO_UDP: u32 = 0x2;
 
 /// The destinations to intercept. tp_update_rules.
 pub const TP_SET_DST: u32 = 1;
@@ -83,9 +82,9 @@ pub const TP_FORMAT_NFT: u32 = 1;
 pub const TP_FORMAT_IPTABLES: u32 = 2;
 
 /// IPv4.
-pub const TP_IPV4: u32 = 0x1;
+pub const TP_FAMILY_IPV4: u32 = 0x1;
 /// IPv6.
-pub const TP_IPV6: u32 = 0x2;
+pub const TP_FAMILY_IPV6: u32 = 0x2;
 
 const KNOWN_FLAGS: u32 = TP_RULES_DIVERT_ONLY
     | TP_RULES_REDIRECT
@@ -133,7 +132,7 @@ pub struct tp_rules_config {
     /// Protocol, family, address and port come from them. Each must be
     /// transparent, bound and, for TCP, listening (tp_listen makes such), and
     /// for each protocol and family there must be one address and port;
-    /// sockets that share it by TP_REUSEPORT are fine. They are read now; a
+    /// sockets that share it by TP_LISTEN_REUSEPORT are fine. They are read now; a
     /// listener that ends later leaves no listener, and so no traffic.
     pub listeners: *const c_int,
     /// How many descriptors.
@@ -147,10 +146,10 @@ pub struct tp_rules_config {
     pub flags: u32,
     /// TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
     pub backend: u32,
-    /// TP_TCP, TP_UDP. 0: what the listeners are, else TCP. With listen_addr
+    /// TP_PROTO_TCP, TP_PROTO_UDP. 0: what the listeners are, else TCP. With listen_addr
     /// it says what listens there.
     pub protocols: u32,
-    /// TP_IPV4, TP_IPV6. 0: those that the listeners serve, else both; IPv4
+    /// TP_FAMILY_IPV4, TP_FAMILY_IPV6. 0: those that the listeners serve, else both; IPv4
     /// alone on a host that has no IPv6 address.
     pub families: u32,
     /// The packet mark that means "for a local socket", in host byte order.
@@ -218,13 +217,13 @@ pub struct tp_rules_stats {
     /// Their bytes.
     pub dropped_bytes: u64,
     /// Dropped, because they were sent straight to a listener.
-    pub guarded_packets: u64,
+    pub direct_packets: u64,
     /// Their bytes.
-    pub guarded_bytes: u64,
+    pub direct_bytes: u64,
 }
 
 /// The size of the first version of tp_rules_stats.
-pub(super) const FIRST_STATS: usize = std::mem::offset_of!(tp_rules_stats, guarded_bytes) + size_of::<u64>();
+pub(super) const FIRST_STATS: usize = std::mem::offset_of!(tp_rules_stats, direct_bytes) + size_of::<u64>();
 
 /// Decodes the struct; refuses what this version cannot do.
 ///
@@ -240,7 +239,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         (true, false) => Mode::DivertOnly,
         (true, true) => return Err(Error::invalid("TP_RULES_DIVERT_ONLY with TP_RULES_REDIRECT: one or the other")),
     };
-    let protocols = Protocols { tcp: config.protocols & TP_TCP != 0, udp: config.protocols & TP_UDP != 0 };
+    let protocols = Protocols { tcp: config.protocols & TP_PROTO_TCP != 0, udp: config.protocols & TP_PROTO_UDP != 0 };
     // SAFETY: each by the caller's word.
     let (name, ports, dst, src, bypass, interfaces, listeners) = unsafe {
         (
@@ -254,7 +253,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         )
     };
     Ok(Config {
-        name: name.owned(),
+        name: name.to_owned(),
         listeners,
         mode,
         backend: match config.backend {
@@ -269,7 +268,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         notrack: has(TP_RULES_NOTRACK),
         persist: has(TP_RULES_PERSIST),
         protocols,
-        families: Families { v4: config.families & TP_IPV4 != 0, v6: config.families & TP_IPV6 != 0 },
+        families: Families { v4: config.families & TP_FAMILY_IPV4 != 0, v6: config.families & TP_FAMILY_IPV6 != 0 },
         mark: config.mark,
         mark_mask: config.mark_mask,
         table: config.table,
@@ -346,7 +345,7 @@ unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<V
     let name = |item: &*const c_char| {
         // SAFETY: by the caller's word.
         let name = unsafe { arg::text(what, *item) }?;
-        Ok(name.ok_or_else(|| arg::null(what))?.owned())
+        Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
     };
     memory::collect(items.iter().map(name))
 }
@@ -357,7 +356,7 @@ fn check_known(config: &tp_rules_config) -> Result<()> {
         0 => Ok(()),
         unknown => Err(Error::invalid_with(format_args!("{what}: {unknown:#x} is not known"))),
     };
-    known("protocols", config.protocols, TP_TCP | TP_UDP)?;
-    known("families", config.families, TP_IPV4 | TP_IPV6)?;
+    known("protocols", config.protocols, TP_PROTO_TCP | TP_PROTO_UDP)?;
+    known("families", config.families, TP_FAMILY_IPV4 | TP_FAMILY_IPV6)?;
     Ok(())
 }

@@ -133,7 +133,7 @@ pub unsafe extern "C" fn tp_recvfrom(
                 Some(found) => found.of_family(source.family(), |addr| dst.write(Some(addr))),
                 None => dst.write(None),
             }
-            if source.hand_on(|addr| src.write(Some(addr))).is_none() {
+            if source.with_ref(|addr| src.write(Some(addr))).is_none() {
                 src.write(None);
             }
         }

@@ -98,11 +98,11 @@ pub(super) fn guard(mut body: impl FnMut() -> Result<c_int>) -> c_int {
 /// One for all bodies: what is around them is not made for each.
 fn guarded(body: &mut dyn FnMut() -> Result<c_int>) -> c_int {
     let _uncancelled = Uncancelled::new();
-    let errno = sys::Kept::errno();
+    let errno = sys::SavedErrno::errno();
     unless_panicked(quietly(|| {
         answer(|| {
             let value = body()?;
-            errno.put_back();
+            errno.restore();
             Ok(value)
         })
     }))

@@ -15,7 +15,7 @@ mod datagrams;
 mod diagnosis;
 mod guard;
 #[cfg(tproxy_shared)]
-mod lean;
+mod no_backtrace;
 mod rules;
 mod sockets;
 

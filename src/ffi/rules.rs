@@ -289,8 +289,8 @@ fn as_c(found: &rules::Stats) -> tp_rules_stats {
         diverted_bytes: found.diverted.bytes,
         dropped_packets: found.dropped.packets,
         dropped_bytes: found.dropped.bytes,
-        guarded_packets: found.guarded.packets,
-        guarded_bytes: found.guarded.bytes,
+        direct_packets: found.direct.packets,
+        direct_bytes: found.direct.bytes,
     }
 }
 

@@ -12,21 +12,21 @@ use crate::address::KernelAddr;
 use crate::error::Error;
 use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
-use crate::sys::Kept;
+use crate::sys::SavedErrno;
 
 /// The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
 pub const TP_NONBLOCK: u32 = 0x1;
 /// Several listeners share the address and port, and the kernel spreads
 /// the connections among them (SO_REUSEPORT). tp_listen.
-pub const TP_REUSEPORT: u32 = 0x2;
+pub const TP_LISTEN_REUSEPORT: u32 = 0x2;
 /// Connect from the source's own port if it can be had, else from any
 /// other. tp_connect_from.
-pub const TP_KEEP_PORT: u32 = 0x4;
+pub const TP_CONNECT_KEEP_PORT: u32 = 0x4;
 /// A datagram socket instead of a stream socket. tp_connect_from.
-pub const TP_DGRAM: u32 = 0x8;
+pub const TP_CONNECT_DGRAM: u32 = 0x8;
 /// What is to be sent on the connection is there already: the packet that ends
 /// the handshake waits for it. tp_connect_from.
-pub const TP_DATA_FOLLOWS: u32 = 0x10;
+pub const TP_CONNECT_DATA_FOLLOWS: u32 = 0x10;
 
 /// Makes a socket like socket(2) that is transparent: it can be bound to,
 /// listen on and send from addresses that this host does not own
@@ -120,7 +120,7 @@ pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addr
 /// addr: a struct sockaddr_in or sockaddr_in6, in network byte order; with
 /// port 0 the kernel chooses one (getsockname(2) tells). backlog: as
 /// listen(2); negative asks for the most that the system allows
-/// (net.core.somaxconn). flags: TP_NONBLOCK, TP_REUSEPORT, or 0.
+/// (net.core.somaxconn). flags: TP_NONBLOCK, TP_LISTEN_REUSEPORT, or 0.
 ///
 /// Returns a descriptor, which the caller closes, or -1 with errno: EFAULT:
 /// addr is NULL. EINVAL: addrlen does not fit the family, or flags has an
@@ -133,10 +133,11 @@ pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addr
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, backlog: c_int, flags: u32) -> c_int {
     guard(|| {
-        let flags = arg::flags(flags, TP_NONBLOCK | TP_REUSEPORT)?;
+        let flags = arg::flags(flags, TP_NONBLOCK | TP_LISTEN_REUSEPORT)?;
         // SAFETY: by the caller's word.
         let addr = unsafe { arg::address("addr", addr, addrlen) }?;
-        let options = ListenOptions { nonblocking: flags & TP_NONBLOCK != 0, reuse_port: flags & TP_REUSEPORT != 0 };
+        let options =
+            ListenOptions { nonblocking: flags & TP_NONBLOCK != 0, reuse_port: flags & TP_LISTEN_REUSEPORT != 0 };
         Ok(socket::listen(addr, backlog, options)?.into_raw_fd())
     })
 }
@@ -152,17 +153,17 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// what routers and hosts say of its packets (ICMP): that they are too big for
 /// a link, or refused.
 ///
-/// The port: without TP_KEEP_PORT any that is free for this destination; the
-/// port in src does not count. With TP_KEEP_PORT the one in src, unless it is
+/// The port: without TP_CONNECT_KEEP_PORT any that is free for this destination; the
+/// port in src does not count. With TP_CONNECT_KEEP_PORT the one in src, unless it is
 /// 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
 /// 1024 without CAP_NET_BIND_SERVICE): then any, as without.
 ///
-/// flags: TP_KEEP_PORT, TP_NONBLOCK, TP_DGRAM, TP_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
+/// flags: TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM, TP_CONNECT_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
 /// may still be under way when the descriptor is returned: wait until it is
 /// writable, then SO_ERROR tells. Without, the call waits, at most as long as
 /// the kernel tries (net.ipv4.tcp_syn_retries).
 ///
-/// With TP_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
+/// With TP_CONNECT_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
 /// and recv(2) receives what dst answers to it. (What others sent to src at the
 /// very moment of the call is dropped; where a datagram of theirs that slips
 /// through matters, look at the sender that recvfrom(2) gives.) What the
@@ -171,7 +172,7 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// be no two with the same port and destination: the kernel does not refuse
 /// that, and gives the answers to either.
 ///
-/// With TP_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
+/// With TP_CONNECT_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
 /// sent first, and so does the one for the first answer, if it can: a packet or
 /// two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
 /// that has the client's first bytes before it connects. If nothing is sent,
@@ -180,7 +181,7 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///
 /// Returns a connected socket, which the caller closes, or -1 with
 /// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
-/// family, an unknown flag, TP_DATA_FOLLOWS with TP_DGRAM, or src or dst is
+/// family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, or src or dst is
 /// unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
 /// address of this host, or to this host. EAFNOSUPPORT: a family other than
 /// AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
@@ -190,10 +191,10 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// as tp_socket. On failure no descriptor is left open.
 ///
 /// System calls: socket, setsockopt(IP_TRANSPARENT),
-/// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_KEEP_PORT
-/// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_DGRAM neither
+/// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_CONNECT_KEEP_PORT
+/// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_CONNECT_DGRAM neither
 /// or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
-/// from others before the connect; with TP_DATA_FOLLOWS one setsockopt more.
+/// from others before the connect; with TP_CONNECT_DATA_FOLLOWS one setsockopt more.
 /// Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
@@ -204,24 +205,24 @@ pub unsafe extern "C" fn tp_connect_from(
     flags: u32,
 ) -> c_int {
     guard_hot(|| {
-        let flags = arg::flags(flags, TP_NONBLOCK | TP_KEEP_PORT | TP_DGRAM | TP_DATA_FOLLOWS)?;
+        let flags = arg::flags(flags, TP_NONBLOCK | TP_CONNECT_KEEP_PORT | TP_CONNECT_DGRAM | TP_CONNECT_DATA_FOLLOWS)?;
         // SAFETY: by the caller's word.
         let mut src = unsafe { arg::kernel_address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
         let mut dst = unsafe { arg::kernel_address("dst", dst, dstlen) }?;
         let options = ConnectOptions {
             nonblocking: flags & TP_NONBLOCK != 0,
-            keep_port: flags & TP_KEEP_PORT != 0,
-            datagram: flags & TP_DGRAM != 0,
-            data_follows: flags & TP_DATA_FOLLOWS != 0,
+            keep_port: flags & TP_CONNECT_KEEP_PORT != 0,
+            datagram: flags & TP_CONNECT_DGRAM != 0,
+            data_follows: flags & TP_CONNECT_DATA_FOLLOWS != 0,
         };
         if options.datagram && options.data_follows {
-            return Err(Error::invalid("flags: TP_DATA_FOLLOWS is for streams, not for TP_DGRAM"));
+            return Err(Error::invalid("flags: TP_CONNECT_DATA_FOLLOWS is for streams, not for TP_CONNECT_DGRAM"));
         }
         // A connection under way, a port that is taken: calls fail on the way to success.
-        let errno = Kept::errno();
+        let errno = SavedErrno::errno();
         let socket = socket::connect_between(&mut src, &mut dst, options)?;
-        errno.put_back();
+        errno.restore();
         Ok(socket.into_raw_fd())
     })
 }
@@ -260,7 +261,7 @@ pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *m
         // SAFETY: the caller's descriptor, open during the call.
         orig_dst::find(unsafe { arg::fd(fd) }?, &mut found)?;
         // SAFETY: by the caller's word.
-        if let Some(Err(needed)) = found.hand_on(|addr| unsafe { out.write(addr) }) {
+        if let Some(Err(needed)) = found.with_ref(|addr| unsafe { out.write(addr) }) {
             // SAFETY: as above.
             return Err(unsafe { out.too_little(needed) });
         }

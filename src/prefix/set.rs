@@ -7,15 +7,13 @@
 //! of a set of their own, which is asked for a packet's address without the
 //! bits of the host. All the others become ranges.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::ordered::Ordered;
 use super::{Prefix, Range, address, host_mask, merged, without};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::memory;
 use crate::model::{Families, Family};
-use crate::sort;
 
 /// Fewer prefixes of a length than this cost no more among ranges: a search takes some 25 ns for each doubling of the
 /// set, a look-up of its own, with what cuts off the bits of the host, some 50 ns, whatever is in it.
@@ -34,17 +32,17 @@ pub(crate) const BYTES_EACH: usize = 160;
 /// stays covered until the last prefix that covers it is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PrefixSet {
-    v4: Half,
-    v6: Half,
+    v4: FamilySet,
+    v6: FamilySet,
 }
 
 /// The prefixes of one family.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Half {
+struct FamilySet {
     /// The lengths with a set of their own, and the networks of each.
-    hashed: Vec<(u8, Ordered)>,
+    hashed: Vec<(u8, BTreeSet<Prefix>)>,
     /// The others,
-    rest: Ordered,
+    rest: BTreeSet<Prefix>,
     /// and how many of them are of each length that is there, in the order of lengths.
     counts: Vec<(u8, usize)>,
 }
@@ -75,7 +73,7 @@ impl PrefixSet {
 
     /// As [`PrefixSet::new`], with another notion of many.
     fn with_many(prefixes: &[Prefix], many: usize) -> PrefixSet {
-        let of = |family| Half::new(prefixes.iter().filter(move |prefix| prefix.family() == family), many);
+        let of = |family| FamilySet::new(prefixes.iter().filter(move |prefix| prefix.family() == family), many);
         PrefixSet { v4: of(Family::V4), v6: of(Family::V6) }
     }
 
@@ -84,26 +82,26 @@ impl PrefixSet {
     }
 
     pub fn of(&self, family: Family) -> impl Iterator<Item = Prefix> {
-        let half = self.half(family);
-        half.hashed.iter().flat_map(|(_, networks)| networks.iter()).chain(half.rest.iter()).copied()
+        let family_set = self.family_set(family);
+        family_set.hashed.iter().flat_map(|(_, networks)| networks.iter()).chain(family_set.rest.iter()).copied()
     }
 
     /// The lengths of a family that have a set of their own.
     pub fn lengths(&self, family: Family) -> impl Iterator<Item = u8> {
-        self.half(family).hashed.iter().map(|(len, _)| *len)
+        self.family_set(family).hashed.iter().map(|(len, _)| *len)
     }
 
     /// What the kernel's sets of a family shall hold.
     pub fn contents(&self, family: Family) -> Result<Contents> {
-        let half = self.half(family);
-        let addresses = |(len, networks): &(u8, Ordered)| {
+        let family_set = self.family_set(family);
+        let addresses = |(len, networks): &(u8, BTreeSet<Prefix>)| {
             let mut list = Vec::new();
             list.try_reserve_exact(networks.len()).map_err(|_| Error::no_memory())?;
             list.extend(networks.iter().map(|prefix| prefix.addr));
             Ok((*len, list))
         };
-        let networks = memory::collect(half.hashed.iter().map(addresses))?;
-        Ok(Contents { networks, ranges: merged(half.rest.iter().map(Prefix::range))? })
+        let networks = memory::collect(family_set.hashed.iter().map(addresses))?;
+        Ok(Contents { networks, ranges: merged(family_set.rest.iter().map(Prefix::range))? })
     }
 
     /// Adds and removes prefixes.
@@ -115,12 +113,13 @@ impl PrefixSet {
         memory::require((add.len() + remove.len()) * BYTES_EACH)?;
         let sorted = |prefixes: &[Prefix]| {
             let mut prefixes = memory::collect(prefixes.iter().map(|prefix| Ok(*prefix)))?;
-            sort::unique(&mut prefixes);
+            prefixes.sort_unstable();
+            prefixes.dedup();
             Ok(prefixes)
         };
         let (add, remove): (Vec<Prefix>, Vec<Prefix>) = (sorted(add)?, sorted(remove)?);
         let among = |prefix: &Prefix, prefixes: &[Prefix]| prefixes.binary_search(prefix).is_ok();
-        let has = |prefix: &Prefix| self.half(prefix.family()).has(prefix);
+        let has = |prefix: &Prefix| self.family_set(prefix.family()).has(prefix);
         if let Some(prefix) = remove.iter().find(|prefix| !has(prefix) && !among(prefix, &add)) {
             return Err(Error::with(libc::ENOENT, format_args!("prefix {prefix} to be removed is not in the set")));
         }
@@ -135,15 +134,15 @@ impl PrefixSet {
 
     /// Takes a change back.
     pub fn undo(&mut self, change: &Change) {
-        for (family, half) in [(Family::V4, &mut self.v4), (Family::V6, &mut self.v6)] {
-            half.swap(family, &change.added, &change.removed);
+        for (family, family_set) in [(Family::V4, &mut self.v4), (Family::V6, &mut self.v6)] {
+            family_set.swap(family, &change.added, &change.removed);
         }
     }
 
     /// The same prefixes in other parts, if changes have left so many of a length among the ranges that it is worth
     /// the work.
     pub fn regrouped(&self) -> Result<Option<PrefixSet>> {
-        let outgrown = Families::ALL.iter().any(|family| self.half(family).is_outgrown());
+        let outgrown = Families::ALL.iter().any(|family| self.family_set(family).is_outgrown());
         let regroup = || {
             let all = memory::gather(Families::ALL.iter().flat_map(|family| self.of(family)))?;
             Ok(PrefixSet::new(&all))
@@ -151,7 +150,7 @@ impl PrefixSet {
         outgrown.then(regroup).transpose()
     }
 
-    fn half(&self, family: Family) -> &Half {
+    fn family_set(&self, family: Family) -> &FamilySet {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
@@ -159,17 +158,17 @@ impl PrefixSet {
     }
 }
 
-impl Half {
-    fn new<'a>(prefixes: impl Iterator<Item = &'a Prefix> + Clone, many: usize) -> Half {
+impl FamilySet {
+    fn new<'a>(prefixes: impl Iterator<Item = &'a Prefix> + Clone, many: usize) -> FamilySet {
         let mut lengths: Vec<(u8, usize)> = Vec::new();
         prefixes.clone().for_each(|prefix| *count_of(&mut lengths, prefix.len) += 1);
         lengths.retain(|(_, count)| *count >= many);
-        sort::by_key(&mut lengths, |(len, count)| (std::cmp::Reverse(*count), *len));
+        lengths.sort_unstable_by_key(|(len, count)| (std::cmp::Reverse(*count), *len));
         lengths.truncate(LENGTHS);
-        let hashed = lengths.iter().map(|(len, _)| (*len, Ordered::default())).list();
-        let mut half = Half { hashed, ..Half::default() };
-        prefixes.for_each(|prefix| half.insert(prefix));
-        half
+        let hashed = lengths.iter().map(|(len, _)| (*len, BTreeSet::new())).collect::<Vec<_>>();
+        let mut family_set = FamilySet { hashed, ..FamilySet::default() };
+        prefixes.for_each(|prefix| family_set.insert(prefix));
+        family_set
     }
 
     fn is_hashed(&self, len: u8) -> bool {
@@ -209,13 +208,14 @@ impl Half {
         add.iter().filter(of_family).for_each(|prefix| self.insert(prefix));
     }
 
-    /// As [`Half::swap`]; gives what of the contents is gone, and what is new. On failure nothing is changed.
+    /// As [`FamilySet::swap`]; gives what of the contents is gone, and what is new. On failure nothing is changed.
     fn change(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) -> Result<(Contents, Contents)> {
-        let windows = self.touched(family, remove.iter().chain(add).filter(|prefix| prefix.family() == family))?;
-        let old = self.ranges_within(family, &windows)?;
+        let affected =
+            self.affected_ranges(family, remove.iter().chain(add).filter(|prefix| prefix.family() == family))?;
+        let old = self.ranges_within(family, &affected)?;
         self.swap(family, remove, add);
         let difference = || {
-            let new = self.ranges_within(family, &windows)?;
+            let new = self.ranges_within(family, &affected)?;
             let gone = self.contents_of(family, remove, without(&old, &new)?)?;
             Ok((gone, self.contents_of(family, add, without(&new, &old)?)?))
         };
@@ -240,12 +240,12 @@ impl Half {
     }
 
     /// The parts of the address space whose ranges a change may touch, apart from each other.
-    fn touched<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Result<Vec<Range>> {
+    fn affected_ranges<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Result<Vec<Range>> {
         // As far as the ranges reach that it lies in or touches.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
-        let mut windows = memory::gather(around)?;
-        sort::by_key(&mut windows, |range| range.first);
-        merged(windows.into_iter())
+        let mut affected = memory::gather(around)?;
+        affected.sort_unstable_by_key(|range| range.first);
+        merged(affected.into_iter())
     }
 
     /// The range that is made of everything which overlaps or touches `own`.
@@ -284,13 +284,13 @@ impl Half {
 
     /// The prefixes that begin at an address or above.
     fn from(&self, family: Family, first: u128) -> impl Iterator<Item = &Prefix> {
-        self.rest.from(Prefix { addr: address(family, first), len: 0 })
+        self.rest.range(Prefix { addr: address(family, first), len: 0 }..)
     }
 
-    /// The ranges within windows that none of them crosses.
-    fn ranges_within(&self, family: Family, windows: &[Range]) -> Result<Vec<Range>> {
+    /// The ranges within affected that none of them crosses.
+    fn ranges_within(&self, family: Family, affected: &[Range]) -> Result<Vec<Range>> {
         let mut all = Vec::new();
-        for window in windows {
+        for window in affected {
             let above = self.from(family, window.first).map(Prefix::range);
             let within = merged(above.take_while(|range| range.first <= window.last))?;
             all.try_reserve(within.len()).map_err(|_| Error::no_memory())?;
@@ -324,7 +324,6 @@ mod tests {
     use super::*;
     use crate::prefix::mask;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
 
     fn prefix(text: &str) -> Prefix {
         let (addr, len) = text.split_once('/').unwrap();

@@ -1,8 +1,8 @@
 //! Makes the kernel hold a plan, and no longer.
 //!
 //! nf_tables is atomic and dies with its owner; policy routing is neither. So
-//! the order is: claim the instance's place by an empty table that belongs to
-//! this process (`place`); put the routing there; fill the table, in one
+//! the order is: claim the instance's slot by an empty table that belongs to
+//! this process (`slot`); put the routing there; fill the table, in one
 //! transaction, which is the moment at which interception begins. Undoing is
 //! the same backwards. What a killed process leaves behind is routing that no
 //! packet is marked for; whoever comes next sweeps it.
@@ -11,18 +11,17 @@ use std::os::fd::BorrowedFd;
 
 use crate::backend::iptables;
 use crate::backend::nft::object::{Object, Variant};
-use crate::backend::nft::ruleset::{self, Which};
+use crate::backend::nft::ruleset::{self, PrefixList};
 use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
 
 use super::config::Config;
-use super::place;
 use super::plan;
+use super::slot;
 
 /// Rules that are installed, and what they are changed by. [`super::Rules`] decides who may change them.
 pub struct Instance {
@@ -34,7 +33,7 @@ pub struct Instance {
     /// How the sets in force are named.
     variant: Variant,
     routing: Routing,
-    /// The rules are in iptables, and the table holds but the name and the place.
+    /// The rules are in iptables, and the table holds but the name and the slot.
     by_iptables: bool,
 }
 
@@ -48,7 +47,7 @@ pub struct Stats {
     /// Dropped for want of a listener.
     pub dropped: Count,
     /// Dropped because they were sent straight to a listener.
-    pub guarded: Count,
+    pub direct: Count,
 }
 
 /// Packets, and their bytes from the IP header on.
@@ -72,7 +71,7 @@ pub enum Set {
 }
 
 impl Instance {
-    /// Makes the kernel deliver to the listeners what the wish asks for.
+    /// Makes the kernel deliver to the listeners what the config asks for.
     ///
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Instance> {
@@ -97,26 +96,26 @@ impl Instance {
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
         if !shows_later {
-            serve(config, &mut plan, &mut route)?;
+            drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
         }
-        let mut avoid = Vec::new();
+        let mut excluded_tables = Vec::new();
         let (table, variant) = (table::name_of(&plan.name), Variant::default());
         let (routing, adopted) = loop {
-            let claim = place::claim(&plan, &mut nft, &mut route, &avoid)?;
-            let routing = routing(&plan, claim.place);
+            let claim = slot::claim(&plan, &mut nft, &mut route, &excluded_tables)?;
+            let routing = routing(&plan, claim.slot);
             if claim.adopted {
-                serve(config, &mut plan, &mut route)?;
+                drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
                 break (routing, true);
             }
             match install_at(&plan, &table, &routing, &mut nft, &mut route) {
                 Ok(()) => break (routing, false),
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
-                    avoid.push(routing.table);
+                    excluded_tables.push(routing.table);
                 }
                 Err(Refused { error, .. }) => {
                     let before = plan.families;
-                    serve(config, &mut plan, &mut route)?;
+                    drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
                     if plan.families == before {
                         return Err(error);
                     }
@@ -175,7 +174,7 @@ impl Instance {
 
     /// Removes the rules, the routing, the table, and what they did.
     ///
-    /// The routing goes first, while the table still holds its place against
+    /// The routing goes first, while the table still holds its slot against
     /// others: for that moment the packets that would be intercepted are dropped.
     pub fn remove(mut self) -> Result<()> {
         self.undo()
@@ -193,15 +192,20 @@ impl Instance {
 }
 
 /// What the rules of an instance have done so far, whatever process they belong to.
+///
+/// ```no_run
+/// println!("{} packets intercepted", tproxy::rules::stats_of("tproxy")?.intercepted.packets);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn stats_of(name: &str) -> Result<Stats> {
     let name = plan::name(name)?;
     let (mut nft, _) = channels()?;
     let table = table::name_of(&name);
     let (_, tables) = table::list(&mut nft)?;
-    if !tables.iter().any(|other| other.name == table && other.place.is_some()) {
+    if !tables.iter().any(|other| other.name == table && other.slot.is_some()) {
         return Err(Error::with(libc::ENOENT, format_args!("there are no rules of this name (table inet {table})")));
     }
-    // With iptables the table holds but the name and the place.
+    // With iptables the table holds but the name and the slot.
     match table::contents(&mut nft, &table)?.chains.is_empty() {
         true => by_iptables::counted_by_iptables(&name, Families::ALL),
         false => counted(&mut nft, &table),
@@ -216,7 +220,7 @@ fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
             ruleset::INTERCEPTED => &mut stats.intercepted,
             ruleset::DIVERTED => &mut stats.diverted,
             ruleset::DROPPED => &mut stats.dropped,
-            ruleset::GUARDED => &mut stats.guarded,
+            ruleset::DIRECT => &mut stats.direct,
             _ => continue,
         };
         *count = Count { packets, bytes };
@@ -226,6 +230,11 @@ fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
 
 /// Removes what a dead or persistent instance left; without a name, what all
 /// of them left. A living process's rules are never touched: by name, they are EBUSY.
+///
+/// ```no_run
+/// tproxy::rules::purge(Some("tproxy"))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn purge(name: Option<&str>) -> Result<()> {
     let (mut nft, mut route) = channels()?;
     let name = name.map(plan::name).transpose()?;
@@ -233,9 +242,9 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     let (_, tables) = table::list(&mut nft)?;
     for table in &tables {
         let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
-        match (table.place, table.owner) {
+        match (table.slot, table.owner) {
             (_, Some(_)) if named => {
-                let owner = place::owner_of(table).unwrap_or_default();
+                let owner = slot::owner_of(table).unwrap_or_default();
                 return Err(Error::with(
                     libc::EBUSY,
                     format_args!("{owner} has these rules (table inet {}), and lives: end it first", table.name),
@@ -247,7 +256,7 @@ pub fn purge(name: Option<&str>) -> Result<()> {
                 return Err(Error::with(
                     libc::EEXIST,
                     format_args!(
-                        "table inet {} is not one that this library made: its comment names no place; `nft delete table \
+                        "table inet {} is not one that this library made: its comment names no priority and table; `nft delete table \
                          inet {0}` removes it",
                         table.name
                     ),
@@ -262,13 +271,13 @@ pub fn purge(name: Option<&str>) -> Result<()> {
         tables.iter().any(|table| table.name == name && table.owner.is_some())
     };
     let chains = by_iptables::purge(name.as_deref(), living);
-    chains.and(place::sweep_all(&mut nft, &mut route))
+    chains.and(slot::remove_all_stale(&mut nft, &mut route))
 }
 
 /// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
 ///
 /// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
-fn serve(config: &Config, plan: &mut Plan, route: &mut Channel) -> Result<()> {
+fn drop_ipv6_if_unavailable(config: &Config, plan: &mut Plan, route: &mut Channel) -> Result<()> {
     let either = config.families.is_empty() && plan.families == Families::ALL;
     if either && !route::has_ipv6(route)? {
         plan.leave_ipv6();
@@ -314,7 +323,7 @@ fn fill(nft: &mut Channel, table: &str, objects: &[Object]) -> Result<()> {
     }
     let (sets, others): (Vec<&Object>, Vec<&Object>) = objects.iter().partition(|object| is_set(object));
     add_sets(nft, table, &sets)?;
-    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).list();
+    let others: Vec<Change<'_>> = others.into_iter().map(Change::Add).collect();
     commit(nft, table, None, &others)
 }
 
@@ -358,10 +367,10 @@ fn delete_table(nft: &mut Channel, table: &str) -> Result<()> {
     }
 }
 
-/// The routing of a plan at its place. NAT redirection needs none.
-pub(super) fn routing(plan: &Plan, place: table::Place) -> Routing {
+/// The routing of a plan at its slot. NAT redirection needs none.
+pub(super) fn routing(plan: &Plan, slot: table::RoutingSlot) -> Routing {
     let families = if plan.mode == Mode::Redirect { Families::default() } else { plan.families };
-    Routing { families, mark: plan.mark, output_mark: plan.output_mark, table: place.table, priority: place.priority }
+    Routing { families, mark: plan.mark, output_mark: plan.output_mark, table: slot.table, priority: slot.priority }
 }
 
 mod by_iptables;

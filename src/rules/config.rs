@@ -1,17 +1,17 @@
-//! What a caller wishes for, in values that cannot be misread.
+//! What a caller config for, in values that cannot be misread.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsFd;
 
 use socket2::{Domain, SockRef, Type};
 
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::model::{Backend, Families, Mode, PortRange, Protocol, Protocols};
 use crate::prefix::Prefix;
 use crate::sys;
 
-/// The wish: what to intercept, and for whom. A default value asks for what most want.
+/// The config: what to intercept, and for whom. A default value asks for what most want.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
     /// The instance; empty: "tproxy". Its table is called "libtproxy-" and this.
@@ -76,8 +76,9 @@ impl Listener {
     ///
     /// The socket must be a TCP or UDP socket of IPv4 or IPv6 that is bound to a port, listens if it is TCP, and is
     /// transparent unless the mode is [`Mode::Redirect`]; else the error says which of these it is not.
-    pub fn from_fd(fd: BorrowedFd<'_>, mode: Mode) -> Result<Listener> {
-        let failed = |e| Error::socket(Step::Inspect, Ends::default(), e);
+    pub fn from_fd(fd: impl AsFd, mode: Mode) -> Result<Listener> {
+        let fd = fd.as_fd();
+        let failed = |e| Error::socket(SocketOp::Inspect, Endpoints::default(), e);
         let unknown = |e: io::Error| failed(e.into());
         let socket = SockRef::from(&fd);
         let domain = socket.domain().map_err(unknown)?;

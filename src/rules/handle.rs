@@ -26,7 +26,7 @@ pub struct Rules {
 impl Rules {
     /// Makes the kernel deliver to the listeners what the config asks for.
     ///
-    /// On failure nothing is left.
+    /// On failure nothing is left. The crate's first page has an example.
     pub fn install(config: &Config) -> Result<Rules> {
         let instance = Instance::install(config)?;
         let sockets = instance.sockets().filter_map(Descriptor::of).collect();
@@ -47,6 +47,14 @@ impl Rules {
     ///
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Rules::replace`]: when so many
     /// prefixes of a length have come that they get a set of their own.
+    ///
+    /// ```no_run
+    /// use tproxy::rules::{Rules, Set};
+    /// # fn example(rules: &Rules) -> Result<(), tproxy::Error> {
+    /// rules.update(Set::Bypass, &["192.0.2.0/24".parse()?], &[])?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn update(&self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         self.lock()?.update(set, add, remove)
     }
@@ -103,7 +111,7 @@ impl Rules {
         Ok(instance)
     }
 
-    /// Ends this copy; removes the rules if that is this process's to do, and they are not to stay.
+    /// Endpoints this copy; removes the rules if that is this process's to do, and they are not to stay.
     fn end(&mut self, even_if_persistent: bool) -> Result<()> {
         let Some(instance) = self.instance.take() else { return Ok(()) };
         let may_remove = self.installer.relation() != Relation::ChildOfLiving;

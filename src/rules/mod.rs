@@ -1,13 +1,13 @@
-//! Rules: a wish (`config`) becomes a plan (`plan`), which the kernel is then
-//! made to hold (`apply`), in a place of its own (`place`), or which is shown as a
+//! Rules: a config (`config`) becomes a plan (`plan`), which the kernel is then
+//! made to hold (`apply`), in a slot of its own (`slot`), or which is shown as a
 //! script (`render`).
 
 mod apply;
 mod config;
 mod handle;
-mod place;
 pub(crate) mod plan;
 mod render;
+mod slot;
 
 pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;

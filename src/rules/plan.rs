@@ -1,4 +1,4 @@
-//! What the kernel shall hold, worked out from a wish with no look at the
+//! What the kernel shall hold, worked out from a config with no look at the
 //! kernel.
 
 use std::net::IpAddr;
@@ -8,14 +8,13 @@ use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, Intercept, Interfaces, Mark, Mode, Plan, PortRange, Protocol, Protocols};
+use crate::name;
 use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
-use crate::text::Owned;
-use crate::{sort, text};
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
 
-/// Checks a wish and fills in its defaults.
+/// Checks a config and fills in its defaults.
 pub(crate) fn make(config: &Config) -> Result<Plan> {
     refuse_contradictions(config)?;
     let protocols = protocols(config)?;
@@ -150,13 +149,15 @@ fn interfaces(names: &[String]) -> Result<Interfaces> {
             return Err(Error::invalid_with(format_args!(
                 "interfaces: {} is neither the name of an interface (1 to 15 bytes, without '/', ':', '*', quotes and \
                  spaces) nor the beginning of one with a '*' behind it",
-                text::quoted(name)
+                name::quoted(name)
             )));
         }
-        list.push(word.owned());
+        list.push(word.to_owned());
     }
-    sort::unique(&mut found.names);
-    sort::unique(&mut found.prefixes);
+    found.names.sort_unstable();
+    found.names.dedup();
+    found.prefixes.sort_unstable();
+    found.prefixes.dedup();
     Ok(found)
 }
 
@@ -166,11 +167,11 @@ pub(super) fn name(name: &str) -> Result<String> {
         && !name.starts_with('-')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
     if fits {
-        Ok(name.owned())
+        Ok(name.to_owned())
     } else {
         Err(Error::invalid_with(format_args!(
             "name {}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)",
-            text::quoted(name)
+            name::quoted(name)
         )))
     }
 }
@@ -282,7 +283,7 @@ fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
         )));
     }
     let mut sorted = ports.to_vec();
-    sort::by_key(&mut sorted, |range| range.first);
+    sorted.sort_unstable_by_key(|range| range.first);
     let mut merged: Vec<PortRange> = Vec::new();
     for range in sorted {
         match merged.last_mut() {
@@ -333,7 +334,7 @@ mod tests {
             plan.intercepts.iter().map(|i| (i.family, i.port)).collect::<Vec<_>>(),
             [(Some(Family::V4), 1), (Some(Family::V6), 2)]
         );
-        assert_eq!(plan.guarded().count(), 0, "nobody outside reaches a loopback listener");
+        assert_eq!(plan.direct_drops().count(), 0, "nobody outside reaches a loopback listener");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::fmt::{self, Write};
 
 use super::config::Config;
-use super::{place, plan};
+use super::{plan, slot};
 use crate::backend::nft::object::Variant;
 use crate::backend::nft::{ruleset, table};
 use crate::backend::{iptables, route};
@@ -16,14 +16,23 @@ use crate::model::{Family, Plan};
 /// host where nothing is taken.
 ///
 /// The table has no owner then: the rules stay until they are deleted.
+///
+/// ```
+/// use tproxy::rules::{Config, Listener, Protocol, render_nft};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// let script = render_nft(&Config { listeners: vec![listener], ports: vec![80.into()], ..Config::default() })?;
+/// assert!(script.starts_with("#!/bin/sh\n") && script.contains("tproxy to :3129"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn render_nft(config: &Config) -> Result<String> {
     let plan = plan::make(config)?;
-    let place = place::first(&plan);
+    let slot = slot::first(&plan);
     let name = table::name_of(&plan.name);
     let objects = ruleset::compile(&plan, Variant::default())?;
     written(|script| {
         write_routing(script, &plan)?;
-        writeln!(script, "\nnft -f - <<'END'\nadd table inet {name} {{ comment \"{place}\"; }}")?;
+        writeln!(script, "\nnft -f - <<'END'\nadd table inet {name} {{ comment \"{slot}\"; }}")?;
         objects.iter().try_for_each(|object| writeln!(script, "{}", object.command(&name)))?;
         script.write_str("END\n")
     })
@@ -55,6 +64,6 @@ fn written(write: impl FnOnce(&mut Text) -> fmt::Result) -> Result<String> {
 
 fn write_routing(script: &mut Text, plan: &Plan) -> fmt::Result {
     script.write_str("#!/bin/sh\nset -e\n\n")?;
-    let routing = super::apply::routing(plan, place::first(plan));
+    let routing = super::apply::routing(plan, slot::first(plan));
     route::commands(&routing).try_for_each(|command| writeln!(script, "ip {command}"))
 }

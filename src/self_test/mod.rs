@@ -1,23 +1,25 @@
 //! Does a configuration work on this kernel? Its rules are installed in a network that exists only meanwhile, with
-//! listeners as it wants them, and probes are sent through, from outside.
+//! listeners as it wants them, and probes are sent through, from in_client_ns.
 //!
 //! ```text
-//!   outside (a namespace) --- veth --- inside (another): the rules, the listeners, and a trace of every packet
+//!   in_client_ns (a namespace) --- veth --- inside (another): the rules, the listeners, and a trace of every packet
 //! ```
 //!
 //! A network namespace belongs to a thread, and so this is done in a thread of its own, which has ended when the call
 //! returns; it gets no signals. (A child process could do it too, but in a program with threads a child may hardly do
 //! anything before exec.) The host's own rules are not there: `check` judges those.
 
+mod link;
 mod network;
 mod probe;
+mod trace;
 
 use crate::check::findings::{self, Finding, Findings, Severity};
 use crate::error::{Error, Result};
 use crate::model::{Family, Interfaces, Protocol};
 use crate::rules::{Config, plan};
-use crate::{sys, text};
-use probe::{Fate, Probe};
+use crate::sys;
+use probe::{Probe, ProbeResult};
 
 /// A name that the configuration chooses.
 fn interface(interfaces: &Interfaces) -> String {
@@ -30,13 +32,13 @@ fn interface(interfaces: &Interfaces) -> String {
     }
 }
 
-/// Sends a connection and a datagram of each family, as far as the wish asks for them, through its rules.
+/// Sends a connection and a datagram of each family, as far as the config asks for them, through its rules.
 pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     let plan = plan::make(config)?;
     let worker = || -> Result<Vec<Finding>> {
         let network = network::Network::new(&interface(&plan.interfaces))?;
         let mut found = Findings::default();
-        probe::run(config, &plan, &network)?.iter().for_each(|probe| judge(probe, &mut found));
+        probe::run(config, &plan, &network)?.iter().for_each(|probe| report(probe, &mut found));
         skipped(config, &plan, &mut found);
         Ok(found.0)
     };
@@ -46,27 +48,27 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
 }
 
-fn judge(probe: &Probe, found: &mut Findings) {
+fn report(probe: &Probe, found: &mut Findings) {
     let (kind, what) = match probe.protocol {
         Protocol::Tcp => (findings::SELF_CONNECTION, "connection"),
         Protocol::Udp => (findings::SELF_DATAGRAM, "datagram"),
     };
-    let severity = if probe.fate == Fate::Served { Severity::Ok } else { Severity::Failure };
-    let fate = text::by(|f| match &probe.fate {
-        Fate::Served => f.write_str("delivered, and answered"),
-        Fate::Wrong(what) => f.write_str(what),
-        Fate::Failed(e) => write!(f, "{e}{}", probe.seen()),
-        Fate::Unanswered => write!(f, "delivered, but no answer came back{}", probe.seen()),
-        Fate::Lost => write!(f, "lost{}", probe.seen()),
+    let severity = if probe.result == ProbeResult::Served { Severity::Ok } else { Severity::Failure };
+    let result = std::fmt::from_fn(|f| match &probe.result {
+        ProbeResult::Served => f.write_str("delivered, and answered"),
+        ProbeResult::Wrong(what) => f.write_str(what),
+        ProbeResult::Failed(e) => write!(f, "{e}{}", probe.seen()),
+        ProbeResult::Unanswered => write!(f, "delivered, but no answer came back{}", probe.seen()),
+        ProbeResult::Lost => write!(f, "lost{}", probe.seen()),
     });
     let (family, from, to) = (probe.family, probe.from, probe.to);
-    found.say(severity, kind, format_args!("{family} {what} from {from} to {to}: {fate}")).not_cured();
+    found.push(severity, kind, format_args!("{family} {what} from {from} to {to}: {result}")).without_fix();
 }
 
-/// What the wish does not ask for was not tried.
+/// What the config does not ask for was not tried.
 fn skipped(config: &Config, plan: &crate::model::Plan, found: &mut Findings) {
     let mut skip = |name: &dyn std::fmt::Display| {
-        found.say(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
+        found.push(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
     };
     for family in [Family::V4, Family::V6] {
         if !plan.families.contains(family) || probe::destination(config, family).is_none() {

@@ -4,10 +4,10 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use crate::backend::link::{self, Mac};
-use crate::backend::seen::routing::{self, Interface};
+use crate::check::inspect::routing::{self, Interface};
 use crate::error::{Error, Result};
 use crate::netlink::Channel;
+use crate::self_test::link::{self, Mac};
 use crate::sys;
 
 const OUTSIDE_MAC: Mac = [2, 0, 0, 0, 0, 1];
@@ -17,7 +17,7 @@ const LOOPBACK: u32 = 1;
 
 /// The two namespaces; this thread is inside. They end with their descriptors and sockets.
 pub(super) struct Network {
-    outside: OwnedFd,
+    in_client_ns: OwnedFd,
     inside: OwnedFd,
     link: u32,
     outside_link: u32,
@@ -26,24 +26,24 @@ pub(super) struct Network {
 impl Network {
     /// Takes this thread out of its network, for good.
     pub fn new(interface: &str) -> Result<Network> {
-        let outside = unshared()?;
+        let in_client_ns = unshared()?;
         // `lo` answers for addresses that the probes come from.
         let mut there = channel()?;
         link::set_up(&mut there, LOOPBACK)?;
         let inside = unshared()?;
         let mut here = channel()?;
         link::set_up(&mut here, LOOPBACK)?;
-        link::add_pair(&mut here, (interface, INSIDE_MAC), ("eth0", OUTSIDE_MAC, outside.as_fd()))?;
+        link::add_pair(&mut here, (interface, INSIDE_MAC), ("eth0", OUTSIDE_MAC, in_client_ns.as_fd()))?;
         let link = index(&mut here, interface)?;
         let outside_link = index(&mut there, "eth0")?;
         link::set_up(&mut here, link)?;
         link::set_up(&mut there, outside_link)?;
-        Ok(Network { outside, inside, link, outside_link })
+        Ok(Network { in_client_ns, inside, link, outside_link })
     }
 
-    /// Gives the outside an address, and a way from there to everybody; and back.
+    /// Gives the in_client_ns an address, and a way from there to everybody; and back.
     pub fn connect(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
-        let mut there = self.outside(channel)??;
+        let mut there = self.in_client_ns(channel)??;
         link::add_address(&mut there, self.outside_link, client)?;
         link::add_neighbour(&mut there, self.outside_link, gateway, INSIDE_MAC)?;
         link::add_route(&mut there, self.outside_link, gateway, true)?;
@@ -66,7 +66,7 @@ impl Network {
             Ok((socket, addr))
         };
         let (near, near_addr) = open(gateway).map_err(failed)?;
-        let (far, far_addr) = self.outside(|| open(client))?.map_err(failed)?;
+        let (far, far_addr) = self.in_client_ns(|| open(client))?.map_err(failed)?;
         let deadline = sys::coarse_ms() + PATIENCE;
         let (mut near_heard, mut far_heard) = (false, false);
         while !(near_heard && far_heard) {
@@ -91,10 +91,10 @@ impl Network {
         }
     }
 
-    /// Does something outside.
-    pub fn outside<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
+    /// Does something in_client_ns.
+    pub fn in_client_ns<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
         let failed = |e: sys::Errno| Error::io(format_args!("setns(CLONE_NEWNET)"), e);
-        sys::enter_network(self.outside.as_fd()).map_err(failed)?;
+        sys::enter_network(self.in_client_ns.as_fd()).map_err(failed)?;
         let outcome = body();
         sys::enter_network(self.inside.as_fd()).map_err(failed)?;
         Ok(outcome)
@@ -104,12 +104,12 @@ impl Network {
 fn unshared() -> Result<OwnedFd> {
     let failed = |e: sys::Errno| {
         let errno = e.0;
-        let cure = if errno == libc::EPERM {
+        let fix = if errno == libc::EPERM {
             "; a network of its own takes CAP_SYS_ADMIN: run as root, or `unshare -r PROGRAM`"
         } else {
             ""
         };
-        Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{cure}"))
+        Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{fix}"))
     };
     sys::unshare_network().map_err(failed)?;
     sys::open("/proc/thread-self/ns/net").map_err(failed)

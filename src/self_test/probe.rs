@@ -9,17 +9,15 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::network::Network;
 use crate::address::canonical;
-use crate::backend::nft::trace::{Step, Tracer};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Families, Family, Mode, Plan, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
 use crate::prefix::Prefix;
 use crate::rules::{Config, Listener, Rules};
+use crate::self_test::trace::{Step, Tracer};
 use crate::socket::{self, ListenOptions};
 use crate::sys;
-use crate::text::Owned;
 
 /// In milliseconds. The first packet of a connection is sent again after a second.
 const PATIENCE: u64 = 1300;
@@ -28,7 +26,7 @@ const REPEAT: u64 = 300;
 const PAUSE: Duration = Duration::from_millis(2);
 /// An address of each family.
 type Pair = (Ipv4Addr, Ipv6Addr);
-/// Who asks, and whom, unless the wish says otherwise (RFC 5737, RFC 3849).
+/// Who asks, and whom, unless the config says otherwise (RFC 5737, RFC 3849).
 const CLIENTS: Pair = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
 const SERVERS: Pair = (Ipv4Addr::new(203, 0, 113, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
 const ELSEWHERE: Pair = (Ipv4Addr::new(198, 18, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 2));
@@ -37,7 +35,7 @@ const PORT: u16 = 80;
 
 /// What became of a probe.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum ProbeResult {
     Served,
     /// It was delivered, but not as it should.
     Wrong(String),
@@ -55,7 +53,7 @@ pub(super) struct Probe {
     pub protocol: Protocol,
     pub from: SocketAddr,
     pub to: SocketAddr,
-    pub fate: Fate,
+    pub result: ProbeResult,
     steps: Vec<Step>,
     socket: Option<Socket>,
     /// The connection, as it was accepted.
@@ -68,11 +66,11 @@ impl Probe {
     pub fn seen(&self) -> String {
         // Its first packet; later ones go the same way.
         let Some(packet) = self.steps.first().map(|step| step.packet) else {
-            return "; it was never seen to come in".owned();
+            return "; it was never seen to come in".to_owned();
         };
-        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).list();
+        let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).collect();
         if let Some(by) = steps.iter().find(|step| step.dropped) {
-            let rule = by.rule.map_or("its policy".owned(), |handle| format!("rule {handle}"));
+            let rule = by.rule.map_or("its policy".to_owned(), |handle| format!("rule {handle}"));
             return format!("; last seen in chain {} of table {}, where {rule} dropped it", by.chain, by.table);
         }
         let Some(hook) = steps.iter().rev().find_map(|step| step.hook()) else { return String::new() };
@@ -86,9 +84,9 @@ impl Probe {
     }
 }
 
-/// Whom a probe of a family asks; `None`: the wish leaves nobody.
+/// Whom a probe of a family asks; `None`: the config leaves nobody.
 pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
-    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).list();
+    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
     let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
     let more = config.dst.is_empty().then(|| sample(ELSEWHERE, family));
     candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
@@ -102,7 +100,7 @@ fn sample((v4, v6): Pair, family: Family) -> IpAddr {
     if family == Family::V4 { v4.into() } else { v6.into() }
 }
 
-/// Makes listeners, installs the rules, sends all probes at once, and waits until each has met its fate.
+/// Makes listeners, installs the rules, sends all probes at once, and waits until each has met its result.
 pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec<Probe>> {
     let mut config = config.clone();
     // Nothing outlives the network.
@@ -127,7 +125,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
                 protocol,
                 from: SocketAddr::new(from, 0),
                 to,
-                fate: Fate::Lost,
+                result: ProbeResult::Lost,
                 steps: Vec::new(),
                 socket: None,
                 accepted: None,
@@ -141,7 +139,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     // Where nf_tables is missing, iptables may do, and nothing is traced.
     let mut tracer = Tracer::start(&mut nft).ok();
     let _rules = Rules::install(&config)?;
-    network.outside(|| probes.iter_mut().for_each(send))?;
+    network.in_client_ns(|| probes.iter_mut().for_each(send))?;
     let deadline = sys::coarse_ms() + PATIENCE;
     let mut steps = Vec::new();
     let mut again = sys::coarse_ms() + REPEAT;
@@ -151,7 +149,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
             again += REPEAT;
         }
         listeners.iter().for_each(|(protocol, listener)| serve(*protocol, listener, &mut probes, plan.mode));
-        probes.iter_mut().for_each(hear);
+        probes.iter_mut().for_each(poll_reply);
         if let Some(tracer) = &mut tracer {
             steps.append(&mut tracer.steps());
         }
@@ -159,8 +157,8 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     }
     for probe in &mut probes {
         let numbers = (u32::from(probe.family.nfproto()), Some(probe.protocol.number()));
-        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).list();
-        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().list();
+        let own: Vec<u32> = steps.iter().filter(|s| (s.family, s.protocol) == numbers).map(|s| s.packet).collect();
+        probe.steps = steps.iter().filter(|step| own.contains(&step.packet)).cloned().collect::<Vec<_>>();
     }
     Ok(probes)
 }
@@ -183,7 +181,7 @@ fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) 
     Some(to)
 }
 
-/// Listeners as the wish has them.
+/// Listeners as the config has them.
 fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket)>> {
     let mut made: Vec<(SocketAddr, Protocol, Socket)> = Vec::new();
     for listener in &config.listeners {
@@ -208,7 +206,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
         };
         made.push((addr, listener.protocol, socket));
     }
-    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).list())
+    Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).collect::<Vec<_>>())
 }
 
 /// What NAT needs: a listener that is not transparent.
@@ -222,7 +220,7 @@ fn ordinary(addr: SocketAddr) -> sys::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends a probe; this thread is outside.
+/// Sends a probe; this thread is in_client_ns.
 fn send(probe: &mut Probe) {
     let sent = || -> sys::Result<Socket> {
         let kind = if probe.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
@@ -242,7 +240,7 @@ fn send(probe: &mut Probe) {
             probe.from = socket.local_addr().ok().and_then(|addr| addr.as_socket()).unwrap_or(probe.from);
             probe.socket = Some(socket);
         }
-        Err(e) => probe.settle(Fate::Failed(e.to_string())),
+        Err(e) => probe.finish(ProbeResult::Failed(e.to_string())),
     }
 }
 
@@ -253,8 +251,8 @@ impl Probe {
         }
     }
 
-    fn settle(&mut self, fate: Fate) {
-        (self.fate, self.settled) = (fate, true);
+    fn finish(&mut self, result: ProbeResult) {
+        (self.result, self.settled) = (result, true);
     }
 }
 
@@ -272,11 +270,10 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
                     continue;
                 };
                 match orig_dst(stream.as_fd()).map(canonical) {
-                    Ok(found) if found == probe.to => probe.fate = Fate::Unanswered,
-                    Ok(found) => probe.settle(Fate::Wrong(format!("delivered, but as one to {found}"))),
-                    Err(e) => {
-                        probe.settle(Fate::Wrong(format!("delivered, but its original destination is lost: {e}")))
-                    }
+                    Ok(found) if found == probe.to => probe.result = ProbeResult::Unanswered,
+                    Ok(found) => probe.finish(ProbeResult::Wrong(format!("delivered, but as one to {found}"))),
+                    Err(e) => probe
+                        .finish(ProbeResult::Wrong(format!("delivered, but its original destination is lost: {e}"))),
                 }
                 let _ = stream.write_all(b"!");
                 probe.accepted = Some(stream);
@@ -290,9 +287,9 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
                 else {
                     continue;
                 };
-                probe.fate = Fate::Unanswered;
+                probe.result = ProbeResult::Unanswered;
                 if let Err(e) = reply(probe, listener, mode) {
-                    probe.settle(Fate::Wrong(format!("delivered, but an answer cannot be sent: {e}")));
+                    probe.finish(ProbeResult::Wrong(format!("delivered, but an answer cannot be sent: {e}")));
                 }
             }
         }
@@ -316,12 +313,12 @@ fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
 }
 
 /// Whether the answer has come.
-fn hear(probe: &mut Probe) {
+fn poll_reply(probe: &mut Probe) {
     let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
     match socket.read(&mut [0; 16]).map_err(sys::Errno::from) {
-        Ok(1..) if probe.fate == Fate::Unanswered => probe.settle(Fate::Served),
-        Ok(_) => probe.settle(Fate::Wrong("answered by somebody else".owned())),
+        Ok(1..) if probe.result == ProbeResult::Unanswered => probe.finish(ProbeResult::Served),
+        Ok(_) => probe.finish(ProbeResult::Wrong("answered by somebody else".to_owned())),
         Err(sys::Errno(libc::EAGAIN | libc::ENOTCONN | libc::EINTR)) => {}
-        Err(e) => probe.settle(Fate::Failed(e.to_string())),
+        Err(e) => probe.finish(ProbeResult::Failed(e.to_string())),
     }
 }

@@ -46,7 +46,7 @@ pub struct Datagram<'a> {
 
 /// The datagram was longer than its place; the rest of it is lost.
 pub(crate) const TRUNC: u32 = 0x1;
-/// The control data were cut: the socket reports more than there was room for.
+/// The control data were df_cleared: the socket reports more than there was room for.
 pub(crate) const CTRUNC: u32 = 0x2;
 /// The kernel gave no original destination.
 pub(crate) const NO_ORIG_DST: u32 = 0x4;
@@ -160,11 +160,11 @@ impl<'a> Datagram<'a> {
 
     /// What the kernel put there.
     #[inline(always)]
-    pub(super) fn received(&mut self, len: usize, mut control: Control, cut: u32) {
-        control.orig_dst.take_family(Some(self.client.ss_family.into()));
+    pub(super) fn received(&mut self, len: usize, mut control: Control, df_cleared: u32) {
+        control.orig_dst.map_to_family(Some(self.client.ss_family.into()));
         self.len = len;
         self.segment_len = control.segment_len;
-        self.flags = cut | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
+        self.flags = df_cleared | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
         self.error.set(0);
         message::store_address(&mut self.orig_dst, &control.orig_dst);
     }

@@ -55,7 +55,7 @@ pub(super) fn bytes_mut<'a>(data: *mut c_void, len: usize) -> &'a mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(data.cast(), len) }
 }
 
-/// Room for a datagram's control data: an original destination (48 bytes), a
+/// SendBuffers for a datagram's control data: an original destination (48 bytes), a
 /// segment length (24), and what else a program may have asked for: packet
 /// info (40), a time stamp (32), TTL and TOS (24 each).
 const CONTROL: usize = 192;
@@ -165,9 +165,9 @@ fn receive_at_most<const N: usize>(
             // They are no part of the addresses.
             data.write_bytes(0, written);
         }
-        let cut = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
-        let cut = cut(libc::MSG_TRUNC, TRUNC) | cut(libc::MSG_CTRUNC, CTRUNC);
-        datagram.received(message.msg_len as usize, control, cut);
+        let df_cleared = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
+        let df_cleared = df_cleared(libc::MSG_TRUNC, TRUNC) | df_cleared(libc::MSG_CTRUNC, CTRUNC);
+        datagram.received(message.msg_len as usize, control, df_cleared);
     }
     Ok(received)
 }
@@ -197,17 +197,17 @@ pub(super) fn zeroed_box<T: Zeroed>() -> sys::Result<Box<T>> {
 pub(super) unsafe trait Zeroed {}
 
 // SAFETY: no items, whatever the memory for them holds.
-unsafe impl<T, const N: usize> Zeroed for Few<T, N> {}
+unsafe impl<T, const N: usize> Zeroed for ArrayVec<T, N> {}
 
 /// At most `N` of something, in place: only what is pushed is written.
-pub(super) struct Few<T, const N: usize> {
+pub(super) struct ArrayVec<T, const N: usize> {
     items: [MaybeUninit<T>; N],
     len: usize,
 }
 
-impl<T: Copy, const N: usize> Few<T, N> {
-    pub(super) const fn new() -> Few<T, N> {
-        Few { items: [const { MaybeUninit::uninit() }; N], len: 0 }
+impl<T: Copy, const N: usize> ArrayVec<T, N> {
+    pub(super) const fn new() -> ArrayVec<T, N> {
+        ArrayVec { items: [const { MaybeUninit::uninit() }; N], len: 0 }
     }
 
     #[inline(always)]
@@ -251,18 +251,18 @@ pub(super) struct Flow {
 
 impl Flow {
     #[inline(always)]
-    fn is(&self, other: &Flow) -> bool {
-        self.from.is(&other.from) && self.to.is(&other.to)
+    fn same_as(&self, other: &Flow) -> bool {
+        self.from.same_as(&other.from) && self.to.same_as(&other.to)
     }
 }
 
-/// A message that waits in an [`Outbox`]: one datagram of a flow, or several of
+/// A message that waits in an [`SendBatch`]: one datagram of a flow, or several of
 /// equal length, which the kernel cuts apart (`UDP_SEGMENT`).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Message<'d> {
     pub flow: &'d Flow,
     /// How long each of its datagrams is, but for the last, which may be shorter.
-    pub unit: usize,
+    pub segment: usize,
     /// The place of its first datagram among those that were given to send.
     pub first: u16,
     /// How many datagrams it is on the wire.
@@ -285,10 +285,10 @@ struct Raw {
 }
 
 // SAFETY: memory that is uninitialised until it is written, whatever it holds.
-unsafe impl Zeroed for Room {}
+unsafe impl Zeroed for SendBuffers {}
 
-/// Where the messages of an [`Outbox`] are. Only what is used of it is written.
-pub(super) struct Room {
+/// Where the messages of an [`SendBatch`] are. Only what is used of it is written.
+pub(super) struct SendBuffers {
     headers: [MaybeUninit<mmsghdr>; BATCH],
     controls: [MaybeUninit<Outgoing>; BATCH],
     raws: [MaybeUninit<Raw>; BATCH],
@@ -297,9 +297,9 @@ pub(super) struct Room {
 }
 
 /// Messages for one `sendmmsg(2)`.
-pub(super) struct Outbox<'r, 'd> {
-    room: &'r mut Room,
-    messages: Few<Message<'d>, BATCH>,
+pub(super) struct SendBatch<'r, 'd> {
+    room: &'r mut SendBuffers,
+    messages: ArrayVec<Message<'d>, BATCH>,
     /// How many parts of data there are.
     parts: usize,
     n_iovecs: usize,
@@ -307,10 +307,10 @@ pub(super) struct Outbox<'r, 'd> {
     len: usize,
 }
 
-impl<'r, 'd> Outbox<'r, 'd> {
+impl<'r, 'd> SendBatch<'r, 'd> {
     #[inline(always)]
-    pub(super) fn new(room: &'r mut Room) -> Outbox<'r, 'd> {
-        Outbox { room, messages: Few::new(), parts: 0, n_iovecs: 0, len: 0 }
+    pub(super) fn new(room: &'r mut SendBuffers) -> SendBatch<'r, 'd> {
+        SendBatch { room, messages: ArrayVec::new(), parts: 0, n_iovecs: 0, len: 0 }
     }
 
     /// Whether there is room for neither a message nor a part of one.
@@ -326,14 +326,14 @@ impl<'r, 'd> Outbox<'r, 'd> {
         self.n_iovecs += 1;
     }
 
-    /// Adds a message of a datagram, or of as many as `data` has of `unit` bytes, with a UDP header for a raw socket.
+    /// Adds a message of a datagram, or of as many as `data` has of `segment` bytes, with a UDP header for a raw socket.
     /// Not when it is full.
     #[inline(always)]
     pub(super) fn push(
         &mut self,
         flow: &'d Flow,
         first: u16,
-        unit: usize,
+        segment: usize,
         data: &'d [u8],
         header: Option<[u8; raw::HEADER]>,
     ) {
@@ -350,11 +350,11 @@ impl<'r, 'd> Outbox<'r, 'd> {
         let first_part = self.n_iovecs;
         self.iovec(data.as_ptr(), data.len());
         let n_iovecs = self.n_iovecs - first_iovec;
-        let segments = if unit == data.len() { 1 } else { data.len().div_ceil(unit.max(1)) };
+        let segments = if segment == data.len() { 1 } else { data.len().div_ceil(segment.max(1)) };
         // A link-local source is one of the interface that the client is on.
         let control = self.room.controls[at].write(Outgoing::new(&flow.from, flow.to.scope()));
         if segments > 1 {
-            control.add_segment_len(unit as u16);
+            control.add_segment_len(segment as u16);
         }
         // send() says where the parts are, when all of them are there.
         let mut msg_hdr = msghdr_of(name.cast_mut().cast(), flow.to.as_bytes().len(), ptr::null_mut(), n_iovecs);
@@ -363,7 +363,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
         self.room.headers[at].write(mmsghdr { msg_hdr, msg_len: 0 });
         self.messages.push(Message {
             flow,
-            unit,
+            segment,
             first,
             segments: segments as u8,
             first_iovec: first_iovec as u8,
@@ -379,9 +379,9 @@ impl<'r, 'd> Outbox<'r, 'd> {
     #[inline(always)]
     pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
         let Some(last) = self.messages.get_mut().last_mut() else { return false };
-        let takes = last.flow.is(flow)
-            && self.len == last.unit * usize::from(last.segments)
-            && (1..=last.unit).contains(&data.len())
+        let takes = last.flow.same_as(flow)
+            && self.len == last.segment * usize::from(last.segments)
+            && (1..=last.segment).contains(&data.len())
             && usize::from(last.segments) < MAX_SEGMENTS
             && self.len + data.len() <= MAX_GSO;
         if !takes {
@@ -390,14 +390,14 @@ impl<'r, 'd> Outbox<'r, 'd> {
         last.segments += 1;
         last.parts += 1;
         self.len += data.len();
-        let (segments, unit) = (last.segments, last.unit);
+        let (segments, segment) = (last.segments, last.segment);
         // SAFETY: as many headers as messages are initialised.
         let header = unsafe { &mut self.room.headers[self.messages.get().len() - 1].assume_init_mut().msg_hdr };
         header.msg_iovlen += 1;
         if segments == 2 {
             // SAFETY: push() pointed it to its control data, which nobody else has a reference to.
             let control = unsafe { &mut *header.msg_control.cast::<Outgoing>() };
-            control.add_segment_len(unit as u16);
+            control.add_segment_len(segment as u16);
             header.msg_controllen = control.bytes().len();
         }
         self.iovec(data.as_ptr(), data.len());
@@ -422,7 +422,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
         &mut self,
         fd: BorrowedFd<'_>,
         flags: i32,
-        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, sys::Errno),
+        mut failed: impl FnMut(&SendBatch<'_, 'd>, &Message<'d>, sys::Errno),
     ) {
         let len = self.messages.get().len();
         // Once no more parts are written: a write to them would make a pointer made before invalid.
@@ -447,7 +447,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
                 Err(_) => at = self.say(at, sys::Errno::last(), &mut failed),
             }
         }
-        self.messages = Few::new();
+        self.messages = ArrayVec::new();
         self.parts = 0;
         self.n_iovecs = 0;
     }
@@ -459,7 +459,7 @@ impl<'r, 'd> Outbox<'r, 'd> {
         &self,
         at: usize,
         error: sys::Errno,
-        mut failed: impl FnMut(&Outbox<'_, 'd>, &Message<'d>, sys::Errno),
+        mut failed: impl FnMut(&SendBatch<'_, 'd>, &Message<'d>, sys::Errno),
     ) -> usize {
         let messages = self.messages.get();
         failed(self, &messages[at], error);

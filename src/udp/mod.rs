@@ -13,10 +13,10 @@ mod control;
 mod datagram;
 #[allow(unsafe_code)]
 mod message;
+mod pool;
 mod raw;
 mod receive;
 mod replier;
-mod source;
 
 pub use control::Control;
 pub(crate) use control::orig_dst;

@@ -2,13 +2,13 @@
 
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::control;
 use super::datagram::Datagram;
 use super::message::{self, ControlRoom};
 use crate::address::{AddrRef, KernelAddr};
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 
 /// What [`receive_from`] says of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,9 +22,9 @@ pub struct Received {
 }
 
 /// `recvfrom(2)` with the original destination, in one system call.
-pub fn receive_from(fd: BorrowedFd<'_>, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
+pub fn receive_from(fd: impl AsFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
     let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
-    let (len, orig_dst) = receive_one(fd, buffer, flags, &mut source, &mut control)?;
+    let (len, orig_dst) = receive_one(fd.as_fd(), buffer, flags, &mut source, &mut control)?;
     let orig_dst = orig_dst.map(|found| found.of_family(source.family(), |addr| KernelAddr::from(addr).into()));
     Ok(Received { len, source: source.get(), orig_dst })
 }
@@ -40,12 +40,27 @@ pub(crate) fn receive_one<'c>(
     control: &'c mut ControlRoom,
 ) -> Result<(usize, Option<AddrRef<'c>>)> {
     let (len, control) = message::receive_one(fd, buffer, flags, source, control)
-        .map_err(|e| Error::socket(Step::Receive, Ends::default(), e))?;
+        .map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))?;
     Ok((len, control::orig_dst(control)))
 }
 
 /// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
 /// `recvmmsg(2)`, which waits for the first alone. Gives their number.
-pub fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> Result<usize> {
-    message::receive(fd, datagrams, flags).map_err(|e| Error::socket(Step::Receive, Ends::default(), e))
+///
+/// ```no_run
+/// use tproxy::udp::{Datagram, Options, Replier, receive};
+/// # let socket = std::net::UdpSocket::bind("[::]:3053")?;
+/// let mut memory = vec![[0; 2048]; 64];
+/// let mut datagrams: Vec<Datagram<'_>> = memory.iter_mut().map(|bytes| Datagram::new(bytes)).collect();
+/// let mut replier = Replier::new(Options::default())?;
+/// loop {
+///     let received = receive(&socket, &mut datagrams, 0)?;
+///     // Each goes back to its client, from where it was going: an echo.
+///     replier.reply(&mut datagrams[..received]);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn receive(fd: impl AsFd, datagrams: &mut [Datagram<'_>], flags: i32) -> Result<usize> {
+    message::receive(fd.as_fd(), datagrams, flags)
+        .map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))
 }

@@ -4,9 +4,9 @@ use std::cell::Cell;
 use std::os::fd::BorrowedFd;
 
 use super::datagram::Datagram;
-use super::message::{Few, Flow, MAX_GSO, MAX_SEGMENTS, Message, Outbox, Room, zeroed_box};
+use super::message::{ArrayVec, Flow, MAX_GSO, MAX_SEGMENTS, Message, SendBatch, SendBuffers, zeroed_box};
+use super::pool::{self, Egress, Key, SocketPool};
 use super::raw;
-use super::source::{self, Key, Sources, Way};
 use crate::address::KernelAddr;
 use crate::error::{Error, Result};
 use crate::sys::{self, Errno};
@@ -51,7 +51,7 @@ pub struct Stats {
 
 /// Sends datagrams from any address and port. For one thread at a time.
 pub struct Replier {
-    sources: Sources,
+    sources: SocketPool,
     /// What replies are put together in: too much for a small stack.
     scratch: Scratch,
     flags: i32,
@@ -62,9 +62,9 @@ pub struct Replier {
 
 struct Scratch {
     batch: Batch,
-    room: Box<Room>,
+    room: Box<SendBuffers>,
     /// For those that are sent again, one by one, while the others wait.
-    spare: Box<Room>,
+    spare: Box<SendBuffers>,
 }
 
 /// Why a datagram cannot go from there to there: an errno value.
@@ -85,7 +85,7 @@ const SORTED: usize = 256;
 
 /// A datagram that can go.
 #[derive(Clone, Copy)]
-struct Item {
+struct Pending {
     flow: Flow,
     number: u16,
     /// The place of the next one that goes by the same socket.
@@ -106,11 +106,11 @@ struct Group {
 
 /// At most [`SORTED`] datagrams, by source port.
 struct Batch {
-    items: Box<Few<Item, SORTED>>,
-    ports: Box<Few<(Key, Group), SORTED>>,
+    items: Box<ArrayVec<Pending, SORTED>>,
+    ports: Box<ArrayVec<(Key, Group), SORTED>>,
     /// A hash table: one more than the place in `ports`, or 0. Its length is a power of two, and half of it stays empty,
     /// so that searches end.
-    table: Box<Few<u16, { 2 * SORTED }>>,
+    table: Box<ArrayVec<u16, { 2 * SORTED }>>,
 }
 
 impl Batch {
@@ -154,7 +154,7 @@ impl Batch {
     fn push(&mut self, from: &KernelAddr, to: &KernelAddr, number: usize, len: usize) {
         let key = Key::new(from.is_ipv6(), from.port());
         let place = self.items.get().len() as u16;
-        self.items.push(Item { flow: Flow { from: *from, to: *to }, number: number as u16, next: END });
+        self.items.push(Pending { flow: Flow { from: *from, to: *to }, number: number as u16, next: END });
         let alone = Group { first: place, last: place, longest: len };
         let table = self.table.get_mut();
         let mut at = key.spread() as usize;
@@ -178,7 +178,7 @@ impl Batch {
 
 /// Makes two lists one.
 #[inline(always)]
-fn append(items: &mut [Item], group: &mut Group, more: Group) {
+fn append(items: &mut [Pending], group: &mut Group, more: Group) {
     items[usize::from(group.last)].next = more.first;
     group.last = more.last;
     group.longest = group.longest.max(more.longest);
@@ -186,7 +186,7 @@ fn append(items: &mut [Item], group: &mut Group, more: Group) {
 
 /// A list from an item on.
 #[inline(always)]
-fn from_item(items: &[Item], first: u16) -> impl Iterator<Item = &Item> {
+fn from_item(items: &[Pending], first: u16) -> impl Iterator<Item = &Pending> {
     let mut next = first;
     std::iter::from_fn(move || {
         let item = items.get(usize::from(next))?;
@@ -198,11 +198,11 @@ fn from_item(items: &[Item], first: u16) -> impl Iterator<Item = &Item> {
 impl Replier {
     /// A replier without a socket yet. Says already whether the privilege is there.
     pub fn new(options: Options) -> Result<Replier> {
-        source::check_privilege()?;
+        pool::check_privilege()?;
         let scratch = || sys::Result::Ok(Scratch { batch: Batch::new()?, room: zeroed_box()?, spare: zeroed_box()? });
         let scratch = scratch().map_err(|_| Error::no_memory())?;
         Ok(Replier {
-            sources: Sources::new(options.max_sockets, options.idle_ms, options.raw)?,
+            sources: SocketPool::new(options.max_sockets, options.idle_ms, options.raw)?,
             scratch,
             flags: if options.nonblocking { libc::MSG_DONTWAIT } else { 0 },
             raw: 0,
@@ -254,12 +254,12 @@ impl Replier {
         let Batch { items, ports, .. } = batch;
         let mut raw = [None; 2];
         for (key, group) in ports.get() {
-            match sources.way(*key, group.longest, now) {
-                Ok(Way::Port(fd)) => {
-                    let by = By { items: items.get(), datagrams, fd, flags, raw: false, spare: &spare };
+            match sources.egress(*key, group.longest, now) {
+                Ok(Egress::Port(fd)) => {
+                    let by = BatchSender { items: items.get(), datagrams, fd, flags, raw: false, spare: &spare };
                     by.send(group.first, room);
                 }
-                Ok(Way::Raw) => match &mut raw[usize::from(key.is_v6())] {
+                Ok(Egress::Raw) => match &mut raw[usize::from(key.is_v6())] {
                     Some(all) => append(items.get_mut(), all, *group),
                     none => *none = Some(*group),
                 },
@@ -274,7 +274,8 @@ impl Replier {
             let ours = || from_item(items.get(), group.first).map(|item| &datagrams[usize::from(item.number)]);
             match sources.raw(v6) {
                 Ok(fd) => {
-                    By { items: items.get(), datagrams, fd, flags, raw: true, spare: &spare }.send(group.first, room);
+                    BatchSender { items: items.get(), datagrams, fd, flags, raw: true, spare: &spare }
+                        .send(group.first, room);
                 }
                 Err(error) => ours().for_each(|datagram| datagram.set_error(error.errno())),
             }
@@ -284,39 +285,39 @@ impl Replier {
 }
 
 /// A socket, and what is to be sent.
-struct By<'a, 'b, 's> {
-    items: &'a [Item],
+struct BatchSender<'a, 'b, 's> {
+    items: &'a [Pending],
     datagrams: &'a [Datagram<'b>],
     fd: BorrowedFd<'a>,
     flags: i32,
     raw: bool,
-    spare: &'a Cell<Option<&'s mut Room>>,
+    spare: &'a Cell<Option<&'s mut SendBuffers>>,
 }
 
-impl<'a> By<'a, '_, '_> {
+impl<'a> BatchSender<'a, '_, '_> {
     /// Sends a list of datagrams.
     #[inline(always)]
-    fn send(&self, first: u16, room: &mut Room) {
-        let mut outbox = Outbox::new(room);
+    fn send(&self, first: u16, room: &mut SendBuffers) {
+        let mut outbox = SendBatch::new(room);
         let mut next = first;
         while let Some(item) = self.items.get(usize::from(next)) {
             let place = next;
             next = item.next;
             let datagram = &self.datagrams[usize::from(item.number)];
             let data = datagram.data();
-            let unit = match datagram.segment_len() as usize {
+            let segment = match datagram.segment_len() as usize {
                 0 => data.len(),
-                unit => unit.min(data.len()),
+                segment => segment.min(data.len()),
             };
-            if self.raw || unit != data.len() {
-                self.push_pieces(&mut outbox, place, unit);
+            if self.raw || segment != data.len() {
+                self.push_pieces(&mut outbox, place, segment);
                 continue;
             }
             if outbox.is_full() {
                 self.flush(&mut outbox);
             }
             if !outbox.join(&item.flow, data) {
-                outbox.push(&item.flow, place, unit, data, None);
+                outbox.push(&item.flow, place, segment, data, None);
             }
         }
         outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, error));
@@ -324,16 +325,16 @@ impl<'a> By<'a, '_, '_> {
 
     /// Adds what may be more than one message, or is to have a header.
     #[inline(never)]
-    fn push_pieces(&self, outbox: &mut Outbox<'_, 'a>, place: u16, unit: usize) {
+    fn push_pieces(&self, outbox: &mut SendBatch<'_, 'a>, place: u16, segment: usize) {
         let raw = self.raw;
         let item = &self.items[usize::from(place)];
         let data = self.datagrams[usize::from(item.number)].data();
-        if raw && unit > raw::LONGEST {
+        if raw && segment > raw::LONGEST {
             self.datagrams[usize::from(item.number)].set_error(libc::EMSGSIZE);
             return;
         }
         // What goes into one message.
-        let most = if raw { unit } else { unit * (MAX_GSO / unit.max(1)).clamp(1, MAX_SEGMENTS) };
+        let most = if raw { segment } else { segment * (MAX_GSO / segment.max(1)).clamp(1, MAX_SEGMENTS) };
         let flow = &item.flow;
         for data in pieces(data, most) {
             if outbox.is_full() {
@@ -341,28 +342,28 @@ impl<'a> By<'a, '_, '_> {
             }
             if raw || !outbox.join(flow, data) {
                 let header = raw.then(|| raw::header(flow.from.into(), flow.to.into(), data));
-                outbox.push(flow, place, unit, data, header);
+                outbox.push(flow, place, segment, data, header);
             }
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn flush(&self, outbox: &mut Outbox<'_, 'a>) {
+    fn flush(&self, outbox: &mut SendBatch<'_, 'a>) {
         outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, error));
     }
 
     #[cold]
     #[inline(never)]
-    fn failed(&self, outbox: &Outbox<'_, 'a>, message: &Message<'a>, error: Errno) {
+    fn failed(&self, outbox: &SendBatch<'_, 'a>, message: &Message<'a>, error: Errno) {
         let items = from_item(self.items, message.first);
         // In fragments it may fit.
-        let cut = refuses_segments(error) && !self.raw && source::let_be_cut(self.fd).is_ok();
-        let again = message.segments > 1 && refuses_segments(error) || cut && error == Errno(libc::EMSGSIZE);
+        let df_cleared = refuses_segments(error) && !self.raw && pool::clear_df(self.fd).is_ok();
+        let again = message.segments > 1 && refuses_segments(error) || df_cleared && error == Errno(libc::EMSGSIZE);
         for (item, part) in items.zip(outbox.parts(message)) {
             let error = match self.spare.take().filter(|_| again) {
                 Some(room) => {
-                    let sent = send_one_by_one(message.flow, message.unit, part, self.fd, self.flags, room);
+                    let sent = send_one_by_one(message.flow, message.segment, part, self.fd, self.flags, room);
                     self.spare.set(Some(room));
                     sent
                 }
@@ -385,18 +386,18 @@ fn refuses_segments(error: Errno) -> bool {
 /// Sends each segment as a datagram of its own.
 fn send_one_by_one(
     flow: &Flow,
-    unit: usize,
+    segment: usize,
     data: &[u8],
     fd: BorrowedFd<'_>,
     flags: i32,
-    room: &mut Room,
+    room: &mut SendBuffers,
 ) -> sys::Result<()> {
     let mut first_error = None;
-    let mut outbox = Outbox::new(room);
-    let mut send = |outbox: &mut Outbox<'_, '_>| {
+    let mut outbox = SendBatch::new(room);
+    let mut send = |outbox: &mut SendBatch<'_, '_>| {
         outbox.send(fd, flags, |_, _, error| _ = first_error.get_or_insert(error));
     };
-    for segment in pieces(data, unit) {
+    for segment in pieces(data, segment) {
         if outbox.is_full() {
             send(&mut outbox);
         }
@@ -423,7 +424,7 @@ mod tests {
     proptest! {
         #[test]
         fn datagrams_are_grouped_by_port_and_family_in_their_order(
-            // Few ports, so that some are the same, and many.
+            // ArrayVec ports, so that some are the same, and many.
             ports in prop_oneof![
                 proptest::collection::vec((1u16..8, 0u8..4), 0..=SORTED),
                 proptest::collection::vec((any::<u16>(), 0u8..4), 0..=SORTED),

@@ -164,23 +164,23 @@ static void streams(void)
 
     addresses(-1, listen_it);
     EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, 0x80000000));
-    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, TP_KEEP_PORT));
+    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, TP_CONNECT_KEEP_PORT));
     EXPECT(0, tp_listen(sa(&v4), sizeof v4, 0, 0));
-    EXPECT(0, tp_listen(sa(&v6), sizeof v6, -1, TP_NONBLOCK | TP_REUSEPORT));
+    EXPECT(0, tp_listen(sa(&v6), sizeof v6, -1, TP_NONBLOCK | TP_LISTEN_REUSEPORT));
 
     addresses(-1, connect_from_it);
     addresses(-1, connect_to_it);
     v4.sin_port = htons(1);
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_REUSEPORT));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_LISTEN_REUSEPORT));
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x20));
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_DGRAM | TP_DATA_FOLLOWS));
-    EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_DGRAM | TP_KEEP_PORT));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_DATA_FOLLOWS));
+    EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT));
     EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
     v4.sin_port = 0;
     struct sockaddr_in refused = v4;
     refused.sin_port = htons(1);
     EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, 0));
-    EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_KEEP_PORT));
+    EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_CONNECT_KEEP_PORT));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_NONBLOCK));
 }
 
@@ -263,7 +263,7 @@ static void replying(void)
     EXPECT(EINVAL, tp_replier_open(config, 0, &replier));
     config[1].flags = 1;
     EXPECT(E2BIG, tp_replier_open(config, sizeof config, &replier));
-    config[0].flags = TP_KEEP_PORT;
+    config[0].flags = TP_CONNECT_KEEP_PORT;
     EXPECT(EINVAL, tp_replier_open(config, sizeof *config, &replier));
     CHECK(replier == NULL);
     EXPECT(0, tp_replier_open(NULL, 0, &replier));
@@ -375,7 +375,7 @@ static void rules(int closed, int file, int unix_fd)
     WITH(EINVAL, config.backend = 3);
     WITH(EINVAL, config.protocols = 4);
     WITH(EINVAL, config.families = 4);
-    WITH(EINVAL, config.families = TP_IPV6);
+    WITH(EINVAL, config.families = TP_FAMILY_IPV6);
     WITH(EINVAL, config.mark_mask = 1);
     WITH(EINVAL, config.mark = 2, config.mark_mask = 1);
     WITH(EINVAL, config.table = 255);
@@ -407,7 +407,7 @@ static void rules(int closed, int file, int unix_fd)
     WITH(EFAULT, config.interfaces = &names[0], config.n_interfaces = 1);
     for (int i = 1; i < 4; i++)
         WITH(EINVAL, config.interfaces = &names[i], config.n_interfaces = 1);
-    WITH(EINVAL, config.protocols = TP_UDP);
+    WITH(EINVAL, config.protocols = TP_PROTO_UDP);
     WITH(EINVAL, config.listen_addr = sa(&addr), config.listen_addrlen = sizeof addr);
     WITH(EFAULT, config.n_listeners = 0, config.listen_addrlen = sizeof addr);
     WITH(EINVAL, config.n_listeners = 0, config.listen_addr = sa(&addr), config.listen_addrlen = 3);
@@ -481,7 +481,7 @@ static void rules(int closed, int file, int unix_fd)
     EXPECT(E2BIG, tp_rules_stats(out, &stats.stats, sizeof stats));
     CHECK(stats.stats.intercepted_packets == 0xA5A5A5A5A5A5A5A5);
     EXPECT(0, tp_rules_stats(out, &stats.stats, sizeof stats.stats));
-    CHECK(stats.stats.intercepted_packets == 0 && stats.stats.guarded_bytes == 0);
+    CHECK(stats.stats.intercepted_packets == 0 && stats.stats.direct_bytes == 0);
 
     EXPECT(EBUSY, tp_purge_rules(NULL) == 0 ? tp_purge_rules("tproxy") : 0);
     EXPECT(EFAULT, tp_read_stats("tproxy", NULL, sizeof stats.stats));

@@ -50,9 +50,9 @@ static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct socka
     bool six = src->sa_family == AF_INET6;
     int fd = socket(src->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
-    if (flags & TP_DATA_FOLLOWS)
+    if (flags & TP_CONNECT_DATA_FOLLOWS)
         setsockopt(fd, SOL_TCP, TCP_QUICKACK, &off, sizeof off);
-    if (flags & TP_KEEP_PORT)
+    if (flags & TP_CONNECT_KEEP_PORT)
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     else
         setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
@@ -150,9 +150,9 @@ int main(int argc, char **argv)
         struct sockaddr_storage to, from = { 0 };
         socklen_t to_len = sizeof to;
         getsockname(listener, sa(&to), &to_len);
-        uint32_t flags = strstr(name, "keep") != NULL ? TP_KEEP_PORT : strstr(name, "data") != NULL ? TP_DATA_FOLLOWS : 0;
+        uint32_t flags = strstr(name, "keep") != NULL ? TP_CONNECT_KEEP_PORT : strstr(name, "data") != NULL ? TP_CONNECT_DATA_FOLLOWS : 0;
         memcpy(&from, loopback, len);
-        if (flags == TP_KEEP_PORT)
+        if (flags == TP_CONNECT_KEEP_PORT)
             ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* at the same place for both families */
         bool asks = strncmp(name, "orig_dst", 8) == 0;
         if (!asks)

@@ -58,16 +58,16 @@ def check():
     assert re.search(r"^0 failures, 0 warnings$", out("check"), re.M)
     everything = json.loads(out("--json", "check", "--all"))
     some = json.loads(out("check", "--json"))
-    assert all(set(one) == {"severity", "id", "found", "effect", "cure"} for one in everything)
+    assert all(set(one) == {"severity", "id", "found", "impact", "fix"} for one in everything)
     assert {one["severity"] for one in everything} == {"ok", "note"}
     assert [one for one in everything if one["severity"] != "ok"] == some
     subprocess.run(["ip", "rule", "del", "pref", "32766"], check=True)
     text = out("check", status=1)
     assert "failure  rule.main_missing: IPv4: no routing rule leads to the table main\n" in text, text
-    assert "         cure: ip -4 rule add pref 32766 lookup main\n" in text and "1 failure, 0 warnings\n" in text
+    assert "         fix: ip -4 rule add pref 32766 lookup main\n" in text and "1 failure, 0 warnings\n" in text
     found = [one for one in json.loads(out("--json", "check", status=1)) if one["severity"] == "failure"]
     assert [one["id"] for one in found] == ["rule.main_missing"]
-    subprocess.run(found[0]["cure"], shell=True, check=True)
+    subprocess.run(found[0]["fix"], shell=True, check=True)
     assert "0 failures" in out("check")
 
 
@@ -137,7 +137,7 @@ def stats():
     subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
     probe.connect_ex(("203.0.113.1", 80))
     counted = json.loads(out("stats", "--json"))
-    assert list(counted) == ["intercepted", "diverted", "dropped", "guarded"]
+    assert list(counted) == ["intercepted", "diverted", "dropped", "direct"]
     assert counted["dropped"]["packets"] == 1 and counted["dropped"]["bytes"] == 60, counted
     assert re.search(r"^dropped +1 packets +60 bytes$", out("stats", "tproxy"), re.M)
     watch = subprocess.Popen([PROGRAM, "stats", "--watch", "--json"], stdout=subprocess.PIPE, text=True)

@@ -151,14 +151,14 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     table = capsys.readouterr().out
     assert "\033" not in table
     assert table.splitlines()[0] == "ok       kernel.nf_tables  nf_tables is there"
-    assert "         cure: sysctl -w b=0" in table.splitlines()
+    assert "         fix: sysctl -w b=0" in table.splitlines()
     assert __main__.main(["check", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[2] == {
         "severity": "failure",
         "id": "cap.net_admin",
         "found": "missing",
-        "effect": "no rules can be made",
-        "cure": "run as root",
+        "impact": "no rules can be made",
+        "fix": "run as root",
     }
     monkeypatch.setattr(c, "tp_check", finds(FOUND[:2], 0))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

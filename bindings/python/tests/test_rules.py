@@ -84,7 +84,7 @@ def test_ports_destinations_sources(lab: Lab, hosts: Hosts) -> None:
         stats = rules.stats()
         assert stats.intercepted_packets > 0
         assert stats.intercepted_bytes >= 20 * stats.intercepted_packets
-        assert stats.dropped_packets == stats.guarded_packets == 0
+        assert stats.dropped_packets == stats.direct_packets == 0
 
 
 def test_update(lab: Lab, hosts: Hosts) -> None:
@@ -118,12 +118,12 @@ def test_replace(lab: Lab, hosts: Hosts) -> None:
 
 
 def test_stats_of_what_is_dropped(lab: Lab) -> None:
-    """No listener, no traffic; and straight to the listener is guarded."""
+    """No listener, no traffic; and straight to the listener is dropped."""
     listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
     with lab.proxy.run(lambda: tproxy.install_rules(listeners=[listener], ports=[80])) as rules:
         with pytest.raises(OSError, match="timed out"):
             lab.client.run(lambda: socket.create_connection((V4.proxy, 3129), 0.3))
-        assert rules.stats().guarded_packets >= 1
+        assert rules.stats().direct_packets >= 1
         listener.close()
         with pytest.raises(OSError, match="timed out"):
             lab.client.run(lambda: socket.create_connection((V4.server, 80), 0.3))

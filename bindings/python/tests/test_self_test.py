@@ -26,13 +26,13 @@ def test_what_works_is_delivered(net: Net) -> None:
     findings = net.run(lambda: tproxy.self_test(listen_addr="[::]:3129", ports=[80, (8000, 8100)], protocols=BOTH))
     assert {finding.severity for finding in findings} == {Severity.OK}
     assert [finding.id for finding in findings] == ["self_test.connection", "self_test.datagram"] * 2
-    assert [finding.found.split(" from ")[0] for finding in findings] == [
+    assert [finding.message.split(" from ")[0] for finding in findings] == [
         "IPv4 connection",
         "IPv4 datagram",
         "IPv6 connection",
         "IPv6 datagram",
     ]
-    assert all(":80: delivered, and answered" in finding.found for finding in findings)
+    assert all(":80: delivered, and answered" in finding.message for finding in findings)
     assert state(net) == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
 

@@ -371,7 +371,7 @@ def test_unknown_flags_and_sentences(net: Net) -> None:
 
 
 def test_no_privilege(net: Net) -> None:
-    """What an ordinary user gets: PermissionError, with the cure."""
+    """What an ordinary user gets: PermissionError, with a fix."""
 
     def powerless() -> None:
         drop_capabilities()

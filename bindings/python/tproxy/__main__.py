@@ -20,19 +20,19 @@ def _coloured(severity: Severity, text: str) -> str:
 
 
 def _table(findings: Sequence[Finding], colours: bool, width: int) -> list[str]:
-    """A line for each finding; below those that matter, what they do and what cures them."""
+    """A line for each finding; below those that matter, what they do and what fixes them."""
     first = max((len(finding.severity.name) for finding in findings), default=0)
     second = max((len(finding.id) for finding in findings), default=0)
     lines = []
     for finding in findings:
         name = finding.severity.name.lower().ljust(first)
         name = _coloured(finding.severity, name) if colours else name
-        lines.append(f"{name}  {finding.id.ljust(second)}  {finding.found}")
+        lines.append(f"{name}  {finding.id.ljust(second)}  {finding.message}")
         if finding.severity > Severity.OK:
             margin = " " * (first + 2)
-            lines += textwrap.wrap(finding.effect, width, initial_indent=margin, subsequent_indent=margin)
+            lines += textwrap.wrap(finding.impact, width, initial_indent=margin, subsequent_indent=margin)
             # A command is copied, and so not broken.
-            lines += [f"{margin}cure: {line}" for line in finding.cure.splitlines()]
+            lines += [f"{margin}fix: {line}" for line in finding.fix.splitlines()]
     return lines
 
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tproxy", description="Transparent proxying on Linux.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    check = commands.add_parser("check", help="what keeps this host from intercepting traffic, and what cures it")
+    check = commands.add_parser("check", help="what keeps this host from intercepting traffic, and what fixes it")
     check.add_argument("--json", action="store_true", help="for programs")
     check.set_defaults(run=_check)
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class Severity(IntEnum):
     """How bad a finding is."""
 
-    OK = c.TP_OK
-    NOTE = c.TP_NOTE
-    WARNING = c.TP_WARNING
-    FAILURE = c.TP_FAILURE
+    OK = c.TP_SEVERITY_OK
+    NOTE = c.TP_SEVERITY_NOTE
+    WARNING = c.TP_SEVERITY_WARNING
+    FAILURE = c.TP_SEVERITY_FAILURE
 
 
 class Finding(NamedTuple):
@@ -31,11 +31,11 @@ class Finding(NamedTuple):
     #: Stable, for programs: "sysctl.src_valid_mark".
     id: str
     #: What was found.
-    found: str
+    message: str
     #: What that does to traffic.
-    effect: str
-    #: The command that cures it.
-    cure: str
+    impact: str
+    #: The command that fixes it.
+    fix: str
 
 
 def check() -> list[Finding]:
@@ -67,7 +67,7 @@ def _findings(function: Any, *arguments: Any) -> list[Finding]:
     # library's, and gone after this call; ctypes copies them.
     def report(finding: ctypes._Pointer[c.tp_finding], _: object) -> None:
         it = finding.contents
-        findings.append((it.severity, [it.id, it.found, it.effect, it.cure]))
+        findings.append((it.severity, [it.id, it.message, it.impact, it.fix]))
 
     checked(function(*arguments, c.tp_finding_fn(report), None))
     return [

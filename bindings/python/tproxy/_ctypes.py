@@ -27,10 +27,10 @@ from typing import Any
 from . import _library
 
 TP_NONBLOCK = 1
-TP_REUSEPORT = 2
-TP_KEEP_PORT = 4
-TP_DGRAM = 8
-TP_DATA_FOLLOWS = 16
+TP_LISTEN_REUSEPORT = 2
+TP_CONNECT_KEEP_PORT = 4
+TP_CONNECT_DGRAM = 8
+TP_CONNECT_DATA_FOLLOWS = 16
 
 TP_DGRAM_TRUNC = 1
 TP_DGRAM_CTRUNC = 2
@@ -50,15 +50,15 @@ TP_BACKEND_AUTO = 0
 TP_BACKEND_NFT = 1
 TP_BACKEND_IPTABLES = 2
 
-TP_TCP = 1
-TP_UDP = 2
-TP_IPV4 = 1
-TP_IPV6 = 2
+TP_PROTO_TCP = 1
+TP_PROTO_UDP = 2
+TP_FAMILY_IPV4 = 1
+TP_FAMILY_IPV6 = 2
 
-TP_OK = 0
-TP_NOTE = 1
-TP_WARNING = 2
-TP_FAILURE = 3
+TP_SEVERITY_OK = 0
+TP_SEVERITY_NOTE = 1
+TP_SEVERITY_WARNING = 2
+TP_SEVERITY_FAILURE = 3
 
 TP_SET_DST = 1
 TP_SET_SRC = 2
@@ -145,9 +145,9 @@ class tp_finding(ctypes.Structure):
     _fields_ = [
         ("severity", c_uint32),
         ("id", c_char_p),
-        ("found", c_char_p),
-        ("effect", c_char_p),
-        ("cure", c_char_p),
+        ("message", c_char_p),
+        ("impact", c_char_p),
+        ("fix", c_char_p),
     ]
 
 
@@ -162,8 +162,8 @@ class tp_rules_stats(ctypes.Structure):
         ("diverted_bytes", c_uint64),
         ("dropped_packets", c_uint64),
         ("dropped_bytes", c_uint64),
-        ("guarded_packets", c_uint64),
-        ("guarded_bytes", c_uint64),
+        ("direct_packets", c_uint64),
+        ("direct_bytes", c_uint64),
     ]
 
 

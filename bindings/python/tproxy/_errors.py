@@ -12,7 +12,7 @@ from . import _ctypes as c
 class Error(OSError):
     """A call of the library failed: ``errno``, and in ``strerror`` the library's sentence.
 
-    The sentence says which step failed, why, and the cure where one is known.
+    The sentence says which step failed, why, and a fix where one is known.
     An error whose errno has a class of its own in Python is of that class too:
     ``except PermissionError`` catches a missing capability.
     """

@@ -13,13 +13,13 @@ class SocketFlag(IntFlag):
     #: The new socket does not block; a connection may still be under way. Both.
     NONBLOCK = c.TP_NONBLOCK
     #: Several listeners share the address and port, and the kernel spreads connections among them. ``listen``.
-    REUSEPORT = c.TP_REUSEPORT
+    REUSEPORT = c.TP_LISTEN_REUSEPORT
     #: The source's own port if it can be had, else any other. ``connect_from``.
-    KEEP_PORT = c.TP_KEEP_PORT
+    KEEP_PORT = c.TP_CONNECT_KEEP_PORT
     #: A datagram socket. ``connect_from``.
-    DGRAM = c.TP_DGRAM
+    DGRAM = c.TP_CONNECT_DGRAM
     #: What is to be sent is there already: the handshake's last packet waits for it. ``connect_from``.
-    DATA_FOLLOWS = c.TP_DATA_FOLLOWS
+    DATA_FOLLOWS = c.TP_CONNECT_DATA_FOLLOWS
 
 
 class DatagramFlag(IntFlag):
@@ -73,15 +73,15 @@ class Backend(IntEnum):
 class Protocol(IntFlag):
     """What is intercepted."""
 
-    TCP = c.TP_TCP
-    UDP = c.TP_UDP
+    TCP = c.TP_PROTO_TCP
+    UDP = c.TP_PROTO_UDP
 
 
 class Family(IntFlag):
     """Of which addresses."""
 
-    IPV4 = c.TP_IPV4
-    IPV6 = c.TP_IPV6
+    IPV4 = c.TP_FAMILY_IPV4
+    IPV6 = c.TP_FAMILY_IPV6
 
 
 class AddressSet(IntEnum):

@@ -122,8 +122,8 @@ class RulesStats(NamedTuple):
     dropped_packets: int
     dropped_bytes: int
     #: Dropped, because they were sent straight to a listener.
-    guarded_packets: int
-    guarded_bytes: int
+    direct_packets: int
+    direct_bytes: int
 
 
 def _stats(stats: c.tp_rules_stats) -> RulesStats:

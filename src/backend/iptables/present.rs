@@ -1,14 +1,13 @@
-//! Which chains of ours the kernel has, in either variant of iptables.
+//! PrefixList chains of ours the kernel has, in either variant of iptables.
 //!
 //! It is read from the kernel itself: no program has to be run where there are none, and after one was run the kernel
 //! says whether it did what it was to do.
 
-use crate::backend::seen::{nft, xtables};
+use crate::check::inspect::{nft, xtables};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::Family;
 use crate::netlink::Channel;
-use crate::{sort, sys};
+use crate::sys;
 
 /// The two implementations of iptables. Each has tables of its own in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,12 +30,13 @@ pub(super) fn chains(family: Family, variant: Variant) -> Result<Vec<(String, St
     let mut chains = match variant {
         Variant::Legacy => legacy(family, |table| {
             let names = xtables::legacy_chain_names(family, table)?;
-            Ok(names.into_iter().map(|name| (table.to_owned(), name)).list())
+            Ok(names.into_iter().map(|name| (table.to_owned(), name)).collect::<Vec<_>>())
         })?,
         Variant::Nft => nftables(|| nft::chain_names(&mut Channel::open(libc::NETLINK_NETFILTER)?, family))?,
     };
     chains.retain(|(table, chain)| TABLES.contains(&table.as_str()) && super::instance_of(chain).is_some());
-    sort::unique(&mut chains);
+    chains.sort_unstable();
+    chains.dedup();
     Ok(chains)
 }
 

@@ -3,9 +3,6 @@
 use std::fmt::Write;
 
 use super::{Table, chain_name, comment, instance_of};
-use crate::list::List;
-use crate::text::Owned;
-use crate::{sort, text};
 
 /// The chains of an instance, and the jumps to them as they are listed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -25,16 +22,18 @@ impl Saved {
             if let Some(chain) = declared(line) {
                 // Parts have no '-': the chain is not of an instance whose name is longer.
                 if chain.strip_prefix(&prefix).is_some_and(|part| !part.contains('-')) {
-                    saved.chains.push((table.owned(), chain.owned()));
+                    saved.chains.push((table.to_owned(), chain.to_owned()));
                 }
             } else if let Some(rule) = line.strip_prefix("-A ")
                 && target_of(rule) == Some(instance)
             {
-                saved.jumps.push((table.owned(), rule.owned()));
+                saved.jumps.push((table.to_owned(), rule.to_owned()));
             }
         }
-        sort::unique(&mut saved.chains);
-        sort::unique(&mut saved.jumps);
+        saved.chains.sort_unstable();
+        saved.chains.dedup();
+        saved.jumps.sort_unstable();
+        saved.jumps.dedup();
         saved
     }
 }
@@ -62,23 +61,26 @@ fn declared(line: &str) -> Option<&str> {
 
 /// The instance that a rule is a jump to: its comment says so, and it leads to a chain of the instance.
 fn target_of(rule: &str) -> Option<&str> {
-    let (_, rest) = text::split_once(rule, "--comment \"libtproxy ")?;
+    let (_, rest) = rule.split_once("--comment \"libtproxy ")?;
     let (instance, rest) = rest.split_once('"')?;
     (instance_of(rest.strip_prefix(" -j ")?)? == instance).then_some(instance)
 }
 
 /// The instances that have jumps. The name of a chain alone is no proof: another program may use the same.
 pub(super) fn instances(save: &str) -> Vec<String> {
-    let mut names = lines(save).filter_map(|(_, line)| Some(target_of(line.strip_prefix("-A ")?)?.owned())).list();
-    sort::unique(&mut names);
+    let mut names =
+        lines(save).filter_map(|(_, line)| Some(target_of(line.strip_prefix("-A ")?)?.to_owned())).collect::<Vec<_>>();
+    names.sort_unstable();
+    names.dedup();
     names
 }
 
 /// The first of these chains (each with its table) that is not listed.
 pub(super) fn missing<'a>(save: &str, chains: &'a [(String, String)]) -> Option<&'a (String, String)> {
     let mut listed: Vec<(String, String)> =
-        lines(save).filter_map(|(table, line)| Some((table.owned(), declared(line)?.owned()))).list();
-    sort::unique(&mut listed);
+        lines(save).filter_map(|(table, line)| Some((table.to_owned(), declared(line)?.to_owned()))).collect();
+    listed.sort_unstable();
+    listed.dedup();
     chains.iter().find(|chain| listed.binary_search(chain).is_err())
 }
 
@@ -98,13 +100,13 @@ pub(super) fn counters(save: &str, instance: &str) -> Option<Vec<Counter>> {
     let prefix = chain_name(instance, "");
     let mut counters = Vec::new();
     for (_, line) in lines(save) {
-        let Some((before, rule)) = text::split_once(line, "-A ") else { continue };
+        let Some((before, rule)) = line.split_once("-A ") else { continue };
         let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
         let Some(part) = chain.strip_prefix(&prefix).filter(|part| !part.contains('-')) else { continue };
         let (packets, bytes) = before.strip_prefix('[')?.strip_suffix("] ")?.split_once(':')?;
         counters.push(Counter {
-            part: part.owned(),
-            rule: rule.owned(),
+            part: part.to_owned(),
+            rule: rule.to_owned(),
             packets: packets.parse().ok()?,
             bytes: bytes.parse().ok()?,
         });
@@ -117,15 +119,16 @@ pub(super) fn counters(save: &str, instance: &str) -> Option<Vec<Counter>> {
 pub(super) fn restore(instance: &str, wanted: &[Table], found: &Saved) -> String {
     let mut text = String::new();
     let found_in = found.chains.iter().chain(&found.jumps).map(|(table, _)| table.clone());
-    let mut names: Vec<String> = wanted.iter().map(|table| table.name.owned()).chain(found_in).list();
-    sort::unique(&mut names);
+    let mut names: Vec<String> = wanted.iter().map(|table| table.name.to_owned()).chain(found_in).collect();
+    names.sort_unstable();
+    names.dedup();
     for table_name in names {
         // Writing to a String does not fail.
         let _ = writeln!(text, "*{table_name}");
         let stale = found.chains.iter().filter(|(table, _)| *table == table_name).map(|(_, chain)| chain);
         let table = wanted.iter().find(|table| table.name == table_name);
         let chains = table.map_or(&[][..], |table| &table.chains);
-        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).list();
+        let gone: Vec<&String> = stale.filter(|chain| !chains.iter().any(|new| new.name == **chain)).collect();
         // To declare a chain makes it, or empties it.
         for chain in chains.iter().map(|chain| &chain.name).chain(gone.iter().copied()) {
             let _ = writeln!(text, ":{chain} - [0:0]");

@@ -7,12 +7,9 @@ use super::present::{self, Variant};
 use super::saved::{self, Counter, Saved};
 use super::{Table, instance_of};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::Family;
 use crate::program::{self, Outcome};
 use crate::sys::{self, End};
-use crate::text::Owned;
-use crate::{sort, text};
 
 /// A program is given so much time. (On a host with 100,000 rules it takes seconds.)
 const TIME: Duration = Duration::from_secs(60);
@@ -62,7 +59,8 @@ pub(crate) fn instances(family: Family, name: Option<&str>) -> Result<Vec<String
             names.extend(saved::instances(&tool.list(&[])?));
         }
     }
-    sort::unique(&mut names);
+    names.sort_unstable();
+    names.dedup();
     names.retain(|instance| name.is_none_or(|name| name == instance));
     Ok(names)
 }
@@ -117,7 +115,8 @@ impl Tool {
         for variant in variants {
             chains.extend(present::chains(self.family, variant)?);
         }
-        sort::unique(&mut chains);
+        chains.sort_unstable();
+        chains.dedup();
         Ok(chains)
     }
 
@@ -157,15 +156,19 @@ impl Tool {
         if !ran.may_have_succeeded() || !ran.output.lines().any(|line| line == END_MARK) {
             return Err(ran.error());
         }
-        let names = |table: &Table| table.chains.iter().map(|chain| (table.name.owned(), chain.name.clone())).list();
-        let mut wanted: Vec<(String, String)> = wanted.iter().flat_map(names).list();
-        sort::unique(&mut wanted);
+        let names = |table: &Table| {
+            table.chains.iter().map(|chain| (table.name.to_owned(), chain.name.clone())).collect::<Vec<_>>()
+        };
+        let mut wanted: Vec<(String, String)> = wanted.iter().flat_map(names).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
         let mut has = self.chains()?;
         has.retain(|(_, chain)| instance_of(chain) == Some(instance));
         if has == wanted {
             return Ok(());
         }
-        let shown = |chains: &[(String, String)]| chains.iter().map(|(_, chain)| chain.as_str()).list().join(" ");
+        let shown =
+            |chains: &[(String, String)]| chains.iter().map(|(_, chain)| chain.as_str()).collect::<Vec<_>>().join(" ");
         Err(Error::with(
             libc::EIO,
             format_args!(
@@ -224,8 +227,8 @@ impl Ran {
         let text = |bytes: Vec<u8>| {
             String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
         };
-        let words = text(outcome.errors).trim().owned();
-        Ran { name: name.owned(), end: outcome.end, output: text(outcome.output), words }
+        let words = text(outcome.errors).trim().to_owned();
+        Ran { name: name.to_owned(), end: outcome.end, output: text(outcome.output), words }
     }
 
     /// It succeeded, or the kernel does not say: then its output has to show it.
@@ -235,7 +238,7 @@ impl Ran {
 
     /// The error for a program that has failed: its own words, and what to do.
     fn error(&self) -> Error {
-        let says = |part: &str| text::contains(&self.words, part);
+        let says = |part: &str| self.words.contains(part);
         let (errno, advice) = if says("holding the xtables lock") || says("Can't lock") {
             let advice = format!(
                 "another program, such as iptables or a firewall manager, has held the lock for {LOCK_SECONDS} seconds \
@@ -245,22 +248,22 @@ impl Ran {
         } else if says("open lock file") {
             let advice = "the legacy iptables has to write /run/xtables.lock: run as root of this host, or in a mount \
                           namespace with a /run of its own";
-            (libc::EPERM, advice.owned())
+            (libc::EPERM, advice.to_owned())
         } else if says("Permission denied") || says("must be root") {
             let advice =
                 "a program that is run needs CAP_NET_ADMIN, which it gets from the user root or from the ambient set";
-            (libc::EPERM, advice.owned())
+            (libc::EPERM, advice.to_owned())
         } else if says("No chain/target/match") || says("not supported") {
             let advice = "the kernel needs CONFIG_NETFILTER_XT_MATCH_SOCKET and _XT_TARGET_TPROXY (`modprobe xt_socket xt_TPROXY`)";
-            (libc::EOPNOTSUPP, advice.owned())
+            (libc::EOPNOTSUPP, advice.to_owned())
         } else {
             match self.end {
                 End::Exited(REFUSES_SETUID) if self.words.is_empty() => {
                     let advice = "it does not run while the real and the effective user differ, as in a set-user-ID program; call \
                                   setresuid(0, 0, 0) first";
-                    (libc::EPERM, advice.owned())
+                    (libc::EPERM, advice.to_owned())
                 }
-                End::Exited(0) | End::Unknown => (libc::EIO, "it ended before the end of its input".owned()),
+                End::Exited(0) | End::Unknown => (libc::EIO, "it ended before the end of its input".to_owned()),
                 End::Exited(status) => (libc::EIO, format!("exit status {status}")),
                 End::Killed(signal) => (libc::EIO, format!("it was killed by signal {signal}")),
             }

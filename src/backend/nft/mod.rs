@@ -6,14 +6,13 @@ pub(crate) mod object;
 pub(crate) mod ruleset;
 pub(crate) mod statement;
 pub(crate) mod table;
-pub(crate) mod trace;
 pub(crate) mod transaction;
 
 /// NFNL_SUBSYS_NFTABLES, as the high byte of a message type.
-pub(super) const SUBSYSTEM: u16 = 10 << 8;
+pub(crate) const SUBSYSTEM: u16 = 10 << 8;
 
 /// `struct nfgenmsg`: the family, a version that is always 0, and a resource id.
-pub(super) fn header(family: u8, resource: u16) -> [u8; 4] {
+pub(crate) fn header(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }

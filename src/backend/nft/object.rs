@@ -283,7 +283,7 @@ impl Elements {
             Elements::Interfaces(names) => {
                 for name in names {
                     let mut key = [0; libc::IFNAMSIZ];
-                    key.iter_mut().zip(name.bytes()).for_each(|(place, byte)| *place = byte);
+                    key.iter_mut().zip(name.bytes()).for_each(|(slot, byte)| *slot = byte);
                     element(list, &key, false);
                 }
             }

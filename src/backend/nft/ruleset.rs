@@ -21,18 +21,17 @@
 use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
 use super::statement::{InterfacePrefix, Side, Statement, Verdict};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::memory;
 use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
-const DIRECT: &str = "direct";
+const DIRECT_CHAIN: &str = "direct";
 const VET: &str = "vet";
 const RESERVED: &str = "reserved";
 const RESERVED_BY_LO: &str = "reserved-by-lo";
-const LOOP: &str = "loop";
+const REROUTE: &str = "reroute";
 const UNTRACK: &str = "untrack";
 const DEFRAGMENT: &str = "defragment";
 const SELECT: &str = "select";
@@ -42,34 +41,34 @@ const SELECT_RAW: &str = "select-raw";
 pub(crate) const INTERCEPTED: &str = "intercepted";
 pub(crate) const DIVERTED: &str = "diverted";
 pub(crate) const DROPPED: &str = "dropped";
-pub(crate) const GUARDED: &str = "guarded";
+pub(crate) const DIRECT: &str = "direct";
 
 const PORTS: &str = "ports";
 const INTERFACES: &str = "interfaces";
 
 /// Chains that refuse packets, and do not lead any to a listener.
 pub(crate) fn only_refuses(chain: &str) -> bool {
-    [DIRECT, RESERVED, RESERVED_BY_LO].contains(&chain)
+    [DIRECT_CHAIN, RESERVED, RESERVED_BY_LO].contains(&chain)
 }
 
-/// Which set of prefixes.
+/// PrefixList set of prefixes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Which {
+pub(crate) enum PrefixList {
     Dst,
     Src,
     Bypass,
 }
 
-impl Which {
+impl PrefixList {
     /// The name of the set of one family: that of prefixes of one length, or that of ranges.
     fn set(self, family: Family, len: Option<u8>, variant: Variant) -> SetName {
         let base = match (self, family) {
-            (Which::Dst, Family::V4) => "dst4",
-            (Which::Dst, Family::V6) => "dst6",
-            (Which::Src, Family::V4) => "src4",
-            (Which::Src, Family::V6) => "src6",
-            (Which::Bypass, Family::V4) => "bypass4",
-            (Which::Bypass, Family::V6) => "bypass6",
+            (PrefixList::Dst, Family::V4) => "dst4",
+            (PrefixList::Dst, Family::V6) => "dst6",
+            (PrefixList::Src, Family::V4) => "src4",
+            (PrefixList::Src, Family::V6) => "src6",
+            (PrefixList::Bypass, Family::V4) => "bypass4",
+            (PrefixList::Bypass, Family::V6) => "bypass6",
         };
         SetName { base, len, variant }
     }
@@ -83,7 +82,7 @@ impl Which {
 /// The objects that hold a plan, within its table; the sets are named in one variant.
 pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
     let mut ruleset = Ruleset { plan, variant, objects: Vec::with_capacity(USUAL) };
-    for name in [INTERCEPTED, DIVERTED, DROPPED, GUARDED] {
+    for name in [INTERCEPTED, DIVERTED, DROPPED, DIRECT] {
         ruleset.objects.push(Object::Counter { name });
     }
     if plan.mode != Mode::DivertOnly {
@@ -119,7 +118,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
         ruleset.untracked();
     }
     ruleset.chain(PREROUTING);
-    plan.guarded().for_each(|listener| ruleset.guard(&listener));
+    plan.direct_drops().for_each(|listener| ruleset.direct_drop(&listener));
     match plan.mode {
         Mode::Redirect => ruleset.redirecting(),
         Mode::DivertOnly => ruleset.diverting(),
@@ -131,7 +130,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
 /// So many objects have plans with few sets.
 const USUAL: usize = 36;
 
-const LEAVE: Statement = Statement::Verdict(Verdict::Return);
+const RETURN: Statement = Statement::Verdict(Verdict::Return);
 
 /// The base chains, by the names of `nft`'s hooks and priorities.
 const PREROUTING: (&str, Option<Hook>) = ("prerouting", Some(Hook::MANGLE_PREROUTING));
@@ -153,7 +152,7 @@ struct Selection {
 const TO_INTERCEPT: Selection = Selection { name: SELECT, then: VET, first: None };
 const TO_REDIRECT: Selection = Selection { name: SELECT_LOCAL, then: INTERCEPT, first: None };
 const TO_UNTRACK: Selection = Selection { name: SELECT_RAW, then: UNTRACK, first: None };
-const TO_LOOP: Selection = Selection { name: SELECT_LOCAL, then: LOOP, first: Some(Statement::SourceIsLocal) };
+const TO_REROUTE: Selection = Selection { name: SELECT_LOCAL, then: REROUTE, first: Some(Statement::SourceIsLocal) };
 
 /// A plan, and the objects that have been made of it.
 struct Ruleset<'a> {
@@ -201,18 +200,18 @@ impl Ruleset<'_> {
         if let Some(mark) = self.plan.output_mark {
             let round =
                 [Statement::MarkIs(mark), Statement::FromLoopback(true), Statement::Verdict(Verdict::Goto(INTERCEPT))];
-            self.rule(PREROUTING.0, "the host's own, come round", &[&round]);
+            self.rule(PREROUTING.0, "looped back via lo", &[&round]);
         }
         for protocol in self.plan.protocols.iter() {
             self.candidates(PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
         let Some(mark) = self.plan.output_mark else { return };
         // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
-        self.chain((LOOP, None));
-        self.rule(LOOP, "round by lo", &[&[Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)]]);
-        self.select_chain(&TO_LOOP);
+        self.chain((REROUTE, None));
+        self.rule(REROUTE, "looped back via lo", &[&[Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)]]);
+        self.select_chain(&TO_REROUTE);
         self.chain(OUTPUT);
-        self.own_output(OUTPUT.0, &TO_LOOP);
+        self.own_output(OUTPUT.0, &TO_REROUTE);
     }
 
     /// NAT, of what comes in and of what the host itself sends.
@@ -250,7 +249,7 @@ impl Ruleset<'_> {
                 self.of_socket(hook.0, "of a transparent socket", protocol, Verdict::Goto(UNTRACK));
                 if incoming {
                     // Connection tracking has to see answers to know them.
-                    self.answers(hook.0, Statement::Protocol(protocol));
+                    self.return_replies(hook.0, Statement::Protocol(protocol));
                 }
                 if self.plan.mode == Mode::Tproxy && (incoming || self.plan.output_mark.is_some()) {
                     self.candidates(hook.0, TO_BE_INTERCEPTED, protocol, incoming, &TO_UNTRACK);
@@ -284,9 +283,9 @@ impl Ruleset<'_> {
             // What most packets are for comes first: each `socket` is a look-up.
             self.rule(DIVERT, "to the socket", &[&[Statement::WildcardSocket(false)], &mark_and_accept]);
         }
-        self.rule(DIVERT, "a listener on every address", &[&[Statement::WildcardSocket(true), LEAVE]]);
+        self.rule(DIVERT, "a listener on every address", &[&[Statement::WildcardSocket(true), RETURN]]);
         if may_meet_time_wait {
-            self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, LEAVE]]);
+            self.rule(DIVERT, "a new connection after an old one", &[&[Statement::TcpSyn, RETURN]]);
         }
         self.rule(DIVERT, "to the socket", &[&mark_and_accept]);
     }
@@ -340,14 +339,14 @@ impl Ruleset<'_> {
 
     /// Drops packets to a listener's port that are for this host: the listener would take them for intercepted ones.
     fn direct_chain(&mut self) {
-        if self.plan.guarded().next().is_none() {
+        if self.plan.direct_drops().next().is_none() {
             return;
         }
-        let drop = [Statement::Count(GUARDED), Statement::Verdict(Verdict::Drop)];
-        self.chain((DIRECT, None));
-        self.rule(DIRECT, "straight to the listener", &[&[Statement::DestinationIsLocal], &drop]);
-        if self.plan.guarded().any(|listener| listener.family != Some(Family::V4)) {
-            self.rule(DIRECT, "straight to the listener", &[&[Statement::DestinationIsLinkLocal], &drop]);
+        let drop = [Statement::Count(DIRECT), Statement::Verdict(Verdict::Drop)];
+        self.chain((DIRECT_CHAIN, None));
+        self.rule(DIRECT_CHAIN, "straight to the listener", &[&[Statement::DestinationIsLocal], &drop]);
+        if self.plan.direct_drops().any(|listener| listener.family != Some(Family::V4)) {
+            self.rule(DIRECT_CHAIN, "straight to the listener", &[&[Statement::DestinationIsLinkLocal], &drop]);
         }
     }
 
@@ -401,28 +400,28 @@ impl Ruleset<'_> {
         self.chain((name, None));
         for (src, family) in each(&plan.src, plan.families) {
             let mut lengths = [None; LENGTHS];
-            lengths.iter_mut().zip(src.lengths(family)).for_each(|(place, len)| *place = Some(len));
-            let ranges = Which::Src.set(family, None, variant);
+            lengths.iter_mut().zip(src.lengths(family)).for_each(|(slot, len)| *slot = Some(len));
+            let ranges = PrefixList::Src.set(family, None, variant);
             let elsewhere = Statement::SourceInNone { family, lengths, ranges };
-            self.rule(name, "from elsewhere", &[&[elsewhere, LEAVE]]);
+            self.rule(name, "from elsewhere", &[&[elsewhere, RETURN]]);
         }
         for (bypass, family) in each(&plan.bypass, plan.families) {
-            for set in Which::Bypass.sets(bypass, family, variant) {
+            for set in PrefixList::Bypass.sets(bypass, family, variant) {
                 let bypass = Statement::DestinationIn { family, set };
-                self.rule(name, "to be left alone", &[&[bypass, LEAVE]]);
+                self.rule(name, "to be left alone", &[&[bypass, RETURN]]);
             }
         }
         if name == SELECT {
-            self.answers(name, Statement::Answer);
+            self.return_replies(name, Statement::CtReply);
         }
-        if self.leaves_own_answers(selection) {
-            self.own_answers(name);
+        if self.returns_own_replies(selection) {
+            self.return_own_replies(name);
         }
         if plan.dst.is_none() {
-            self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &anothers(selection)]);
+            self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &goto_unless_local(selection)]);
         }
         for (dst, family) in each(&plan.dst, plan.families) {
-            for set in Which::Dst.sets(dst, family, variant) {
+            for set in PrefixList::Dst.sets(dst, family, variant) {
                 let named =
                     [Statement::DestinationIn { family, set }, Statement::Verdict(Verdict::Goto(selection.then))];
                 self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &named]);
@@ -434,11 +433,11 @@ impl Ruleset<'_> {
     fn has_no_addresses(&self, selection: &Selection) -> bool {
         let plan = self.plan;
         let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some();
-        !given && !self.leaves_own_answers(selection)
+        !given && !self.returns_own_replies(selection)
     }
 
-    fn leaves_own_answers(&self, selection: &Selection) -> bool {
-        selection.name == SELECT_LOCAL && self.plan.may_choose_own_answers() && self.plan.protocols.tcp
+    fn returns_own_replies(&self, selection: &Selection) -> bool {
+        selection.name == SELECT_LOCAL && self.plan.needs_own_reply_exemption() && self.plan.protocols.tcp
     }
 
     /// Leaves alone the answers of what is left alone, as far as they match a statement: one rule for each set.
@@ -448,11 +447,11 @@ impl Ruleset<'_> {
     /// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
     /// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
     /// client sends past the proxy.
-    fn answers(&mut self, chain: &'static str, of: Statement) {
+    fn return_replies(&mut self, chain: &'static str, of: Statement) {
         let plan = self.plan;
-        for (bypass, family) in each(&plan.bypass, plan.families).filter(|_| plan.may_choose_answers()) {
-            for set in Which::Bypass.sets(bypass, family, self.variant) {
-                let answer = [of, Statement::SourceIn { family, set }, LEAVE];
+        for (bypass, family) in each(&plan.bypass, plan.families).filter(|_| plan.needs_reply_exemption()) {
+            for set in PrefixList::Bypass.sets(bypass, family, self.variant) {
+                let answer = [of, Statement::SourceIn { family, set }, RETURN];
                 self.rule(chain, "an answer of what is left alone", &[&answer]);
             }
         }
@@ -463,14 +462,14 @@ impl Ruleset<'_> {
     /// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
     /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
     /// service here has accepted. UDP has no such thing, and is intercepted.
-    fn own_answers(&mut self, name: &'static str) {
-        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::Answer, Statement::Assured, LEAVE];
+    fn return_own_replies(&mut self, name: &'static str) {
+        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::CtReply, Statement::Assured, RETURN];
         self.rule(name, "of a service of this host", &[&accepted]);
-        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::Answer, LEAVE]]);
+        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::CtReply, RETURN]]);
     }
 
     /// Connections made straight to the listener would be proxied to itself, again and again.
-    fn guard(&mut self, listener: &Intercept) {
+    fn direct_drop(&mut self, listener: &Intercept) {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
         let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
         let port = [Statement::Protocol(listener.protocol), Statement::DestinationPort(listener.port)];
@@ -482,7 +481,7 @@ impl Ruleset<'_> {
                 &port,
                 listener.addr.map(Statement::Destination).as_slice(),
                 redirected.then_some(Statement::NotTranslated).as_slice(),
-                &[Statement::Verdict(Verdict::Jump(DIRECT))],
+                &[Statement::Verdict(Verdict::Jump(DIRECT_CHAIN))],
             ],
         );
     }
@@ -510,7 +509,7 @@ impl Ruleset<'_> {
         };
         let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
         let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
-            true => (selection.first, &anothers(selection)),
+            true => (selection.first, &goto_unless_local(selection)),
             false => (None, &choose),
         };
         for interface in self.interfaces(incoming) {
@@ -538,7 +537,7 @@ impl Ruleset<'_> {
         }
         let names = (!interfaces.names.is_empty()).then_some(Statement::InterfaceIn(self.set(INTERFACES)));
         let like = |prefix: &String| Statement::InterfaceLike(InterfacePrefix::new(prefix));
-        names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).list()
+        names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).collect::<Vec<_>>()
     }
 
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
@@ -556,7 +555,9 @@ impl Ruleset<'_> {
                 self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
             }
         }
-        for (which, prefixes) in [(Which::Src, &plan.src), (Which::Bypass, &plan.bypass), (Which::Dst, &plan.dst)] {
+        for (which, prefixes) in
+            [(PrefixList::Src, &plan.src), (PrefixList::Bypass, &plan.bypass), (PrefixList::Dst, &plan.dst)]
+        {
             for (prefixes, family) in each(prefixes, plan.families) {
                 for set in which.sets(prefixes, family, self.variant) {
                     self.empty_set(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
@@ -580,8 +581,8 @@ impl Ruleset<'_> {
 const TO_BE_INTERCEPTED: &str = "to be intercepted";
 
 /// Not what is for this host, or for nobody.
-fn anothers(selection: &Selection) -> [Statement; 2] {
-    [Statement::DestinationIsAnothers, Statement::Verdict(Verdict::Goto(selection.then))]
+fn goto_unless_local(selection: &Selection) -> [Statement; 2] {
+    [Statement::DestinationNotLocal, Statement::Verdict(Verdict::Goto(selection.then))]
 }
 
 /// A set of prefixes with each of the families, if there is one.
@@ -605,7 +606,12 @@ fn only(family: Option<Family>) -> Option<Statement> {
 const IN_A_MESSAGE: usize = 900;
 
 /// Elements of the sets of one family, in pieces that fit into a message.
-pub(crate) fn elements(which: Which, family: Family, variant: Variant, contents: &Contents) -> Result<Vec<Object>> {
+pub(crate) fn elements(
+    which: PrefixList,
+    family: Family,
+    variant: Variant,
+    contents: &Contents,
+) -> Result<Vec<Object>> {
     let mut objects = Vec::new();
     let mut add = |len, elements| {
         let set = which.set(family, len, variant);

@@ -24,7 +24,7 @@ const AT_LEAST: u32 = 5;
 
 /// The types of addresses that are this host's, or that nobody can have a connection with: local, broadcast, anycast and
 /// multicast, which are neighbours (`linux/rtnetlink.h`).
-const OWN_TYPES: std::ops::RangeInclusive<u8> = libc::RTN_LOCAL..=libc::RTN_MULTICAST;
+const LOCAL_ADDR_TYPES: std::ops::RangeInclusive<u8> = libc::RTN_LOCAL..=libc::RTN_MULTICAST;
 
 /// One statement of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub(crate) enum Statement {
     /// Only packets whose destination was not translated.
     NotTranslated,
     /// Only answers, as connection tracking knows them.
-    Answer,
+    CtReply,
     /// Only packets of connections that both sides have agreed to.
     Assured,
     /// Only packets from an address of this host.
@@ -81,7 +81,7 @@ pub(crate) enum Statement {
     /// Only packets that came in by `lo`, or by any other interface.
     FromLoopback(bool),
     /// Only packets whose destination is neither this host's own nor nobody's.
-    DestinationIsAnothers,
+    DestinationNotLocal,
     /// Only packets for which there is a transparent socket, and errors about what one has sent: in control messages the
     /// kernel looks for the socket of the packet that they quote, and in others than errors for none
     /// (`nf_sk_lookup_slow_v4`, `_v6`).
@@ -188,19 +188,23 @@ impl fmt::Display for Statement {
             Statement::MarkIs(mark) if mark.mask == u32::MAX => write!(f, "meta mark {:#010x}", mark.value),
             Statement::MarkIs(mark) => write!(f, "meta mark & {:#010x} == {:#010x}", mark.mask, mark.value),
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
-            Statement::Answer => f.write_str("ct direction reply"),
+            Statement::CtReply => f.write_str("ct direction reply"),
             Statement::Assured => f.write_str("ct status & assured == assured"),
             Statement::SourceIsLocal => f.write_str("fib saddr type local"),
-            Statement::SourceIsNoOther => write!(f, "fib saddr type {}-{}", OWN_TYPES.start(), OWN_TYPES.end()),
-            Statement::DestinationIsLocal => write!(f, "fib daddr type {}-{}", OWN_TYPES.start(), OWN_TYPES.end()),
+            Statement::SourceIsNoOther => {
+                write!(f, "fib saddr type {}-{}", LOCAL_ADDR_TYPES.start(), LOCAL_ADDR_TYPES.end())
+            }
+            Statement::DestinationIsLocal => {
+                write!(f, "fib daddr type {}-{}", LOCAL_ADDR_TYPES.start(), LOCAL_ADDR_TYPES.end())
+            }
             Statement::DestinationIsLinkLocal => f.write_str("ip6 daddr fe80::/10"),
             Statement::Reserved(side) => write!(f, "ip6 {side} ::/80"),
             Statement::ReservedNotLoopback(side) => write!(f, "ip6 {side} ::/80 ip6 {side} != ::1"),
             Statement::Network8(side, first) => write!(f, "ip {side} {first}.0.0.0/8"),
             Statement::FromLoopback(true) => f.write_str("iif \"lo\""),
             Statement::FromLoopback(false) => f.write_str("iif != \"lo\""),
-            Statement::DestinationIsAnothers => {
-                write!(f, "fib daddr type != {}-{}", OWN_TYPES.start(), OWN_TYPES.end())
+            Statement::DestinationNotLocal => {
+                write!(f, "fib daddr type != {}-{}", LOCAL_ADDR_TYPES.start(), LOCAL_ADDR_TYPES.end())
             }
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
             Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
@@ -329,7 +333,7 @@ impl Statement {
                 rule.and_xor(REG_1, &DESTINATION_TRANSLATED.to_ne_bytes(), &0u32.to_ne_bytes());
                 rule.compare(REG_1, &0u32.to_ne_bytes());
             }
-            Statement::Answer => {
+            Statement::CtReply => {
                 rule.connection_load(CT_DIRECTION, REG_1);
                 rule.compare(REG_1, &[REPLY]);
             }
@@ -365,10 +369,10 @@ impl Statement {
                 rule.meta_load(META_IIF, REG_1);
                 rule.compare_as(if *yes { EQ } else { NOT_EQ }, REG_1, &LOOPBACK.to_ne_bytes());
             }
-            Statement::DestinationIsAnothers => {
+            Statement::DestinationNotLocal => {
                 rule.load_address_type(FIB_DESTINATION, REG_1);
                 rule.in_network_order(REG_1);
-                rule.outside(REG_1, *OWN_TYPES.start(), *OWN_TYPES.end());
+                rule.outside(REG_1, *LOCAL_ADDR_TYPES.start(), *LOCAL_ADDR_TYPES.end());
             }
             Statement::TransparentSocket => {
                 rule.socket_load(SOCKET_TRANSPARENT, REG_1);
@@ -662,8 +666,8 @@ impl Expressions<'_, '_> {
     fn only_own_type(&mut self, of: u32) {
         self.load_address_type(of, REG_1);
         self.in_network_order(REG_1);
-        self.compare_as(AT_LEAST, REG_1, &u32::from(*OWN_TYPES.start()).to_be_bytes());
-        self.compare_as(AT_MOST, REG_1, &u32::from(*OWN_TYPES.end()).to_be_bytes());
+        self.compare_as(AT_LEAST, REG_1, &u32::from(*LOCAL_ADDR_TYPES.start()).to_be_bytes());
+        self.compare_as(AT_MOST, REG_1, &u32::from(*LOCAL_ADDR_TYPES.end()).to_be_bytes());
     }
 
     fn lookup(&mut self, set: SetName, register: u32) {

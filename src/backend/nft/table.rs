@@ -5,10 +5,8 @@ use std::fmt;
 use super::{SUBSYSTEM, header};
 use crate::backend::route;
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::netlink::{Channel, channel, wire};
 use crate::sys;
-use crate::text::Owned;
 
 /// Every table of ours is called this and the name of its instance. Some
 /// names alone ("tproxy", "ip") are words of the nft language, which could
@@ -25,35 +23,35 @@ pub(crate) fn instance_of(table: &str) -> Option<&str> {
     table.strip_prefix(PREFIX)
 }
 
-/// An instance's place among the routing rules, and its routing table. The
+/// An instance's slot among the routing rules, and its routing table. The
 /// table says it, as the comment that `nft` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct RoutingSlot {
     /// The first of its routing policy rules.
     pub priority: u32,
     pub table: u32,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RoutingSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.comment())
     }
 }
 
-impl Place {
+impl RoutingSlot {
     /// The comment, as it is shown.
     pub fn comment(&self) -> String {
         ["libtproxy: priority ", &self.priority.to_string(), " table ", &self.table.to_string()].concat()
     }
 
-    fn parse(comment: &str) -> Option<Place> {
-        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').list();
+    fn parse(comment: &str) -> Option<RoutingSlot> {
+        let words: Vec<&str> = comment.strip_prefix("libtproxy: ")?.split(' ').collect();
         let ["priority", priority, "table", table] = words[..] else { return None };
-        let place = Place { priority: priority.parse().ok()?, table: table.parse().ok()? };
-        place.is_possible().then_some(place)
+        let slot = RoutingSlot { priority: priority.parse().ok()?, table: table.parse().ok()? };
+        slot.is_possible().then_some(slot)
     }
 
-    /// An instance can have it. A table that speaks for another place is not one of ours, whatever its name.
+    /// An instance can have it. A table that speaks for another slot is not one of ours, whatever its name.
     fn is_possible(self) -> bool {
         (1..=route::PRIORITY_MAX).contains(&self.priority) && !route::is_system_table(self.table)
     }
@@ -69,7 +67,7 @@ impl Place {
 pub(crate) struct Table {
     pub name: String,
     /// `None`: it is not one of ours.
-    pub place: Option<Place>,
+    pub slot: Option<RoutingSlot>,
     /// The process that opened the socket which owns it.
     pub owner: Option<u32>,
     /// The port of that socket.
@@ -105,7 +103,7 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
         .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
-    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).list()))
+    Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect::<Vec<_>>()))
 }
 
 /// The table of this name, if there is one.
@@ -121,8 +119,8 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
     let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
-        name: wire::string_of(attrs, NAME)?.owned(),
-        place: comment.and_then(Place::parse),
+        name: wire::string_of(attrs, NAME)?.to_owned(),
+        slot: comment.and_then(RoutingSlot::parse),
         owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
         owner_port: wire::be32_of(attrs, OWNER),
         persistent: flags & super::transaction::PERSIST != 0,
@@ -143,7 +141,7 @@ pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
     const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
-        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.owned())).list())
+        Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).collect::<Vec<_>>())
     };
     Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
 }
@@ -162,9 +160,9 @@ pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>>
         let name = wire::string_of(attrs, NAME)?;
         let data = wire::attribute(attrs, DATA)?;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
-        Some((name.owned(), number(PACKETS)?, number(BYTES)?))
+        Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
     };
-    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).list())
+    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).collect::<Vec<_>>())
 }
 
 /// The attributes of each object of a kind in a table. The kernel filters some kinds by table and some not.
@@ -176,7 +174,7 @@ fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>>
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::io(format_args!("nft list table inet {table}"), e))?;
     let attrs = dumped.iter().filter_map(|payload| Some(payload.get(header.len()..)?.to_vec()));
-    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).list())
+    Ok(attrs.filter(|attrs| wire::string_of(attrs, TABLE) == Some(table)).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -187,15 +185,15 @@ mod tests {
     proptest! {
         #[test]
         fn place_that_is_possible_is_read_back_as_it_was_written(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
-            let place = Place { priority, table };
-            prop_assert_eq!(Place::parse(&place.to_string()), (!(253..=255).contains(&table)).then_some(place));
+            let slot = RoutingSlot { priority, table };
+            prop_assert_eq!(RoutingSlot::parse(&slot.to_string()), (!(253..=255).contains(&table)).then_some(slot));
         }
 
         #[test]
         fn place_that_no_instance_can_have_is_none(priority in route::PRIORITY_MAX + 1.., table: u32) {
-            prop_assert_eq!(Place::parse(&Place { priority, table }.to_string()), None);
-            prop_assert_eq!(Place::parse(&Place { priority: 0, table }.to_string()), None);
-            prop_assert_eq!(Place::parse(&Place { priority: 200, table: 0 }.to_string()), None);
+            prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority, table }.to_string()), None);
+            prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority: 0, table }.to_string()), None);
+            prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority: 200, table: 0 }.to_string()), None);
         }
 
         #[test]
@@ -205,8 +203,8 @@ mod tests {
 
         #[test]
         fn no_comment_panics(comment: String) {
-            Place::parse(&comment);
-            Place::parse(&format!("libtproxy: {comment}"));
+            RoutingSlot::parse(&comment);
+            RoutingSlot::parse(&format!("libtproxy: {comment}"));
         }
     }
 }

@@ -3,14 +3,11 @@
 use std::fmt;
 
 use super::object::{Elements, Object, SetName, comment};
-use super::table::Place;
+use super::table::RoutingSlot;
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
-use crate::text;
-use crate::text::Owned;
 
 /// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
 const BEGIN: u16 = 0x10;
@@ -33,10 +30,10 @@ const ACK: u16 = libc::NLM_F_ACK as u16;
 /// One change in a table.
 pub(crate) enum Change<'a> {
     /// Makes the table if it is not there, for nobody in particular. Only to be rehearsed.
-    Make,
+    AddTable,
     /// Makes the table, which must not be there.
     Claim {
-        place: &'a Place,
+        slot: &'a RoutingSlot,
         persist: bool,
     },
     /// Takes an orphan.
@@ -82,14 +79,14 @@ pub(crate) fn commit(
 
     let answers = channel.exchange(&batch, last).map_err(|e| {
         let errno = e.0;
-        let cure = if errno == libc::EMSGSIZE {
+        let fix = if errno == libc::EMSGSIZE {
             "; raise sysctl net.core.wmem_max, or have CAP_NET_ADMIN over the whole host"
         } else {
             ""
         };
         Error::with(
             errno,
-            format_args!("nf_tables, table inet {table}: sending {} bytes at once: {e}{cure}", batch.len()),
+            format_args!("nf_tables, table inet {table}: sending {} bytes at once: {e}{fix}", batch.len()),
         )
     })?;
     if let Some(failure) = answers.failures.first() {
@@ -107,7 +104,7 @@ pub(crate) fn commit(
 
 /// Finds out which changes, each in its table, the kernel would make, and makes none: a batch without an end is checked,
 /// answered and undone (`nfnetlink_rcv_batch`). All in one batch, since undoing one takes milliseconds.
-pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
+pub(crate) fn dry_run(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
     let mut batch = Buffer::default();
     let begin = channel.next_seq();
     batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |_| {});
@@ -137,7 +134,7 @@ pub(crate) fn rehearse(channel: &mut Channel, changes: &[(&str, Change<'_>)]) ->
         None if answered => Ok(()),
         None => Err(Error::new(libc::EIO, "nf_tables: the kernel did not answer")),
     };
-    sent.into_iter().map(outcome).list()
+    sent.into_iter().map(outcome).collect::<Vec<_>>()
 }
 
 /// The error for what the kernel refused: where it is in the batch, its table, and what it was to change.
@@ -147,30 +144,30 @@ fn explained(failure: &Failure, batch: &Buffer, culprit: Option<(usize, &str, &C
             let message = batch.message_at(at).unwrap_or_default();
             (Command { change, table }.to_string(), expression_at(message, failure.offset))
         }
-        None => ("nf_tables".owned(), None),
+        None => ("nf_tables".to_owned(), None),
     };
     rejected(failure, &step, expression)
 }
 
-/// The sentence for what the kernel refused: step, its words, where, cure.
+/// The sentence for what the kernel refused: step, its words, where, fix.
 fn rejected(failure: &Failure, step: &str, expression: Option<&str>) -> Error {
-    let at = text::by(|f| match expression {
+    let at = std::fmt::from_fn(|f| match expression {
         Some(expression) => write!(f, ", at `{expression}`"),
         None => Ok(()),
     });
-    let (errno, cure) = cure(failure.errno, expression, step == "nf_tables", text::contains(step, " table inet "));
-    let (before, cure) = cure.map_or(("", ""), |cure| ("; ", cure));
-    Error::with(errno, format_args!("{step}: {failure}{at}{before}{cure}"))
+    let (errno, fix) = fix(failure.errno, expression, step == "nf_tables", step.contains(" table inet "));
+    let (before, fix) = fix.map_or(("", ""), |fix| ("; ", fix));
+    Error::with(errno, format_args!("{step}: {failure}{at}{before}{fix}"))
 }
 
-/// The errno for the program and the cure for the operator.
-fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, Option<&'static str>) {
+/// The errno for the program and the fix for the operator.
+fn fix(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, Option<&'static str>) {
     match (errno, expression) {
         (libc::EPERM, _) => {
             (libc::EPERM, Some("rules need CAP_NET_ADMIN in the user namespace that owns this network namespace"))
         }
         (libc::ENOENT | libc::EOPNOTSUPP, Some(expression)) => {
-            let cure = match expression {
+            let fix = match expression {
                 "socket" => {
                     "the kernel needs CONFIG_NFT_SOCKET (`modprobe nft_socket`), and Linux 5.10 for `socket wildcard`"
                 }
@@ -179,7 +176,7 @@ fn cure(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32,
                 "ct" => "the kernel needs CONFIG_NFT_CT (`modprobe nft_ct`), to know the answers of what is left alone",
                 _ => "the kernel needs CONFIG_NF_TABLES_INET and the modules of nf_tables",
             };
-            (libc::EOPNOTSUPP, Some(cure))
+            (libc::EOPNOTSUPP, Some(fix))
         }
         (libc::EOPNOTSUPP, None) if whole => {
             (errno, Some("the kernel needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET (`modprobe nf_tables`)"))
@@ -215,7 +212,7 @@ impl Change<'_> {
         const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
-            Change::Make => (NEW_TABLE, libc::NLM_F_CREATE as u16),
+            Change::AddTable => (NEW_TABLE, libc::NLM_F_CREATE as u16),
             Change::Claim { .. } => (NEW_TABLE, exclusively),
             Change::Adopt => (NEW_TABLE, 0),
             Change::DeleteTable => (DELETE_TABLE, 0),
@@ -226,16 +223,16 @@ impl Change<'_> {
             Change::Add(object) => object.message(),
         };
         batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
-            Change::Claim { place, persist } => {
+            Change::Claim { slot, persist } => {
                 a.string(1, table);
                 a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                comment(a, 6, &place.comment());
+                comment(a, 6, &slot.comment());
             }
             Change::Adopt => {
                 a.string(1, table);
                 a.be32(2, OWNER | PERSIST);
             }
-            Change::Make | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::AddTable | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
             Change::DeleteSet(name) => {
                 a.string(1, table);
                 a.string(2, name);
@@ -264,11 +261,11 @@ impl fmt::Display for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("nft ")?;
         match self.change {
-            Change::Claim { place, persist } => {
+            Change::Claim { slot, persist } => {
                 let flags = if *persist { "owner, persist" } else { "owner" };
-                write!(f, "create table inet {} {{ comment \"{place}\"; flags {flags}; }}", self.table)
+                write!(f, "create table inet {} {{ comment \"{slot}\"; flags {flags}; }}", self.table)
             }
-            Change::Make => write!(f, "add table inet {}", self.table),
+            Change::AddTable => write!(f, "add table inet {}", self.table),
             Change::Adopt => write!(f, "add table inet {} {{ flags owner, persist; }}", self.table),
             Change::DeleteTable => write!(f, "delete table inet {}", self.table),
             Change::DeleteRules => write!(f, "flush table inet {}", self.table),

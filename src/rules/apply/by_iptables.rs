@@ -1,10 +1,9 @@
-//! The same by iptables: the place and the routing as ever, the rules by
+//! The same by iptables: the slot and the routing as ever, the rules by
 //! `iptables-restore`, one transaction for each family.
 
 use super::*;
 use crate::backend::iptables;
 use crate::sys;
-use crate::text;
 use std::os::fd::AsFd;
 
 impl Instance {
@@ -12,12 +11,12 @@ impl Instance {
     pub(super) fn install_by_iptables(config: &Config, mut plan: Plan) -> Result<Instance> {
         iptables::check(&plan)?;
         let (mut nft, mut route) = channels()?;
-        serve(config, &mut plan, &mut route)?;
-        let claim = match place::claim(&plan, &mut nft, &mut route, &[]) {
-            Err(error) if error.errno() == libc::EOPNOTSUPP => place::unclaimed(&plan, &mut route)?,
+        drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
+        let claim = match slot::claim(&plan, &mut nft, &mut route, &[]) {
+            Err(error) if error.errno() == libc::EOPNOTSUPP => slot::pick_unclaimed(&plan, &mut route)?,
             claimed => claimed?,
         };
-        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.place));
+        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.slot));
         if let Err(error) = route::add(&mut route, &routing) {
             return Err(error.after(unclaim(&mut nft, &table)));
         }
@@ -72,7 +71,7 @@ impl Instance {
     /// One transaction for each family; if one fails, the old rules come back.
     pub(super) fn replace_in_iptables(&mut self, plan: Plan) -> Result<()> {
         iptables::check(&plan)?;
-        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
         if let Err(error) = self.in_its_network(|| enforce(&plan)) {
@@ -129,8 +128,8 @@ pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<
             found = true;
             let count = match counter.part.as_str() {
                 "i" => &mut stats.intercepted,
-                "d" if text::contains(&counter.rule, "-j MARK") => &mut stats.diverted,
-                "p" if counter.rule.ends_with("-j DROP") => &mut stats.guarded,
+                "d" if counter.rule.contains("-j MARK") => &mut stats.diverted,
+                "p" if counter.rule.ends_with("-j DROP") => &mut stats.direct,
                 _ => continue,
             };
             count.packets = count.packets.saturating_add(counter.packets);

@@ -1,12 +1,10 @@
-//! Changes to rules that are installed: other rules in their place, prefixes
+//! Changes to rules that are installed: other rules in their slot, prefixes
 //! that come and go, and an orphan's rules taken over.
 
 use super::*;
 use crate::backend::nft::table::Contents;
-use crate::list::List;
 use crate::model::Family;
 use crate::prefix::{self, Prefix, PrefixSet};
-use crate::text::Owned;
 
 impl Instance {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
@@ -23,7 +21,7 @@ impl Instance {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
-        serve(config, &mut plan, &mut self.route)?;
+        drop_ipv6_if_unavailable(config, &mut plan, &mut self.route)?;
         if self.by_iptables {
             return self.replace_in_iptables(plan);
         }
@@ -47,9 +45,9 @@ impl Instance {
             Set::Dst if self.plan.dst.is_none() => return Err(missing("dst")),
             Set::Src if self.plan.src.is_none() => return Err(missing("src")),
             Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
-            Set::Dst => Which::Dst,
-            Set::Src => Which::Src,
-            Set::Bypass => Which::Bypass,
+            Set::Dst => PrefixList::Dst,
+            Set::Src => PrefixList::Src,
+            Set::Bypass => PrefixList::Bypass,
         };
         let families = self.plan.families;
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
@@ -62,7 +60,7 @@ impl Instance {
             prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
             return if self.by_iptables { self.replace_in_iptables(plan) } else { self.swap_for(plan) };
         }
-        // In place: to copy a large set takes longer than to change it.
+        // In slot: to copy a large set takes longer than to change it.
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
         let change = prefixes.update(add, remove)?;
         let done = match prefixes.regrouped() {
@@ -81,7 +79,7 @@ impl Instance {
     }
 
     /// Changes the elements of the sets in force. What goes, goes first: a range that grows is deleted and added.
-    fn commit_elements(&mut self, which: Which, change: &prefix::Change) -> Result<()> {
+    fn commit_elements(&mut self, which: PrefixList, change: &prefix::Change) -> Result<()> {
         let objects = |[v4, v6]: &[prefix::Contents; 2]| -> Result<Vec<Object>> {
             let mut objects = ruleset::elements(which, Family::V4, self.variant, v4)?;
             objects.extend(ruleset::elements(which, Family::V6, self.variant, v6)?);
@@ -92,7 +90,7 @@ impl Instance {
             Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
             _ => None,
         });
-        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).list();
+        let changes: Vec<Change<'_>> = gone.chain(new.iter().map(Change::Add)).collect();
         if changes.is_empty() { Ok(()) } else { commit(&mut self.nft, &self.table, None, &changes) }
     }
 
@@ -101,7 +99,7 @@ impl Instance {
     pub(super) fn delete_surplus(&mut self, before: &[FoundRule]) {
         let routing = self.routing;
         let ours = before.iter().filter(|rule| rule.ours && rule.is_behind(routing.priority));
-        let surplus: Vec<FoundRule> = ours.filter(|rule| !routing.has(rule)).copied().list();
+        let surplus: Vec<FoundRule> = ours.filter(|rule| !routing.has(rule)).copied().collect();
         let _ = route::delete_rules(&mut self.route, &surplus);
         let _ = route::delete_routes_without(&mut self.route, &routing);
     }
@@ -122,7 +120,7 @@ impl Instance {
             if these.is_empty() || others.is_empty() {
                 break;
             }
-            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).list();
+            let changes: Vec<Change<'_>> = these.into_iter().map(Change::DeleteSet).collect();
             match commit(&mut self.nft, &self.table, None, &changes) {
                 Ok(()) => contents.sets = others,
                 // The rules ask these: the others are idle.
@@ -146,7 +144,7 @@ impl Instance {
     /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
     /// Chains that both have stay, so that no base chain is away for a moment.
     fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
-        let routing = routing(&plan, table::Place { priority: self.routing.priority, table: self.routing.table });
+        let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
         let variant = self.variant.other();
         let new = ruleset::compile(&plan, variant)?;
         let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
@@ -161,13 +159,9 @@ impl Instance {
             };
             let mut changes = vec![Change::DeleteRules];
             let gone = old.chains.iter().filter(|name| !kept(name));
-            gone.map(|name| Change::DeleteChain(name)).onto(&mut changes);
-            old.sets.iter().cloned().map(Change::DeleteSet).onto(&mut changes);
-            others
-                .iter()
-                .filter(|object| !has_already(old, object))
-                .map(|object| Change::Add(object))
-                .onto(&mut changes);
+            changes.extend(gone.map(|name| Change::DeleteChain(name)));
+            changes.extend(old.sets.iter().cloned().map(Change::DeleteSet));
+            changes.extend(others.iter().filter(|object| !has_already(old, object)).map(|object| Change::Add(object)));
             commit(&mut self.nft, &self.table, None, &changes)
         });
         if let Err(error) = done {
@@ -183,11 +177,11 @@ impl Instance {
     }
 }
 
-fn prefixes_of(plan: &mut Plan, which: Which) -> &mut Option<PrefixSet> {
+fn prefixes_of(plan: &mut Plan, which: PrefixList) -> &mut Option<PrefixSet> {
     match which {
-        Which::Dst => &mut plan.dst,
-        Which::Src => &mut plan.src,
-        Which::Bypass => &mut plan.bypass,
+        PrefixList::Dst => &mut plan.dst,
+        PrefixList::Src => &mut plan.src,
+        PrefixList::Bypass => &mut plan.bypass,
     }
 }
 
@@ -203,7 +197,7 @@ fn names_of(objects: &[Object]) -> Contents {
     let mut names = Contents::default();
     for object in objects {
         match object {
-            Object::Chain { name, .. } => names.chains.push((*name).owned()),
+            Object::Chain { name, .. } => names.chains.push((*name).to_owned()),
             Object::Set(set) => names.sets.push(set.name.to_string()),
             _ => {}
         }

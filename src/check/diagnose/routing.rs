@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use super::{Scene, flag};
-use crate::backend::seen::filter::{Condition, Part};
-use crate::backend::seen::routing::{Action, Rule};
+use super::{Context, flag};
+use crate::check::eval::{self, Way};
 use crate::check::findings::{self, Finding, Findings, Kind, Severity};
+use crate::check::inspect::filter::{Condition, Part};
+use crate::check::inspect::routing::{Action, Rule};
 use crate::check::instances::Instance;
 use crate::check::shell::word;
-use crate::check::walk::{self, Way};
 use crate::model::{Family, Mark};
 use crate::name::Name;
-use crate::text;
 
 /// What marks rules and routes as ours (`route::PROTOCOL`).
 pub(super) const PROTOCOL: u8 = crate::backend::route::PROTOCOL;
@@ -20,29 +19,29 @@ const LAST: u32 = crate::backend::route::RULES - 1;
 const LOCAL: Action = Action::Lookup(255);
 const MAIN: Action = Action::Lookup(254);
 
-pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
-    let missing_lo = scene.facts.interfaces.iter().any(|i| i.name == "lo" && !i.up);
+pub(super) fn check_routing(context: &Context<'_>, found: &mut Findings) {
+    let missing_lo = context.host.interfaces.iter().any(|i| i.name == "lo" && !i.up);
     let mut rules: HashMap<(Family, u32), Vec<&Rule>> = HashMap::new();
-    for rule in &scene.facts.rules {
+    for rule in &context.host.rules {
         rules.entry((rule.family, rule.priority)).or_default().push(rule);
     }
-    let marks = Marks::of(scene);
-    for instance in scene.instances.iter().filter(|instance| instance.owner.is_some()) {
-        for family in instance.families.iter().filter(|family| scene.facts.routed.contains(*family)) {
+    let marks = Marks::of(context);
+    for instance in context.instances.iter().filter(|instance| instance.owner.is_some()) {
+        for family in instance.families.iter().filter(|family| context.host.routed.contains(*family)) {
             if let Some(mark) = instance.mark {
-                let place = Placed { scene, rules: &rules, marks, instance, family, mark };
+                let place = InstanceRouting { context, rules: &rules, marks, instance, family, mark };
                 place.rules(found);
                 place.routes(missing_lo, found);
             }
         }
     }
-    shared(scene, found);
+    shared(context, found);
     if missing_lo {
-        loopback_down(scene, found);
+        loopback_down(context, found);
     }
-    recipes(scene, marks, found);
-    left_behind(scene, found);
-    system_rules(scene, found);
+    recipes(context, marks, found);
+    left_behind(context, found);
+    system_rules(context, found);
 }
 
 /// What looks up the way back, or the answer's way, with a packet's mark.
@@ -57,24 +56,24 @@ struct Marks {
 }
 
 impl Marks {
-    fn of(scene: &Scene<'_>) -> Marks {
-        let sysctls = &scene.facts.sysctls;
-        let mut outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
-        let asks = |part: &Part| matches!(part, Part::OnlyIf(Condition::NoWayBack { mark: true }));
+    fn of(context: &Context<'_>) -> Marks {
+        let sysctls = &context.host.sysctls;
+        let mut outside = context.host.interfaces.iter().filter(|interface| interface.name != "lo");
+        let asks = |part: &Part| matches!(part, Part::OnlyIf(Condition::RpFilterMiss { mark: true }));
         Marks {
             martians: outside.any(|interface| {
                 let on = |name| sysctls.is_on_any(interface, name);
                 on("src_valid_mark") == Some(true) && on("accept_local") == Some(false)
             }),
             answers: sysctls.is_on("ipv4/tcp_fwmark_accept") == Some(true),
-            filters: scene.rules().any(|(_, rule)| rule.parts.iter().any(asks)),
+            filters: context.rules().any(|(_, rule)| rule.parts.iter().any(asks)),
         }
     }
 }
 
 /// One family of one instance, in its place.
-struct Placed<'a> {
-    scene: &'a Scene<'a>,
+struct InstanceRouting<'a> {
+    context: &'a Context<'a>,
     /// All rules, by their preference.
     rules: &'a HashMap<(Family, u32), Vec<&'a Rule>>,
     marks: Marks,
@@ -83,9 +82,9 @@ struct Placed<'a> {
     mark: Mark,
 }
 
-impl Placed<'_> {
+impl InstanceRouting<'_> {
     fn priority(&self) -> u32 {
-        self.instance.place.priority
+        self.instance.slot.priority
     }
 
     fn has(&self, priority: u32, action: Action, mark: Option<Mark>) -> bool {
@@ -93,34 +92,34 @@ impl Placed<'_> {
         rules.iter().any(|rule| rule.action == action && rule.mark == mark)
     }
 
-    fn say<'f>(
+    fn report<'f>(
         &self,
         found: &'f mut Findings,
         severity: Severity,
         kind: &'static Kind,
         words: fmt::Arguments<'_>,
     ) -> &'f mut Finding {
-        say!(found, severity, kind, "instance {}, {}: {words}", self.instance.name, self.family)
+        report!(found, severity, kind, "instance {}, {}: {words}", self.instance.name, self.family)
             .with("flag", &flag(self.family))
             .with("mark", &self.mark)
-            .with("table", &self.instance.place.table)
+            .with("table", &self.instance.slot.table)
     }
 
     fn rules(&self, found: &mut Findings) {
-        let (table, first) = (self.instance.place.table, self.priority());
+        let (table, first) = (self.instance.slot.table, self.priority());
         let (flag, own, last) = (flag(self.family), self.mark, first + LAST);
         let mut complete = true;
         let marks = [Some((1, own)), self.instance.output_mark.map(|mark| (2, mark))];
         for (number, mark) in marks.into_iter().flatten() {
             let priority = first + number;
             if !self.has(priority, Action::Lookup(table), Some(mark)) {
-                self.say(
+                self.report(
                     found,
                     Severity::Failure,
                     findings::RULE_MISSING,
                     format_args!("there is no routing rule {priority}: fwmark {mark} lookup {table}"),
                 )
-                .cured_by(format_args!(
+                .fix_with(format_args!(
                     "ip {flag} rule add pref {priority} fwmark {mark} lookup {table} protocol {PROTOCOL}"
                 ));
                 complete = false;
@@ -132,13 +131,13 @@ impl Placed<'_> {
             let Marks { martians, answers, filters } = self.marks;
             let severity = if martians || answers || filters { Severity::Failure } else { Severity::Warning };
             let finding = self
-                .say(
+                .report(
                     found,
                     severity,
                     findings::GUARD_MISSING,
                     format_args!("the routing rules {first} (iif lo ... goto {last}) and {last} are not both there"),
                 )
-                .not_cured();
+                .without_fix();
             if !nop {
                 finding.and(format_args!("ip {flag} rule add pref {last} nop protocol {PROTOCOL}"));
             }
@@ -156,15 +155,15 @@ impl Placed<'_> {
 
     /// A rule before ours that takes our packets.
     fn shadowed(&self, found: &mut Findings) {
-        let facts = self.scene.facts;
-        let way = walk::routed(&facts.rules, &facts.routes, self.family, self.mark, Some(""));
+        let host = self.context.host;
+        let way = eval::routed(&host.rules, &host.routes, self.family, self.mark, Some(""));
         let Way::Elsewhere(rule, sure) = way else { return };
         if rule.priority > self.priority() + 1 {
             return;
         }
         let kind = if rule.mark.is_some() { findings::RULE_MARK } else { findings::RULE_SHADOWED };
         let severity = if sure { Severity::Failure } else { Severity::Warning };
-        let finding = self.say(
+        let finding = self.report(
             found,
             severity,
             kind,
@@ -173,39 +172,39 @@ impl Placed<'_> {
         // What refuses everything does more harm than that.
         let everything = rule.action.refuses() && rule.incoming.is_none() && rule.mark.is_none() && sure;
         match rule.priority.checked_sub(1).filter(|_| !everything) {
-            None => finding.cured_by(format_args!("{}", deletion(facts.rules.as_slice(), rule))),
+            None => finding.fix_with(format_args!("{}", deletion(host.rules.as_slice(), rule))),
             // The same two of ours, once more, before it: rules of one preference are asked in the order of their making.
             Some(before) => {
-                let (flag, mark, table) = (flag(self.family), self.mark, self.instance.place.table);
+                let (flag, mark, table) = (flag(self.family), self.mark, self.instance.slot.table);
                 let after = self.priority() + LAST;
                 finding
-                    .cured_by(format_args!("ip {flag} rule add pref {before} iif lo fwmark {mark} goto {after}"))
+                    .fix_with(format_args!("ip {flag} rule add pref {before} iif lo fwmark {mark} goto {after}"))
                     .and(format_args!("ip {flag} rule add pref {before} fwmark {mark} lookup {table}"))
             }
         };
     }
 
     fn routes(&self, lo_down: bool, found: &mut Findings) {
-        let (flag, table) = (flag(self.family), self.instance.place.table);
-        let scene = self.scene;
+        let (flag, table) = (flag(self.family), self.instance.slot.table);
+        let context = self.context;
         let disabled =
-            self.family == Family::V6 && scene.facts.sysctls.is_on("ipv6/conf/lo/disable_ipv6") == Some(true);
-        if scene.facts.local_default(self.family, table) == Some(false) && !lo_down {
+            self.family == Family::V6 && context.host.sysctls.is_on("ipv6/conf/lo/disable_ipv6") == Some(true);
+        if context.host.local_default(self.family, table) == Some(false) && !lo_down {
             let add = local_route(self.family, table);
             if disabled {
-                self.say(found, Severity::Failure, findings::DISABLE_IPV6, format_args!("IPv6 is disabled on lo"))
+                self.report(found, Severity::Failure, findings::DISABLE_IPV6, format_args!("IPv6 is disabled on lo"))
                     .with("routes", &format_args!(" && {add}"));
             } else {
-                self.say(
+                self.report(
                     found,
                     Severity::Failure,
                     findings::ROUTE_MISSING,
                     format_args!("routing table {table} has no local default route"),
                 )
-                .cured_by(format_args!("{add}"));
+                .fix_with(format_args!("{add}"));
             }
         }
-        let Some(routes) = scene.facts.routes.get(&(self.family, table)) else { return };
+        let Some(routes) = context.host.routes.get(&(self.family, table)) else { return };
         let foreign: Vec<_> = routes.first.iter().filter(|route| !route.is_local()).collect();
         if foreign.is_empty() {
             return;
@@ -216,13 +215,13 @@ impl Placed<'_> {
             names.push(format!("and {} more", foreign.len() - SHOWN));
         }
         let finding = self
-            .say(
+            .report(
                 found,
                 Severity::Failure,
                 findings::ROUTE_FOREIGN,
                 format_args!("routing table {table} has routes of somebody else: {}", names.join(", ")),
             )
-            .not_cured();
+            .without_fix();
         for route in foreign.into_iter().take(SHOWN) {
             // With its kind: the route to this host, which is ours, may have the same destination.
             if let Some(kind) = route.kind_name() {
@@ -236,21 +235,21 @@ impl Placed<'_> {
 const SHOWN: usize = 50;
 
 /// Rules that lead others' packets into the tables of instances.
-fn shared(scene: &Scene<'_>, found: &mut Findings) {
+fn shared(context: &Context<'_>, found: &mut Findings) {
     let mut tables: HashMap<u32, &Instance> = HashMap::new();
-    for instance in scene.instances.iter().filter(|i| i.owner.is_some() && i.mark.is_some()) {
-        tables.entry(instance.place.table).or_insert(instance);
+    for instance in context.instances.iter().filter(|i| i.owner.is_some() && i.mark.is_some()) {
+        tables.entry(instance.slot.table).or_insert(instance);
     }
-    for rule in &scene.facts.rules {
+    for rule in &context.host.rules {
         let Action::Lookup(table) = rule.action else { continue };
         let Some(instance) = tables.get(&table) else { continue };
         let own = rule.mark.is_some() && (rule.mark == instance.mark || rule.mark == instance.output_mark);
-        if own || !instance.families.contains(rule.family) || !scene.facts.routed.contains(rule.family) {
+        if own || !instance.families.contains(rule.family) || !context.host.routed.contains(rule.family) {
             continue;
         }
         let (name, family, priority) = (&instance.name, rule.family, rule.priority);
         found
-            .say(
+            .push(
                 Severity::Warning,
                 findings::TABLE_SHARED,
                 format_args!(
@@ -258,37 +257,37 @@ fn shared(scene: &Scene<'_>, found: &mut Findings) {
                     shown(rule)
                 ),
             )
-            .cured_by(format_args!("{}", deletion(&scene.facts.rules, rule)));
+            .fix_with(format_args!("{}", deletion(&context.host.rules, rule)));
     }
 }
 
 fn local_route(family: Family, table: u32) -> impl fmt::Display {
     let flag = flag(family);
-    text::by(move |f| write!(f, "ip {flag} route add local default dev lo table {table} protocol {PROTOCOL}"))
+    std::fmt::from_fn(move |f| write!(f, "ip {flag} route add local default dev lo table {table} protocol {PROTOCOL}"))
 }
 
-fn loopback_down(scene: &Scene<'_>, found: &mut Findings) {
-    let lost = text::by(|f| {
-        for instance in scene.instances.iter().filter(|instance| instance.mark.is_some()) {
-            let table = instance.place.table;
+fn loopback_down(context: &Context<'_>, found: &mut Findings) {
+    let lost = std::fmt::from_fn(|f| {
+        for instance in context.instances.iter().filter(|instance| instance.mark.is_some()) {
+            let table = instance.slot.table;
             for family in instance.families.iter() {
-                if scene.facts.local_default(family, table) == Some(false) {
+                if context.host.local_default(family, table) == Some(false) {
                     write!(f, " && {}", local_route(family, table))?;
                 }
             }
         }
         Ok(())
     });
-    let severity = if scene.intercepts() { Severity::Failure } else { Severity::Warning };
-    say!(found, severity, findings::LO_DOWN, "lo is down").with("routes", &lost);
+    let severity = if context.intercepts() { Severity::Failure } else { Severity::Warning };
+    report!(found, severity, findings::LO_DOWN, "lo is down").with("routes", &lost);
 }
 
 /// TPROXY rules of others, made by hand or by scripts: they need a rule, a route, and luck with the way back.
-fn recipes(scene: &Scene<'_>, marks: Marks, found: &mut Findings) {
+fn recipes(context: &Context<'_>, marks: Marks, found: &mut Findings) {
     // What is to be said of them depends on the mark only.
     let mut ports: HashMap<(Family, Mark), Vec<u16>> = HashMap::new();
     let mut order = Vec::new();
-    for recipe in scene.interceptions.iter().filter(|interception| interception.instance.is_none()) {
+    for recipe in context.interceptions.iter().filter(|interception| interception.instance.is_none()) {
         let Some(mark) = recipe.mark else { continue };
         let ports = ports.entry((recipe.family, mark)).or_default();
         if ports.is_empty() {
@@ -296,17 +295,17 @@ fn recipes(scene: &Scene<'_>, marks: Marks, found: &mut Findings) {
         }
         ports.push(recipe.port);
     }
-    for (family, mark) in order.into_iter().filter(|(family, _)| scene.facts.routed.contains(*family)) {
+    for (family, mark) in order.into_iter().filter(|(family, _)| context.host.routed.contains(*family)) {
         let mut ports = ports.remove(&(family, mark)).unwrap_or_default();
         ports.sort_unstable();
         ports.dedup();
-        Recipe { scene, family, mark, ports: &ports }.judge(marks, found);
+        Recipe { context, family, mark, ports: &ports }.check(marks, found);
     }
 }
 
 /// The TPROXY rules of others with one mark.
 struct Recipe<'a> {
-    scene: &'a Scene<'a>,
+    context: &'a Context<'a>,
     family: Family,
     mark: Mark,
     /// Of the listeners.
@@ -314,24 +313,24 @@ struct Recipe<'a> {
 }
 
 impl Recipe<'_> {
-    fn say(
+    fn report(
         &self,
         found: &mut Findings,
         kind: &'static Kind,
         words: fmt::Arguments<'_>,
-        cure: Option<fmt::Arguments<'_>>,
+        fix: Option<fmt::Arguments<'_>>,
         [pref, table]: [u32; 2],
     ) {
         let (mark, family) = (self.mark, self.family);
         let first = self.ports.first().copied().unwrap_or(0);
-        let more = text::by(|f| match self.ports.len() {
+        let more = std::fmt::from_fn(|f| match self.ports.len() {
             0 | 1 => Ok(()),
             several => write!(f, " and {} other ports", several - 1),
         });
         let finding =
-            say!(found, Severity::Failure, kind, "TPROXY to port {first}{more} with mark {mark}, {family}: {words}");
-        match cure {
-            Some(cure) => finding.cured_by(cure),
+            report!(found, Severity::Failure, kind, "TPROXY to port {first}{more} with mark {mark}, {family}: {words}");
+        match fix {
+            Some(fix) => finding.fix_with(fix),
             None => finding
                 .with("flag", &flag(family))
                 .with("mark", &mark)
@@ -340,41 +339,41 @@ impl Recipe<'_> {
         };
     }
 
-    fn judge(&self, marks: Marks, found: &mut Findings) {
-        let facts = self.scene.facts;
+    fn check(&self, marks: Marks, found: &mut Findings) {
+        let host = self.context.host;
         let (mark, family) = (self.mark, self.family);
         let flag = flag(family);
         let covers = |rule: &&Rule| {
             rule.family == family && rule.mark.is_some_and(|wanted| mark.value & wanted.mask == wanted.value)
         };
-        let rule = facts.rules.iter().filter(covers).find_map(|rule| match rule.action {
+        let rule = host.rules.iter().filter(covers).find_map(|rule| match rule.action {
             Action::Lookup(table) => Some((rule, table)),
             _ => None,
         });
         let Some((rule, table)) = rule else {
-            let mut tables = facts.routes.iter().filter(|((other, _), _)| *other == family);
+            let mut tables = host.routes.iter().filter(|((other, _), _)| *other == family);
             let there = tables.find(|(_, routes)| routes.local_default == Some(true)).map(|((_, table), _)| *table);
             let table = there.unwrap_or(100);
-            let route = text::by(|f| match there {
+            let route = std::fmt::from_fn(|f| match there {
                 Some(_) => Ok(()),
                 None => write!(f, " && ip {flag} route replace local default dev lo table {table}"),
             });
-            let cure = format_args!("ip {flag} rule add fwmark {mark} lookup {table}{route}");
+            let fix = format_args!("ip {flag} rule add fwmark {mark} lookup {table}{route}");
             let words = format_args!("no routing rule is for that mark");
-            return self.say(found, findings::RULE_MISSING, words, Some(cure), [0, table]);
+            return self.report(found, findings::RULE_MISSING, words, Some(fix), [0, table]);
         };
-        if facts.local_default(family, table) == Some(false) {
+        if host.local_default(family, table) == Some(false) {
             let words = format_args!("routing table {table} has no local default route");
-            let cure = format_args!("ip {flag} route replace local default dev lo table {table}");
-            return self.say(found, findings::ROUTE_MISSING, words, Some(cure), [0, table]);
+            let fix = format_args!("ip {flag} route replace local default dev lo table {table}");
+            return self.report(found, findings::ROUTE_MISSING, words, Some(fix), [0, table]);
         }
-        let way = |incoming| walk::routed(&facts.rules, &facts.routes, family, mark, incoming);
+        let way = |incoming| eval::routed(&host.rules, &host.routes, family, mark, incoming);
         if let Way::Elsewhere(other, _) = way(Some(""))
             && other.priority < rule.priority
         {
             let words =
                 format_args!("routing rule {} ({}) comes before {}", other.priority, shown(other), rule.priority);
-            self.say(found, findings::RULE_SHADOWED, words, None, [other.priority, table]);
+            self.report(found, findings::RULE_SHADOWED, words, None, [other.priority, table]);
         }
         // The host's own look-ups, of the way back and of answers, find the local route: only a sysctl away from harm.
         let Way::Local(by) = way(Some("lo")) else { return };
@@ -386,67 +385,67 @@ impl Recipe<'_> {
         for (kind, _, words) in by_mark.into_iter().filter(|(_, applies, _)| *applies) {
             let words =
                 format_args!("{words}, and the way back of marked packets is local, by routing rule {}", by.priority);
-            self.say(found, kind, words, None, [by.priority, table]);
+            self.report(found, kind, words, None, [by.priority, table]);
         }
     }
 }
 
 /// Rules of ours that no instance speaks for, and rules that are there twice.
-fn left_behind(scene: &Scene<'_>, found: &mut Findings) {
-    let facts = scene.facts;
+fn left_behind(context: &Context<'_>, found: &mut Findings) {
+    let host = context.host;
     let in_place = |rule: &Rule| {
         let covers = |instance: &Instance| {
-            let place = instance.place;
+            let place = instance.slot;
             (place.priority..=place.priority + LAST).contains(&rule.priority)
         };
-        scene.instances.iter().any(covers)
+        context.instances.iter().any(covers)
     };
-    let orphans: Vec<&Rule> = facts.rules.iter().filter(|rule| rule.protocol == PROTOCOL && !in_place(rule)).collect();
+    let orphans: Vec<&Rule> = host.rules.iter().filter(|rule| rule.protocol == PROTOCOL && !in_place(rule)).collect();
     // Without a look at the tables nobody can tell who lives.
-    if facts.ruleset.is_some() && !facts.features.is_empty() && !orphans.is_empty() {
+    if host.ruleset.is_some() && !host.features.is_empty() && !orphans.is_empty() {
         let shown = orphans.iter().take(SHOWN);
         let mut numbers: Vec<String> = shown.map(|rule| format!("{} {}", rule.family, rule.priority)).collect();
         if orphans.len() > SHOWN {
             numbers.push(format!("and {} more", orphans.len() - SHOWN));
         }
         let finding = found
-            .say(
+            .push(
                 Severity::Note,
                 findings::RULE_ORPHAN,
                 format_args!("routing rules that nobody owns: {}", numbers.join(", ")),
             )
-            .not_cured();
+            .without_fix();
         for rule in orphans.iter().take(SHOWN) {
             let (flag, priority) = (flag(rule.family), rule.priority);
             finding.and(format_args!("ip {flag} rule del pref {priority} protocol {PROTOCOL}"));
         }
     }
     let mut known: HashMap<_, u32> = HashMap::new();
-    for rule in facts.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some() && !rule.unknown) {
+    for rule in host.rules.iter().filter(|rule| rule.protocol != PROTOCOL && rule.mark.is_some() && !rule.unknown) {
         let Rule { family, priority: later, action, mark, incoming, others, inverted, .. } = rule;
         let Some(earlier) = known.get(&(family, action, mark, incoming, others, inverted)).copied() else {
             known.insert((family, action, mark, incoming, others, inverted), *later);
             continue;
         };
         found
-            .say(
+            .push(
                 Severity::Note,
                 findings::RULE_DUPLICATE,
                 format_args!("{family} routing rules {earlier} and {later} are the same: {}", shown(rule)),
             )
-            .cured_by(format_args!("{}", deletion(&facts.rules, rule)));
+            .fix_with(format_args!("{}", deletion(&host.rules, rule)));
     }
 }
 
 /// The rules that every host has.
-fn system_rules(scene: &Scene<'_>, found: &mut Findings) {
-    for family in scene.facts.routed.iter() {
-        let has = |action| scene.facts.rules.iter().any(|rule| rule.family == family && rule.action == action);
-        let any = scene.facts.rules.iter().any(|rule| rule.family == family);
+fn system_rules(context: &Context<'_>, found: &mut Findings) {
+    for family in context.host.routed.iter() {
+        let has = |action| context.host.rules.iter().any(|rule| rule.family == family && rule.action == action);
+        let any = context.host.rules.iter().any(|rule| rule.family == family);
         for (action, kind, name) in [(LOCAL, findings::LOCAL_MISSING, "local"), (MAIN, findings::MAIN_MISSING, "main")]
         {
             if any && !has(action) {
-                say!(found, Severity::Failure, kind, "{family}: no routing rule leads to the table {name}")
+                report!(found, Severity::Failure, kind, "{family}: no routing rule leads to the table {name}")
                     .with("flag", &flag(family));
             }
         }

@@ -2,100 +2,99 @@
 
 use std::fmt;
 
-use super::Scene;
-use crate::backend::seen::filter::Origin;
-use crate::check::facts::{Descriptors, NET_ADMIN, NET_BIND_SERVICE, NET_RAW};
+use super::Context;
 use crate::check::findings::{self, Findings, Kind, Severity};
+use crate::check::host_state::{Descriptors, NET_ADMIN, NET_BIND_SERVICE, NET_RAW};
+use crate::check::inspect::filter::Origin;
 use crate::check::probes::Transparency;
 use crate::check::procfs;
 use crate::model::Family;
-use crate::text;
 
 /// The default limit of most systems; a proxy that has less was given less.
 const DESCRIPTORS: u64 = 1024;
 const DESCRIPTORS_WANTED: u64 = 65_536;
 
-pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
-    let facts = scene.facts;
-    let version = procfs::version(&facts.kernel);
+pub(super) fn check_host(context: &Context<'_>, found: &mut Findings) {
+    let host = context.host;
+    let version = procfs::version(&host.kernel);
     let old = version.is_some_and(|version| version < (5, 12));
     let severity = if old { Severity::Warning } else { Severity::Ok };
-    say!(found, severity, findings::VERSION, "Linux {}", facts.kernel);
+    report!(found, severity, findings::VERSION, "Linux {}", host.kernel);
 
-    let namespace = match facts.initial_user_namespace {
+    let namespace = match host.initial_user_namespace {
         Some(true) => " in the initial user namespace",
         Some(false) => " in a user namespace",
         None => "",
     };
-    match facts.has(NET_ADMIN) {
+    match host.has(NET_ADMIN) {
         Some(false) => {
-            let why = refused(scene, &[NET_ADMIN]);
-            say!(
+            let why = refused(context, &[NET_ADMIN]);
+            report!(
                 found,
                 Severity::Warning,
                 findings::NET_ADMIN,
                 "this process has no CAP_NET_ADMIN in effect{namespace}{why}"
             )
-            .cured_by(format_args!("{}", starting(scene)));
+            .fix_with(format_args!("{}", starting(context)));
         }
-        Some(true) if facts.powerless => {
-            say!(
+        Some(true) if host.powerless => {
+            report!(
                 found,
                 Severity::Warning,
                 findings::NET_ADMIN,
                 "CAP_NET_ADMIN is in effect{namespace}, and this network belongs to another"
             )
-            .not_cured();
+            .without_fix();
         }
         Some(true) => good(found, findings::NET_ADMIN, format_args!("CAP_NET_ADMIN is in effect{namespace}")),
         None => {}
     }
-    if facts.has(NET_BIND_SERVICE) == Some(false) {
-        say!(found, Severity::Note, findings::BIND_SERVICE, "this process has no CAP_NET_BIND_SERVICE in effect");
+    if host.has(NET_BIND_SERVICE) == Some(false) {
+        report!(found, Severity::Note, findings::BIND_SERVICE, "this process has no CAP_NET_BIND_SERVICE in effect");
     }
-    for (family, outcome) in &facts.transparent {
+    for (family, outcome) in &host.transparent {
         let kind = findings::TRANSPARENT;
         match outcome {
             Transparency::Yes => good(found, kind, format_args!("an {family} socket was made transparent")),
             Transparency::NoFamily => {
-                say!(found, Severity::Note, findings::FAMILY, "there are no {family} sockets for this process");
+                report!(found, Severity::Note, findings::FAMILY, "there are no {family} sockets for this process");
             }
             Transparency::Refused(e) => {
-                let capable = [NET_ADMIN, NET_RAW].into_iter().any(|capability| facts.has(capability) == Some(true));
-                let why = if capable { String::new() } else { refused(scene, &[NET_ADMIN, NET_RAW]) };
+                let capable = [NET_ADMIN, NET_RAW].into_iter().any(|capability| host.has(capability) == Some(true));
+                let why = if capable { String::new() } else { refused(context, &[NET_ADMIN, NET_RAW]) };
                 // Who has a capability that is no good here gets none by being started with it.
-                let command = if capable { String::new() } else { starting(scene) };
-                say!(found, Severity::Failure, kind, "{family}: {e}{why}").cured_by(format_args!("{command}"));
+                let command = if capable { String::new() } else { starting(context) };
+                report!(found, Severity::Failure, kind, "{family}: {e}{why}").fix_with(format_args!("{command}"));
             }
             Transparency::Unknown(e) => {
                 let kind = findings::UNSEEN;
-                say!(found, Severity::Note, kind, "whether {family} sockets can be made transparent: socket(): {e}");
+                report!(found, Severity::Note, kind, "whether {family} sockets can be made transparent: socket(): {e}");
             }
         }
     }
-    for (kind, outcome) in &facts.features {
+    for (kind, outcome) in &host.features {
         let needed = if *kind == findings::PERSIST { Severity::Note } else { Severity::Failure };
         match outcome {
             Ok(()) => good(found, kind, format_args!("the kernel would take it")),
-            Err(e) => _ = say!(found, needed, kind, "{e}"),
+            Err(e) => _ = report!(found, needed, kind, "{e}"),
         }
     }
-    for family in facts.unrouted.iter() {
-        say!(found, Severity::Failure, findings::RULE_TABLES, "the kernel has no routing policy rules for {family}");
+    for family in host.unrouted.iter() {
+        report!(found, Severity::Failure, findings::RULE_TABLES, "the kernel has no routing policy rules for {family}");
     }
-    for family in facts.routed.iter() {
+    for family in host.routed.iter() {
         good(found, findings::RULE_TABLES, format_args!("{family} has routing policy rules"));
     }
-    iptables(scene, found);
-    facts.descriptors.iter().for_each(|of| descriptors(of, found));
-    for what in &facts.unseen {
-        say!(found, Severity::Note, findings::UNSEEN, "{what}");
+    iptables(context, found);
+    host.descriptors.iter().for_each(|of| descriptors(of, found));
+    for what in &host.unseen {
+        report!(found, Severity::Note, findings::UNSEEN, "{what}");
     }
 }
 
 /// Why this process cannot be given capabilities, where that is known.
-fn refused(scene: &Scene<'_>, capabilities: &[u32]) -> String {
-    match capabilities.iter().all(|capability| scene.facts.out_of_bounds.contains(capability)) {
+fn refused(context: &Context<'_>, capabilities: &[u32]) -> String {
+    match capabilities.iter().all(|capability| context.host.out_of_bounds.contains(capability)) {
         true => {
             "; nor can a program that it starts have it (the bounding set): what started the container or the service \
                  has to grant it"
@@ -110,12 +109,12 @@ fn refused(scene: &Scene<'_>, capabilities: &[u32]) -> String {
 ///
 /// Never setcap(8): the capabilities of a file are everybody's who can start it, and those of an interpreter every
 /// script's. The arguments of this process are left out: they may be secrets.
-fn starting(scene: &Scene<'_>) -> String {
-    let facts = scene.facts;
-    if [NET_ADMIN, NET_RAW].into_iter().any(|capability| facts.out_of_bounds.contains(&capability)) {
+fn starting(context: &Context<'_>) -> String {
+    let host = context.host;
+    if [NET_ADMIN, NET_RAW].into_iter().any(|capability| host.out_of_bounds.contains(&capability)) {
         return String::new();
     }
-    let ids = match facts.ids {
+    let ids = match host.ids {
         Some((uid, gid)) if uid != 0 => format!("--reuid={uid} --regid={gid} --clear-groups "),
         _ => String::new(),
     };
@@ -125,13 +124,13 @@ fn starting(scene: &Scene<'_>) -> String {
 /// Few are a proxy's end, and so are many when it has them all.
 fn descriptors(of: &Descriptors, found: &mut Findings) {
     let Descriptors { pid, soft, hard, used } = *of;
-    let whose = text::by(|f| match pid == std::process::id() {
+    let whose = std::fmt::from_fn(|f| match pid == std::process::id() {
         true => f.write_str("this process"),
         false => write!(f, "process {pid}"),
     });
     let exhausted = used.filter(|used| *used >= soft.saturating_sub(soft / 10));
     let kind = findings::DESCRIPTORS;
-    let words = text::by(|f| match exhausted {
+    let words = std::fmt::from_fn(|f| match exhausted {
         Some(used) => write!(f, "{whose} has {used} of the {soft} descriptors that it may have"),
         None if soft < DESCRIPTORS => write!(f, "{whose} may have {soft} descriptors: some {} connections", soft / 2),
         None => write!(f, "{whose} may have {soft} descriptors"),
@@ -139,29 +138,29 @@ fn descriptors(of: &Descriptors, found: &mut Findings) {
     if exhausted.is_none() && soft >= DESCRIPTORS {
         return good(found, kind, format_args!("{words}"));
     }
-    say!(found, Severity::Warning, kind, "{words}").with("pid", &pid).with("limit", &wanted(soft, hard));
+    report!(found, Severity::Warning, kind, "{words}").with("pid", &pid).with("limit", &wanted(soft, hard));
 }
 
 /// As many as the hard limit lets; only the administrator of the whole host can raise that one.
 fn wanted(soft: u64, hard: u64) -> impl fmt::Display {
     let wanted = DESCRIPTORS_WANTED.max(soft.saturating_mul(2));
-    text::by(move |f| match hard {
+    std::fmt::from_fn(move |f| match hard {
         u64::MAX => write!(f, "{wanted}:unlimited"),
         hard if hard < DESCRIPTORS || hard <= soft => write!(f, "{wanted}:{wanted}"),
         hard => write!(f, "{}:{hard}", hard.min(wanted)),
     })
 }
 
-/// As it should be: there is nothing to cure.
+/// As it should be: there is nothing to fix.
 pub(super) fn good(found: &mut Findings, kind: &'static Kind, words: fmt::Arguments<'_>) {
-    found.say(Severity::Ok, kind, words).not_cured();
+    found.push(Severity::Ok, kind, words).without_fix();
 }
 
-fn iptables(scene: &Scene<'_>, found: &mut Findings) {
-    let facts = scene.facts;
-    let installed = if facts.iptables.is_empty() { "none".to_owned() } else { facts.iptables.join(", ") };
+fn iptables(context: &Context<'_>, found: &mut Findings) {
+    let host = context.host;
+    let installed = if host.iptables.is_empty() { "none".to_owned() } else { host.iptables.join(", ") };
     let mut by_nft = Vec::new();
-    for chain in &scene.ruleset().chains {
+    for chain in &context.ruleset().chains {
         if chain.origin == Origin::IptablesNft && chain.hook.is_some() {
             let family = chain.family.map_or("inet", Family::name);
             by_nft.push(format!("{family} {}", chain.table));
@@ -171,7 +170,12 @@ fn iptables(scene: &Scene<'_>, found: &mut Findings) {
     by_nft.dedup();
     let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
     let unknown = || "not known".to_owned();
-    let by_nft = if facts.ruleset.is_some() { listed(&by_nft) } else { unknown() };
-    let legacy = if facts.legacy_known { listed(&facts.legacy_tables) } else { unknown() };
-    say!(found, Severity::Note, findings::IPTABLES, "installed: {installed}; nft variant: {by_nft}; legacy: {legacy}");
+    let by_nft = if host.ruleset.is_some() { listed(&by_nft) } else { unknown() };
+    let legacy = if host.legacy_known { listed(&host.legacy_tables) } else { unknown() };
+    report!(
+        found,
+        Severity::Note,
+        findings::IPTABLES,
+        "installed: {installed}; nft variant: {by_nft}; legacy: {legacy}"
+    );
 }

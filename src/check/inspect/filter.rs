@@ -17,7 +17,7 @@ pub(crate) enum Origin {
 
 /// Where a base chain hangs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum HookPoint {
     Prerouting,
     Input,
     Forward,
@@ -25,10 +25,11 @@ pub(crate) enum Place {
     Postrouting,
 }
 
-impl Place {
+impl HookPoint {
     /// NF_INET_PRE_ROUTING to NF_INET_POST_ROUTING.
-    pub fn of_number(number: u32) -> Option<Place> {
-        let places = [Place::Prerouting, Place::Input, Place::Forward, Place::Output, Place::Postrouting];
+    pub fn of_number(number: u32) -> Option<HookPoint> {
+        let places =
+            [HookPoint::Prerouting, HookPoint::Input, HookPoint::Forward, HookPoint::Output, HookPoint::Postrouting];
         places.get(number as usize).copied()
     }
 }
@@ -36,7 +37,7 @@ impl Place {
 /// A base chain's hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Hook {
-    pub place: Place,
+    pub point: HookPoint,
     pub priority: i32,
 }
 
@@ -136,7 +137,7 @@ pub(crate) enum Condition {
     DestinationIsLocal,
     TransparentSocket,
     /// There is no way back to the source by the interface that the packet came in by; whether the mark is considered.
-    NoWayBack {
+    RpFilterMiss {
         mark: bool,
     },
     /// The connection is in one of these states (NF_CT_STATE_BIT); `None`: something else about it.

@@ -8,10 +8,10 @@ use super::probes::{self, Transparency};
 use super::procfs::{self, Sysctls};
 use crate::backend::holder::{self, Holder};
 use crate::backend::nft::table::{self, Table};
-use crate::backend::seen::filter::Ruleset;
-use crate::backend::seen::routing::{self, Action, Interface, Route, Rule};
-use crate::backend::seen::sockets::{self, Listeners};
-use crate::backend::seen::{nft, xtables};
+use crate::check::inspect::filter::Ruleset;
+use crate::check::inspect::routing::{self, Action, Interface, Route, Rule};
+use crate::check::inspect::sockets::{self, Listeners};
+use crate::check::inspect::{nft, xtables};
 use crate::error::Error;
 use crate::model::{Families, Family};
 use crate::netlink::{Channel, FirstRead};
@@ -33,7 +33,7 @@ pub(super) const NET_RAW: u32 = 13;
 
 /// Everything that was seen.
 #[derive(Debug, Default)]
-pub(super) struct Facts {
+pub(super) struct HostState {
     /// The capabilities in effect, a bit for each; `None`: not known.
     pub capabilities: Option<u64>,
     /// These cannot be had by any program that this one executes.
@@ -117,9 +117,9 @@ impl Descriptors {
     }
 }
 
-impl Facts {
-    pub fn gather() -> Facts {
-        let mut facts = Facts::default();
+impl HostState {
+    pub fn collect() -> HostState {
+        let mut facts = HostState::default();
         facts.look_at_process();
         for family in Families::ALL.iter() {
             facts.transparent.push((family, probes::transparent(family)));
@@ -296,10 +296,10 @@ impl Facts {
     /// The places of our tables, and their owners.
     fn look_at_instances(&mut self) {
         // Where others have deleted all rules that lead there, the routes have not been read.
-        let places = self.tables.iter().filter_map(|table| Some(table.place?.table));
+        let places = self.tables.iter().filter_map(|table| Some(table.slot?.table));
         let tables = places.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
         self.read_routes(tables);
-        let ours = self.tables.iter().filter(|table| table.place.is_some());
+        let ours = self.tables.iter().filter(|table| table.slot.is_some());
         let ports: Vec<u32> = ours.filter_map(|table| table.owner_port).collect();
         self.holders = ports.iter().copied().zip(holder::holders(&ports)).collect();
         let mut owners: Vec<u32> =
@@ -359,7 +359,7 @@ impl Facts {
 /// which is compressed).
 fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let Err(error) = outcome else { return };
-    let Some(module) = kind.cure.strip_prefix("modprobe ") else { return };
+    let Some(module) = kind.fix.strip_prefix("modprobe ") else { return };
     let read = |path: String| sys::read(&path).unwrap_or_default();
     let config = read(format!("/boot/config-{kernel}"));
     let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
@@ -371,7 +371,7 @@ fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::seen::filter::{Condition, Part};
+    use crate::check::inspect::filter::{Condition, Part};
 
     fn sh(script: &str) {
         let output = std::process::Command::new("sh").args(["-ec", script]).output().unwrap();
@@ -414,7 +414,7 @@ mod tests {
             add_elements("inet fw pairs", (0..20_000u32).map(|n| format!("{} . 10.0.{}.1", 1 + n % 60_000, n % 250)));
             add_elements("inet fw ports", (4000..14_000).map(|port: u32| port.to_string()));
             add_elements("inet fw ranges", (0..8000).map(|n: u32| format!("{}-{}", 5 * n + 1, 5 * n + 3)));
-            let facts = Facts::gather();
+            let facts = HostState::collect();
             assert!(facts.objects < 1500, "{}", facts.objects);
             let ruleset = facts.ruleset.unwrap();
             let chain = ruleset.chains.iter().find(|chain| chain.name == "c").unwrap();
@@ -446,7 +446,7 @@ mod tests {
                 ip route add local default dev lo table 77; ip -6 route add local default dev lo table 77
                 for a in $(seq 1 1500); do echo route add 10.0.$((a / 250)).$((a % 250)) dev lo table 77; done | ip -batch -
                 for a in $(seq 1 1500); do echo route add 2001:db8::$a dev lo table 77; done | ip -6 -batch -");
-            let facts = Facts::gather();
+            let facts = HostState::collect();
             for family in Families::ALL.iter() {
                 assert_eq!(facts.local_default(family, 77), Some(true), "{family}");
                 let beginning = format!("{family} routes of table 77: all but the first 1");

@@ -4,26 +4,25 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::commands::{named, removal, removal_of_jump};
-use super::{Scene, flag, host, routing};
+use super::{Context, flag, host, routing};
 use crate::backend::holder::Holder;
 use crate::backend::nft::table;
-use crate::backend::seen::filter::{Origin, Part, Verdict};
-use crate::backend::seen::sockets::Listener;
 use crate::check::findings::{self, Findings, Kind, Severity};
+use crate::check::inspect::filter::{Origin, Part, Verdict};
+use crate::check::inspect::sockets::Listener;
 use crate::check::instances::{self, Instance, Interception};
 use crate::model::Protocol;
-use crate::text;
 
-pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
-    scene.instances.iter().for_each(|instance| owners(scene, instance, found));
-    if let Some(listeners) = &scene.facts.listeners {
+pub(super) fn check_listeners(context: &Context<'_>, found: &mut Findings) {
+    context.instances.iter().for_each(|instance| owners(context, instance, found));
+    if let Some(listeners) = &context.host.listeners {
         let mut by_port: HashMap<(u16, u8), Vec<&Listener>> = HashMap::new();
         for listener in &listeners.found {
             by_port.entry((listener.port, listener.protocol.number())).or_default().push(listener);
         }
-        let choosing = instances::choosing_otherwise(&scene.ruleset().chains);
-        for interception in &scene.interceptions {
-            let instance = scene.instance(interception);
+        let choosing = instances::choosing_otherwise(&context.ruleset().chains);
+        for interception in &context.interceptions {
+            let instance = context.instance(interception);
             let orphan = instance.is_some_and(|instance| instance.owner.is_none());
             // A chain of ours that no instance speaks for is an orphan too.
             let forsaken = interception.instance.is_some() && instance.is_none();
@@ -38,10 +37,10 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
                 Some(name) => choosing.contains(&name),
                 None => instances::chooses_otherwise(interception.rule),
             };
-            listener(scene, interception, at_port.map(Vec::as_slice).unwrap_or_default(), otherwise, found);
+            listener(context, interception, at_port.map(Vec::as_slice).unwrap_or_default(), otherwise, found);
         }
     }
-    forsaken_chains(scene, found);
+    forsaken_chains(context, found);
 }
 
 /// The command that ends the processes that own an instance, and so its rules. Empty: it is not known which they are, or
@@ -56,19 +55,19 @@ fn ending(owner: &Holder) -> String {
 }
 
 /// Whose an instance is, and whether that one is well.
-fn owners(scene: &Scene<'_>, instance: &Instance, found: &mut Findings) {
-    let Instance { name, table, place, .. } = instance;
+fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
+    let Instance { name, table, slot, .. } = instance;
     let Some(owner) = &instance.owner else {
-        let finding = found.say(
+        let finding = found.push(
             Severity::Failure,
             findings::ORPHAN,
             format_args!("instance {name} (table inet {table}) persists, and no process owns it"),
         );
         // Its name has nothing in it that nft or a shell would take for its own.
-        finding.cured_by(format_args!("nft delete table inet {table}"));
-        for rule in scene.facts.rules.iter().filter(|rule| rule.protocol == routing::PROTOCOL) {
+        finding.fix_with(format_args!("nft delete table inet {table}"));
+        for rule in context.host.rules.iter().filter(|rule| rule.protocol == routing::PROTOCOL) {
             let (flag, priority) = (flag(rule.family), rule.priority);
-            if (place.priority..place.priority + 4).contains(&priority) {
+            if (slot.priority..slot.priority + 4).contains(&priority) {
                 finding.and(format_args!("ip {flag} rule del pref {priority} protocol {}", routing::PROTOCOL));
             }
         }
@@ -82,14 +81,11 @@ fn owners(scene: &Scene<'_>, instance: &Instance, found: &mut Findings) {
     host::good(
         found,
         findings::INSTANCE,
-        format_args!(
-            "{name}: {way}of {owner}, routing rules from {} and routing table {}",
-            place.priority, place.table
-        ),
+        format_args!("{name}: {way}of {owner}, routing rules from {} and routing table {}", slot.priority, slot.table),
     );
-    for process in owner.processes().iter().filter(|process| scene.facts.stopped.contains(&process.pid)) {
+    for process in owner.processes().iter().filter(|process| context.host.stopped.contains(&process.pid)) {
         found
-            .say(
+            .push(
                 Severity::Failure,
                 findings::STOPPED,
                 format_args!("{process}, which instance {name} belongs to, is stopped"),
@@ -99,7 +95,7 @@ fn owners(scene: &Scene<'_>, instance: &Instance, found: &mut Findings) {
 }
 
 fn listener(
-    scene: &Scene<'_>,
+    context: &Context<'_>,
     interception: &Interception<'_>,
     at_port: &[&Listener],
     chooses_otherwise: bool,
@@ -108,31 +104,31 @@ fn listener(
     let Interception { family, protocol, port, addr, .. } = interception;
     let candidates: Vec<&Listener> = at_port.iter().copied().filter(|listener| listener.serves(*family)).collect();
     let called = if *protocol == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp };
-    let whose = text::by(|f| match &interception.instance {
+    let whose = std::fmt::from_fn(|f| match &interception.instance {
         Some(name) => write!(f, "instance {name}"),
         None => write!(f, "chain {}", named(interception.chain)),
     });
-    let to = text::by(|f| match addr {
+    let to = std::fmt::from_fn(|f| match addr {
         Some(addr) => write!(f, "{addr}"),
         None => f.write_str("any address"),
     });
     let mut say = |kind: &'static Kind, what: std::fmt::Arguments<'_>| {
-        let finding = found.say(
+        let finding = found.push(
             Severity::Failure,
             kind,
             format_args!("{whose} gives {family} {called} packets to {to}, port {port}, where {what}"),
         );
-        match scene.instance(interception).map(|instance| instance.owner.as_ref()) {
+        match context.instance(interception).map(|instance| instance.owner.as_ref()) {
             Some(owner) => {
                 let command = owner.map(ending).unwrap_or_default();
-                finding.cured_by(format_args!("{command}"));
+                finding.fix_with(format_args!("{command}"));
                 if let (Some(owner), true) = (owner, command.is_empty()) {
-                    let _ = write!(finding.found, "; the rules are those of {owner}");
+                    let _ = write!(finding.message, "; the rules are those of {owner}");
                 }
             }
             None => {
                 let command = removal(interception.chain, interception.rule);
-                finding.cured_by(format_args!("{command}"));
+                finding.fix_with(format_args!("{command}"));
             }
         }
     };
@@ -157,7 +153,7 @@ fn listener(
     if reached.iter().all(|listener| listener.transparent == Some(false)) {
         return say(findings::NOT_TRANSPARENT, format_args!("the listener is not transparent"));
     }
-    let interface = |index: u32| scene.facts.interfaces.iter().find(|interface| interface.index == index);
+    let interface = |index: u32| context.host.interfaces.iter().find(|interface| interface.index == index);
     if reached.iter().all(|listener| listener.interface != 0) && !chooses_otherwise {
         let name =
             |l: &&&Listener| interface(l.interface).map_or("one that is gone".to_owned(), |i| i.name.to_string());
@@ -167,7 +163,7 @@ fn listener(
     // sk_acceptq_is_full: more than the backlog.
     if let Some(full) = reached.iter().find(|l| l.protocol == Protocol::Tcp && l.waiting > l.backlog) {
         let (waiting, backlog) = (full.waiting, full.backlog);
-        found.say(
+        found.push(
             Severity::Warning,
             findings::LISTENER_FULL,
             format_args!("port {port}: {waiting} connections wait to be accepted, and {backlog} may"),
@@ -179,12 +175,12 @@ fn listener(
 const SHOWN: usize = 8;
 
 /// Jumps to iptables chains of instances that have no living owner.
-fn forsaken_chains(scene: &Scene<'_>, found: &mut Findings) {
+fn forsaken_chains(context: &Context<'_>, found: &mut Findings) {
     // On a host without nf_tables nobody can tell who lives.
-    let able = scene.facts.features.iter().any(|(kind, outcome)| *kind == findings::NF_TABLES && outcome.is_ok());
+    let able = context.host.features.iter().any(|(kind, outcome)| *kind == findings::NF_TABLES && outcome.is_ok());
     // Where the finding of each instance is.
     let mut said: HashMap<&str, usize> = HashMap::new();
-    let bases = scene.ruleset().chains.iter().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some());
+    let bases = context.ruleset().chains.iter().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some());
     for (chain, rule) in bases.flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule))) {
         let target = rule.parts.iter().find_map(|part| match part {
             Part::Verdict(Verdict::Jump(target)) => Some(target),
@@ -193,17 +189,17 @@ fn forsaken_chains(scene: &Scene<'_>, found: &mut Findings) {
         let to = target.and_then(|target| Some((target.as_str()?, instances::instance_of_chain(target)?)));
         let Some((to, instance)) = to else { continue };
         let lives = |other: &Instance| table::name_of(instance) == other.table && other.owner.is_some();
-        if scene.instance_named(instance).is_some_and(lives) {
+        if context.instance_named(instance).is_some_and(lives) {
             continue;
         }
         let at = *said.entry(instance).or_insert_with(|| {
             found
-                .say(
+                .push(
                     Severity::Failure,
                     findings::IPTABLES_ORPHAN,
                     format_args!("iptables has chains of instance {instance}, which no process owns"),
                 )
-                .not_cured();
+                .without_fix();
             found.0.len() - 1
         });
         if let Some(finding) = found.0.get_mut(at) {

@@ -1,36 +1,36 @@
 //! Switches of the kernel.
 
-use super::Scene;
-use crate::backend::seen::filter::{Part, Place};
-use crate::backend::seen::routing::Interface;
+use super::Context;
 use crate::check::findings::{self, Findings, Severity};
+use crate::check::inspect::filter::{HookPoint, Part};
+use crate::check::inspect::routing::Interface;
 use crate::check::shell::{is_plain, word};
 use crate::model::Family;
 
 /// Fewer local ports than this are a proxy's bottleneck.
 const PORTS: u32 = 1000;
 
-pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
+pub(super) fn check_sysctls(context: &Context<'_>, found: &mut Findings) {
     const SWITCH: &str = "accept_local";
-    forwarding(scene, found);
-    reverse_path(scene, found);
-    bridges(scene, found);
-    to_loopback(scene, found);
-    connections(scene, found);
-    let sysctls = &scene.facts.sysctls;
+    forwarding(context, found);
+    reverse_path(context, found);
+    bridges(context, found);
+    to_loopback(context, found);
+    connections(context, found);
+    let sysctls = &context.host.sysctls;
     if let Some((first, last)) = sysctls.port_range()
         && last.saturating_sub(first) < PORTS
     {
-        say!(found, Severity::Warning, findings::PORT_RANGE, "local ports are {first} to {last}");
+        report!(found, Severity::Warning, findings::PORT_RANGE, "local ports are {first} to {last}");
     }
     if sysctls.number("ipv4/ip_early_demux") == Some(0) {
-        say!(found, Severity::Note, findings::EARLY_DEMUX, "net.ipv4.ip_early_demux is 0");
+        report!(found, Severity::Note, findings::EARLY_DEMUX, "net.ipv4.ip_early_demux is 0");
     }
     let interfaces =
-        scene.facts.interfaces.iter().map(|interface| (interface.switch(SWITCH), interface.name.to_string()));
+        context.host.interfaces.iter().map(|interface| (interface.switch(SWITCH), interface.name.to_string()));
     for (value, name) in [(sysctls.of_all(SWITCH), "all".to_owned())].into_iter().chain(interfaces) {
         if value.is_some_and(|value| value != 0) {
-            say!(found, Severity::Note, findings::ACCEPT_LOCAL, "net.ipv4.conf.{name}.accept_local is 1");
+            report!(found, Severity::Note, findings::ACCEPT_LOCAL, "net.ipv4.conf.{name}.accept_local is 1");
         }
     }
 }
@@ -61,65 +61,65 @@ fn listed(interfaces: &[&Interface]) -> String {
 }
 
 /// A host that intercepts what it would forward is a router, for the rest.
-fn forwarding(scene: &Scene<'_>, found: &mut Findings) {
-    let sysctls = &scene.facts.sysctls;
+fn forwarding(context: &Context<'_>, found: &mut Findings) {
+    let sysctls = &context.host.sysctls;
     // Who intercepts the host's own traffic may want no more.
-    let for_others = scene.intercepts() && scene.instances.iter().all(|instance| instance.output_mark.is_none());
+    let for_others = context.intercepts() && context.instances.iter().all(|instance| instance.output_mark.is_none());
     let severity = if for_others { Severity::Warning } else { Severity::Note };
     // A host that intercepts for nobody else need not be a router.
     if sysctls.number("ipv6/conf/all/forwarding") == Some(0) {
-        let finding = say!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0");
+        let finding = report!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0");
         if !for_others {
-            finding.not_cured();
+            finding.without_fix();
         }
     }
     if sysctls.number("ipv4/ip_forward") == Some(0) {
-        let finding = say!(found, severity, findings::IP_FORWARD, "net.ipv4.ip_forward is 0");
+        let finding = report!(found, severity, findings::IP_FORWARD, "net.ipv4.ip_forward is 0");
         if !for_others {
-            finding.not_cured();
+            finding.without_fix();
         }
         return;
     }
     // A bridge's port forwards by the bridge.
-    let outside = scene.facts.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.master == 0);
+    let outside = context.host.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.master == 0);
     for interface in outside.filter(|interface| interface.switch("forwarding") == Some(0)) {
         let name = &interface.name;
-        let finding = say!(found, severity, findings::FORWARDING_INTERFACE, "net.ipv4.conf.{name}.forwarding is 0");
+        let finding = report!(found, severity, findings::FORWARDING_INTERFACE, "net.ipv4.conf.{name}.forwarding is 0");
         match for_others {
-            true => finding.cured_by(format_args!("{}", setting("ipv4", interface, "forwarding", 1))),
-            false => finding.not_cured(),
+            true => finding.fix_with(format_args!("{}", setting("ipv4", interface, "forwarding", 1))),
+            false => finding.without_fix(),
         };
     }
 }
 
 /// Strict is no fault by itself; that it has dropped something is a sign.
-fn reverse_path(scene: &Scene<'_>, found: &mut Findings) {
+fn reverse_path(context: &Context<'_>, found: &mut Findings) {
     const STRICT: u64 = 1;
     const LOOSE: u32 = 2;
-    let Some(dropped) = scene.facts.filtered_by_rp.filter(|dropped| *dropped > 0) else { return };
+    let Some(dropped) = context.host.filtered_by_rp.filter(|dropped| *dropped > 0) else { return };
     // The greater of both counts (`IN_DEV_RPFILTER`).
-    let Some(all) = scene.facts.sysctls.of_all("rp_filter") else { return };
+    let Some(all) = context.host.sysctls.of_all("rp_filter") else { return };
     let strict = |interface: &&Interface| interface.switch("rp_filter").is_some_and(|own| own.max(all) == STRICT);
-    let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
+    let outside = context.host.interfaces.iter().filter(|interface| interface.name != "lo");
     let strict: Vec<&Interface> = outside.filter(strict).collect();
     if strict.is_empty() {
         return;
     }
     let names = listed(&strict);
-    let finding = found.say(
+    let finding = found.push(
         Severity::Warning,
         findings::RP_FILTER,
         format_args!("rp_filter is strict on {names}, and has dropped {dropped} packets"),
     );
     // Only these: loose is stricter than what others may have.
-    finding.not_cured();
+    finding.without_fix();
     for interface in strict.iter().take(SHOWN) {
         finding.and(format_args!("{}", setting("ipv4", interface, "rp_filter", LOOSE)));
     }
 }
 
-fn bridges(scene: &Scene<'_>, found: &mut Findings) {
-    let bridges: Vec<&Interface> = scene.facts.interfaces.iter().filter(|i| i.kind == "bridge").collect();
+fn bridges(context: &Context<'_>, found: &mut Findings) {
+    let bridges: Vec<&Interface> = context.host.interfaces.iter().filter(|i| i.kind == "bridge").collect();
     if bridges.is_empty() {
         return;
     }
@@ -128,54 +128,55 @@ fn bridges(scene: &Scene<'_>, found: &mut Findings) {
         (Family::V6, findings::BRIDGE_V6, "bridge/bridge-nf-call-ip6tables"),
     ];
     // Others may have rules for what is bridged.
-    let filtered = scene.others().any(|chain| {
-        chain.hook.is_some_and(|hook| hook.place == Place::Forward) && (chain.drops || !chain.rules.is_empty())
+    let filtered = context.others().any(|chain| {
+        chain.hook.is_some_and(|hook| hook.point == HookPoint::Forward) && (chain.drops || !chain.rules.is_empty())
     });
     for (family, kind, path) in families {
-        if scene.facts.sysctls.is_on(path) == Some(true) {
-            let concerned = scene.interceptions.iter().any(|i| i.family == family && !i.nat);
+        if context.host.sysctls.is_on(path) == Some(true) {
+            let concerned = context.interceptions.iter().any(|i| i.family == family && !i.nat);
             let severity = if concerned { Severity::Warning } else { Severity::Note };
             let name = path.replace('/', ".");
-            let finding = say!(found, severity, kind, "net.{name} is 1, and there are bridges: {}", listed(&bridges));
+            let finding =
+                report!(found, severity, kind, "net.{name} is 1, and there are bridges: {}", listed(&bridges));
             if filtered || !concerned {
-                finding.not_cured();
+                finding.without_fix();
             }
         }
     }
 }
 
 /// Translation to 127.0.0.1.
-fn to_loopback(scene: &Scene<'_>, found: &mut Findings) {
-    let sysctls = &scene.facts.sysctls;
-    let mut parts = scene.rules().flat_map(|(_, rule)| &rule.parts);
+fn to_loopback(context: &Context<'_>, found: &mut Findings) {
+    let sysctls = &context.host.sysctls;
+    let mut parts = context.rules().flat_map(|(_, rule)| &rule.parts);
     let translates = parts
         .any(|part| matches!(part, Part::TranslateDestination(Some(addr)) if addr.is_ipv4() && addr.is_loopback()));
-    let outside = scene.facts.interfaces.iter().filter(|interface| interface.name != "lo");
+    let outside = context.host.interfaces.iter().filter(|interface| interface.name != "lo");
     let off: Vec<&Interface> =
         outside.filter(|interface| sysctls.is_on_any(interface, "route_localnet") == Some(false)).collect();
     if translates && !off.is_empty() {
         let names = listed(&off);
-        let finding = found.say(
+        let finding = found.push(
             Severity::Warning,
             findings::ROUTE_LOCALNET,
             format_args!("a rule translates destinations to 127.0.0.1, and route_localnet is 0 for {names}"),
         );
-        if let Some(iptables) = scene.facts.iptables.first() {
+        if let Some(iptables) = context.host.iptables.first() {
             finding
-                .cured_by(format_args!("{iptables} -t raw -I PREROUTING ! -i lo -d 127.0.0.0/8 -j DROP"))
+                .fix_with(format_args!("{iptables} -t raw -I PREROUTING ! -i lo -d 127.0.0.0/8 -j DROP"))
                 .and(format_args!("sysctl -w net.ipv4.conf.all.route_localnet=1"));
         }
     }
 }
 
 /// How many connections are tracked, of how many that may be.
-fn connections(scene: &Scene<'_>, found: &mut Findings) {
-    let number = |name| scene.facts.sysctls.number(name);
+fn connections(context: &Context<'_>, found: &mut Findings) {
+    let number = |name| context.host.sysctls.number(name);
     let counts = (number("netfilter/nf_conntrack_count"), number("netfilter/nf_conntrack_max"));
     let (Some(count), Some(max)) = counts else { return };
     if max > 0 && count >= max - max / 20 {
         let severity = if count >= max { Severity::Failure } else { Severity::Warning };
-        say!(found, severity, findings::CONNTRACK_FULL, "{count} connections are tracked, and {max} may be")
+        report!(found, severity, findings::CONNTRACK_FULL, "{count} connections are tracked, and {max} may be")
             .with("max", &max.saturating_mul(2));
     }
 }

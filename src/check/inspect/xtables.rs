@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use socket2::{Domain, Socket, Type};
 
-use super::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+use super::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, Rule, Verdict};
 use crate::model::Family;
 use crate::name::Name;
 use crate::netlink::wire::{u16_at, u32_at};
@@ -29,7 +29,7 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
         // xt_rpfilter_info: XT_RPFILTER_VALID_MARK 2, _INVERT 8.
         "rpfilter" => {
             let flags = info.first().copied().unwrap_or(0);
-            (Condition::NoWayBack { mark: flags & 2 != 0 }, flags & 8 == 0)
+            (Condition::RpFilterMiss { mark: flags & 2 != 0 }, flags & 8 == 0)
         }
         // xt_conntrack_mtinfo3: state_mask is the 16-bit number behind the addresses, ports and match flags.
         "conntrack" | "state" => (Condition::Connection { states: connection_states(name, info) }, false),
@@ -190,7 +190,7 @@ fn ask_legacy(socket: &Socket, family: Family, option: i32, table: &str, buffer:
         Family::V4 => libc::SOL_IP,
         Family::V6 => libc::SOL_IPV6,
     };
-    buffer.iter_mut().zip(table.bytes().take(NAME - 1)).for_each(|(place, byte)| *place = byte);
+    buffer.iter_mut().zip(table.bytes().take(NAME - 1)).for_each(|(point, byte)| *point = byte);
     sys::getsockopt_bytes(socket.as_fd(), level, option, buffer).map(drop)
 }
 
@@ -219,8 +219,8 @@ fn legacy_entries(family: Family, table: &str, most: usize) -> sys::Result<([u8;
         let mut entries = Vec::new();
         entries.try_reserve_exact(HEAD + size).map_err(|_| sys::Errno(libc::ENOMEM))?;
         entries.resize(HEAD + size, 0);
-        if let Some(place) = entries.get_mut(NAME..NAME + 4) {
-            place.copy_from_slice(&(size as u32).to_ne_bytes());
+        if let Some(point) = entries.get_mut(NAME..NAME + 4) {
+            point.copy_from_slice(&(size as u32).to_ne_bytes());
         }
         match ask_legacy(&socket, family, GET_ENTRIES, table, &mut entries) {
             Ok(()) => {
@@ -327,9 +327,9 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
     for number in 0..5u32 {
         let valid = u32_at(info, 32).unwrap_or(0) & 1 << number != 0;
         let offset = |at: usize| u32_at(info, at + 4 * number as usize).map(|offset| offset as usize);
-        if let (true, Some(start), Some(place)) = (valid, offset(36), Place::of_number(number)) {
-            let hook = Hook { place, priority: legacy_priority(table, place) };
-            chains.push((start, new(legacy_name(place).into(), Some(hook)), offset(56)));
+        if let (true, Some(start), Some(point)) = (valid, offset(36), HookPoint::of_number(number)) {
+            let hook = Hook { point, priority: legacy_priority(table, point) };
+            chains.push((start, new(legacy_name(point).into(), Some(hook)), offset(56)));
         }
     }
     for entry in &entries {
@@ -342,8 +342,8 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
     // Where the kernel gave what makes no sense there may be more.
     let cut = entries.last().map_or(0, |entry| entry.next) < blob.len();
     for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
-        let Some(place) = chains.partition_point(|(start, ..)| *start <= entry.at).checked_sub(1) else { continue };
-        let Some((_, chain, policy_at)) = chains.get_mut(place) else { continue };
+        let Some(point) = chains.partition_point(|(start, ..)| *start <= entry.at).checked_sub(1) else { continue };
+        let Some((_, chain, policy_at)) = chains.get_mut(point) else { continue };
         let parts = legacy_rule(layout, entry, &names);
         if *policy_at == Some(entry.at) {
             chain.drops = parts.contains(&Part::Verdict(Verdict::Drop));
@@ -431,22 +431,22 @@ fn standard(verdict: i32, next: usize, goto: bool, chains: &HashMap<usize, Name>
     }
 }
 
-fn legacy_name(place: Place) -> &'static str {
-    match place {
-        Place::Prerouting => "PREROUTING",
-        Place::Input => "INPUT",
-        Place::Forward => "FORWARD",
-        Place::Output => "OUTPUT",
-        Place::Postrouting => "POSTROUTING",
+fn legacy_name(point: HookPoint) -> &'static str {
+    match point {
+        HookPoint::Prerouting => "PREROUTING",
+        HookPoint::Input => "INPUT",
+        HookPoint::Forward => "FORWARD",
+        HookPoint::Output => "OUTPUT",
+        HookPoint::Postrouting => "POSTROUTING",
     }
 }
 
 /// NF_IP_PRI_* of `linux/netfilter_ipv4.h`.
-fn legacy_priority(table: &str, place: Place) -> i32 {
-    match (table, place) {
+fn legacy_priority(table: &str, point: HookPoint) -> i32 {
+    match (table, point) {
         ("raw", _) => -300,
         ("mangle", _) => -150,
-        ("nat", Place::Prerouting | Place::Output) => -100,
+        ("nat", HookPoint::Prerouting | HookPoint::Output) => -100,
         ("nat", _) => 100,
         ("security", _) => 50,
         _ => 0,

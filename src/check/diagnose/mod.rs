@@ -1,9 +1,9 @@
-//! From facts to findings, with no look at the kernel: each file judges one part.
+//! From host to findings, with no look at the kernel: each file judges one part.
 
 /// Says that something was found: where, how bad it is, what it is, and the particulars.
-macro_rules! say {
+macro_rules! report {
     ($found:expr, $severity:expr, $kind:expr, $($words:tt)+) => {
-        $found.say($severity, $kind, format_args!($($words)+))
+        $found.push($severity, $kind, format_args!($($words)+))
     };
 }
 
@@ -16,18 +16,18 @@ mod sysctls;
 
 use std::collections::{HashMap, HashSet};
 
-use super::facts::Facts;
+use super::eval::Chains;
 use super::findings::{self, Finding, Findings, Severity};
+use super::host_state::HostState;
 use super::instances::{self, Instance, Interception};
-use super::walk::Chains;
-use crate::backend::seen::filter::{Chain, Rule, Ruleset};
+use crate::check::inspect::filter::{Chain, Rule, Ruleset};
 
 /// Of one kind no more findings are told: nobody reads thousands.
 const OF_A_KIND_MAX: usize = 100;
 
-/// Who intercepts what, on the host that the facts are of.
-struct Scene<'a> {
-    facts: &'a Facts,
+/// Who intercepts what, on the host that the host are of.
+struct Context<'a> {
+    host: &'a HostState,
     ruleset: &'a Ruleset,
     chains: Chains<'a>,
     instances: Vec<Instance>,
@@ -37,12 +37,18 @@ struct Scene<'a> {
 }
 
 /// Everything that is to be said, the host itself first; each thing once.
-pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
+pub(super) fn diagnose(host: &HostState) -> Vec<Finding> {
     let nothing = Ruleset::default();
-    let scene = Scene::new(facts, facts.ruleset.as_ref().unwrap_or(&nothing));
+    let context = Context::new(host, host.ruleset.as_ref().unwrap_or(&nothing));
     let mut found = Findings::default();
-    for judge in [host::judge, listeners::judge, routing::judge, sysctls::judge, filters::judge] {
-        judge(&scene, &mut found);
+    for diagnose in [
+        host::check_host,
+        listeners::check_listeners,
+        routing::check_routing,
+        sysctls::check_sysctls,
+        filters::check_filters,
+    ] {
+        diagnose(&context, &mut found);
     }
     once(found.0)
 }
@@ -54,9 +60,9 @@ fn once(found: Vec<Finding>) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
     for finding in found {
         // One command cures both families, often.
-        let known = match finding.cure.is_empty() {
-            true => !said.insert((finding.kind.id, finding.severity, finding.found.clone())),
-            false => !cured.insert((finding.kind.id, finding.cure.clone())),
+        let known = match finding.fix.is_empty() {
+            true => !said.insert((finding.kind.id, finding.severity, finding.message.clone())),
+            false => !cured.insert((finding.kind.id, finding.fix.clone())),
         };
         if known {
             continue;
@@ -72,17 +78,17 @@ fn once(found: Vec<Finding>) -> Vec<Finding> {
     let mut more = Findings(findings);
     for (id, count) in counts {
         let left = count - OF_A_KIND_MAX;
-        say!(more, Severity::Note, findings::UNSEEN, "{left} more findings like these: {id}");
+        report!(more, Severity::Note, findings::UNSEEN, "{left} more findings like these: {id}");
     }
     more.0
 }
 
-impl<'a> Scene<'a> {
-    fn new(facts: &'a Facts, ruleset: &'a Ruleset) -> Scene<'a> {
-        let instances = instances::instances(&facts.tables, &ruleset.chains, &facts.holders);
+impl<'a> Context<'a> {
+    fn new(host: &'a HostState, ruleset: &'a Ruleset) -> Context<'a> {
+        let instances = instances::instances(&host.tables, &ruleset.chains, &host.holders);
         let numbers = instances.iter().map(|instance| instance.name.clone()).zip(0..).collect();
         let interceptions = instances::interceptions(ruleset);
-        Scene { facts, ruleset, chains: Chains::new(ruleset), instances, numbers, interceptions }
+        Context { host, ruleset, chains: Chains::new(ruleset), instances, numbers, interceptions }
     }
 
     fn ruleset(&self) -> &'a Ruleset {
@@ -125,11 +131,11 @@ fn flag(family: crate::model::Family) -> &'static str {
 mod tests {
     use super::*;
     use crate::backend::holder::{Holder, Process};
-    use crate::backend::nft::table::{Place as At, Table};
-    use crate::backend::seen::filter::{Condition, Hook, Origin, Part, Place, PortSet, Verdict};
-    use crate::backend::seen::routing::{self, Action, Interface, Route};
-    use crate::backend::seen::sockets::{Listener, Listeners};
-    use crate::check::facts::{Descriptors, Routes};
+    use crate::backend::nft::table::{RoutingSlot, Table};
+    use crate::check::host_state::{Descriptors, Routes};
+    use crate::check::inspect::filter::{Condition, Hook, HookPoint, Origin, Part, PortSet, Verdict};
+    use crate::check::inspect::routing::{self, Action, Interface, Route};
+    use crate::check::inspect::sockets::{Listener, Listeners};
     use crate::check::procfs::Sysctls;
     use crate::model::{Families, Family, Mark, Protocol};
     use crate::name::Name;
@@ -168,7 +174,7 @@ mod tests {
             mark().prop_map(|Mark { value, mask }| Condition::Mark { mask, value }),
             Just(Condition::Loopback),
             Just(Condition::TransparentSocket),
-            any::<bool>().prop_map(|mark| Condition::NoWayBack { mark }),
+            any::<bool>().prop_map(|mark| Condition::RpFilterMiss { mark }),
             any::<Option<u32>>().prop_map(|states| Condition::Connection { states }),
             Just(Condition::Other),
         ]
@@ -201,7 +207,7 @@ mod tests {
 
     fn chain() -> impl Strategy<Value = Chain> {
         let hook = (0..5u32, -400..400i32)
-            .prop_map(|(place, priority)| Place::of_number(place).map(|place| Hook { place, priority }));
+            .prop_map(|(number, priority)| HookPoint::of_number(number).map(|point| Hook { point, priority }));
         let origin = prop_oneof![Just(Origin::Nft), Just(Origin::IptablesNft), Just(Origin::IptablesLegacy)];
         let rules = proptest::collection::vec(proptest::collection::vec(part(), 0..5), 0..5);
         let table = prop_oneof![Just(Name::from("libtproxy-tproxy")), Just(Name::from("mangle")), name()];
@@ -254,17 +260,17 @@ mod tests {
         )
     }
 
-    fn facts() -> impl Strategy<Value = Facts> {
-        let place = prop_oneof![Just((200, 7470)), any::<(u32, u32)>()];
-        let place = place.prop_map(|(priority, table)| At { priority, table });
+    fn host() -> impl Strategy<Value = HostState> {
+        let slot = prop_oneof![Just((200, 7470)), any::<(u32, u32)>()];
+        let slot = slot.prop_map(|(priority, table)| RoutingSlot { priority, table });
         let holder = prop_oneof![
             proptest::collection::vec((any::<u32>(), name()), 1..3).prop_map(processes),
             Just(Holder::Elsewhere),
             Just(Holder::Unknown)
         ];
-        let table = (place, any::<Option<u32>>()).prop_map(|(place, owner)| Table {
+        let table = (slot, any::<Option<u32>>()).prop_map(|(slot, owner)| Table {
             name: "libtproxy-tproxy".to_owned(),
-            place: Some(place),
+            slot: Some(slot),
             owner,
             owner_port: owner.map(|_| 1),
             persistent: true,
@@ -308,7 +314,7 @@ mod tests {
                         tables_of.entry((route.family, route.table)).or_default().push(route);
                     }
                     let routes = |(of, routes): ((Family, u32), Vec<Route>)| (of, Routes::of(routes, of.1 != 201));
-                    Facts {
+                    HostState {
                         ruleset: Some(Ruleset { chains, port_sets }),
                         rules,
                         routes: tables_of.into_iter().map(routes).collect(),
@@ -329,7 +335,7 @@ mod tests {
                                 switches: vec![("forwarding", 0), ("rp_filter", 1)],
                             })
                             .to_vec(),
-                        ..Facts::default()
+                        ..HostState::default()
                     }
                 },
             )
@@ -356,19 +362,19 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Whatever a host has, there is no panic, no end that does not come, and no cure with a gap in it.
+        /// Whatever a host has, there is no panic, no end that does not come, and no fix with a gap in it.
         #[test]
-        fn every_host_can_be_judged(facts in facts()) {
-            for finding in judge(&facts) {
-                prop_assert!(!finding.found.is_empty());
-                prop_assert!(!finding.cure.contains("{table}") && !finding.cure.contains("{flag}"), "{:?}", finding);
-                prop_assert!(!finding.cure.contains("{pid}") && !finding.cure.contains("{chain}"), "{:?}", finding);
+        fn every_host_can_be_judged(host in host()) {
+            for finding in diagnose(&host) {
+                prop_assert!(!finding.message.is_empty());
+                prop_assert!(!finding.fix.contains("{table}") && !finding.fix.contains("{flag}"), "{:?}", finding);
+                prop_assert!(!finding.fix.contains("{pid}") && !finding.fix.contains("{chain}"), "{:?}", finding);
                 // Outside quotes nothing that a shell takes for its own, but for what joins commands and leads to a sysctl.
-                let bare = bare(&finding.cure).replace(" && ", "").replace(" >/proc/sys/", "");
-                prop_assert!(!bare.contains(['<', '>', '|', ';', '&', '$', '`', '*', '(', '#']), "{} {}", bare, finding.cure);
-                prop_assert!(finding.cure.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{}", finding.cure);
-                prop_assert!(!finding.cure.split_whitespace().any(|word| word == "{interface}"), "{}", finding.cure);
-                prop_assert!(finding.severity > Severity::Ok || finding.cure.is_empty());
+                let bare = bare(&finding.fix).replace(" && ", "").replace(" >/proc/sys/", "");
+                prop_assert!(!bare.contains(['<', '>', '|', ';', '&', '$', '`', '*', '(', '#']), "{} {}", bare, finding.fix);
+                prop_assert!(finding.fix.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{}", finding.fix);
+                prop_assert!(!finding.fix.split_whitespace().any(|word| word == "{interface}"), "{}", finding.fix);
+                prop_assert!(finding.severity > Severity::Ok || finding.fix.is_empty());
             }
         }
     }
@@ -388,7 +394,7 @@ mod tests {
 
     #[test]
     fn name_of_an_interface_is_one_word_of_the_command() {
-        let cure = |name: &[u8]| {
+        let fix = |name: &[u8]| {
             let interface = Interface {
                 index: 2,
                 name: Name::new(name),
@@ -400,18 +406,18 @@ mod tests {
             let tproxy = Part::Tproxy { family: None, addr: None, port: 1 };
             let mut chain = chain_called(Origin::Nft, "t", &"c".into());
             chain.rules = vec![Rule { handle: 1, number: 1, parts: vec![tproxy] }];
-            let facts = Facts {
+            let host = HostState {
                 ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
                 interfaces: vec![interface],
-                ..Facts::default()
+                ..HostState::default()
             };
-            let found = judge(&facts);
-            found.into_iter().find(|finding| finding.kind.id == "sysctl.forwarding_interface").unwrap().cure
+            let found = diagnose(&host);
+            found.into_iter().find(|finding| finding.kind.id == "sysctl.forwarding_interface").unwrap().fix
         };
-        assert_eq!(cure(b"eth0.7"), "sysctl -w net/ipv4/conf/eth0.7/forwarding=1");
-        assert_eq!(cure(b"a;reboot"), "echo 1 >/proc/sys/net/ipv4/conf/'a;reboot'/forwarding");
-        assert_eq!(cure(b"a=1"), "echo 1 >/proc/sys/net/ipv4/conf/a=1/forwarding");
-        assert_eq!(cure(b"a\xff"), "echo 1 >/proc/sys/net/ipv4/conf/\"$(printf 'a\\377')\"/forwarding");
+        assert_eq!(fix(b"eth0.7"), "sysctl -w net/ipv4/conf/eth0.7/forwarding=1");
+        assert_eq!(fix(b"a;reboot"), "echo 1 >/proc/sys/net/ipv4/conf/'a;reboot'/forwarding");
+        assert_eq!(fix(b"a=1"), "echo 1 >/proc/sys/net/ipv4/conf/a=1/forwarding");
+        assert_eq!(fix(b"a\xff"), "echo 1 >/proc/sys/net/ipv4/conf/\"$(printf 'a\\377')\"/forwarding");
     }
 
     #[test]
@@ -475,22 +481,22 @@ mod tests {
     fn what_is_nearly_used_up_is_named() {
         let tracked = |count: &str| {
             let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
-            Facts {
+            HostState {
                 sysctls: Sysctls::of(sysctls.map(|(path, value)| (path.to_owned(), value.to_owned()))),
-                ..Facts::default()
+                ..HostState::default()
             }
         };
-        let named = |facts: &Facts, id: &str| {
-            let found = judge(facts);
-            found.into_iter().find(|finding| finding.kind.id == id).map(|finding| (finding.severity, finding.cure))
+        let named = |host: &HostState, id: &str| {
+            let found = diagnose(host);
+            found.into_iter().find(|finding| finding.kind.id == id).map(|finding| (finding.severity, finding.fix))
         };
-        let cure = "sysctl -w net.netfilter.nf_conntrack_max=2000".to_owned();
+        let fix = "sysctl -w net.netfilter.nf_conntrack_max=2000".to_owned();
         assert_eq!(named(&tracked("900"), "conntrack.full"), None);
-        assert_eq!(named(&tracked("950"), "conntrack.full"), Some((Severity::Warning, cure.clone())));
-        assert_eq!(named(&tracked("1000"), "conntrack.full"), Some((Severity::Failure, cure)));
+        assert_eq!(named(&tracked("950"), "conntrack.full"), Some((Severity::Warning, fix.clone())));
+        assert_eq!(named(&tracked("1000"), "conntrack.full"), Some((Severity::Failure, fix)));
         let having = |soft, hard, used| {
             let descriptors = vec![Descriptors { pid: 7, soft, hard, used }];
-            named(&Facts { descriptors, ..Facts::default() }, "limit.descriptors").unwrap()
+            named(&HostState { descriptors, ..HostState::default() }, "limit.descriptors").unwrap()
         };
         let warned = |limit: &str| (Severity::Warning, format!("prlimit --pid 7 --nofile={limit}"));
         assert_eq!(having(1024, 4096, Some(500)), (Severity::Ok, String::new()));
@@ -509,7 +515,7 @@ mod tests {
 
     /// A TPROXY rule by hand for each port.
     fn recipes(ports: std::ops::Range<u16>) -> Chain {
-        let hook = Hook { place: Place::Prerouting, priority: -150 };
+        let hook = Hook { point: HookPoint::Prerouting, priority: -150 };
         let mut chain = jumping("r", &[], Some(hook));
         for (port, number) in ports.zip(1..) {
             let parts = vec![
@@ -524,17 +530,17 @@ mod tests {
         chain
     }
 
-    const INPUT: Hook = Hook { place: Place::Input, priority: 0 };
+    const INPUT: Hook = Hook { point: HookPoint::Input, priority: 0 };
 
     /// How many rules and effects are looked at, to follow everything that is intercepted through all chains; and what is
     /// found.
     fn work(chains: Vec<Chain>) -> (usize, Vec<Finding>) {
         let ruleset = Ruleset { chains, port_sets: Vec::new() };
-        let facts = Facts::default();
-        let scene = Scene::new(&facts, &ruleset);
+        let host = HostState::default();
+        let context = Context::new(&host, &ruleset);
         let mut found = Findings::default();
-        filters::judge(&scene, &mut found);
-        (scene.chains.steps(), found.0)
+        filters::check_filters(&context, &mut found);
+        (context.chains.steps(), found.0)
     }
 
     #[test]
@@ -596,21 +602,21 @@ mod tests {
     #[test]
     fn findings_of_a_kind_are_as_many_as_can_be_read() {
         let chain = recipes(1..1001);
-        let facts = Facts {
+        let host = HostState {
             ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
             listeners: Some(Listeners::default()),
-            ..Facts::default()
+            ..HostState::default()
         };
-        let found = judge(&facts);
+        let found = diagnose(&host);
         let gone = found.iter().filter(|finding| finding.kind.id == "listener.gone").count();
         assert_eq!(gone, OF_A_KIND_MAX);
         let more = found.iter().find(|finding| finding.kind.id == "check.unseen").unwrap();
-        assert_eq!(more.found, "900 more findings like these: listener.gone");
+        assert_eq!(more.message, "900 more findings like these: listener.gone");
     }
 
     #[test]
     fn nothing_that_is_not_known_is_said_to_be_missing() {
-        let found = judge(&Facts::default());
+        let found = diagnose(&HostState::default());
         let said: Vec<&Finding> = found.iter().filter(|finding| finding.severity > Severity::Note).collect();
         assert!(said.is_empty(), "{said:?}");
         assert!(!found.iter().any(|finding| finding.kind.id.starts_with("privilege.")), "{found:?}");
@@ -621,33 +627,33 @@ mod tests {
         let told = |holder| {
             let table = Table {
                 name: "libtproxy-tproxy".to_owned(),
-                place: Some(At { priority: 200, table: 7470 }),
+                slot: Some(RoutingSlot { priority: 200, table: 7470 }),
                 owner: Some(1),
                 owner_port: Some(1024),
                 persistent: false,
             };
             let mut chain = recipes(80..81);
             chain.table = "libtproxy-tproxy".into();
-            let facts = Facts {
+            let host = HostState {
                 tables: vec![table],
                 holders: [(1024, holder)].into(),
                 ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
                 listeners: Some(Listeners::default()),
-                ..Facts::default()
+                ..HostState::default()
             };
-            let found = judge(&facts);
+            let found = diagnose(&host);
             let of = |id: &str| found.iter().find(|finding| finding.kind.id == id).unwrap().clone();
-            (of("instance").found, of("listener.gone").cure)
+            (of("instance").message, of("listener.gone").fix)
         };
-        let (said, cure) = told(processes(vec![(12, "a".into()), (15, "b".into())]));
+        let (said, fix) = told(processes(vec![(12, "a".into()), (15, "b".into())]));
         assert!(said.contains("of process 12 (a), process 15 (b), "), "{said}");
-        assert_eq!(cure, "kill 12 15");
-        let (said, cure) = told(Holder::Elsewhere);
+        assert_eq!(fix, "kill 12 15");
+        let (said, fix) = told(Holder::Elsewhere);
         assert!(said.contains("of a process in another PID namespace"), "{said}");
-        assert_eq!(cure, "");
-        let (said, cure) = told(Holder::Unknown);
+        assert_eq!(fix, "");
+        let (said, fix) = told(Holder::Unknown);
         assert!(said.contains("of a process that cannot be seen from here"), "{said}");
-        assert_eq!(cure, "");
+        assert_eq!(fix, "");
         // The first process of a PID namespace takes all others with it.
         assert_eq!(told(processes(vec![(1, "init".into())])).1, "");
     }

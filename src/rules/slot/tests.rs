@@ -49,7 +49,9 @@ impl Rule {
         plain
             && match self.action {
                 1 => self.mask != 0 && self.input.is_none() && ![0, 253, 254, 255].contains(&self.target),
-                2 => self.mask != 0 && self.input == Some("lo") && u64::from(self.priority) + 3 == self.target.into(),
+                2 => {
+                    self.mask != 0 && self.input == Some("lo") && u64::from(self.priority) + 3 == u64::from(self.target)
+                }
                 3 => self.mask == 0 && self.input.is_none(),
                 _ => false,
             }
@@ -358,7 +360,7 @@ fn plan(persist: bool, table: Option<u32>, priority: Option<u32>) -> Plan {
     }
 }
 
-/// The places that tables speak for, as numbers that cannot turn over.
+/// The slots that tables speak for, as numbers that cannot turn over.
 fn spoken_for(tables: &[NftTable]) -> Vec<(u64, u32)> {
     let read = |table: &NftTable| {
         let words: Vec<&str> = table.comment.strip_prefix("libtproxy: priority ")?.split(" table ").collect();
@@ -369,8 +371,8 @@ fn spoken_for(tables: &[NftTable]) -> Vec<(u64, u32)> {
     tables.iter().filter_map(read).collect()
 }
 
-fn is_in(rule: &Rule, places: &[(u64, u32)]) -> bool {
-    places.iter().any(|(priority, _)| (*priority..priority + 4).contains(&u64::from(rule.priority)))
+fn is_in(rule: &Rule, slots: &[(u64, u32)]) -> bool {
+    slots.iter().any(|(priority, _)| (*priority..priority + 4).contains(&u64::from(rule.priority)))
 }
 
 proptest! {
@@ -378,19 +380,19 @@ proptest! {
     fn sweep_removes_what_dead_instances_left_and_nothing_else(kernel in kernel()) {
         let before = (kernel.rules.clone(), spoken_for(&kernel.tables), kernel.tables.clone());
         let (kernel, mut nft, mut route) = connected(kernel);
-        let outcome = sweep_all(&mut nft, &mut route);
+        let outcome = remove_all_stale(&mut nft, &mut route);
         let kernel = kernel.lock().unwrap();
-        let (rules, places, tables) = before;
+        let (rules, slots, tables) = before;
         prop_assert!(kernel.deleted_rules.iter().all(Rule::is_ours), "{:?}", kernel.deleted_rules);
-        prop_assert!(!kernel.deleted_rules.iter().any(|rule| is_in(rule, &places)));
-        let mine = |table: &u32| is_system_table(*table) || places.iter().any(|(_, routes)| routes == table);
+        prop_assert!(!kernel.deleted_rules.iter().any(|rule| is_in(rule, &slots)));
+        let mine = |table: &u32| is_system_table(*table) || slots.iter().any(|(_, routes)| routes == table);
         prop_assert!(!kernel.deleted_routes.iter().any(mine), "{:?}", kernel.deleted_routes);
         let sweeper = tables.iter().any(|table| table.name == SWEEPER && table.owner.is_some());
         if sweeper {
             prop_assert_eq!(outcome.unwrap_err().errno(), libc::EAGAIN);
         } else {
             prop_assert!(outcome.is_ok(), "{:?}", outcome);
-            prop_assert!(!kernel.rules.iter().any(|rule| rule.is_ours() && !is_in(rule, &places)), "{:?}", kernel.rules);
+            prop_assert!(!kernel.rules.iter().any(|rule| rule.is_ours() && !is_in(rule, &slots)), "{:?}", kernel.rules);
             prop_assert!(!kernel.tables.iter().any(|table| table.name == SWEEPER));
         }
         let others = |rules: &[Rule]| rules.iter().filter(|rule| !rule.is_ours()).cloned().collect::<Vec<_>>();
@@ -404,24 +406,24 @@ proptest! {
         wanted in proptest::option::of(table().prop_filter("as tp_install_rules takes it", |table| !is_system_table(*table))),
         priority in proptest::option::of(1..=PRIORITY_MAX),
     ) {
-        let places = spoken_for(&kernel.tables);
+        let slots = spoken_for(&kernel.tables);
         let rules = kernel.rules.clone();
         let (kernel, mut nft, mut route) = connected(kernel);
         let claimed = claim(&plan(persist, wanted, priority), &mut nft, &mut route, &[]);
         let kernel = kernel.lock().unwrap();
         prop_assert!(kernel.deleted_rules.iter().all(Rule::is_ours), "{:?}", kernel.deleted_rules);
-        let mine = |table: &u32| is_system_table(*table) || places.iter().any(|(_, routes)| routes == table);
+        let mine = |table: &u32| is_system_table(*table) || slots.iter().any(|(_, routes)| routes == table);
         prop_assert!(!kernel.deleted_routes.iter().any(mine), "{:?}", kernel.deleted_routes);
         let others = |rules: &[Rule]| rules.iter().filter(|rule| !rule.is_ours()).cloned().collect::<Vec<_>>();
         prop_assert_eq!(others(&kernel.rules), others(&rules));
-        let Ok(Claim { place, adopted }) = claimed else { return Ok(()) };
-        prop_assert!((1..=PRIORITY_MAX).contains(&place.priority) && !is_system_table(place.table), "{}", place);
-        let own = [(u64::from(place.priority), place.table)];
+        let Ok(Claim { slot, adopted }) = claimed else { return Ok(()) };
+        prop_assert!((1..=PRIORITY_MAX).contains(&slot.priority) && !is_system_table(slot.table), "{}", slot);
+        let own = [(u64::from(slot.priority), slot.table)];
         if adopted {
-            prop_assert!(places.contains(&own[0]));
+            prop_assert!(slots.contains(&own[0]));
         } else {
-            let near = |(priority, table): &(u64, u32)| priority.abs_diff(own[0].0) < 4 || *table == place.table;
-            prop_assert!(!places.iter().any(near), "{} in {:?}", place, places);
+            let near = |(priority, table): &(u64, u32)| priority.abs_diff(own[0].0) < 4 || *table == slot.table;
+            prop_assert!(!slots.iter().any(near), "{} in {:?}", slot, slots);
             // Rules of others, and none of ours that would be taken for those of the new instance.
             prop_assert!(!kernel.rules.iter().any(|rule| is_in(rule, &own)), "{:?}", kernel.rules);
         }
@@ -444,12 +446,12 @@ fn sweep_of_rules_that_come_back_ends() {
         inverted: false,
     };
     let (_, mut nft, mut route) = connected(Kernel { rules: vec![rule], stubborn: true, ..Kernel::default() });
-    let error = sweep_all(&mut nft, &mut route).unwrap_err();
+    let error = remove_all_stale(&mut nft, &mut route).unwrap_err();
     assert_eq!(error.errno(), libc::EAGAIN, "{error}");
     assert!(error.to_string().contains("protocol 116"), "{error}");
 }
 
-/// What a dead instance left in a place may lead to the routing table of a living one, whose routes stay.
+/// What a dead instance left in a slot may lead to the routing table of a living one, whose routes stay.
 #[test]
 fn claim_of_a_place_with_leftovers_spares_tables_of_the_living() {
     let table = |name: &str, comment: &str| NftTable {
@@ -470,14 +472,14 @@ fn claim_of_a_place_with_leftovers_spares_tables_of_the_living() {
         selector: None,
         inverted: false,
     };
-    // Another process sweeps elsewhere, so that the place is not swept before it is claimed.
+    // Another process sweeps elsewhere, so that the slot is not swept before it is claimed.
     let tables = vec![
         table("libtproxy-a", "libtproxy: priority 300 table 7471"),
         table(SWEEPER, "libtproxy: priority 500 table 9"),
     ];
     let (kernel, mut nft, mut route) = connected(Kernel { rules: vec![left], tables, ..Kernel::default() });
     let claimed = claim(&plan(false, None, None), &mut nft, &mut route, &[]).unwrap();
-    assert_eq!(claimed.place, Place { priority: 200, table: 7470 });
+    assert_eq!(claimed.slot, RoutingSlot { priority: 200, table: 7470 });
     let kernel = kernel.lock().unwrap();
     assert_eq!((kernel.rules.len(), &kernel.deleted_routes), (0, &Vec::new()));
 }

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use super::family_of;
-use crate::backend::seen::filter::{Condition, Part, Rule, Verdict};
-use crate::backend::seen::xtables;
+use crate::check::inspect::filter::{Condition, Part, Rule, Verdict};
+use crate::check::inspect::xtables;
 use crate::name::Name;
 use crate::netlink::wire;
 
@@ -30,7 +30,7 @@ enum Value {
     InterfaceName,
     InterfaceIndex,
     DestinationType,
-    WayBack {
+    RpFilterMiss {
         mark: bool,
     },
     TransparentSocket,
@@ -75,7 +75,7 @@ impl Reader {
                 // NFTA_FIB_F_SADDR, _DADDR, _MARK; NFT_FIB_RESULT_OIF 1, _OIFNAME 2, _ADDRTYPE 3.
                 let value = match result {
                     Some(3) if flags & 2 != 0 => Some(Value::DestinationType),
-                    Some(1 | 2) if flags & 1 != 0 => Some(Value::WayBack { mark: flags & 4 != 0 }),
+                    Some(1 | 2) if flags & 1 != 0 => Some(Value::RpFilterMiss { mark: flags & 4 != 0 }),
                     _ => None,
                 };
                 self.load(number(1), value);
@@ -300,7 +300,9 @@ fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition>
         Value::DestinationType if wire::u32_at(constant, 0)? == u32::from(libc::RTN_LOCAL) => {
             Condition::DestinationIsLocal
         }
-        Value::WayBack { mark } if constant.iter().all(|byte| *byte == 0) => Condition::NoWayBack { mark: *mark },
+        Value::RpFilterMiss { mark } if constant.iter().all(|byte| *byte == 0) => {
+            Condition::RpFilterMiss { mark: *mark }
+        }
         Value::Connection { states: u32::MAX } => Condition::Connection { states: wire::u32_at(constant, 0) },
         Value::Connection { states } => Condition::Connection { states: Some(*states) },
         Value::Tracked => Condition::Connection { states: None },

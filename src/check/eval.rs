@@ -7,9 +7,9 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use super::facts::Routes;
-use crate::backend::seen::filter::{Chain, Condition, Origin, Part, PortSet, Rule, Ruleset, Verdict};
-use crate::backend::seen::routing::{self, Action};
+use super::host_state::Routes;
+use crate::check::inspect::filter::{Chain, Condition, Origin, Part, PortSet, Rule, Ruleset, Verdict};
+use crate::check::inspect::routing::{self, Action};
 use crate::model::{Family, Mark};
 
 /// So many rules, effects and chains are looked at, for all packets together, to bound the time: it is some hundredths
@@ -19,30 +19,30 @@ const STEPS_MAX: usize = 1_000_000;
 const DEPTH_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Truth {
+enum Ternary {
     Yes,
     No,
     Maybe,
 }
 
-impl Truth {
-    fn of(yes: bool) -> Truth {
-        if yes { Truth::Yes } else { Truth::No }
+impl Ternary {
+    fn of(yes: bool) -> Ternary {
+        if yes { Ternary::Yes } else { Ternary::No }
     }
 
-    fn not(self) -> Truth {
+    fn not(self) -> Ternary {
         match self {
-            Truth::Yes => Truth::No,
-            Truth::No => Truth::Yes,
-            Truth::Maybe => Truth::Maybe,
+            Ternary::Yes => Ternary::No,
+            Ternary::No => Ternary::Yes,
+            Ternary::Maybe => Ternary::Maybe,
         }
     }
 
-    fn and(self, other: Truth) -> Truth {
+    fn and(self, other: Ternary) -> Ternary {
         match (self, other) {
-            (Truth::No, _) | (_, Truth::No) => Truth::No,
-            (Truth::Yes, Truth::Yes) => Truth::Yes,
-            _ => Truth::Maybe,
+            (Ternary::No, _) | (_, Ternary::No) => Ternary::No,
+            (Ternary::Yes, Ternary::Yes) => Ternary::Yes,
+            _ => Ternary::Maybe,
         }
     }
 }
@@ -93,7 +93,7 @@ struct Node<'a> {
     chain: &'a Chain,
     /// By the number of a rule, in that order: the chain that it jumps to; `None`: it is not known.
     jumps: Vec<(usize, Option<usize>)>,
-    /// The rules that are for one port only, and all others.
+    /// The rules that are for few ports only, by each of these, and all others.
     for_port: HashMap<u16, Vec<usize>>,
     others: Vec<usize>,
 }
@@ -122,6 +122,24 @@ impl Node<'_> {
     }
 }
 
+/// The ports that a rule is for, if it is for few only.
+fn few_ports(rule: &Rule, sets: &[PortSet]) -> Option<Vec<u16>> {
+    const FEW: usize = 16;
+    rule.parts.iter().find_map(|part| {
+        let mut ports: Vec<u16> = match part {
+            Part::OnlyIf(Condition::Ports(first, last)) => (*first..=*last).take(FEW + 1).collect(),
+            Part::OnlyIf(Condition::PortSet(set)) => {
+                let set = sets.get(*set).filter(|set| set.complete)?;
+                set.ranges.iter().flat_map(|(first, last)| *first..=*last).take(FEW + 1).collect()
+            }
+            _ => return None,
+        };
+        ports.sort_unstable();
+        ports.dedup();
+        (ports.len() <= FEW).then_some(ports)
+    })
+}
+
 /// A chain's name: whether it is of legacy iptables, its family and table, and its own.
 type Key<'a> = (bool, Option<Family>, &'a [u8], &'a [u8]);
 
@@ -142,12 +160,10 @@ impl<'a> Chains<'a> {
                         node.jumps.push((number, numbers.get(&key(chain, name.as_bytes())).copied()));
                     }
                 }
-                let one = rule.parts.iter().find_map(|part| match part {
-                    Part::OnlyIf(Condition::Ports(first, last)) if first == last => Some(*first),
-                    _ => None,
-                });
-                match one {
-                    Some(port) => node.for_port.entry(port).or_default().push(number),
+                match few_ports(rule, &ruleset.port_sets) {
+                    Some(ports) => {
+                        ports.into_iter().for_each(|port| node.for_port.entry(port).or_default().push(number))
+                    }
                     None => node.others.push(number),
                 }
             }
@@ -218,20 +234,20 @@ impl<'a> Chains<'a> {
     }
 
     /// Sends a packet through a base chain; `None`: there are no steps left for it.
-    pub fn through(&self, base: usize, packet: Packet) -> Option<Outcome<'a>> {
+    pub fn eval_chain(&self, base: usize, packet: Packet) -> Option<Outcome<'a>> {
         let chain = self.nodes.get(base)?.chain;
-        let mut walk =
-            Walk { chains: self, packet, may_be_accepted: false, effects: Vec::new(), known: HashMap::new() };
-        let dropped = match walk.chain(base, true, 0) {
-            End::Dropped(chain, rule) => Some((chain, Some(rule), !walk.may_be_accepted)),
-            End::Fallen if chain.drops => Some((chain, None, !walk.may_be_accepted)),
+        let mut evaluator =
+            Evaluator { chains: self, packet, may_be_accepted: false, effects: Vec::new(), known: HashMap::new() };
+        let dropped = match evaluator.chain(base, true, 0) {
+            End::Dropped(chain, rule) => Some((chain, Some(rule), !evaluator.may_be_accepted)),
+            End::FellThrough if chain.drops => Some((chain, None, !evaluator.may_be_accepted)),
             _ => None,
         };
-        (!self.is_exhausted()).then_some(Outcome { dropped, effects: walk.effects })
+        (!self.is_exhausted()).then_some(Outcome { dropped, effects: evaluator.effects })
     }
 }
 
-struct Walk<'a, 'c> {
+struct Evaluator<'a, 'c> {
     chains: &'c Chains<'a>,
     packet: Packet,
     /// A rule that may apply accepts.
@@ -245,17 +261,17 @@ struct Walk<'a, 'c> {
 enum End<'a> {
     Accepted,
     Dropped(&'a Chain, &'a Rule),
-    Fallen,
+    FellThrough,
 }
 
-impl<'a> Walk<'a, '_> {
+impl<'a> Evaluator<'a, '_> {
     /// What becomes of the packet in a chain. The second time it has the same effects, and ends in the same way.
     fn chain(&mut self, number: usize, sure: bool, depth: usize) -> End<'a> {
         if let Some(end) = self.known.get(&(number, sure)) {
             return *end;
         }
         // Chains that lead in a circle, which the kernel refuses, end where they meet.
-        self.known.insert((number, sure), End::Fallen);
+        self.known.insert((number, sure), End::FellThrough);
         let end = self.rules(number, sure, depth);
         self.known.insert((number, sure), end);
         end
@@ -263,10 +279,10 @@ impl<'a> Walk<'a, '_> {
 
     fn rules(&mut self, number: usize, sure: bool, depth: usize) -> End<'a> {
         let chains = self.chains;
-        let Some(node) = chains.nodes.get(number) else { return End::Fallen };
+        let Some(node) = chains.nodes.get(number) else { return End::FellThrough };
         if depth > DEPTH_MAX {
             self.may_be_accepted = true;
-            return End::Fallen;
+            return End::FellThrough;
         }
         let chain = node.chain;
         for at in node.rules_for(self.packet.port) {
@@ -276,10 +292,10 @@ impl<'a> Walk<'a, '_> {
                 return End::Accepted;
             }
             let applies = applies(chains, &self.packet, rule);
-            if applies == Truth::No {
+            if applies == Ternary::No {
                 continue;
             }
-            let sure = sure && applies == Truth::Yes;
+            let sure = sure && applies == Ternary::Yes;
             let with_tproxy = rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. }));
             for part in &rule.parts {
                 let Part::Verdict(verdict) = part else {
@@ -294,7 +310,7 @@ impl<'a> Walk<'a, '_> {
                     Verdict::Accept | Verdict::Other => self.may_be_accepted = true,
                     Verdict::Drop if sure => return End::Dropped(chain, rule),
                     Verdict::Drop => {}
-                    Verdict::Return if sure => return End::Fallen,
+                    Verdict::Return if sure => return End::FellThrough,
                     Verdict::Return => {}
                     Verdict::Jump(_) | Verdict::Goto(_) => {
                         let jump = node.jumps.partition_point(|(rule, _)| *rule < at);
@@ -304,8 +320,8 @@ impl<'a> Walk<'a, '_> {
                             continue;
                         };
                         match (self.chain(*target, sure, depth + 1), verdict) {
-                            (End::Fallen, Verdict::Goto(_)) if sure => return End::Fallen,
-                            (End::Fallen, _) => {}
+                            (End::FellThrough, Verdict::Goto(_)) if sure => return End::FellThrough,
+                            (End::FellThrough, _) => {}
                             (end, _) => return end,
                         }
                     }
@@ -314,38 +330,38 @@ impl<'a> Walk<'a, '_> {
         }
         // What was not read may accept.
         self.may_be_accepted |= chain.cut;
-        End::Fallen
+        End::FellThrough
     }
 }
 
-fn applies(chains: &Chains<'_>, packet: &Packet, rule: &Rule) -> Truth {
-    rule.parts.iter().fold(Truth::Yes, |so_far, part| match part {
+fn applies(chains: &Chains<'_>, packet: &Packet, rule: &Rule) -> Ternary {
+    rule.parts.iter().fold(Ternary::Yes, |so_far, part| match part {
         Part::OnlyIf(condition) => so_far.and(holds(chains, packet, condition)),
         Part::OnlyIfNot(condition) => so_far.and(holds(chains, packet, condition).not()),
         _ => so_far,
     })
 }
 
-fn holds(chains: &Chains<'_>, packet: &Packet, condition: &Condition) -> Truth {
+fn holds(chains: &Chains<'_>, packet: &Packet, condition: &Condition) -> Ternary {
     /// NF_CT_STATE_BIT(IP_CT_NEW).
     const NEW: u32 = 8;
     match condition {
-        Condition::Family(family) => Truth::of(*family == packet.family),
-        Condition::Protocol(protocol) => Truth::of(*protocol == packet.protocol),
+        Condition::Family(family) => Ternary::of(*family == packet.family),
+        Condition::Protocol(protocol) => Ternary::of(*protocol == packet.protocol),
         Condition::Ports(first, last) => match packet.port {
-            Some(port) => Truth::of((*first..=*last).contains(&port)),
-            None => Truth::Maybe,
+            Some(port) => Ternary::of((*first..=*last).contains(&port)),
+            None => Ternary::Maybe,
         },
         Condition::PortSet(set) => match packet.port.and_then(|port| chains.sets.get(*set)?.contains(port)) {
-            Some(contains) => Truth::of(contains),
-            None => Truth::Maybe,
+            Some(contains) => Ternary::of(contains),
+            None => Ternary::Maybe,
         },
-        Condition::Mark { mask, value } => Truth::of(packet.mark & mask == *value),
+        Condition::Mark { mask, value } => Ternary::of(packet.mark & mask == *value),
         // What loops by `lo`, what goes to this host, and what has no way back are another's concern.
-        Condition::Loopback | Condition::DestinationIsLocal | Condition::NoWayBack { .. } => Truth::No,
-        Condition::TransparentSocket => Truth::of(packet.transparent),
-        Condition::Connection { states: Some(states) } if states & NEW == 0 => Truth::No,
-        Condition::Connection { .. } | Condition::Other => Truth::Maybe,
+        Condition::Loopback | Condition::DestinationIsLocal | Condition::RpFilterMiss { .. } => Ternary::No,
+        Condition::TransparentSocket => Ternary::of(packet.transparent),
+        Condition::Connection { states: Some(states) } if states & NEW == 0 => Ternary::No,
+        Condition::Connection { .. } | Condition::Other => Ternary::Maybe,
     }
 }
 
@@ -380,10 +396,10 @@ pub(super) fn routed<'a>(
             continue;
         }
         let applies = selects(rule, mark, incoming);
-        if applies == Truth::No {
+        if applies == Ternary::No {
             continue;
         }
-        let sure = applies == Truth::Yes;
+        let sure = applies == Ternary::Yes;
         match rule.action {
             Action::Nop => {}
             // Backwards there is no way (`fib_nl2rule`).
@@ -433,35 +449,35 @@ fn what_is_in(tables: &Tables, family: Family, table: u32) -> Contents {
     }
 }
 
-fn selects(rule: &routing::Rule, mark: Mark, incoming: Option<&str>) -> Truth {
+fn selects(rule: &routing::Rule, mark: Mark, incoming: Option<&str>) -> Ternary {
     if rule.by_interface {
-        return Truth::No;
+        return Ternary::No;
     }
     let by_mark = match rule.mark {
-        None => Truth::Yes,
+        None => Ternary::Yes,
         // Bits that are not ours may be anything.
         Some(wanted) => {
             let common = wanted.mask & mark.mask;
             match (wanted.value & common == mark.value & common, wanted.mask & !mark.mask & wanted.value) {
-                (false, _) => Truth::No,
-                (true, 0) => Truth::Yes,
-                (true, _) => Truth::Maybe,
+                (false, _) => Ternary::No,
+                (true, 0) => Ternary::Yes,
+                (true, _) => Ternary::Maybe,
             }
         }
     };
     let by_interface = match (&rule.incoming, incoming) {
-        (None, _) => Truth::Yes,
-        (Some(wanted), None) => Truth::of(*wanted == "lo"),
+        (None, _) => Ternary::Yes,
+        (Some(wanted), None) => Ternary::of(*wanted == "lo"),
         (Some(wanted), Some("")) => {
             if *wanted == "lo" {
-                Truth::No
+                Ternary::No
             } else {
-                Truth::Maybe
+                Ternary::Maybe
             }
         }
-        (Some(wanted), Some(incoming)) => Truth::of(*wanted == incoming),
+        (Some(wanted), Some(incoming)) => Ternary::of(*wanted == incoming),
     };
-    let other = if rule.conditional { Truth::Maybe } else { Truth::Yes };
+    let other = if rule.conditional { Ternary::Maybe } else { Ternary::Yes };
     let all = by_mark.and(by_interface).and(other);
     if rule.inverted { all.not() } else { all }
 }

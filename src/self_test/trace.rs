@@ -4,15 +4,13 @@ use std::os::fd::AsFd;
 
 use socket2::Socket;
 
-use super::object::{Hook, Object};
-use super::statement::Statement;
-use super::transaction::{Change, commit};
-use super::{SUBSYSTEM, header};
+use crate::backend::nft::object::{Hook, Object};
+use crate::backend::nft::statement::Statement;
+use crate::backend::nft::transaction::{Change, commit};
+use crate::backend::nft::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
-use crate::text::Owned;
 
 /// The table that watches. No instance can have this name.
 const TABLE: &str = "libtproxy--trace";
@@ -65,9 +63,10 @@ impl Tracer {
         let reports = Channel::socket(libc::NETLINK_NETFILTER).map_err(failed)?;
         sys::setsockopt_int(reports.as_fd(), libc::SOL_NETLINK, ADD_MEMBERSHIP, TRACES).map_err(failed)?;
         let mut objects: Vec<Object> =
-            WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).list();
+            WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).collect::<Vec<_>>();
         objects.push(Object::Rule { chain: WATCHED[0].0, statements: vec![Statement::Trace], comment: "follow" });
-        let changes: Vec<Change<'_>> = std::iter::once(Change::Make).chain(objects.iter().map(Change::Add)).list();
+        let changes: Vec<Change<'_>> =
+            std::iter::once(Change::AddTable).chain(objects.iter().map(Change::Add)).collect();
         commit(nft, TABLE, None, &changes)?;
         Ok(Tracer { reports, buffer: Vec::with_capacity(32 << 10) })
     }
@@ -79,7 +78,7 @@ impl Tracer {
         // Reports that were lost for want of room are lost; the others are worth as much.
         while self.reports.receive(&mut self.buffer).is_ok() {
             let messages = wire::messages(&self.buffer);
-            messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)).onto(&mut steps);
+            steps.extend(messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)));
         }
         steps
     }
@@ -100,7 +99,7 @@ fn parse(payload: &[u8]) -> Option<Step> {
     const DROP: u32 = 0;
     let attrs = payload.get(header(0, 0).len()..)?;
     let number = |kind| wire::be32_of(attrs, kind);
-    let text = |kind| Some(wire::string_of(attrs, kind)?.owned());
+    let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
     let verdict = wire::attribute(attrs, VERDICT).and_then(|v| wire::attribute(v, 1)).and_then(wire::be32);
     let family = number(NFPROTO)?;
     // RFC 791: the protocol is the 10th byte; RFC 8200: the next header is the 7th.

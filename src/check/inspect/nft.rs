@@ -5,7 +5,7 @@ mod reader;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::filter::{Chain, Condition, Hook, Origin, Part, Place, PortSet, Ruleset};
+use super::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, PortSet, Ruleset};
 use crate::backend::nft::{SUBSYSTEM, header, table};
 use crate::model::Family;
 use crate::name::Name;
@@ -248,7 +248,7 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
     let (table, name) = (wire::name_of(attrs, TABLE)?, wire::name_of(attrs, NAME)?);
     let hook = wire::attribute(attrs, HOOK).and_then(|hook| {
         let number = |kind| wire::be32_of(hook, kind);
-        Some(Hook { place: Place::of_number(number(HOOK_NUMBER)?)?, priority: number(HOOK_PRIORITY)? as i32 })
+        Some(Hook { point: HookPoint::of_number(number(HOOK_NUMBER)?)?, priority: number(HOOK_PRIORITY)? as i32 })
     });
     // NF_DROP is 0.
     let drops = hook.is_some() && wire::be32_of(attrs, POLICY) == Some(0);
@@ -397,7 +397,7 @@ mod tests {
     use super::*;
     use crate::backend::nft::object::{Object, Variant};
     use crate::backend::nft::statement::{Statement, Verdict as Ours};
-    use crate::backend::seen::filter::{Rule, Verdict};
+    use crate::check::inspect::filter::{Rule, Verdict};
     use crate::model::{Mark, Protocol};
     use crate::netlink::wire::Buffer;
     use proptest::prelude::*;
@@ -448,7 +448,7 @@ mod tests {
         let rule = read_back(vec![Statement::Dnat { addr: [127, 0, 0, 1].into(), port: 1 }, Statement::NotTranslated]);
         let tracked = only(Condition::Connection { states: None });
         assert_eq!(rule.parts, [Part::TranslateDestination(Some([127, 0, 0, 1].into())), tracked.clone()]);
-        let rule = read_back(vec![Statement::Answer, Statement::Verdict(Ours::Return)]);
+        let rule = read_back(vec![Statement::CtReply, Statement::Verdict(Ours::Return)]);
         assert_eq!(rule.parts, [tracked, Part::Verdict(Verdict::Return)]);
         let set = crate::backend::nft::object::SetName { base: "ports", len: None, variant: Variant::First };
         let rule = read_back(vec![Statement::DestinationPortIn(set), Statement::Verdict(Ours::Jump("j"))]);

@@ -1,19 +1,17 @@
-//! Who has which place: an instance's name, its routing rules' preferences and
+//! Who has which slot: an instance's name, its routing rules' preferences and
 //! its routing table, claimed by a table of nf_tables that is still empty.
 //!
 //! A claim is a compare-and-swap: the kernel makes the table only if the
-//! ruleset is still the one that was read. So nobody gets a name or a place
+//! ruleset is still the one that was read. So nobody gets a name or a slot
 //! that a living instance has, and what no table speaks for is a dead one's.
 
 use crate::backend::holder;
-use crate::backend::nft::table::{self, Place, Table};
+use crate::backend::nft::table::{self, RoutingSlot, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
 use crate::error::{Error, Result};
-use crate::list::List;
 use crate::model::{Families, Plan};
 use crate::netlink::Channel;
-use crate::text::Owned;
 
 /// Places for instances that ask for none of their own: routing rules from
 /// this preference on, four each, and a routing table each.
@@ -28,7 +26,7 @@ const PLACES: u32 = 64;
 /// Others may change nf_tables at the same time; one of us always gets through.
 const TRIES: u32 = 1000;
 
-/// Each round of a sweep cleans one place.
+/// Each round of a remove_stale cleans one slot.
 const ROUNDS: u32 = 1000;
 
 /// The table of whoever removes what dead instances left. No instance can have this name.
@@ -36,61 +34,61 @@ const SWEEPER: &str = "libtproxy--sweep";
 
 /// What was claimed.
 pub(super) struct Claim {
-    pub place: Place,
+    pub slot: RoutingSlot,
     /// The instance was there, without an owner: its rules are in force.
     pub adopted: bool,
 }
 
-/// Claims the instance's name and a place. `avoid` are routing tables that have turned out not to be free.
-pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, avoid: &[u32]) -> Result<Claim> {
+/// Claims the instance's name and a slot. `excluded_tables` are routing tables that have turned out not to be free.
+pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, excluded_tables: &[u32]) -> Result<Claim> {
     let name = table::name_of(&plan.name);
-    let mut swept = false;
+    let mut removed_stale = false;
     retried(|| {
         let (mut generation, mut tables) = listed(nft)?;
         let mut rules = route::rules(route, plan.families)?;
         // What dead instances left goes first. Mostly there is nothing, and looking once is enough.
-        if !swept && rules.iter().any(|rule| rule.ours && !is_lived_in(&tables, rule)) {
-            // If another process is at it, the places that it has not cleaned yet are not chosen.
-            sweep(nft, route)?;
-            swept = true;
+        if !removed_stale && rules.iter().any(|rule| rule.ours && !is_in_use(&tables, rule)) {
+            // If another process is at it, the slots that it has not cleaned yet are not chosen.
+            remove_stale(nft, route)?;
+            removed_stale = true;
             (generation, tables) = listed(nft)?;
             rules = route::rules(route, plan.families)?;
         }
-        if let Some(place) = orphan_or_free(&name, plan, &tables)? {
+        if let Some(slot) = orphaned_slot(&name, plan, &tables)? {
             commit(nft, &name, Some(generation), &[Change::Adopt])?;
-            return Ok(Claim { place, adopted: true });
+            return Ok(Claim { slot, adopted: true });
         }
-        let place = choose(plan, &tables, &rules, avoid)?;
-        commit(nft, &name, Some(generation), &[Change::Claim { place: &place, persist: plan.persist }])?;
-        // What a dead instance left there, and no sweep has removed.
-        let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
-        match route::delete_found(route, &left_at(&place, &rules), &in_use) {
-            Ok(()) => Ok(Claim { place, adopted: false }),
+        let slot = choose(plan, &tables, &rules, excluded_tables)?;
+        commit(nft, &name, Some(generation), &[Change::Claim { slot: &slot, persist: plan.persist }])?;
+        // What a dead instance left there, and no remove_stale has removed.
+        let in_use: Vec<u32> = slots(&tables).map(|slot| slot.table).collect();
+        match route::delete_found(route, &left_at(&slot, &rules), &in_use) {
+            Ok(()) => Ok(Claim { slot, adopted: false }),
             Err(error) => Err(error.after(commit(nft, &name, None, &[Change::DeleteTable]))),
         }
     })
 }
 
-/// A place on a host without nf_tables, where nothing can be claimed: the first that nobody is seen to have.
-pub(super) fn unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
+/// A slot on a host without nf_tables, where nothing can be claimed: the first that nobody is seen to have.
+pub(super) fn pick_unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> {
     let rules = route::rules(route, plan.families)?;
-    let place = choose(plan, &[], &rules, &[])?;
+    let slot = choose(plan, &[], &rules, &[])?;
     // Whose routes these rules lead to cannot be known.
-    route::delete_rules(route, &left_at(&place, &rules))?;
-    Ok(Claim { place, adopted: false })
+    route::delete_rules(route, &left_at(&slot, &rules))?;
+    Ok(Claim { slot, adopted: false })
 }
 
-/// The rules of ours that are in a place.
-fn left_at(place: &Place, rules: &[FoundRule]) -> Vec<FoundRule> {
-    rules.iter().filter(|rule| rule.ours && rule.is_behind(place.priority)).copied().list()
+/// The rules of ours that are in a slot.
+fn left_at(slot: &RoutingSlot, rules: &[FoundRule]) -> Vec<FoundRule> {
+    rules.iter().filter(|rule| rule.ours && rule.is_behind(slot.priority)).copied().collect::<Vec<_>>()
 }
 
-/// Removes the routing that dead instances left behind, whatever place it was. Another process that does the same is
+/// Removes the routing that dead instances left behind, whatever slot it was. Another process that does the same is
 /// waited for.
-pub(super) fn sweep_all(nft: &mut Channel, route: &mut Channel) -> Result<()> {
+pub(super) fn remove_all_stale(nft: &mut Channel, route: &mut Channel) -> Result<()> {
     let mut at_it = 0;
     for _ in 0..TRIES {
-        match sweep(nft, route)? {
+        match remove_stale(nft, route)? {
             None => return Ok(()),
             Some(pid) => at_it = pid,
         }
@@ -106,8 +104,8 @@ pub(super) fn sweep_all(nft: &mut Channel, route: &mut Channel) -> Result<()> {
 
 /// Removes the routing that dead instances left behind; gives the process that is at it already.
 ///
-/// Each place is claimed while it is cleaned, so that no instance comes to it meanwhile.
-fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
+/// Each slot is claimed while it is cleaned, so that no instance comes to it meanwhile.
+fn remove_stale(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
     // A rule that only looks like ours may withstand; nothing is tried twice. So each round tries one more at least.
     let mut tried: Vec<FoundRule> = Vec::new();
     for _ in 0..ROUNDS {
@@ -121,11 +119,11 @@ fn sweep(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
                 };
             }
             let mut rules = route::rules(route, Families::ALL)?;
-            rules.retain(|rule| rule.ours && !tried.contains(rule) && !is_lived_in(&tables, rule));
-            let Some(place) = place_of_first(&mut rules) else { return Ok(Next::Nothing) };
-            commit(nft, SWEEPER, Some(generation), &[Change::Claim { place: &place, persist: false }])?;
+            rules.retain(|rule| rule.ours && !tried.contains(rule) && !is_in_use(&tables, rule));
+            let Some(slot) = place_of_first(&mut rules) else { return Ok(Next::Nothing) };
+            commit(nft, SWEEPER, Some(generation), &[Change::Claim { slot: &slot, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
-            let in_use: Vec<u32> = places(&tables).map(|place| place.table).list();
+            let in_use: Vec<u32> = slots(&tables).map(|slot| slot.table).collect();
             Ok(Next::Clean(rules, in_use))
         })?;
         match claimed {
@@ -157,16 +155,16 @@ enum Next {
     Clean(Vec<FoundRule>, Vec<u32>),
 }
 
-/// The place that the first of these rules is in, and of the rules those that are in it, which are one at least.
+/// The slot that the first of these rules is in, and of the rules those that are in it, which are one at least.
 ///
 /// No instance shall come to the routing table that is cleaned, either: it is one table at a time.
-fn place_of_first(rules: &mut Vec<FoundRule>) -> Option<Place> {
+fn place_of_first(rules: &mut Vec<FoundRule>) -> Option<RoutingSlot> {
     let priority = rules.iter().map(|rule| rule.priority).min()?;
     rules.retain(|rule| rule.is_behind(priority));
-    // Rules that lead nowhere need no routing table, but a place has one.
+    // Rules that lead nowhere need no routing table, but a slot has one.
     let table = rules.iter().find_map(FoundRule::table).unwrap_or(FIRST_TABLE);
     rules.retain(|rule| rule.table().is_none_or(|other| other == table));
-    Some(Place { priority, table })
+    Some(RoutingSlot { priority, table })
 }
 
 /// Does something that ends in a claim, until nobody else's change comes between.
@@ -194,23 +192,23 @@ fn listed(nft: &mut Channel) -> Result<(u32, Vec<Table>)> {
     // A sweeper's table dies with its owner. One without came out of a file in which somebody had saved the ruleset: it
     // speaks for nothing.
     for table in tables.iter_mut().filter(|table| table.name == SWEEPER && table.owner.is_none()) {
-        table.place = None;
+        table.slot = None;
     }
     Ok((generation, tables))
 }
 
-/// The places that tables speak for.
-pub(super) fn places(tables: &[Table]) -> impl Iterator<Item = Place> {
-    tables.iter().filter_map(|table| table.place)
+/// The slots that tables speak for.
+pub(super) fn slots(tables: &[Table]) -> impl Iterator<Item = RoutingSlot> {
+    tables.iter().filter_map(|table| table.slot)
 }
 
-/// A table speaks for the place that a rule is in.
-fn is_lived_in(tables: &[Table], rule: &FoundRule) -> bool {
-    places(tables).any(|place| rule.is_behind(place.priority))
+/// A table speaks for the slot that a rule is in.
+fn is_in_use(tables: &[Table], rule: &FoundRule) -> bool {
+    slots(tables).any(|slot| rule.is_behind(slot.priority))
 }
 
-/// The place of the instance's orphaned table; `None`: the name is free.
-fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Place>> {
+/// The slot of the instance's orphaned table; `None`: the name is free.
+fn orphaned_slot(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<RoutingSlot>> {
     let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(None) };
     if let Some(owner) = owner_of(table) {
         return Err(Error::with(
@@ -218,17 +216,17 @@ fn orphan_or_free(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Pl
             format_args!("{owner} has rules of this name (table inet {name}): end it, or give yours another `name`"),
         ));
     }
-    match table.place {
-        Some(place) if table.persistent && plan.persist => {
+    match table.slot {
+        Some(slot) if table.persistent && plan.persist => {
             let other = |wanted: Option<u32>, found| wanted.is_some_and(|wanted| wanted != found);
-            if other(plan.priority, place.priority) || other(plan.table, place.table) {
+            if other(plan.priority, slot.priority) || other(plan.table, slot.table) {
                 return Err(Error::invalid_with(format_args!(
                     "the rules of this name that persist have priority {} and table {}, which cannot be changed: leave \
                      `priority` and `table` zero, or call tp_purge_rules first",
-                    place.priority, place.table
+                    slot.priority, slot.table
                 )));
             }
-            Ok(Some(place))
+            Ok(Some(slot))
         }
         Some(_) if table.persistent => Err(Error::new(
             libc::EEXIST,
@@ -250,61 +248,61 @@ pub(super) fn owner_of(table: &Table) -> Option<String> {
     Some(holder::described(table.owner_port?, table.owner?))
 }
 
-/// The place of an instance on a host where nothing is taken.
-pub(super) fn first(plan: &Plan) -> Place {
+/// The slot of an instance on a host where nothing is taken.
+pub(super) fn first(plan: &Plan) -> RoutingSlot {
     numbered(plan, 0)
 }
 
-/// The place that is asked for, or one of those that nobody asked for.
-fn numbered(plan: &Plan, number: u32) -> Place {
-    Place {
+/// The slot that is asked for, or one of those that nobody asked for.
+fn numbered(plan: &Plan, number: u32) -> RoutingSlot {
+    RoutingSlot {
         priority: plan.priority.unwrap_or(FIRST_PRIORITY + number * RULES),
         table: plan.table.unwrap_or(FIRST_TABLE + number),
     }
 }
 
-/// The first place that neither a table of ours nor a rule of someone else occupies.
-fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], avoid: &[u32]) -> Result<Place> {
+/// The first slot that neither a table of ours nor a rule of someone else occupies.
+fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], excluded_tables: &[u32]) -> Result<RoutingSlot> {
     let mut occupied = None;
     for number in 0..PLACES {
-        let place = numbered(plan, number);
-        match occupant(&place, tables, rules) {
-            None if !avoid.contains(&place.table) => return Ok(place),
+        let slot = numbered(plan, number);
+        match occupant(&slot, tables, rules) {
+            None if !excluded_tables.contains(&slot.table) => return Ok(slot),
             None => {}
-            Some(occupant) => occupied = Some((place, occupant)),
+            Some(occupant) => occupied = Some((slot, occupant)),
         }
         if plan.priority.is_some() && plan.table.is_some() {
             break;
         }
     }
     Err(match occupied {
-        Some((place, occupant)) => refusal(&place, &occupant),
+        Some((slot, occupant)) => refusal(&slot, &occupant),
         None => Error::new(libc::EBUSY, "every routing table for an instance is taken"),
     })
 }
 
 /// What is in the way of an instance.
 enum Occupant<'a> {
-    Instance(&'a Table, Place),
+    Instance(&'a Table, RoutingSlot),
     Rule(&'a FoundRule),
 }
 
-fn occupant<'a>(place: &Place, tables: &'a [Table], rules: &'a [FoundRule]) -> Option<Occupant<'a>> {
-    let overlaps = |other: &Place| other.priority.abs_diff(place.priority) < RULES || other.table == place.table;
-    let table = tables.iter().find_map(|table| Some((table, table.place.filter(overlaps)?)));
-    let foreign = || rules.iter().find(|rule| !rule.ours && rule.is_behind(place.priority));
+fn occupant<'a>(slot: &RoutingSlot, tables: &'a [Table], rules: &'a [FoundRule]) -> Option<Occupant<'a>> {
+    let overlaps = |other: &RoutingSlot| other.priority.abs_diff(slot.priority) < RULES || other.table == slot.table;
+    let table = tables.iter().find_map(|table| Some((table, table.slot.filter(overlaps)?)));
+    let foreign = || rules.iter().find(|rule| !rule.ours && rule.is_behind(slot.priority));
     table.map(|(table, other)| Occupant::Instance(table, other)).or_else(|| foreign().map(Occupant::Rule))
 }
 
-/// The error for a place that is occupied.
-fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
+/// The error for a slot that is occupied.
+fn refusal(slot: &RoutingSlot, occupant: &Occupant<'_>) -> Error {
     match occupant {
         Occupant::Instance(table, _) if table.name == SWEEPER => {
             // It will be gone in a moment: look again.
             Error::new(libc::ERESTART, "what a dead instance left there is being removed")
         }
         Occupant::Instance(table, other) => {
-            let owner = owner_of(table).unwrap_or_else(|| "what persists".owned());
+            let owner = owner_of(table).unwrap_or_else(|| "what persists".to_owned());
             Error::with(
                 libc::EBUSY,
                 format_args!(
@@ -323,8 +321,8 @@ fn refusal(place: &Place, occupant: &Occupant<'_>) -> Error {
                 "priority: someone else has an {} routing rule at {} (`ip rule`), and {}-{} are needed: choose another",
                 foreign.family,
                 foreign.priority,
-                place.priority,
-                place.last()
+                slot.priority,
+                slot.last()
             ),
         ),
     }

@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
-use crate::error::{Ends, Error, Result, Step};
+use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::socket::{bind, make_transparent, open};
 use crate::sys;
 
@@ -33,7 +33,7 @@ const DUMMY_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 1, 0, 0, 0, 1);
 
 /// The longest data of an IPv4 datagram that no path cuts: Linux takes none to be narrower than 552 bytes
 /// (`DEFAULT_MIN_PMTU`, net/ipv4/route.c), of which the headers are 28.
-const NEVER_CUT: usize = 552 - 28;
+const MAX_WITHOUT_PMTUD: usize = 552 - 28;
 
 /// How long a port counts as taken: one attempt a second costs nothing, and
 /// nobody waits longer for a port that is free again.
@@ -67,7 +67,7 @@ impl Key {
 }
 
 /// How a reply leaves.
-pub(super) enum Way<'a> {
+pub(super) enum Egress<'a> {
     /// From a socket of its source port.
     Port(BorrowedFd<'a>),
     /// From the raw socket of its family.
@@ -75,12 +75,12 @@ pub(super) enum Way<'a> {
 }
 
 /// What is known of a port.
-struct Source {
+struct PoolEntry {
     key: Key,
     /// `None`: it is taken.
     socket: Option<Socket>,
-    /// What it sends may be cut on its way.
-    cut: bool,
+    /// What it sends may be df_cleared on its way.
+    df_cleared: bool,
     /// When this was found out.
     since: u64,
     used: u64,
@@ -88,7 +88,7 @@ struct Source {
     turn: u64,
 }
 
-impl Source {
+impl PoolEntry {
     /// What is known still holds.
     fn serves(&self, now: u64) -> bool {
         self.socket.is_some() || now < self.since + TAKEN_MS
@@ -103,9 +103,9 @@ pub(super) struct Counts {
     pub evictions: u64,
 }
 
-pub(super) struct Sources {
+pub(super) struct SocketPool {
     /// In the order of their keys.
-    ports: Vec<Source>,
+    ports: Vec<PoolEntry>,
     raw: [Option<Socket>; 2],
     limit: usize,
     idle_ms: u64,
@@ -116,12 +116,12 @@ pub(super) struct Sources {
     pub counts: Counts,
 }
 
-impl Sources {
-    pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Result<Sources> {
+impl SocketPool {
+    pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Result<SocketPool> {
         // All the room that there will ever be: a reply allocates nothing.
         let mut ports = Vec::new();
         ports.try_reserve_exact(limit).map_err(|_| Error::no_memory())?;
-        Ok(Sources {
+        Ok(SocketPool {
             ports,
             raw: [None, None],
             limit,
@@ -149,9 +149,9 @@ impl Sources {
     }
 
     /// How datagrams leave from a port, none of which is longer than this.
-    pub(super) fn way(&mut self, key: Key, longest: usize, now: u64) -> Result<Way<'_>> {
+    pub(super) fn egress(&mut self, key: Key, longest: usize, now: u64) -> Result<Egress<'_>> {
         if self.raw_only {
-            return Ok(Way::Raw);
+            return Ok(Egress::Raw);
         }
         self.turn += 1;
         let turn = self.turn;
@@ -162,16 +162,16 @@ impl Sources {
             }
             known => {
                 self.counts.misses += 1;
-                self.learn(key, known.ok(), now)?
+                self.open_or_mark_taken(key, known.ok(), now)?
             }
         };
         (source.used, source.turn) = (now, turn);
-        let Some(socket) = &source.socket else { return Ok(Way::Raw) };
-        if longest > NEVER_CUT && !source.cut {
-            let_be_cut(socket.as_fd())?;
-            source.cut = true;
+        let Some(socket) = &source.socket else { return Ok(Egress::Raw) };
+        if longest > MAX_WITHOUT_PMTUD && !source.df_cleared {
+            clear_df(socket.as_fd())?;
+            source.df_cleared = true;
         }
-        Ok(Way::Port(socket.as_fd()))
+        Ok(Egress::Port(socket.as_fd()))
     }
 
     /// Where a port is, or would be.
@@ -182,7 +182,7 @@ impl Sources {
     /// Finds out about a port of which nothing is known, or nothing that still holds.
     #[cold]
     #[inline(never)]
-    fn learn(&mut self, key: Key, known: Option<usize>, now: u64) -> Result<&mut Source> {
+    fn open_or_mark_taken(&mut self, key: Key, known: Option<usize>, now: u64) -> Result<&mut PoolEntry> {
         match known {
             Some(place) => drop(self.ports.remove(place)),
             // First, so that there is never one more than allowed.
@@ -191,7 +191,7 @@ impl Sources {
         }
         let socket = self.open_port(key)?;
         let (Ok(place) | Err(place)) = self.place(key);
-        self.ports.insert(place, Source { key, socket, cut: key.is_v6(), since: now, used: now, turn: 0 });
+        self.ports.insert(place, PoolEntry { key, socket, df_cleared: key.is_v6(), since: now, used: now, turn: 0 });
         Ok(&mut self.ports[place])
     }
 
@@ -241,10 +241,10 @@ fn dummy(key: Key) -> SocketAddr {
 
 fn port_socket(key: Key) -> Result<Socket> {
     let addr = dummy(key);
-    let socket = deaf(key.is_v6(), Type::DGRAM, None)?;
+    let socket = send_only_socket(key.is_v6(), Type::DGRAM, None)?;
     let set = |level, option, value| {
         sys::setsockopt_int(socket.as_fd(), level, option, value)
-            .map_err(|e| Error::socket(Step::Prepare, Ends { local: Some(addr.into()), remote: None }, e))
+            .map_err(|e| Error::socket(SocketOp::Prepare, Endpoints { local: Some(addr.into()), remote: None }, e))
     };
     if key.is_v6() {
         // Or it would share the port with IPv4's sockets too.
@@ -264,28 +264,28 @@ fn port_socket(key: Key) -> Result<Socket> {
 ///
 /// A socket of IPv6's does not know the option.
 #[cold]
-pub(super) fn let_be_cut(fd: BorrowedFd<'_>) -> Result<()> {
+pub(super) fn clear_df(fd: BorrowedFd<'_>) -> Result<()> {
     sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
-        .map_err(|e| Error::socket(Step::Prepare, Ends::default(), e))
+        .map_err(|e| Error::socket(SocketOp::Prepare, Endpoints::default(), e))
 }
 
 /// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
 fn raw_socket(v6: bool) -> Result<Socket> {
-    let socket = deaf(v6, Type::RAW, Some(Protocol::UDP))?;
+    let socket = send_only_socket(v6, Type::RAW, Some(Protocol::UDP))?;
     if !v6 {
-        let_be_cut(socket.as_fd())?;
+        clear_df(socket.as_fd())?;
     }
     bind(&socket, &dummy(Key::new(v6, 0)).into())?;
     Ok(socket)
 }
 
 /// A transparent socket that receives nothing.
-fn deaf(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+fn send_only_socket(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = open(domain, kind, protocol)?;
     make_transparent(&socket, domain)?;
     // BPF_RET 0: keep no byte of it.
     let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
-    socket.attach_filter(&[nothing]).map_err(|e| Error::socket(Step::Prepare, Ends::default(), e))?;
+    socket.attach_filter(&[nothing]).map_err(|e| Error::socket(SocketOp::Prepare, Endpoints::default(), e))?;
     Ok(socket)
 }

@@ -3,10 +3,9 @@
 
 use std::fmt::{self, Write};
 
-use crate::backend::seen::filter::{Chain, Origin, Rule};
+use crate::check::inspect::filter::{Chain, Origin, Rule};
 use crate::check::shell::{is_nft_identifier, is_plain, json, word};
 use crate::model::{Family, Mark};
-use crate::text;
 
 /// What a packet has to be, for a rule that lets it through.
 #[derive(Debug, Clone, Copy)]
@@ -135,7 +134,7 @@ fn program(origin: Origin, family: Family) -> &'static str {
 
 /// A chain as its program calls it, for people.
 pub(super) fn named(chain: &Chain) -> impl fmt::Display {
-    text::by(move |f| {
+    std::fmt::from_fn(move |f| {
         let Chain { table, name, .. } = chain;
         match chain.origin {
             Origin::Nft => write!(f, "{} {table} {name}", nft_family(chain)),

@@ -4,20 +4,19 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::fmt;
 
-use super::Scene;
+use super::Context;
 use super::commands::{Clause, insertion, named, removal};
-use crate::backend::seen::filter::{Chain, Condition, Hook, Origin, Part, Place, Rule, Verdict};
+use crate::check::eval::{Effect, Outcome, Packet};
 use crate::check::findings::{self, Finding, Findings, Kind, Severity};
+use crate::check::inspect::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, Rule, Verdict};
 use crate::check::instances::{self, Interception};
-use crate::check::walk::{Effect, Outcome, Packet};
 use crate::model::{Family, Mark};
-use crate::text;
 
-pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
+pub(super) fn check_filters(context: &Context<'_>, found: &mut Findings) {
     let mut groups: HashMap<Group, Vec<&Interception<'_>>> = HashMap::new();
     let mut order = Vec::new();
-    for interception in &scene.interceptions {
-        let alive = scene.instance(interception).is_some_and(|instance| instance.owner.is_some());
+    for interception in &context.interceptions {
+        let alive = context.instance(interception).is_some_and(|instance| instance.owner.is_some());
         if alive || interception.instance.is_none() {
             let group = Group::of(interception);
             let members = groups.entry(group).or_default();
@@ -27,7 +26,7 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
             members.push(interception);
         }
     }
-    for (number, base) in scene.chains.bases() {
+    for (number, base) in context.chains.bases() {
         // A table of ours has nothing of others; an iptables chain that leads to ours may.
         if base.origin == Origin::Nft && instances::is_ours(base) {
             continue;
@@ -35,21 +34,21 @@ pub(super) fn judge(scene: &Scene<'_>, found: &mut Findings) {
         let of_family = |group: &&Group| base.family.is_none_or(|family| family == group.family);
         let mut ports = None;
         for group in order.iter().filter(of_family) {
-            let ports = ports.get_or_insert_with(|| scene.chains.ports_that_matter(number));
+            let ports = ports.get_or_insert_with(|| context.chains.ports_that_matter(number));
             let members = groups.get(group).map(Vec::as_slice).unwrap_or_default();
-            through(scene, (number, base), ports, group, members, found);
+            eval_chain(context, (number, base), ports, group, members, found);
         }
     }
-    if scene.chains.is_exhausted() {
-        say!(
+    if context.chains.is_exhausted() {
+        report!(
             found,
             Severity::Note,
             findings::UNSEEN,
             "packet filters: there are more rules, and more that is intercepted, than can be followed; not all was"
         );
     }
-    collisions(scene, found);
-    keep_port(scene, found);
+    collisions(context, found);
+    keep_port(context, found);
 }
 
 /// What interceptions have in common whose packets differ only in their ports.
@@ -80,9 +79,9 @@ impl Group {
 
     /// The packet at a hook: until it meets the rules it is anybody's, from then on it has the mark and a socket.
     fn packet(&self, hook: Hook, port: Option<u16>) -> Packet {
-        let met = match hook.place {
-            Place::Prerouting => self.is_behind(hook) != Order::Before,
-            Place::Input => true,
+        let met = match hook.point {
+            HookPoint::Prerouting => self.is_behind(hook) != Order::Before,
+            HookPoint::Input => true,
             _ => false,
         };
         Packet {
@@ -97,7 +96,7 @@ impl Group {
 
 /// At this hook it is the proxy's own packets, with any port.
 fn is_for_replies(hook: Hook) -> bool {
-    matches!(hook.place, Place::Output | Place::Postrouting)
+    matches!(hook.point, HookPoint::Output | HookPoint::Postrouting)
 }
 
 /// Whether a base chain sees packets before the rules that intercept them, or behind.
@@ -110,8 +109,8 @@ enum Order {
 
 /// Sends what a group of interceptions stands for through a base chain: one packet for all between whose ports no rule on
 /// its way distinguishes (`ports`).
-fn through(
-    scene: &Scene<'_>,
+fn eval_chain(
+    context: &Context<'_>,
     (number, base): (usize, &Chain),
     ports: &[u16],
     group: &Group,
@@ -122,7 +121,7 @@ fn through(
     let mut classes: HashMap<Option<usize>, usize> = HashMap::new();
     let mut of_class: Vec<(Option<u16>, Vec<&Interception<'_>>)> = Vec::new();
     for member in members {
-        if !scene.chains.step(1) {
+        if !context.chains.step(1) {
             return;
         }
         let port = member.sample_port().filter(|_| !is_for_replies(hook));
@@ -134,27 +133,27 @@ fn through(
         }
     }
     for (port, members) in &of_class {
-        let Some(outcome) = scene.chains.through(number, group.packet(hook, *port)) else { return };
-        Judged { scene, base, hook, group, members }.judge(&outcome, found);
+        let Some(outcome) = context.chains.eval_chain(number, group.packet(hook, *port)) else { return };
+        FilterCheck { context, base, hook, group, members }.check(&outcome, found);
     }
 }
 
 /// Interceptions whose packets fare alike in a base chain of others.
-struct Judged<'a> {
-    scene: &'a Scene<'a>,
+struct FilterCheck<'a> {
+    context: &'a Context<'a>,
     base: &'a Chain,
     hook: Hook,
     group: &'a Group,
     members: &'a [&'a Interception<'a>],
 }
 
-impl Judged<'_> {
-    fn judge(&self, outcome: &Outcome<'_>, found: &mut Findings) {
+impl FilterCheck<'_> {
+    fn check(&self, outcome: &Outcome<'_>, found: &mut Findings) {
         if let Some((chain, rule, sure)) = outcome.dropped.filter(|(chain, ..)| !instances::is_ours(chain)) {
             self.dropped(chain, rule, sure, found);
         }
         for effect in &outcome.effects {
-            if !self.scene.chains.step(1) {
+            if !self.context.chains.step(1) {
                 return;
             }
             if !instances::is_ours(effect.chain) && !self.is_itself(effect) {
@@ -168,7 +167,7 @@ impl Judged<'_> {
         self.members.iter().all(|member| std::ptr::eq(effect.rule, member.rule))
     }
 
-    fn say<'f>(
+    fn report<'f>(
         &self,
         found: &'f mut Findings,
         kind: &'static Kind,
@@ -177,87 +176,87 @@ impl Judged<'_> {
     ) -> &'f mut Finding {
         let severity = if sure { Severity::Failure } else { Severity::Warning };
         let unsure = if sure { "" } else { ", unless one of its rules says otherwise" };
-        say!(found, severity, kind, "{words}{unsure}")
+        report!(found, severity, kind, "{words}{unsure}")
     }
 
     fn dropped(&self, chain: &Chain, rule: Option<&Rule>, sure: bool, found: &mut Findings) {
-        let (kind, whose, cure) = match self.hook.place {
+        let (kind, whose, fix) = match self.hook.point {
             // NAT's listener is an ordinary one: the firewall's owner has to let its port in.
-            Place::Input if self.group.mark.is_some() => {
+            HookPoint::Input if self.group.mark.is_some() => {
                 (findings::INPUT_DROP, "packets that are intercepted", self.exempt())
             }
-            Place::Prerouting => {
-                let cure = match self.group.is_behind(self.hook) == Order::Behind {
+            HookPoint::Prerouting => {
+                let fix = match self.group.is_behind(self.hook) == Order::Behind {
                     true => self.exempt(),
                     false => self.exempt_selected(),
                 };
-                (findings::PREROUTING_DROP, "packets that are intercepted", cure)
+                (findings::PREROUTING_DROP, "packets that are intercepted", fix)
             }
-            Place::Output if sure && self.group.mark.is_some() => {
-                let cure = insertion(self.base, self.group.family, &[Clause::FromTransparent]);
-                (findings::OUTPUT_DROP, "packets that the proxy sends", cure)
+            HookPoint::Output if sure && self.group.mark.is_some() => {
+                let fix = insertion(self.base, self.group.family, &[Clause::FromTransparent]);
+                (findings::OUTPUT_DROP, "packets that the proxy sends", fix)
             }
             _ => return,
         };
-        let by = text::by(|f| match rule {
+        let by = std::fmt::from_fn(|f| match rule {
             Some(rule) => write!(f, "{}", ruled(rule, chain)),
             None => write!(f, "the policy of chain {}", named(chain)),
         });
-        self.say(found, kind, sure, format_args!("{by} drops {}{whose}", of_family(self.base)))
-            .cured_by(format_args!("{cure}"));
+        self.report(found, kind, sure, format_args!("{by} drops {}{whose}", of_family(self.base)))
+            .fix_with(format_args!("{fix}"));
     }
 
     fn affected(&self, effect: &Effect<'_>, found: &mut Findings) {
         let order = self.group.is_behind(self.hook);
         let (after, sure) = (order != Order::Before, effect.sure && order == Order::Behind);
         let of = of_family(self.base);
-        let rule = text::by(|f| write!(f, "{}", ruled(effect.rule, effect.chain)));
-        match (self.hook.place, effect.part) {
-            (Place::Prerouting, Part::SetMark { keep, set }) if after && !effect.with_tproxy => {
+        let rule = std::fmt::from_fn(|f| write!(f, "{}", ruled(effect.rule, effect.chain)));
+        match (self.hook.point, effect.part) {
+            (HookPoint::Prerouting, Part::SetMark { keep, set }) if after && !effect.with_tproxy => {
                 let Some(mark) = self.group.mark else { return };
                 let kept = match set {
                     Some(set) => (mark.value & keep ^ set) & mark.mask == mark.value,
                     None => mark.mask & !keep == 0,
                 };
                 if !kept {
-                    self.say(
+                    self.report(
                         found,
                         findings::MARK_OVERWRITTEN,
                         sure,
                         format_args!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}"),
                     )
-                    .cured_by(format_args!("{}", self.exempt()));
+                    .fix_with(format_args!("{}", self.exempt()));
                 }
             }
-            (Place::Prerouting, Part::Tproxy { port, .. }) if after => {
-                self.say(
+            (HookPoint::Prerouting, Part::Tproxy { port, .. }) if after => {
+                self.report(
                     found,
                     findings::TPROXY_ELSEWHERE,
                     sure,
                     format_args!("{rule} gives {of}packets that are intercepted to a listener on port {port}"),
                 )
-                .cured_by(format_args!("{}", self.exempt()));
+                .fix_with(format_args!("{}", self.exempt()));
             }
-            (Place::Prerouting, Part::TranslateDestination(_) | Part::Redirect(_)) => {
-                let cure = if after { self.exempt() } else { self.exempt_selected() };
-                self.say(
+            (HookPoint::Prerouting, Part::TranslateDestination(_) | Part::Redirect(_)) => {
+                let fix = if after { self.exempt() } else { self.exempt_selected() };
+                self.report(
                     found,
                     findings::NAT,
                     effect.sure,
                     format_args!("{rule} translates the destination of {of}packets that are to be intercepted"),
                 )
-                .cured_by(format_args!("{cure}"));
+                .fix_with(format_args!("{fix}"));
             }
-            (Place::Postrouting, Part::TranslateSource) if self.group.mark.is_some() => {
+            (HookPoint::Postrouting, Part::TranslateSource) if self.group.mark.is_some() => {
                 let clauses = [Clause::FromSocket, Clause::NotFromThisHost];
-                let cure = insertion(self.base, self.group.family, &clauses);
-                say!(
+                let fix = insertion(self.base, self.group.family, &clauses);
+                report!(
                     found,
                     Severity::Note,
                     findings::MASQUERADE,
                     "{rule} translates the source of {of}packets that leave"
                 )
-                .cured_by(format_args!("{cure}"));
+                .fix_with(format_args!("{fix}"));
             }
             _ => {}
         }
@@ -291,7 +290,7 @@ impl Judged<'_> {
 
 /// A rule, as its program calls it.
 pub(super) fn ruled(rule: &Rule, chain: &Chain) -> impl fmt::Display {
-    text::by(move |f| {
+    std::fmt::from_fn(move |f| {
         let number = if chain.origin == Origin::Nft { rule.handle } else { rule.number as u64 };
         write!(f, "rule {number} of chain {}", named(chain))
     })
@@ -307,9 +306,9 @@ fn of_family(chain: &Chain) -> &'static str {
 }
 
 /// Rules of others that give packets the mark that is ours.
-fn collisions(scene: &Scene<'_>, found: &mut Findings) {
+fn collisions(context: &Context<'_>, found: &mut Findings) {
     let mut marking = Vec::new();
-    for chain in scene.others() {
+    for chain in context.others() {
         // The last first, so that the numbers of the others stay when it is deleted.
         for rule in chain.rules.iter().rev() {
             let delivers = rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. }));
@@ -320,10 +319,10 @@ fn collisions(scene: &Scene<'_>, found: &mut Findings) {
             marking.extend(sets.filter(|_| !delivers).map(|set| (chain, rule, set)));
         }
     }
-    for instance in scene.instances.iter().filter(|instance| instance.owner.is_some()) {
+    for instance in context.instances.iter().filter(|instance| instance.owner.is_some()) {
         let Some(mark) = instance.mark else { continue };
         for (chain, rule, set) in &marking {
-            if !scene.chains.step(1) {
+            if !context.chains.step(1) {
                 return;
             }
             if set & mark.mask != mark.value {
@@ -331,23 +330,23 @@ fn collisions(scene: &Scene<'_>, found: &mut Findings) {
             }
             // What the rule does besides would be lost with it.
             let harmless = |part: &Part| matches!(part, Part::OnlyIf(_) | Part::OnlyIfNot(_) | Part::SetMark { .. });
-            let cure = if rule.parts.iter().all(harmless) { removal(chain, rule) } else { String::new() };
+            let fix = if rule.parts.iter().all(harmless) { removal(chain, rule) } else { String::new() };
             let (rule, name) = (ruled(rule, chain), &instance.name);
             found
-                .say(
+                .push(
                     Severity::Warning,
                     findings::MARK_COLLISION,
                     format_args!("{rule} gives packets the mark {mark}, which is instance {name}'s"),
                 )
-                .cured_by(format_args!("{cure}"));
+                .fix_with(format_args!("{fix}"));
         }
     }
 }
 
 /// Connection tracking, where both halves of a connection that keeps its port are one.
-fn keep_port(scene: &Scene<'_>, found: &mut Findings) {
-    let tracked = scene.interceptions.iter().any(|interception| {
-        interception.mark.is_some() && scene.instance(interception).is_none_or(|instance| !instance.notrack)
+fn keep_port(context: &Context<'_>, found: &mut Findings) {
+    let tracked = context.interceptions.iter().any(|interception| {
+        interception.mark.is_some() && context.instance(interception).is_none_or(|instance| !instance.notrack)
     });
     let tracks = |part: &Part| {
         matches!(
@@ -358,18 +357,18 @@ fn keep_port(scene: &Scene<'_>, found: &mut Findings) {
                 | Part::Redirect(_)
         )
     };
-    let rules = || scene.rules().map(|(_, rule)| rule);
-    let spared = scene.ruleset().chains.iter().any(|chain| chain.table == UNTRACKED);
+    let rules = || context.rules().map(|(_, rule)| rule);
+    let spared = context.ruleset().chains.iter().any(|chain| chain.table == UNTRACKED);
     if !tracked || spared || !rules().any(|rule| rule.parts.iter().any(tracks)) {
         return;
     }
-    let finding = say!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use").not_cured();
+    let finding = report!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use").without_fix();
     // A firewall that knows answers by their connections would drop what is kept out of it.
-    if scene.others().flat_map(|chain| &chain.rules).any(accepts_answers) {
+    if context.others().flat_map(|chain| &chain.rules).any(accepts_answers) {
         return;
     }
     // Keeps what transparent sockets send and get out of it.
-    finding.cured_by(format_args!("nft add table inet {UNTRACKED}"));
+    finding.fix_with(format_args!("nft add table inet {UNTRACKED}"));
     for hook in ["prerouting", "output"] {
         finding
             .and(format_args!("nft 'add chain inet {UNTRACKED} {hook} {{ type filter hook {hook} priority raw; }}'"))
@@ -389,5 +388,5 @@ fn accepts_answers(rule: &Rule) -> bool {
     rule.parts.iter().any(known) && rule.parts.iter().any(accepts)
 }
 
-/// The table that the cure makes.
+/// The table that the fix makes.
 const UNTRACKED: &str = "transparent-untracked";

@@ -1,0 +1,223 @@
+"""The example proxies under clients that are not friendly: that say nothing, that are more than there are descriptors for,
+and that want to go where they must not.
+
+    attacked.py DIRECTORY-OF-THE-EXAMPLES
+
+Runs itself in namespaces of its own, as the demo does. Exits non-zero with a sentence if something is not as it should be.
+"""
+
+import os
+import resource
+import socket
+import subprocess
+import threading
+import time
+
+import hosts
+from hosts import demo, on
+
+SERVER = ("203.0.113.2", 80)
+SERVER6 = ("2001:db8:2::2", 80)
+
+
+def server():
+    """Answers each connection at once, and then waits for its end."""
+    for family, address in ((socket.AF_INET, SERVER), (socket.AF_INET6, SERVER6)):
+        listener = socket.socket(family)
+        listener.bind(address)
+        listener.listen(1024)
+
+        def serve(listener=listener):
+            while True:
+                connection, peer = listener.accept()
+                seen.append(peer[0])
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+
+
+seen = []
+
+
+def answer(connection):
+    try:
+        connection.sendall(b"served")
+        while connection.recv(4096):
+            pass
+    except OSError:
+        pass
+    connection.close()
+
+
+class Proxy:
+    """A proxy on its host, with so many descriptors."""
+
+    def __init__(self, program, *args, descriptors=None):
+        def limit():
+            if descriptors is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+        self.process = on("proxy", lambda: subprocess.Popen([program, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                                            text=True, preexec_fn=limit))
+        assert self.process.stdout.readline().startswith("listening"), f"{program} did not start"
+        threading.Thread(target=lambda: [None for _ in self.process.stdout], daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        assert self.process.wait(demo.PATIENCE + 35) == 0
+
+    def cpu_seconds(self):
+        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def call(address=SERVER, patience=demo.PATIENCE):
+    """A client that says nothing; its socket, connected as far as it can see."""
+    client = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    client.settimeout(patience)
+    client.connect(address)
+    return client
+
+
+def served(address=SERVER, patience=demo.PATIENCE):
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            with call(address, 2) as client:
+                if client.recv(100) == b"served":
+                    return True
+        except OSError:
+            pass
+        time.sleep(0.1)
+    return False
+
+
+def few_descriptors(program, *options):
+    """However many are left: it does not spin, and a new client is served while silent ones hold all that there are."""
+    for descriptors in range(18, 24):
+        with Proxy(program, *options, "3129", "80", descriptors=descriptors) as proxy:
+            clients = []
+            for _ in range(40):
+                try:
+                    clients.append(on("client", lambda: call(patience=1)))
+                except OSError:
+                    break
+            time.sleep(1.2)
+            before = proxy.cpu_seconds()
+            time.sleep(1.5)
+            spent = proxy.cpu_seconds() - before
+            # A loop that does not wait takes all of it, or half where another program wants the processor too.
+            assert spent < 0.5, f"{program} with {descriptors} descriptors was busy for {spent:.2f} of 1.5 s"
+            assert on("client", served), f"{program} with {descriptors} descriptors serves nobody else"
+            for client in clients:
+                client.close()
+
+
+def silent_ones_end(program, *options):
+    with Proxy(program, *options, "3129", "80"):
+        client = on("client", call)
+        assert client.recv(100) == b"served"
+        started = time.monotonic()
+        try:
+            assert client.recv(100) == b"", "silence was answered"
+        except ConnectionResetError:
+            pass
+        assert time.monotonic() - started < demo.PATIENCE, f"{program}: a silent connection did not end"
+        client.close()
+
+
+def many_silent_ones(program, *options):
+    """Memory stays bounded, and others are served."""
+    with Proxy(program, *options, "3129", "80") as proxy:
+        clients = [on("client", call) for _ in range(300)]
+        assert on("client", served)
+        with open(f"/proc/{proxy.process.pid}/status", encoding="ascii") as status:
+            kilobytes = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+        assert kilobytes < 65536, f"{program}: {kilobytes} KiB for 300 silent connections"
+        for client in clients:
+            client.close()
+
+
+def denied(program, option):
+    for address in (SERVER, SERVER6):
+        with Proxy(program, option, address[0], "3129", "80"):
+            del seen[:]
+            client = on("client", lambda address=address: call(address))
+            try:
+                assert client.recv(100) == b"", "the denied destination answered"
+            except ConnectionResetError:
+                pass
+            client.close()
+            other = SERVER6 if address == SERVER else SERVER
+            assert on("client", lambda other=other: served(other)), "the other one is not served"
+            assert len(seen) == 1, f"{program}: the denied server was called: {seen}"
+        with Proxy(program, option, address[0], option, "none", "3129", "80"):
+            assert on("client", lambda address=address: served(address)), f"{option} none did not clear the list"
+    refused = subprocess.run([program, option, "10.0.0.0/33", "3129", "80"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "not a prefix" in refused.stderr, refused
+
+
+def denied_datagrams(program):
+    def ask(address):
+        with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(1)
+            client.sendto(b"question", address)
+            try:
+                return client.recv(100)
+            except TimeoutError:
+                return None
+
+    def echo(address):
+        service = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        service.bind(address)
+
+        def run():
+            while True:
+                words, peer = service.recvfrom(100)
+                heard.append(address)
+                service.sendto(words, peer)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    heard = []
+    places = [("203.0.113.2", 53), ("2001:db8:2::2", 53)]
+    for place in places:
+        on("server", lambda place=place: echo(place))
+    for place, other in (places, places[::-1]):
+        with Proxy(program, "--deny", place[0], "3053", "53"):
+            assert on("client", lambda place=place: ask(place)) is None
+            assert on("client", lambda other=other: ask(other)) == b"question"
+            assert place not in heard, f"{program}: the denied server was asked"
+            del heard[:]
+
+
+def room_at_the_limit(program):
+    """At the limit of connections a new client waits until one has been silent for ten seconds, and is served then."""
+    with Proxy(program, "-c", "20", "3129", "80"):
+        clients = [on("client", call) for _ in range(25)]
+        assert on("client", lambda: served(patience=60)), f"{program}: silent clients keep others out"
+        for client in clients:
+            client.close()
+
+
+def test(examples):
+    hosts.meet()
+    on("server", server)
+    tcp_proxy, udp_proxy, relay = (os.path.join(examples, name) for name in ("tcp_proxy", "udp_proxy", "relay"))
+    few_descriptors(tcp_proxy)
+    silent_ones_end(tcp_proxy, "--idle", "1")
+    silent_ones_end(relay, "-d", "0", "-i", "1")
+    many_silent_ones(tcp_proxy)
+    many_silent_ones(relay, "-d", "0")
+    denied(tcp_proxy, "--deny")
+    denied(relay, "-x")
+    denied_datagrams(udp_proxy)
+    room_at_the_limit(relay)
+
+
+if __name__ == "__main__":
+    hosts.alone(__file__, test)
