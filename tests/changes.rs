@@ -232,10 +232,10 @@ fn rules_stats_counts_intercepted_diverted_dropped_and_direct_packets() {
     // The listener gets the first packet, the accepted socket the others.
     assert_eq!((stats.intercepted_packets, stats.intercepted_bytes), (sent, 60 * sent));
     assert!(stats.diverted_packets > 0 && stats.diverted_bytes >= 52 * stats.diverted_packets);
-    assert_eq!((stats.dropped_packets, stats.guarded_packets), (0, 0));
+    assert_eq!((stats.dropped_packets, stats.direct_packets), (0, 0));
     let before = syns();
     lab.client.run(|| connect_in_vain(at(v4().proxy, 3129))).unwrap_err();
-    assert_eq!(rules.stats().guarded_packets, syns() - before);
+    assert_eq!(rules.stats().direct_packets, syns() - before);
     drop(listener);
     let before = syns();
     lab.client.run(|| connect_in_vain(at(v6().server, 80))).unwrap_err();
@@ -361,7 +361,7 @@ fn install_rules_persist_takes_over_empty_table() {
     lab.proxy.run(|| rules.remove()).unwrap();
 }
 
-/// With TP_KEEP_PORT both connections of the proxy have the same five-tuple, which connection tracking would confuse.
+/// With TP_CONNECT_KEEP_PORT both connections of the proxy have the same five-tuple, which connection tracking would confuse.
 #[test]
 fn install_rules_notrack_keeps_client_port_beside_connection_tracking() {
     let lab = Lab::new();
@@ -448,7 +448,7 @@ fn replace_rules_and_update_rules_with_iptables_change_selection() {
     }
     let before = lab.client.syns_sent();
     lab.client.run(|| connect_in_vain(at(v4().proxy, 3129))).unwrap_err();
-    assert_eq!(lab.proxy.run(|| rules.stats()).guarded_packets, lab.client.syns_sent() - before);
+    assert_eq!(lab.proxy.run(|| rules.stats()).direct_packets, lab.client.syns_sent() - before);
     lab.proxy.run(|| rules.remove()).unwrap();
     assert!(!lab.proxy.command("iptables-save", &[]).contains("tproxy"));
     assert!(!lab.proxy.command("ip6tables-save", &[]).contains("tproxy"));

@@ -147,7 +147,7 @@ fn check_large_host_takes_no_longer_than_listing_its_rules() {
     };
     add_routes(0);
     let unseen = net.run(check).into_iter().find(|finding| finding.id == "check.unseen").unwrap();
-    assert!(unseen.found.starts_with("IPv4 routes of table 77: all but the first 10"), "{unseen:?}");
+    assert!(unseen.message.starts_with("IPv4 routes of table 77: all but the first 10"), "{unseen:?}");
     let listing = |_| {
         let begin = Instant::now();
         net.nft("list ruleset");
@@ -164,7 +164,7 @@ fn check_large_host_takes_no_longer_than_listing_its_rules() {
 
 /// Prints the findings, for a test that started this process.
 fn print_check() {
-    check().iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.found, f.cure));
+    check().iter().for_each(|f| println!("finding {} {} {} | {}", f.severity, f.id, f.message, f.fix));
 }
 
 /// Root of a user namespace calls in the network namespace of another user namespace.
@@ -196,7 +196,7 @@ fn check_harmless_settings_are_notes() {
     for id in ["sysctl.ip_early_demux", "sysctl.accept_local", "kernel.version", "iptables.variants"] {
         assert!(found.iter().any(|f| f.id == id && f.fix.is_empty()), "{id}: {found:#?}");
     }
-    cured(&net, "rule.duplicate", TP_SEVERITY_NOTE);
+    fix_finding(&net, "rule.duplicate", TP_SEVERITY_NOTE);
     assert!(net.ip("rule").contains("300:") && !net.ip("rule").contains("301:"));
 }
 

@@ -38,7 +38,7 @@ fn connect_from_foreign_address_with_divert_only_gets_replies() {
         let server = lab.serve(80);
         let _rules = lab.proxy.run(divert_only).unwrap();
         // The proxy's host connects from the client's address.
-        for flags in [0, TP_KEEP_PORT] {
+        for flags in [0, TP_CONNECT_KEEP_PORT] {
             let src = at(hosts.client, 4321);
             std::thread::scope(|scope| {
                 let served = scope.spawn(|| answer_one(&server));
@@ -79,7 +79,7 @@ fn divert_only_fragmented_datagram_arrives_whole() {
         let lab = Lab::new();
         let foreign = foreign.parse().unwrap();
         let socket = lab.proxy.run(|| receiver(foreign));
-        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_UDP);
+        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_PROTO_UDP);
         let _rules = lab.proxy.run(|| config.install()).unwrap();
         lab.client.run(|| {
             let any = if foreign.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };

@@ -15,7 +15,7 @@ use tproxy::ffi::*;
 #[test]
 fn install_rules_last_until_removed() {
     if let Some(name) = process::role() {
-        let listener = listen("[::]:3129".parse().unwrap(), TP_REUSEPORT).unwrap();
+        let listener = listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap();
         let _rules = config(&listener).name(&name).install().unwrap();
         println!("installed");
         process::wait_to_be_killed();
@@ -39,7 +39,7 @@ fn start(net: &Net, name: &str) -> Process {
 }
 
 fn listener(net: &Net) -> TcpListener {
-    net.run(|| listen("[::]:3129".parse().unwrap(), TP_REUSEPORT)).unwrap()
+    net.run(|| listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT)).unwrap()
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn install_rules_without_ipv6_intercepts_ipv4() {
         lab.proxy.sysctl(&format!("ipv6/conf/{interface}/disable_ipv6"), "1");
     }
     let listener = listener(&lab.proxy);
-    let failed = lab.proxy.run(|| config(&listener).families(TP_IPV4 | TP_IPV6).install()).err().unwrap();
+    let failed = lab.proxy.run(|| config(&listener).families(TP_FAMILY_IPV4 | TP_FAMILY_IPV6).install()).err().unwrap();
     assert!(failed.sentence.contains("IPv6 is disabled on lo"), "{failed}");
     let _rules = lab.proxy.run(|| config(&listener).install()).unwrap();
     let to = at(v4().server, 80);

@@ -55,9 +55,9 @@ fn serve_or_report(listener: &TcpListener) {
     }
     pause();
     static REPORTED: std::sync::Once = std::sync::Once::new();
-    let finding = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING);
+    let finding = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING);
     if let Some(finding) = finding {
-        REPORTED.call_once(|| println!("cure: {}", finding.cure));
+        REPORTED.call_once(|| println!("fix: {}", finding.fix));
     }
 }
 
@@ -112,7 +112,7 @@ fn check_names_process_that_does_not_serve() {
     ] {
         with_process(role, |lab, process| {
             assert!(is_broken(lab, hosts()), "{id}: it works");
-            cured(&lab.proxy, id, TP_FAILURE);
+            fix_finding(&lab.proxy, id, TP_SEVERITY_FAILURE);
             process.child.wait().unwrap();
             assert!(works(lab, hosts()), "{id}: not fixed");
         });
@@ -132,7 +132,7 @@ fn check_names_process_that_is_stopped() {
         };
         eventually("the process is stopped", stopped);
         assert!(is_broken(lab, v4()));
-        cured(&lab.proxy, "owner.stopped", TP_FAILURE);
+        fix_finding(&lab.proxy, "owner.stopped", TP_SEVERITY_FAILURE);
         assert!(works(lab, v4()) && works(lab, v6()));
     });
 }
@@ -144,7 +144,7 @@ fn check_names_rules_that_outlive_their_process() {
             assert!(works(lab, v4()) && works(lab, v6()));
             process.kill();
             assert!(is_broken(lab, v4()) && is_broken(lab, v6()), "{id}: it works");
-            cured(&lab.proxy, id, TP_FAILURE);
+            fix_finding(&lab.proxy, id, TP_SEVERITY_FAILURE);
             assert!(works(lab, v4()) && works(lab, v6()), "{id}: not fixed");
             let left = lab.proxy.run(check);
             if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
@@ -172,9 +172,9 @@ fn check_names_process_with_few_descriptors() {
         assert!(is_broken(lab, v4()), "the process has descriptors");
         let line = process.line();
         let found = lab.proxy.run(check);
-        let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_WARNING).unwrap();
-        assert_eq!(line, format!("cure: {}", named.cure), "the process itself reports another command");
-        cured(&lab.proxy, "limit.descriptors", TP_WARNING);
+        let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING).unwrap();
+        assert_eq!(line, format!("fix: {}", named.fix), "the process itself reports another command");
+        fix_finding(&lab.proxy, "limit.descriptors", TP_SEVERITY_WARNING);
         // The first connection that is served is the one that waited, whose client has given up.
         assert!(works(lab, v4()) && works(lab, v6()));
     });
@@ -184,7 +184,10 @@ fn check_names_process_with_few_descriptors() {
 fn check_privilege_fix_gives_started_program_its_capabilities() {
     if process::role().is_some() {
         println!("listens: {}", listen("[::]:3129".parse().unwrap(), 0).is_ok());
-        return check().iter().filter(|f| f.severity >= TP_WARNING).for_each(|f| println!("\n{} {}", f.id, f.cure));
+        return check()
+            .iter()
+            .filter(|f| f.severity >= TP_SEVERITY_WARNING)
+            .for_each(|f| println!("\n{} {}", f.id, f.fix));
     }
     let net = Net::new();
     let report = |program: &[&str]| {
@@ -194,10 +197,10 @@ fn check_privilege_fix_gives_started_program_its_capabilities() {
     let before = report(&["setpriv", "--securebits=+noroot", "--inh-caps=-all", "--"]);
     assert!(before.contains("listens: false\n"), "{before}");
     for id in ["privilege.net_admin", "privilege.transparent"] {
-        let cure = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
-        assert!(!cure.contains("setcap"), "{cure}");
-        let command = cure.replacen("setpriv ", "setpriv --securebits=+noroot ", 1);
-        let words: Vec<&str> = command.strip_suffix(" PROGRAM").expect(cure).split(' ').collect();
+        let fix = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
+        assert!(!fix.contains("setcap"), "{fix}");
+        let command = fix.replacen("setpriv ", "setpriv --securebits=+noroot ", 1);
+        let words: Vec<&str> = command.strip_suffix(" PROGRAM").expect(fix).split(' ').collect();
         let after = report(&words);
         assert!(after.contains("listens: true\n") && !after.contains("\nprivilege."), "{after}");
         with_program(&words, "serve", |lab, _| {

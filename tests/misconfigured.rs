@@ -153,8 +153,8 @@ fn tried_in(row: &Row, world: &World<'_>) -> Result<(), String> {
     let named: Vec<&Found> = troubles(&found).into_iter().filter(|finding| finding.id == row.id).collect();
     must(!named.is_empty(), "not named among", &found)?;
     for finding in named {
-        must(!finding.cure.is_empty() && !finding.cure.contains("{"), "no command", &found)?;
-        proxy.sh(&finding.cure);
+        must(!finding.fix.is_empty() && !finding.fix.contains("{"), "no command", &found)?;
+        proxy.sh(&finding.fix);
     }
     let after = proxy.run(check);
     must(world.works(row.broken), "not fixed by these commands; left is", &[found, after.clone()].concat())?;
@@ -408,7 +408,7 @@ fn check_names_and_fixes_narrow_port_range() {
         assert_eq!(onward(), 9);
         proxy.sh("sysctl -qw net.ipv4.ip_local_port_range='40000 40003'");
         assert!(onward() < 9, "the range has no effect");
-        cured(proxy, "sysctl.ip_local_port_range", TP_WARNING);
+        fix_finding(proxy, "sysctl.ip_local_port_range", TP_SEVERITY_WARNING);
         assert_eq!(onward(), 9);
     });
 }
@@ -467,9 +467,9 @@ fn check_names_and_fixes_connection_tracking() {
         return;
     }
     let entries = || lab.proxy.run(|| std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap());
-    seen_by_server(&lab, v4(), TP_KEEP_PORT);
+    seen_by_server(&lab, v4(), TP_CONNECT_KEEP_PORT);
     assert_ne!(entries(), "0\n", "nothing is tracked");
-    cured(&lab.proxy, "conntrack.keep_port", TP_SEVERITY_NOTE);
+    fix_finding(&lab.proxy, "conntrack.keep_port", TP_SEVERITY_NOTE);
     let before = entries();
     seen_by_server(&lab, v6(), TP_CONNECT_KEEP_PORT);
     assert_eq!(entries(), before, "the connection is tracked");

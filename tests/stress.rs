@@ -46,7 +46,7 @@ fn change_until_killed(name: &str) -> ! {
         rules.update(TP_SET_BYPASS, &less, &[]).unwrap();
         rules.replace(&config.clone().flags(TP_RULES_LOCAL_OUTPUT)).unwrap();
         rules.update(TP_SET_DST, &less, &less).unwrap();
-        rules.replace(&config.clone().flags(TP_RULES_NOTRACK).families(TP_IPV4)).unwrap();
+        rules.replace(&config.clone().flags(TP_RULES_NOTRACK).families(TP_FAMILY_IPV4)).unwrap();
         rules.replace(&config).unwrap();
         rules.remove().unwrap();
     }

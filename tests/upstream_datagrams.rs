@@ -3,7 +3,7 @@
 mod common;
 
 use std::net::UdpSocket;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use tproxy::ffi::*;
@@ -15,7 +15,7 @@ fn connect_from_dgram_drops_datagrams_of_other_senders() {
     const SOCKETS: usize = 20_000;
     for hosts in [v4(), v6()] {
         let lab = Lab::new();
-        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_UDP);
+        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_PROTO_UDP);
         let _rules = lab.proxy.run(|| config.install()).unwrap();
         let client = at(hosts.client, 4321);
         let server = lab.server.run(|| UdpSocket::bind(at(hosts.server, 53)).unwrap());

@@ -11,9 +11,9 @@ use super::{Net, checked, eventually};
 pub struct Found {
     pub severity: u32,
     pub id: String,
-    pub found: String,
-    pub effect: String,
-    pub cure: String,
+    pub message: String,
+    pub impact: String,
+    pub fix: String,
 }
 
 /// A callback that appends findings to the context, a `Vec<Found>`.
@@ -21,8 +21,8 @@ pub unsafe extern "C" fn take(finding: *const tp_finding, context: *mut std::ffi
     // SAFETY: the texts of the finding are valid during the call; the caller gave such a context.
     unsafe {
         let text = |text| CStr::from_ptr(text).to_str().unwrap().to_owned();
-        let tp_finding { severity, id, found, effect, cure } = *finding;
-        let found = Found { severity, id: text(id), found: text(found), effect: text(effect), cure: text(cure) };
+        let tp_finding { severity, id, message, impact, fix } = *finding;
+        let found = Found { severity, id: text(id), message: text(message), impact: text(impact), fix: text(fix) };
         (*context.cast::<Vec<Found>>()).push(found);
     }
 }
@@ -32,23 +32,26 @@ pub fn check() -> Vec<Found> {
     let mut found: Vec<Found> = Vec::new();
     // SAFETY: the callback takes such a context.
     let failures = checked(unsafe { tp_check(Some(take), (&raw mut found).cast()) }).unwrap();
-    assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_FAILURE).count());
+    assert_eq!(failures as usize, found.iter().filter(|f| f.severity == TP_SEVERITY_FAILURE).count());
     found
 }
 
 /// The warnings and failures among findings.
 pub fn troubles(found: &[Found]) -> Vec<&Found> {
-    found.iter().filter(|finding| finding.severity >= TP_WARNING).collect()
+    found.iter().filter(|finding| finding.severity >= TP_SEVERITY_WARNING).collect()
 }
 
 /// Runs the command that a finding prints, after which `tp_check` must not report the finding any more.
-pub fn cured(net: &Net, id: &str, severity: u32) {
+pub fn fix_finding(net: &Net, id: &str, severity: u32) {
     let found = net.run(check);
     let one = found.iter().find(|finding| finding.id == id && finding.severity == severity);
     let one = one.unwrap_or_else(|| panic!("{id} not found among {found:#?}"));
-    net.sh(&one.cure);
+    net.sh(&one.fix);
     // A process that is killed does not end at once.
     eventually(&format!("{id} is fixed"), || {
-        !net.run(check).iter().any(|finding| finding.id == id && finding.severity != TP_OK)
+        !net.run(check).iter().any(|finding| finding.id == id && finding.severity != TP_SEVERITY_OK)
     });
 }
+
+/// The name of before.
+pub use fix_finding as cured;
