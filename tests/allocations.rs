@@ -16,16 +16,16 @@ thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: the system's allocator does the work.
+// SAFETY: the methods call the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: by the caller's word.
+        // SAFETY: the caller keeps the contract of the method.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
-        // SAFETY: by the caller's word.
+        // SAFETY: the caller keeps the contract of the method.
         unsafe { System.dealloc(place, layout) }
     }
 }
@@ -33,7 +33,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// How often this thread allocated while something was done.
+/// The number of allocations that this thread makes while a function runs.
 fn allocations(what: impl FnOnce()) -> usize {
     let before = ALLOCATIONS.get();
     what();
@@ -41,7 +41,7 @@ fn allocations(what: impl FnOnce()) -> usize {
 }
 
 #[test]
-fn receiving_and_replying_allocate_nothing() {
+fn recv_datagrams_and_reply_allocate_nothing() {
     let net = Net::new();
     net.run(|| {
         assert_ne!(allocations(|| drop(std::hint::black_box(vec![1u8; 100]))), 0);
@@ -51,7 +51,7 @@ fn receiving_and_replying_allocate_nothing() {
         let mut replier = Replier::open(&replier_config()).unwrap();
         let mut rooms = rooms(TP_BATCH_MAX as usize, 2000);
         let mut batch = datagrams(&mut rooms);
-        // Ports that are known, ports that are new, and one that is another's.
+        // Ports that are in the pool, new ports, and a port that another socket holds.
         let taken = udp(at(ip("0.0.0.0"), 0)).local_addr().unwrap().port();
         let mut port = 1000;
         let mut round = |new: bool| {
@@ -69,7 +69,7 @@ fn receiving_and_replying_allocate_nothing() {
             port += if new { 3 } else { 0 };
             count
         };
-        // The first call of a process sets up what a panic needs.
+        // The first call of a process allocates what a panic needs.
         round(false);
         let count: usize = (0..100).map(|_| round(false)).sum();
         assert_eq!(count, 0, "known ports");
@@ -80,7 +80,7 @@ fn receiving_and_replying_allocate_nothing() {
 }
 
 #[test]
-fn failing_to_receive_allocates_nothing() {
+fn recvfrom_and_recv_datagrams_that_fail_allocate_nothing() {
     let net = Net::new();
     net.run(|| {
         let listener = receiver(at(ip("127.0.0.1"), 0));

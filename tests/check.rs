@@ -196,7 +196,7 @@ fn check_harmless_settings_are_notes() {
     for id in ["sysctl.ip_early_demux", "sysctl.accept_local", "kernel.version", "iptables.variants"] {
         assert!(found.iter().any(|f| f.id == id && f.fix.is_empty()), "{id}: {found:#?}");
     }
-    cured(&net, "rule.duplicate", TP_SEVERITY_NOTE);
+    fix_finding(&net, "rule.duplicate", TP_SEVERITY_NOTE);
     assert!(net.ip("rule").contains("300:") && !net.ip("rule").contains("301:"));
 }
 

@@ -148,7 +148,7 @@ fn chain_with_a_hostile_name_is_analyzed_and_its_cure_works() {
             assert!(!finding.fix.is_empty(), "{finding:?}");
             lab.proxy.sh(&finding.fix);
             // What the mark does not tell, such as neighbor discovery, the policy drops still: static neighbors are there.
-            assert!(works(3), "{name}: not cured by {}", finding.fix);
+            assert!(works(3), "{name}: not fixed by {}", finding.fix);
         });
     }
 }

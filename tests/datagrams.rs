@@ -1,12 +1,11 @@
-//! Datagrams, intercepted and answered: every family, listener and way of
-//! coming, received one by one and in one piece, answered by both kinds of
-//! sockets. What the client saw decides.
+//! Datagrams, intercepted and answered: each family, each kind of listener, forwarded and locally generated, received one by
+//! one and as GRO batches, answered by bound and by raw sockets. Every reply that the client gets is compared.
 
 mod common;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use common::datagrams::*;
 use common::*;
@@ -16,7 +15,7 @@ use tproxy::ffi::*;
 enum Family {
     V4,
     V6,
-    /// IPv4, on an IPv6 socket.
+    /// IPv4 on an IPv6 socket.
     Dual,
 }
 
@@ -49,21 +48,12 @@ impl Case {
     }
 
     fn rules(self, listener: &OwnedFd) -> Rules {
-        let fd = listener.as_raw_fd();
-        let ports = PORTS.map(|port| tp_port_range { first: port, last: port });
-        Rules::install(&tp_rules_config {
-            listeners: &raw const fd,
-            n_listeners: 1,
-            flags: if self.local_output { TP_RULES_LOCAL_OUTPUT } else { 0 },
-            ports: ports.as_ptr(),
-            n_ports: ports.len(),
-            ..config()
-        })
-        .unwrap()
+        let flags = if self.local_output { TP_RULES_LOCAL_OUTPUT } else { 0 };
+        RulesConfig::of(listener).ports(&PORTS).flags(flags).install().unwrap()
     }
 }
 
-/// Several datagrams of one sender to one destination, that can be told from all others.
+/// Several datagrams from one sender to one destination, which differ from all others.
 fn words(sender: SocketAddr, to: SocketAddr, len: usize) -> Vec<Vec<u8>> {
     (0..5)
         .map(|number| {
@@ -74,7 +64,7 @@ fn words(sender: SocketAddr, to: SocketAddr, len: usize) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Receives so many datagrams, and sends each back to where it came from.
+/// Receives so many datagrams, and sends each back to its sender from its original destination.
 fn echo(case: Case, listener: &OwnedFd, replier: &mut Replier, expected: usize) {
     let mut rooms = rooms(8, 65536);
     let mut batch = datagrams(&mut rooms);
@@ -107,7 +97,7 @@ fn check(case: Case) {
         set_option(&listener, libc::SOL_UDP, UDP_GRO, 1);
     }
     let _rules = lab.proxy.run(|| case.rules(&listener));
-    // Someone who does not share his port: a reply from it has to be raw.
+    // Sockets that do not share their ports: replies from these ports go through a raw socket.
     let everywhere = at(if case.v6() { ip("::") } else { ip("0.0.0.0") }, 0);
     let holders: Vec<UdpSocket> =
         if case.raw { lab.proxy.run(|| PORTS.map(|port| udp(at(everywhere.ip(), port))).into()) } else { Vec::new() };
@@ -143,15 +133,15 @@ fn check(case: Case) {
         }
         for to in &destinations {
             let expected = words(sender.local_addr().unwrap(), *to, len);
-            assert_eq!(heard.remove(to), Some(expected), "{case:?}: answers from {to}");
+            assert_eq!(heard.remove(to), Some(expected), "{case:?}: replies from {to}");
         }
-        assert!(heard.is_empty(), "{case:?}: answers from others: {heard:?}");
+        assert!(heard.is_empty(), "{case:?}: replies from others: {heard:?}");
     }
     let stats = replier.stats();
     assert_eq!((stats.errors, stats.evictions), (0, 0), "{case:?}");
     assert_eq!(stats.raw != 0, case.raw, "{case:?}");
     assert_eq!(stats.sockets, if case.raw { 1 } else { PORTS.len() as u64 }, "{case:?}");
-    // Nothing was taken from those who hold the ports.
+    // The sockets that hold the ports have received nothing.
     for holder in holders {
         holder.set_nonblocking(true).unwrap();
         assert!(holder.recv_from(&mut [0; 10]).is_err(), "{case:?}");
@@ -169,31 +159,31 @@ fn check_all(family: Family, gro: bool) {
 }
 
 #[test]
-fn ipv4() {
+fn reply_to_ipv4_datagrams_reaches_clients() {
     check_all(Family::V4, false);
 }
 
 #[test]
-fn ipv4_in_segments() {
+fn reply_to_ipv4_gro_batches_reaches_clients() {
     check_all(Family::V4, true);
 }
 
 #[test]
-fn ipv6() {
+fn reply_to_ipv6_datagrams_reaches_clients() {
     check_all(Family::V6, false);
 }
 
 #[test]
-fn ipv6_in_segments() {
+fn reply_to_ipv6_gro_batches_reaches_clients() {
     check_all(Family::V6, true);
 }
 
 #[test]
-fn ipv4_on_dual_stack() {
+fn reply_to_ipv4_datagrams_on_dual_stack_reaches_clients() {
     check_all(Family::Dual, false);
 }
 
 #[test]
-fn ipv4_on_dual_stack_in_segments() {
+fn reply_to_ipv4_gro_batches_on_dual_stack_reaches_clients() {
     check_all(Family::Dual, true);
 }

@@ -1,5 +1,5 @@
-//! The recipe of the kernel's documentation: sockets on foreign addresses get
-//! their packets, and nothing is intercepted.
+//! Rules that only divert, as in the kernel's documentation: sockets on foreign addresses get their packets, and nothing is
+//! intercepted.
 
 mod common;
 
@@ -9,17 +9,17 @@ use std::net::TcpStream;
 use common::*;
 use tproxy::ffi::*;
 
-/// 0xDEADBEEF, the foreign address of the kernel's own example.
+/// 0xDEADBEEF, the foreign address in the kernel's documentation.
 const FOREIGN: [&str; 2] = ["222.173.190.239:51966", "[2001:db8:dead::beef]:51966"];
 
 #[test]
-fn a_listener_on_a_foreign_address_accepts() {
+fn listen_on_foreign_address_with_divert_only_accepts() {
     for foreign in FOREIGN {
         let lab = Lab::new();
         let foreign = foreign.parse().unwrap();
         let listener = lab.proxy.run(|| listen(foreign, 0)).unwrap();
-        // Without the rules the packets are not for this host.
-        let outcome = lab.client.run(|| TcpStream::connect_timeout(&foreign, silence()));
+        // Without the rules the packets are not delivered to this host.
+        let outcome = lab.client.run(|| connect_in_vain(foreign));
         assert!(outcome.is_err());
         let _rules = lab.proxy.run(divert_only).unwrap();
         std::thread::scope(|scope| {
@@ -32,12 +32,12 @@ fn a_listener_on_a_foreign_address_accepts() {
 }
 
 #[test]
-fn a_connection_from_a_foreign_address_gets_its_answers() {
+fn connect_from_foreign_address_with_divert_only_gets_replies() {
     for hosts in [v4(), v6()] {
         let lab = Lab::new();
         let server = lab.serve(80);
         let _rules = lab.proxy.run(divert_only).unwrap();
-        // The client's address, from the proxy's host, while the client knows nothing.
+        // The proxy's host connects from the client's address.
         for flags in [0, TP_CONNECT_KEEP_PORT] {
             let src = at(hosts.client, 4321);
             std::thread::scope(|scope| {
@@ -58,7 +58,7 @@ fn a_connection_from_a_foreign_address_gets_its_answers() {
 }
 
 #[test]
-fn nothing_is_intercepted() {
+fn divert_only_with_wildcard_listener_diverts_nothing() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:80".parse().unwrap(), 0)).unwrap();
@@ -69,22 +69,18 @@ fn nothing_is_intercepted() {
             lab.ask(at(hosts.server, 80)).unwrap();
         });
     }
-    assert!(accept_within(&listener, silence()).is_none(), "a wildcard listener is no reason to divert");
+    assert!(accept_within(&listener, silence()).is_none(), "a connection was diverted to the wildcard listener");
 }
 
-/// Only the first fragment has the ports by which a socket is known.
+/// Only the first fragment has the ports that select a socket.
 #[test]
-fn fragmented_datagrams_arrive_whole() {
+fn divert_only_fragmented_datagram_arrives_whole() {
     for foreign in FOREIGN {
         let lab = Lab::new();
         let foreign = foreign.parse().unwrap();
         let socket = lab.proxy.run(|| receiver(foreign));
-        let _rules = lab
-            .proxy
-            .run(|| {
-                Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_PROTO_UDP, ..config() })
-            })
-            .unwrap();
+        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_PROTO_UDP);
+        let _rules = lab.proxy.run(|| config.install()).unwrap();
         lab.client.run(|| {
             let any = if foreign.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             std::net::UdpSocket::bind(any).unwrap().send_to(&[b'x'; 4000], foreign).unwrap();

@@ -1,12 +1,12 @@
-//! `include/tproxy.h` is what cbindgen makes of `src/ffi`.
+//! `include/tproxy.h` is what cbindgen generates from `src/ffi`.
 
 use std::path::Path;
 
 #[test]
-fn the_committed_header_is_what_the_source_says() {
+fn header_equals_what_cbindgen_generates() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
-    // In the order in which a reader of the header wants them.
+    // In the order of the header.
     let mut builder = cbindgen::Builder::new().with_config(config);
     let files = [
         "ffi/sockets.rs",
@@ -31,6 +31,6 @@ fn the_committed_header_is_what_the_source_says() {
     let committed = std::fs::read_to_string(&committed).unwrap_or_default();
     assert!(
         committed == made,
-        "include/tproxy.h differs from src/ffi; `UPDATE_HEADER=1 cargo test --test header` writes it anew"
+        "include/tproxy.h differs from src/ffi; `UPDATE_HEADER=1 cargo test --test header` regenerates it"
     );
 }

@@ -1,11 +1,10 @@
-//! Packets whose addresses no honest host sends: they reach neither a listener nor a service on loopback nor a
-//! transparent socket, whichever backend holds the rules.
+//! Packets with addresses that no honest host sends: with neither backend do they reach a listener, a service on loopback or a
+//! transparent socket.
 
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::time::Duration;
 
 use common::*;
 use tproxy::ffi::*;
@@ -15,7 +14,7 @@ const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x0a];
 const PROXY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x0b];
 const PORT: u16 = 80;
 
-/// A socket that sends whole frames by an interface of this namespace.
+/// A socket that sends whole frames through an interface of this namespace.
 struct Injector {
     socket: OwnedFd,
     index: u32,
@@ -28,7 +27,7 @@ impl Injector {
         let (index, fd) =
             unsafe { (libc::if_nametoindex(name.as_ptr()), libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0)) };
         assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        // SAFETY: the descriptor is new, and owned here only.
+        // SAFETY: the descriptor is new, and has no other owner.
         Injector { socket: unsafe { OwnedFd::from_raw_fd(fd) }, index }
     }
 
@@ -63,7 +62,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// An IP packet from port 4444 to [`PORT`]: a datagram with some words, or the first segment of a connection.
+/// An IP packet from port 4444 to a port: a datagram with some words, or the first segment of a connection.
 fn packet(protocol: i32, src: IpAddr, dst: IpAddr, port: u16, words: &str) -> Vec<u8> {
     let ports = [4444u16.to_be_bytes(), port.to_be_bytes()].concat();
     let mut segment = match protocol {
@@ -118,7 +117,7 @@ fn hostile_pairs() -> Vec<(IpAddr, IpAddr)> {
     pairs
 }
 
-/// The words of the datagrams that a socket has received, as far as they have come.
+/// The words of the datagrams that a socket has received so far.
 fn words(socket: &UdpSocket) -> Vec<String> {
     socket.set_nonblocking(true).unwrap();
     let mut heard = Vec::new();
@@ -129,11 +128,11 @@ fn words(socket: &UdpSocket) -> Vec<String> {
     heard
 }
 
-/// Sends every hostile pair by UDP and TCP, then an honest datagram of each family, for which the receiver waits: only
-/// these two come, and no counter has more than them.
+/// Sends every hostile pair by UDP and TCP, then an honest datagram for each family, which the receiver gets: only these two
+/// come, and the counters count only these.
 fn refused_with(backend: u32, flags: u32, dst: &[&str]) {
     let lab = Lab::new();
-    // What IPv4's routing would refuse by itself is let through, so that the rules have to refuse it.
+    // IPv4 routing lets all of them through, so that the rules must refuse them.
     for name in ["accept_local", "route_localnet"] {
         lab.proxy.sysctl(&format!("ipv4/conf/all/{name}"), "1");
         lab.proxy.sysctl(&format!("ipv4/conf/eth0/{name}"), "1");
@@ -141,25 +140,12 @@ fn refused_with(backend: u32, flags: u32, dst: &[&str]) {
     for interface in ["all", "eth0"] {
         lab.proxy.sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0");
     }
-    let dst = prefixes(dst);
     lab.proxy.run(|| {
         let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
         let receiver = receiver("[::]:3129".parse().unwrap());
-        let fds = [listener.as_raw_fd(), receiver.as_raw_fd()];
-        let ports = [tp_port_range { first: PORT, last: PORT }];
-        let config = tp_rules_config {
-            listeners: fds.as_ptr(),
-            n_listeners: fds.len(),
-            flags,
-            backend,
-            ports: ports.as_ptr(),
-            n_ports: 1,
-            dst: dst.as_ptr(),
-            n_dst: dst.len(),
-            ..config()
-        };
-        let rules = Rules::install(&config).unwrap();
-        // Services of this host that the network cannot reach, and transparent sockets of other addresses.
+        let config = RulesConfig::new().listeners(&[&listener, &receiver]).flags(flags).backend(backend).ports(&[PORT]);
+        let rules = if dst.is_empty() { config } else { config.dst(dst) }.install().unwrap();
+        // Services of this host that must not be reachable from the network, and transparent sockets on other addresses.
         let services: Vec<UdpSocket> = ["127.0.0.1:80", "[::1]:80"].map(|a| UdpSocket::bind(a).unwrap()).into();
         let transparent: Vec<UdpSocket> = ["[::ffff:192.0.2.7]:80", "[::ffff:127.3.3.3]:80"]
             .map(|addr| {
@@ -189,7 +175,7 @@ fn refused_with(backend: u32, flags: u32, dst: &[&str]) {
                 ("honest", at(hosts.client, 4444), at(hosts.server, PORT))
             );
         }
-        assert!(receive_datagram(&receiver, Duration::from_millis(50)).is_none());
+        assert!(receive_datagram(&receiver, limit(50)).is_none());
         // With route_localnet the kernel itself delivers IPv4 packets to loopback.
         let by_ipv6 = |words: &String| words.contains("::");
         let reached: Vec<String> = services.iter().chain(&transparent).flat_map(words).filter(by_ipv6).collect();
@@ -201,46 +187,37 @@ fn refused_with(backend: u32, flags: u32, dst: &[&str]) {
 }
 
 #[test]
-fn hostile_addresses_nft_are_not_intercepted() {
+fn install_rules_nft_does_not_intercept_hostile_addresses() {
     refused_with(TP_BACKEND_NFT, 0, &[]);
 }
 
 #[test]
-fn hostile_addresses_nft_with_dst_of_everything_are_not_intercepted() {
+fn install_rules_nft_with_dst_of_everything_does_not_intercept_hostile_addresses() {
     refused_with(TP_BACKEND_NFT, 0, &["0.0.0.0/0", "::/0"]);
 }
 
 #[test]
-fn hostile_addresses_nft_local_output_notrack_are_not_intercepted() {
+fn install_rules_nft_local_output_notrack_does_not_intercept_hostile_addresses() {
     refused_with(TP_BACKEND_NFT, TP_RULES_LOCAL_OUTPUT | TP_RULES_NOTRACK, &[]);
 }
 
 #[test]
-fn hostile_addresses_iptables_are_not_intercepted() {
+fn install_rules_iptables_does_not_intercept_hostile_addresses() {
     refused_with(TP_BACKEND_IPTABLES, 0, &[]);
 }
 
 #[test]
-fn hostile_addresses_iptables_with_dst_of_everything_are_not_intercepted() {
+fn install_rules_iptables_with_dst_of_everything_does_not_intercept_hostile_addresses() {
     refused_with(TP_BACKEND_IPTABLES, TP_RULES_LOCAL_OUTPUT, &["0.0.0.0/0", "::/0"]);
 }
 
-/// Connections by every kind of address that leads to a listener on the wildcard address without interception.
+/// Sends to every kind of address that leads to a listener on the wildcard address without interception.
 fn direct_is_refused(backend: u32) {
     let lab = Lab::new();
     let (listener, receiver) =
         lab.proxy.run(|| (listen("[::]:3129".parse().unwrap(), 0).unwrap(), receiver("[::]:3129".parse().unwrap())));
-    let fds = [listener.as_raw_fd(), receiver.as_raw_fd()];
-    let ports = [tp_port_range { first: PORT, last: PORT }];
-    let config = || tp_rules_config {
-        listeners: fds.as_ptr(),
-        n_listeners: 2,
-        backend,
-        ports: ports.as_ptr(),
-        n_ports: 1,
-        ..common::config()
-    };
-    let rules = lab.proxy.run(|| Rules::install(&config()).unwrap());
+    let config = RulesConfig::new().listeners(&[&listener, &receiver]).backend(backend).ports(&[PORT]);
+    let rules = lab.proxy.run(|| config.install().unwrap());
     let link_local = |net: &Net, name: &str| {
         let shown = net.ip(&format!("-o -6 addr show dev {name} scope link"));
         let addr: Ipv6Addr = shown.split_whitespace().nth(3).unwrap().split('/').next().unwrap().parse().unwrap();
@@ -270,7 +247,7 @@ fn direct_is_refused(backend: u32) {
             socket.set_broadcast(true).unwrap();
             socket.send_to(format!("to {to}").as_bytes(), to).unwrap();
             if !to.ip().is_multicast() && to.ip() != ip("198.51.100.255") {
-                assert!(std::net::TcpStream::connect_timeout(&to, Duration::from_millis(100)).is_err(), "{to}");
+                assert!(std::net::TcpStream::connect_timeout(&to, limit(100)).is_err(), "{to}");
             }
         });
     }
@@ -280,17 +257,17 @@ fn direct_is_refused(backend: u32) {
     });
     let heard = lab.proxy.run(|| receive_datagram(&receiver, patience())).expect("the honest datagram");
     assert_eq!(heard.0, "honest");
-    assert!(accept_within(&listener, Duration::from_millis(50)).is_none());
+    assert!(accept_within(&listener, limit(50)).is_none());
     drop(rules);
 }
 
 #[test]
-fn direct_datagrams_and_connections_nft_are_dropped() {
+fn install_rules_nft_drops_direct_datagrams_and_connections() {
     direct_is_refused(TP_BACKEND_NFT);
 }
 
 #[test]
-fn direct_datagrams_and_connections_iptables_are_dropped() {
+fn install_rules_iptables_drops_direct_datagrams_and_connections() {
     direct_is_refused(TP_BACKEND_IPTABLES);
 }
 
@@ -306,6 +283,10 @@ fn connect_from_unspecified_address_is_refused() {
             ("127.0.0.1:0", "0.0.0.0:80"),
             ("[::1]:0", "[::]:80"),
             ("127.0.0.1:0", "[::ffff:0.0.0.0]:80"),
+            ("224.0.0.1:0", "127.0.0.1:80"),
+            ("255.255.255.255:0", "127.0.0.1:80"),
+            ("[::ffff:255.255.255.255]:0", "127.0.0.1:80"),
+            ("[ff02::1]:0", "[::1]:80"),
         ] {
             for flags in [0, TP_CONNECT_KEEP_PORT, TP_CONNECT_DGRAM] {
                 let error = connect_from(src.parse().unwrap(), dst.parse().unwrap(), flags).unwrap_err();
@@ -314,4 +295,61 @@ fn connect_from_unspecified_address_is_refused() {
         }
         drop(real);
     });
+}
+
+/// Datagrams and connections of the proxy's host to its own addresses and an intercepted port reach its own services, and
+/// none comes to the proxy, which would send its own ones to itself for ever.
+fn own_traffic_is_not_intercepted(backend: u32, dst: &[&str]) {
+    let lab = Lab::new();
+    lab.proxy.run(|| {
+        let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let receiver = receiver("[::]:3129".parse().unwrap());
+        let config = RulesConfig::new().listeners(&[&listener, &receiver]).backend(backend).ports(&[PORT]);
+        let rules = if dst.is_empty() { config } else { config.dst(dst) }.install().unwrap();
+        let shown = lab.proxy.ip("-o -6 addr show dev eth0 scope link");
+        let link_local: Ipv6Addr = shown.split_whitespace().nth(3).unwrap().split('/').next().unwrap().parse().unwrap();
+        // SAFETY: a NUL-terminated name.
+        let index = unsafe { libc::if_nametoindex(c"eth0".as_ptr()) };
+        let own = [
+            std::net::SocketAddrV6::new(link_local, PORT, 0, index).into(),
+            at(v4().proxy, PORT),
+            at(v6().proxy, PORT),
+            at(Ipv4Addr::LOCALHOST.into(), PORT),
+            at(Ipv6Addr::LOCALHOST.into(), PORT),
+        ];
+        let service = std::net::TcpListener::bind(("::", PORT)).unwrap();
+        let datagrams = UdpSocket::bind(("::", PORT)).unwrap();
+        datagrams.set_read_timeout(Some(patience())).unwrap();
+        for to in own {
+            std::net::TcpStream::connect_timeout(&to, patience()).unwrap_or_else(|e| panic!("{to}: {e}"));
+            service.accept().unwrap();
+            let client = UdpSocket::bind(at(if to.is_ipv4() { ip("0.0.0.0") } else { ip("::") }, 0)).unwrap();
+            client.send_to(to.to_string().as_bytes(), to).unwrap();
+            let mut words = [0; 100];
+            let (len, _) = datagrams.recv_from(&mut words).unwrap_or_else(|e| panic!("{to}: {e}"));
+            assert_eq!(std::str::from_utf8(&words[..len]), Ok(to.to_string().as_str()));
+        }
+        assert_eq!(rules.stats().intercepted_packets, 0);
+        assert!(receive_datagram(&receiver, limit(50)).is_none());
+    });
+}
+
+#[test]
+fn install_rules_nft_leaves_traffic_of_a_host_to_itself() {
+    own_traffic_is_not_intercepted(TP_BACKEND_NFT, &[]);
+}
+
+#[test]
+fn install_rules_nft_with_dst_of_everything_leaves_traffic_of_a_host_to_itself() {
+    own_traffic_is_not_intercepted(TP_BACKEND_NFT, &["0.0.0.0/0", "::/0"]);
+}
+
+#[test]
+fn install_rules_iptables_leaves_traffic_of_a_host_to_itself() {
+    own_traffic_is_not_intercepted(TP_BACKEND_IPTABLES, &[]);
+}
+
+#[test]
+fn install_rules_iptables_with_dst_of_everything_leaves_traffic_of_a_host_to_itself() {
+    own_traffic_is_not_intercepted(TP_BACKEND_IPTABLES, &["0.0.0.0/0", "::/0"]);
 }

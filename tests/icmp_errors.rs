@@ -1,12 +1,11 @@
-//! What routers and hosts say (ICMP) of packets that were sent from a foreign
-//! address: it is for the socket that sent them, not for the address's owner.
+//! ICMP errors about packets that were sent from a foreign address: the socket that sent them gets the errors, not the owner of
+//! the address.
 
 mod common;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Instant;
 
 use common::*;
 use tproxy::ffi::*;
@@ -14,8 +13,8 @@ use tproxy::ffi::*;
 const BACKENDS: [u32; 2] = [TP_BACKEND_NFT, TP_BACKEND_IPTABLES];
 const LEN: usize = 1 << 20;
 
-/// A host behind another, which is a router then, by a narrow link. The host itself does not know that it is narrow, and
-/// announces segments of full size.
+/// A host behind a router, by a link with a small MTU. The host itself has the full MTU on its end, and announces segments of
+/// full size.
 fn narrow(lab: &Lab, router: &Net, neighbour: [IpAddr; 2]) -> Net {
     let far = Net::new();
     Net::link(
@@ -36,24 +35,16 @@ fn narrow(lab: &Lab, router: &Net, neighbour: [IpAddr; 2]) -> Net {
 const FAR_NETS: [&str; 2] = ["192.0.2.0/24", "2001:db8:3::/64"];
 const FAR: [&str; 2] = ["192.0.2.2", "2001:db8:3::2"];
 
+/// Rules for every port, or rules that only divert if there is no listener.
 fn install(listener: Option<&dyn AsRawFd>, flags: u32, backend: u32, protocols: u32) -> Rules {
-    let fd = listener.map(AsRawFd::as_raw_fd);
-    Rules::install(&tp_rules_config {
-        listeners: fd.as_ref().map_or(std::ptr::null(), std::ptr::from_ref),
-        n_listeners: fd.iter().len(),
-        flags,
-        backend,
-        protocols,
-        ..config()
-    })
-    .unwrap()
+    let config = RulesConfig::new().flags(flags).backend(backend).protocols(protocols);
+    listener.map_or(config.clone(), |listener| config.listeners(&[listener])).install().unwrap()
 }
 
-/// A proxied connection that carries much from the client to the server, and a word back.
+/// A proxied connection that carries many bytes from the client to the server, and a word back.
 fn upload(lab: &Lab, client: &Net, server: &Net, to: IpAddr, listener: &TcpListener) {
     let to = at(to, 80);
     let accepting = server.run(|| TcpListener::bind(to).unwrap());
-    let begin = Instant::now();
     std::thread::scope(|scope| {
         let served = scope.spawn(|| {
             let (mut stream, _) = accept(&accepting);
@@ -74,15 +65,14 @@ fn upload(lab: &Lab, client: &Net, server: &Net, to: IpAddr, listener: &TcpListe
         assert_eq!(answer, "done");
         assert_eq!(served.join().unwrap(), LEN as u64);
     });
-    assert!(begin.elapsed() < patience(), "{:?}", begin.elapsed());
 }
 
 #[test]
-fn a_connection_onward_learns_the_path_mtu() {
+fn connect_from_learns_path_mtu() {
     for (backend, flags) in [(TP_BACKEND_NFT, 0), (TP_BACKEND_NFT, TP_RULES_NOTRACK), (TP_BACKEND_IPTABLES, 0)] {
         let lab = Lab::new();
         let far = narrow(&lab, &lab.server, [v4().server, v6().server]);
-        // As many hosts have it: what connection tracking cannot make sense of is dropped.
+        // A common firewall: packets that connection tracking calls invalid are dropped.
         lab.proxy.nft(
             "table inet firewall { chain input { type filter hook input priority 0; ct state invalid drop
             }
@@ -97,9 +87,9 @@ fn a_connection_onward_learns_the_path_mtu() {
     }
 }
 
-/// What comes to the client comes from the server's address, which is not the proxy's either.
+/// The proxy sends to the client from the server's address, which is foreign too.
 #[test]
-fn a_connection_to_a_client_learns_the_path_mtu() {
+fn intercepted_connection_learns_path_mtu() {
     for backend in BACKENDS {
         let lab = Lab::new();
         let far = narrow(&lab, &lab.client, [v4().client, v6().client]);
@@ -111,9 +101,8 @@ fn a_connection_to_a_client_learns_the_path_mtu() {
     }
 }
 
-/// The proxy itself answers, with much.
+/// The proxy itself replies, with many bytes.
 fn download(client: &Net, from: IpAddr, to: IpAddr, listener: &TcpListener) {
-    let begin = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (mut stream, peer) = accept(listener);
@@ -127,7 +116,6 @@ fn download(client: &Net, from: IpAddr, to: IpAddr, listener: &TcpListener) {
             assert_eq!(std::io::copy(&mut stream, &mut std::io::sink()).unwrap(), LEN as u64);
         });
     });
-    assert!(begin.elapsed() < patience(), "{:?}", begin.elapsed());
 }
 
 fn refusal(socket: &UdpSocket) -> Option<std::io::ErrorKind> {
@@ -140,10 +128,10 @@ fn refusal(socket: &UdpSocket) -> Option<std::io::ErrorKind> {
     }
 }
 
-/// A connected datagram socket on the client's address hears that nobody listens; the client, whose socket has the same
-/// addresses and ports, does not. What the client itself asks is refused to the client.
+/// A connected datagram socket of the proxy, on the client's address, gets the error that the port is unreachable. The client,
+/// whose socket has the same addresses and ports, does not. The client gets the errors about its own packets.
 #[test]
-fn a_refusal_is_for_the_socket_that_asked() {
+fn connect_from_dgram_refused_gets_the_error_and_the_client_does_not() {
     use std::io::ErrorKind::{ConnectionRefused, WouldBlock};
     for backend in BACKENDS {
         for flags in [0, TP_RULES_DIVERT_ONLY] {

@@ -1,17 +1,16 @@
-//! Everything that rules choose by, for every way in which a packet can come
-//! and every listener that it can go to: intercepted where asked, untouched
-//! elsewhere.
+//! Every selection of rules, for each backend, each protocol, each family, each kind of listener, and for forwarded and
+//! locally generated packets: what is selected is intercepted, and the rest is left alone.
 
 mod common;
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use common::*;
 use tproxy::ffi::*;
 
-/// The addresses of one family; the rules name the server's first two, and let the second alone.
+/// Addresses of one family. The rules select the first two of the server, and bypass the second.
 struct Addresses {
     client: IpAddr,
     other_client: IpAddr,
@@ -43,10 +42,10 @@ enum Protocol {
     Udp,
 }
 
-/// What listens, on the proxy's host or elsewhere.
+/// A listener on any host.
 enum Listener {
     Tcp(TcpListener),
-    /// With original destinations.
+    /// A transparent socket, which reports original destinations.
     Udp(OwnedFd),
     PlainUdp(UdpSocket),
 }
@@ -60,20 +59,20 @@ impl Listener {
         }
     }
 
-    /// Who came, and where they were going if that can be known.
-    fn got(&self, patience: Duration) -> Option<(SocketAddr, Option<SocketAddr>)> {
+    /// The sender of a connection or datagram that has come, and the original destination if the listener knows it.
+    fn poll(&self) -> Option<(SocketAddr, Option<SocketAddr>)> {
         match self {
             Listener::Tcp(listener) => {
-                let (stream, peer) = accept_within(listener, patience)?;
+                let (stream, peer) = accept_within(listener, Duration::ZERO)?;
                 Some((peer, orig_dst(&stream).ok().map(canonical)))
             }
             Listener::Udp(fd) => {
-                let (words, from, to) = receive_datagram(fd, patience)?;
+                let (words, from, to) = receive_datagram(fd, Duration::ZERO)?;
                 assert_eq!(words, "hello");
                 Some((from, Some(to)))
             }
             Listener::PlainUdp(socket) => {
-                socket.set_read_timeout(Some(patience.max(Duration::from_millis(1)))).unwrap();
+                socket.set_nonblocking(true).unwrap();
                 let (_, from) = socket.recv_from(&mut [0; 10]).ok()?;
                 Some((canonical(from), None))
             }
@@ -81,7 +80,17 @@ impl Listener {
     }
 }
 
-/// Sends something from an address of a host; the connection, if it is one, is kept open.
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Listener::Tcp(listener) => listener.as_raw_fd(),
+            Listener::Udp(fd) => fd.as_raw_fd(),
+            Listener::PlainUdp(socket) => socket.as_raw_fd(),
+        }
+    }
+}
+
+/// Sends a datagram or connects, from an address of this host. The caller keeps the connection open.
 fn send(protocol: Protocol, from: IpAddr, to: SocketAddr) -> (SocketAddr, Option<TcpStream>) {
     match protocol {
         Protocol::Udp => {
@@ -104,29 +113,30 @@ enum Got {
     Proxy { original_destination: Option<SocketAddr> },
     Server,
     Both,
-    Nobody,
 }
 
-/// Which of two listeners gets what is sent. The peer that it sees must be the sender.
-fn who_gets(net: &Net, protocol: Protocol, from: IpAddr, to: SocketAddr, proxy: &Listener, server: &Listener) -> Got {
+/// Which of two listeners gets what is sent. It must see the address of the sender.
+fn receiver_of(
+    net: &Net,
+    protocol: Protocol,
+    from: IpAddr,
+    to: SocketAddr,
+    proxy: &Listener,
+    server: &Listener,
+) -> Got {
     let (sender, _open) = net.run(|| send(protocol, from, to));
-    let deadline = Instant::now() + patience();
-    let step = Duration::from_millis(2);
-    while Instant::now() < deadline {
-        match (proxy.got(step), server.got(step)) {
-            (None, None) => {}
-            (Some((peer, original_destination)), None) => {
-                assert_eq!(peer, sender);
-                return Got::Proxy { original_destination };
-            }
-            (None, Some((peer, _))) => {
-                assert_eq!(peer, sender);
-                return Got::Server;
-            }
-            (Some(_), Some(_)) => return Got::Both,
+    wait_for(&format!("a listener gets what {from} sends to {to}"), || match (proxy.poll(), server.poll()) {
+        (None, None) => None,
+        (Some((peer, original_destination)), None) => {
+            assert_eq!(peer, sender);
+            Some(Got::Proxy { original_destination })
         }
-    }
-    Got::Nobody
+        (None, Some((peer, _))) => {
+            assert_eq!(peer, sender);
+            Some(Got::Server)
+        }
+        (Some(_), Some(_)) => Some(Got::Both),
+    })
 }
 
 const PORT: u16 = 7000;
@@ -142,7 +152,7 @@ fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_
     let a = addresses(v6);
     let lab = Lab::new();
     if backend == Backend::IptablesLegacy {
-        // The library goes where rules are already.
+        // The library uses the variant that has rules already.
         for program in ["iptables-legacy", "ip6tables-legacy"] {
             lab.proxy.command(program, &["--wait", "-A", "INPUT", "-j", "ACCEPT"]);
         }
@@ -153,42 +163,19 @@ fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_
         (Protocol::Tcp, true) => Listener::Tcp(TcpListener::bind(here).unwrap()),
         (Protocol::Udp, _) => Listener::Udp(receiver(here)),
     });
-    let fd = match &listener {
-        Listener::Tcp(listener) => listener.as_raw_fd(),
-        Listener::Udp(fd) => fd.as_raw_fd(),
-        Listener::PlainUdp(_) => unreachable!(),
-    };
     let host = |addr: IpAddr| format!("{addr}/{}", a.len);
-    let set = |addrs: &[IpAddr]| {
-        let texts: Vec<String> = addrs.iter().map(|addr| host(*addr)).collect();
-        prefixes(&texts.iter().map(String::as_str).collect::<Vec<_>>())
-    };
-    // The client as a destination and the server as a source: for the other interface.
-    let (dst, bypass) = (set(&[a.server, a.bypassed, a.client]), set(&[a.bypassed]));
-    let src = set(&[a.client, a.server, a.specific]);
-    let ports = [tp_port_range { first: PORT, last: PORT }];
-    let flags = if redirect { TP_RULES_REDIRECT } else { 0 } | if local_output { TP_RULES_LOCAL_OUTPUT } else { 0 };
-    let rules = lab.proxy.run(|| {
-        let interfaces = [c"eth0".as_ptr()];
-        Rules::install(&tp_rules_config {
-            listeners: &raw const fd,
-            n_listeners: 1,
-            flags,
-            backend: if backend == Backend::Nft { TP_BACKEND_NFT } else { TP_BACKEND_IPTABLES },
-            ports: ports.as_ptr(),
-            n_ports: ports.len(),
-            dst: dst.as_ptr(),
-            n_dst: dst.len(),
-            src: src.as_ptr(),
-            n_src: src.len(),
-            bypass: bypass.as_ptr(),
-            n_bypass: bypass.len(),
-            interfaces: interfaces.as_ptr(),
-            n_interfaces: 1,
-            ..config()
-        })
-        .unwrap()
-    });
+    let hosts = |addrs: &[IpAddr]| addrs.iter().map(|addr| host(*addr)).collect::<Vec<_>>();
+    // The client as a destination and the server as a source select what comes in by the other interface, if that were
+    // among the interfaces.
+    let config = RulesConfig::of(&listener)
+        .flags(if redirect { TP_RULES_REDIRECT } else { 0 } | if local_output { TP_RULES_LOCAL_OUTPUT } else { 0 })
+        .backend(if backend == Backend::Nft { TP_BACKEND_NFT } else { TP_BACKEND_IPTABLES })
+        .ports(&[PORT])
+        .dst(&hosts(&[a.server, a.bypassed, a.client]))
+        .src(&hosts(&[a.client, a.server, a.specific]))
+        .bypass(&hosts(&[a.bypassed]))
+        .interfaces(&["eth0"]);
+    let rules = lab.proxy.run(|| config.install().unwrap());
     let server = lab.server.run(|| Listener::ordinary(protocol, PORT));
     let server_other_port = lab.server.run(|| Listener::ordinary(protocol, PORT + 1));
     let client = lab.client.run(|| Listener::ordinary(protocol, PORT));
@@ -196,8 +183,8 @@ fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_
 
     let to = at(a.server, PORT);
     let proxied = Got::Proxy { original_destination: Some(to) };
-    let from_client = |from, to, server| who_gets(&lab.client, protocol, from, to, &listener, server);
-    // A loopback listener cannot be the target of redirection from outside.
+    let from_client = |from, to, server| receiver_of(&lab.client, protocol, from, to, &listener, server);
+    // Forwarded packets cannot be redirected to a listener on loopback.
     if !(redirect && listen_at.is_loopback()) {
         assert_eq!(from_client(a.client, to, &server), proxied, "{case}");
     }
@@ -206,67 +193,137 @@ fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_
     assert_eq!(from_client(a.client, at(a.other_server, PORT), &server), Got::Server, "{case}: other destination");
     let other_port = at(a.server, PORT + 1);
     assert_eq!(from_client(a.client, other_port, &server_other_port), Got::Server, "{case}: other port");
-    let back = who_gets(&lab.server, protocol, a.server, at(a.client, PORT), &listener, &client);
+    let back = receiver_of(&lab.server, protocol, a.server, at(a.client, PORT), &listener, &client);
     assert_eq!(back, Got::Server, "{case}: other interface");
 
-    let local = |to, server| who_gets(&lab.proxy, protocol, a.specific, to, &listener, server);
+    let local = |to, server| receiver_of(&lab.proxy, protocol, a.specific, to, &listener, server);
     let expected = if local_output { proxied } else { Got::Server };
-    assert_eq!(local(to, &server), expected, "{case}: the host's own");
-    assert_eq!(local(at(a.bypassed, PORT), &server), Got::Server, "{case}: the host's own, bypass");
-    assert_eq!(local(at(a.other_server, PORT), &server), Got::Server, "{case}: the host's own, other destination");
-    assert_eq!(local(other_port, &server_other_port), Got::Server, "{case}: the host's own, other port");
+    assert_eq!(local(to, &server), expected, "{case}: local output");
+    assert_eq!(local(at(a.bypassed, PORT), &server), Got::Server, "{case}: local output, bypass");
+    assert_eq!(local(at(a.other_server, PORT), &server), Got::Server, "{case}: local output, other destination");
+    assert_eq!(local(other_port, &server_other_port), Got::Server, "{case}: local output, other port");
 
     let family = if v6 { "ip6tables" } else { "iptables" };
-    let where_they_are = |variant: &str| {
+    let is_in = |variant: &str| {
         lab.proxy.command(&format!("{family}-{variant}-save"), &["-t", "mangle"]).contains("tp-tproxy-p")
     };
-    assert_eq!(where_they_are("legacy"), backend == Backend::IptablesLegacy, "{case}");
-    assert_eq!(where_they_are("nft"), backend == Backend::IptablesNft, "{case}");
+    assert_eq!(is_in("legacy"), backend == Backend::IptablesLegacy, "{case}");
+    assert_eq!(is_in("nft"), backend == Backend::IptablesNft, "{case}");
     lab.proxy.run(|| rules.remove()).unwrap();
-    assert!(!where_they_are("legacy") && !where_they_are("nft"), "{case}");
+    assert!(!is_in("legacy") && !is_in("nft"), "{case}");
     let state = lab.proxy.state();
     assert!(!state.contains("libtproxy") && !state.contains("proto 116"), "{case}: {state}");
 }
 
-fn check_all(v6: bool, protocol: Protocol, redirect: bool) {
+fn check_all(backend: Backend, v6: bool, protocol: Protocol, redirect: bool) {
     let a = addresses(v6);
-    for backend in [Backend::Nft, Backend::IptablesNft, Backend::IptablesLegacy] {
-        for local_output in [false, true] {
-            for listen_at in [ip("::"), a.loopback, a.specific] {
-                if !redirect || local_output || !listen_at.is_loopback() {
-                    check(backend, v6, protocol, redirect, listen_at, local_output);
-                }
+    for local_output in [false, true] {
+        for listen_at in [ip("::"), a.loopback, a.specific] {
+            if !redirect || local_output || !listen_at.is_loopback() {
+                check(backend, v6, protocol, redirect, listen_at, local_output);
             }
         }
     }
 }
 
 #[test]
-fn tcp_over_ipv4_to_transparent_listeners() {
-    check_all(false, Protocol::Tcp, false);
+fn install_rules_nft_selects_tcp_over_ipv4() {
+    check_all(Backend::Nft, false, Protocol::Tcp, false);
 }
 
 #[test]
-fn tcp_over_ipv6_to_transparent_listeners() {
-    check_all(true, Protocol::Tcp, false);
+fn install_rules_nft_selects_tcp_over_ipv6() {
+    check_all(Backend::Nft, true, Protocol::Tcp, false);
 }
 
 #[test]
-fn tcp_over_ipv4_by_redirection() {
-    check_all(false, Protocol::Tcp, true);
+fn install_rules_nft_selects_redirected_tcp_over_ipv4() {
+    check_all(Backend::Nft, false, Protocol::Tcp, true);
 }
 
 #[test]
-fn tcp_over_ipv6_by_redirection() {
-    check_all(true, Protocol::Tcp, true);
+fn install_rules_nft_selects_redirected_tcp_over_ipv6() {
+    check_all(Backend::Nft, true, Protocol::Tcp, true);
 }
 
 #[test]
-fn udp_over_ipv4_to_transparent_sockets() {
-    check_all(false, Protocol::Udp, false);
+fn install_rules_nft_selects_udp_over_ipv4() {
+    check_all(Backend::Nft, false, Protocol::Udp, false);
 }
 
 #[test]
-fn udp_over_ipv6_to_transparent_sockets() {
-    check_all(true, Protocol::Udp, false);
+fn install_rules_nft_selects_udp_over_ipv6() {
+    check_all(Backend::Nft, true, Protocol::Udp, false);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_tcp_over_ipv4() {
+    check_all(Backend::IptablesNft, false, Protocol::Tcp, false);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_tcp_over_ipv6() {
+    check_all(Backend::IptablesNft, true, Protocol::Tcp, false);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_redirected_tcp_over_ipv4() {
+    check_all(Backend::IptablesNft, false, Protocol::Tcp, true);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_redirected_tcp_over_ipv6() {
+    check_all(Backend::IptablesNft, true, Protocol::Tcp, true);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_udp_over_ipv4() {
+    check_all(Backend::IptablesNft, false, Protocol::Udp, false);
+}
+
+#[test]
+fn install_rules_iptables_nft_selects_udp_over_ipv6() {
+    check_all(Backend::IptablesNft, true, Protocol::Udp, false);
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_tcp_over_ipv4() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, false, Protocol::Tcp, false);
+    }
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_tcp_over_ipv6() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, true, Protocol::Tcp, false);
+    }
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_redirected_tcp_over_ipv4() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, false, Protocol::Tcp, true);
+    }
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_redirected_tcp_over_ipv6() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, true, Protocol::Tcp, true);
+    }
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_udp_over_ipv4() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, false, Protocol::Udp, false);
+    }
+}
+
+#[test]
+fn install_rules_iptables_legacy_selects_udp_over_ipv6() {
+    if provided(Requirement::LegacyIptables) {
+        check_all(Backend::IptablesLegacy, true, Protocol::Udp, false);
+    }
 }

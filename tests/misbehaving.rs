@@ -1,143 +1,107 @@
-//! Processes that have rules and do not serve, or have left them: each is named by its finding's id, and the command
-//! that the finding prints makes traffic flow again.
+//! Processes that have rules and do not serve, or have left their rules behind: `tp_check` names each by a finding, and the
+//! command that the finding prints makes traffic flow again.
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
+use common::process::Process;
 use common::*;
 use tproxy::ffi::*;
 
-const HOLD: &str = "TPROXY_TEST_HOLD";
-
-/// What a process does that has rules, until it is killed.
-fn hold(how: &str) {
-    if how == "report" {
-        let port = listen("[::]:3129".parse().unwrap(), 0);
-        println!("listens: {}", port.is_ok());
-        return check()
-            .iter()
-            .filter(|f| f.severity >= TP_SEVERITY_WARNING)
-            .for_each(|f| println!("\n{} {}", f.id, f.fix));
-    }
-    let flags = if how == "persist" { TP_RULES_PERSIST } else { 0 };
-    let backend = if how == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
-    let port = tp_port_range { first: 80, last: 80 };
+/// A process with rules for port 80 that behaves as its role says, until it is killed.
+fn behave(role: &str) -> ! {
+    let flags = if role == "persist" { TP_RULES_PERSIST } else { 0 };
+    let backend = if role == "iptables" { TP_BACKEND_IPTABLES } else { TP_BACKEND_NFT };
     let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
-    let fd = listener.as_raw_fd();
-    let _rules = Rules::install(&tp_rules_config {
-        listeners: &raw const fd,
-        n_listeners: 1,
-        ports: &raw const port,
-        n_ports: 1,
-        flags,
-        backend,
-        ..config()
-    })
-    .unwrap();
+    let _rules = RulesConfig::of(&listener).ports(&[80]).flags(flags).backend(backend).install().unwrap();
     let replaced = |by: fn() -> TcpListener, listener| {
         drop(listener);
         by()
     };
-    let listener = match how {
+    let listener = match role {
         "plain" => replaced(|| TcpListener::bind("[::]:3129").unwrap(), listener),
         "loopback" => replaced(|| listen("127.0.0.1:3129".parse().unwrap(), 0).unwrap(), listener),
         "gone" => replaced(|| TcpListener::bind("[::]:3130").unwrap(), listener),
         _ => listener,
     };
-    if how == "bound" {
-        socket2::SockRef::from(&listener).bind_device(Some(b"eth1")).unwrap();
+    match role {
+        "bound" => socket2::SockRef::from(&listener).bind_device(Some(b"eth1")).unwrap(),
+        // SAFETY: a listening socket; its queue becomes shorter.
+        "full" => assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 1) }, 0),
+        "few" => allow_no_more_descriptors(),
+        _ => {}
     }
-    if how == "full" {
-        // SAFETY: a listening socket of ours; the number of connections that may wait is made smaller.
-        assert_eq!(unsafe { libc::listen(fd, 1) }, 0);
+    println!("ready");
+    if role == "full" {
+        process::wait_to_be_killed();
     }
-    if how == "few" {
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: room for the limit, and a limit.
-        unsafe {
-            libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-            // The next descriptor would have this number.
-            limit.rlim_cur = std::fs::File::open("/dev/null").unwrap().as_raw_fd() as libc::rlim_t;
-            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+    std::thread::spawn(move || {
+        loop {
+            serve_or_report(&listener);
         }
-    }
-    println!("held");
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
-    while how != "full" && std::time::Instant::now() < deadline {
-        if how == "few" {
-            // What the process can say of itself.
-            let command =
-                check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING);
-            command.into_iter().for_each(|finding| println!("fix: {}", finding.fix));
-        }
-        if let Ok((mut stream, _)) = listener.accept() {
-            stream.set_read_timeout(Some(limit(900))).unwrap();
-            let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"proxy"));
-        } else {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-    std::thread::sleep(Duration::from_secs(60));
+    });
+    process::wait_to_be_killed()
 }
 
-/// A process that holds rules in a lab, in which a server answers too.
-fn held(how: &str, test: impl FnOnce(&Lab, &mut Child)) {
-    held_by(&[std::env::current_exe().unwrap().to_str().unwrap()], how, test);
+/// Serves one connection. If that fails for lack of descriptors, prints once what `tp_check` says of this process.
+fn serve_or_report(listener: &TcpListener) {
+    if let Ok((mut stream, _)) = listener.accept() {
+        stream.set_read_timeout(Some(silence())).unwrap();
+        let _ = stream.read_to_end(&mut Vec::new()).and_then(|_| stream.write_all(b"proxy"));
+        return;
+    }
+    pause();
+    static REPORTED: std::sync::Once = std::sync::Once::new();
+    let finding = check().into_iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING);
+    if let Some(finding) = finding {
+        REPORTED.call_once(|| println!("fix: {}", finding.fix));
+    }
 }
 
-/// What makes this program do something.
-fn arguments<'a>(program: &[&'a str]) -> Vec<&'a str> {
-    [program, &["--exact", "rules_and_their_process", "--nocapture"]].concat()
+fn allow_no_more_descriptors() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: room for the limit, and a limit.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        // The next descriptor would have this number.
+        limit.rlim_cur = std::fs::File::open("/dev/null").unwrap().as_raw_fd() as libc::rlim_t;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+    }
 }
 
-/// The same, by a program and its first arguments.
-fn held_by(program: &[&str], how: &str, test: impl FnOnce(&Lab, &mut Child)) {
+/// A lab with a server, where a process with rules behaves as its role says.
+fn with_process(role: &str, test: impl FnOnce(&Lab, &mut Process)) {
+    with_program(&[], role, test);
+}
+
+/// The same, with a program and its arguments that start the process.
+fn with_program(program: &[&str], role: &str, test: impl FnOnce(&Lab, &mut Process)) {
     let lab = Lab::new();
     let server = lab.serve(80);
-    let arguments = arguments(program);
-    let mut child = lab.proxy.run(|| {
-        Command::new(arguments[0]).args(&arguments[1..]).env(HOLD, how).stdout(Stdio::piped()).spawn().unwrap()
-    });
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    while !line.ends_with("held\n") {
-        line.clear();
-        assert_ne!(output.read_line(&mut line).unwrap(), 0, "{how}: it installed nothing");
-    }
-    child.stdout = Some(output.into_inner());
-    let enough = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| answer_all(&server, "server", &enough));
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&lab, &mut child)));
-        enough.store(true, Ordering::Relaxed);
-        let _ = child.kill();
-        child.wait().unwrap();
-        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    });
+    let command = process::by_program(program, check_names_process_that_does_not_serve, role);
+    let mut process = Process::start(&lab.proxy, command, "ready");
+    while_answering(&[(&server, "server")], || test(&lab, &mut process));
 }
 
-/// Somebody answers on the port that is intercepted.
-fn answered(lab: &Lab, hosts: Hosts) -> bool {
-    lab.client.run(|| said(at(hosts.server, 80))).is_ok()
+/// Whether no host answers on the port that is intercepted.
+fn is_broken(lab: &Lab, hosts: Hosts) -> bool {
+    lab.client.run(|| said_within(at(hosts.server, 80), silence())).is_err()
 }
 
-/// The same, on a machine that may be too busy for the first try.
-fn answered_at_last(lab: &Lab, hosts: Hosts) -> bool {
-    (0..5).any(|_| answered(lab, hosts))
+/// Whether a host answers on that port, at the latest after some attempts.
+fn works(lab: &Lab, hosts: Hosts) -> bool {
+    lab.client.run(|| said_eventually(at(hosts.server, 80))).is_some()
 }
 
 #[test]
-fn rules_and_their_process() {
-    if let Ok(how) = std::env::var(HOLD) {
-        return hold(&how);
+fn check_names_process_that_does_not_serve() {
+    if let Some(role) = process::role() {
+        behave(&role);
     }
-    for (how, id, hosts) in [
+    for (role, id, hosts) in [
         ("gone", "listener.gone", v4 as fn() -> Hosts),
         ("gone", "listener.gone", v6),
         ("plain", "listener.not_transparent", v4),
@@ -146,47 +110,42 @@ fn rules_and_their_process() {
         ("bound", "listener.bound_to_interface", v4),
         ("bound", "listener.bound_to_interface", v6),
     ] {
-        held(how, |lab, child| {
-            assert!(!answered(lab, hosts()), "{id}: it works");
-            cured(&lab.proxy, id, TP_SEVERITY_FAILURE);
-            child.wait().unwrap();
-            assert!(answered_at_last(lab, hosts()), "{id}: not cured");
+        with_process(role, |lab, process| {
+            assert!(is_broken(lab, hosts()), "{id}: it works");
+            fix_finding(&lab.proxy, id, TP_SEVERITY_FAILURE);
+            process.child.wait().unwrap();
+            assert!(works(lab, hosts()), "{id}: not fixed");
         });
     }
 }
 
 #[test]
-fn a_process_that_is_stopped() {
-    held("serve", |lab, child| {
-        assert!(answered_at_last(lab, v4()));
-        lab.proxy.sh(&format!("kill -STOP {}", child.id()));
+fn check_names_process_that_is_stopped() {
+    with_process("serve", |lab, process| {
+        assert!(works(lab, v4()));
+        lab.proxy.sh(&format!("kill -STOP {}", process.id()));
         // Each of its threads stops when it is its turn to run.
-        let running = || {
-            let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+        let stopped = || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
             let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat")).unwrap();
-            tasks.map(Result::unwrap).map(stat).any(|stat| !stat.rsplit_once(") ").unwrap().1.starts_with('T'))
+            tasks.map(Result::unwrap).map(stat).all(|stat| stat.rsplit_once(") ").unwrap().1.starts_with('T'))
         };
-        let deadline = std::time::Instant::now() + patience();
-        while running() {
-            assert!(std::time::Instant::now() < deadline, "it goes on");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        assert!(!answered(lab, v4()));
-        cured(&lab.proxy, "owner.stopped", TP_SEVERITY_FAILURE);
-        assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
+        eventually("the process is stopped", stopped);
+        assert!(is_broken(lab, v4()));
+        fix_finding(&lab.proxy, "owner.stopped", TP_SEVERITY_FAILURE);
+        assert!(works(lab, v4()) && works(lab, v6()));
     });
 }
 
 #[test]
-fn rules_that_outlive_their_process() {
-    for (how, id) in [("persist", "instance.orphaned"), ("iptables", "instance.iptables_orphaned")] {
-        held(how, |lab, child| {
-            assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
-            child.kill().unwrap();
-            child.wait().unwrap();
-            assert!(!answered(lab, v4()) && !answered(lab, v6()), "{id}: it works");
-            cured(&lab.proxy, id, TP_SEVERITY_FAILURE);
-            assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()), "{id}: not cured");
+fn check_names_rules_that_outlive_their_process() {
+    for (role, id) in [("persist", "instance.orphaned"), ("iptables", "instance.iptables_orphaned")] {
+        with_process(role, |lab, process| {
+            assert!(works(lab, v4()) && works(lab, v6()));
+            process.kill();
+            assert!(is_broken(lab, v4()) && is_broken(lab, v6()), "{id}: it works");
+            fix_finding(&lab.proxy, id, TP_SEVERITY_FAILURE);
+            assert!(works(lab, v4()) && works(lab, v6()), "{id}: not fixed");
             let left = lab.proxy.run(check);
             if let Some(routing) = left.iter().find(|finding| finding.id == "rule.orphaned") {
                 lab.proxy.sh(&routing.fix);
@@ -197,54 +156,56 @@ fn rules_that_outlive_their_process() {
 }
 
 #[test]
-fn a_queue_that_is_full() {
-    held("full", |lab, _| {
-        let attempt = || lab.client.run(|| TcpStream::connect_timeout(&at(v4().server, 80), limit(900))).ok();
+fn check_names_listener_whose_queue_is_full() {
+    with_process("full", |lab, _| {
+        let attempt = || lab.client.run(|| connect_in_vain(at(v4().server, 80))).ok();
         let open: Vec<Option<TcpStream>> = (0..5).map(|_| attempt()).collect();
-        assert!(open.iter().any(Option::is_none), "the queue has room");
+        assert!(open.iter().any(Option::is_none), "the queue is not full");
         let found = lab.proxy.run(check);
         assert!(found.iter().any(|f| f.id == "listener.full" && f.severity == TP_SEVERITY_WARNING), "{found:#?}");
     });
 }
 
 #[test]
-fn a_process_with_few_descriptors() {
-    held("few", |lab, child| {
-        assert!(!answered(lab, v4()), "it has descriptors");
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
+fn check_names_process_with_few_descriptors() {
+    with_process("few", |lab, process| {
+        assert!(is_broken(lab, v4()), "the process has descriptors");
+        let line = process.line();
         let found = lab.proxy.run(check);
         let named = found.iter().find(|f| f.id == "limit.descriptors" && f.severity == TP_SEVERITY_WARNING).unwrap();
-        assert_eq!(line, format!("fix: {}\n", named.fix), "the process itself says the same");
-        cured(&lab.proxy, "limit.descriptors", TP_SEVERITY_WARNING);
-        // The connection that waited is served first, to nobody.
-        assert!(answered_at_last(lab, v4()) && answered_at_last(lab, v6()));
-        child.stdout = Some(output.into_inner());
+        assert_eq!(line, format!("fix: {}", named.fix), "the process itself reports another command");
+        fix_finding(&lab.proxy, "limit.descriptors", TP_SEVERITY_WARNING);
+        // The first connection that is served is the one that waited, whose client has given up.
+        assert!(works(lab, v4()) && works(lab, v6()));
     });
 }
 
 #[test]
-fn program_started_as_its_finding_says_has_the_capabilities() {
+fn check_privilege_fix_gives_started_program_its_capabilities() {
+    if process::role().is_some() {
+        println!("listens: {}", listen("[::]:3129".parse().unwrap(), 0).is_ok());
+        return check()
+            .iter()
+            .filter(|f| f.severity >= TP_SEVERITY_WARNING)
+            .for_each(|f| println!("\n{} {}", f.id, f.fix));
+    }
     let net = Net::new();
-    let program = std::env::current_exe().unwrap();
-    // Root is a user like others here, who has what programs are started with.
-    let plain = ["setpriv", "--securebits=+noroot", "--inh-caps=-all", "--", program.to_str().unwrap()];
-    let report = format!("{HOLD}=report");
-    let before = net.command("env", &[&[report.as_str()], &arguments(&plain)[..]].concat());
+    let report = |program: &[&str]| {
+        net.output(process::by_program(program, check_privilege_fix_gives_started_program_its_capabilities, "report"))
+    };
+    // Root has no capabilities here except those that programs are started with.
+    let before = report(&["setpriv", "--securebits=+noroot", "--inh-caps=-all", "--"]);
     assert!(before.contains("listens: false\n"), "{before}");
     for id in ["privilege.net_admin", "privilege.transparent"] {
         let fix = before.lines().find_map(|line| line.strip_prefix(&format!("{id} "))).expect(&before);
         assert!(!fix.contains("setcap"), "{fix}");
         let command = fix.replacen("setpriv ", "setpriv --securebits=+noroot ", 1);
-        let command = command.replace("PROGRAM", program.to_str().unwrap());
-        let words: Vec<&str> = command.split(' ').collect();
-        let after = net.command("env", &[&[report.as_str()], &arguments(&words)[..]].concat());
+        let words: Vec<&str> = command.strip_suffix(" PROGRAM").expect(fix).split(' ').collect();
+        let after = report(&words);
         assert!(after.contains("listens: true\n") && !after.contains("\nprivilege."), "{after}");
-        held_by(&words, "serve", |lab, _| {
+        with_program(&words, "serve", |lab, _| {
             for hosts in [v4(), v6()] {
-                let ask = |_| lab.client.run(|| said(at(hosts.server, 80))).ok();
-                assert_eq!((0..5).find_map(ask).as_deref(), Some("proxy"));
+                assert_eq!(lab.client.run(|| said_eventually(at(hosts.server, 80))).as_deref(), Some("proxy"));
             }
         });
     }

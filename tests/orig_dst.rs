@@ -1,4 +1,4 @@
-//! `tp_orig_dst` for each way in which a connection can have come.
+//! `tp_orig_dst` for every kind of socket.
 
 mod common;
 
@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 use common::*;
 
-/// REDIRECT, as an administrator would set it up.
+/// Redirects port 80 by a rule of an administrator.
 fn redirect(net: &Net) {
     net.nft(
         "table inet nat {
@@ -19,19 +19,19 @@ fn redirect(net: &Net) {
 
 /// The accepted end of a connection that the client makes.
 fn accepted(lab: &Lab, listener: &TcpListener, to: SocketAddr) -> TcpStream {
-    let _client = lab.client.run(|| TcpStream::connect_timeout(&to, patience())).unwrap();
+    let _client = lab.client.run(|| connect(to));
     accept(listener).0
 }
 
 #[test]
-fn redirected_connections_tell_where_they_were_going() {
+fn orig_dst_redirected_gives_destination() {
     let lab = Lab::new();
     redirect(&lab.proxy);
     let dual = lab.proxy.run(|| TcpListener::bind("[::]:3129")).unwrap();
     for hosts in [v4(), v6()] {
         let to = at(hosts.server, 80);
         let found = orig_dst(&accepted(&lab, &dual, to)).unwrap();
-        assert!(found.is_ipv6(), "the address is of the socket's family");
+        assert!(found.is_ipv6(), "the address has another family than the socket");
         assert_eq!(canonical(found), to);
     }
     drop(dual);
@@ -41,7 +41,7 @@ fn redirected_connections_tell_where_they_were_going() {
 }
 
 #[test]
-fn a_connection_that_was_not_redirected_is_enoent() {
+fn orig_dst_not_redirected_is_enoent() {
     let lab = Lab::new();
     let listener = lab.proxy.run(|| TcpListener::bind("[::]:3129")).unwrap();
     let enoent = |stream: &TcpStream| {
@@ -49,7 +49,7 @@ fn a_connection_that_was_not_redirected_is_enoent() {
         assert_eq!(failed.errno, libc::ENOENT, "{failed}");
         assert!(failed.sentence.contains("not intercepted"), "{failed}");
     };
-    // With no NAT in the namespace (ENOPROTOOPT or ENOENT within), and with NAT that passed this one by.
+    // Without NAT in the namespace (getsockopt fails with ENOPROTOOPT or ENOENT), and with NAT for other connections.
     for hosts in [v4(), v6()] {
         enoent(&accepted(&lab, &listener, at(hosts.proxy, 3129)));
     }
@@ -59,9 +59,9 @@ fn a_connection_that_was_not_redirected_is_enoent() {
     }
 }
 
-/// With connection tracking active and NAT in the namespace, what it says of the five-tuple is not asked for.
+/// Connection tracking may have another destination for the five-tuple.
 #[test]
-fn a_transparent_connection_never_asks_connection_tracking() {
+fn orig_dst_transparent_does_not_use_connection_tracking() {
     let lab = Lab::new();
     lab.proxy.nft(
         "table inet nat {
@@ -79,7 +79,7 @@ fn a_transparent_connection_never_asks_connection_tracking() {
 }
 
 #[test]
-fn a_direct_connection_to_a_transparent_listener_was_going_there() {
+fn orig_dst_direct_connection_gives_listener_address() {
     let net = Net::new();
     let to: SocketAddr = "127.0.0.1:3129".parse().unwrap();
     let listener = net.run(|| listen(to, 0)).unwrap();
@@ -88,7 +88,7 @@ fn a_direct_connection_to_a_transparent_listener_was_going_there() {
 }
 
 #[test]
-fn what_is_no_accepted_connection_is_enotconn() {
+fn orig_dst_unconnected_socket_is_enotconn() {
     let net = Net::new();
     net.run(|| {
         for errno in [

@@ -1,8 +1,6 @@
-//! Routing rules and tables of others, whatever numbers they have: the library comes to an end, and leaves them alone.
+//! Routing rules and tables of other programs, whatever their numbers: the library ends its work, and leaves them alone.
 
 mod common;
-
-use std::os::fd::AsRawFd;
 
 use common::*;
 use libc::EEXIST;
@@ -10,21 +8,12 @@ use tproxy::ffi::*;
 
 fn install(flags: u32) -> Result<(), Failed> {
     let listener = listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap();
-    let (fd, port) = (listener.as_raw_fd(), tp_port_range { first: 80, last: 80 });
-    let rules = Rules::install(&tp_rules_config {
-        listeners: &raw const fd,
-        n_listeners: 1,
-        ports: &raw const port,
-        n_ports: 1,
-        flags,
-        ..config()
-    })?;
-    rules.remove()
+    RulesConfig::of(&listener).ports(&[80]).flags(flags).install()?.remove()
 }
 
-/// Rules that the library could have made, at preferences that no instance can have.
+/// Routing rules in the library's form, at preferences that no instance can have.
 #[test]
-fn rules_at_the_highest_preferences_are_swept() {
+fn install_rules_sweeps_routing_rules_at_highest_preferences() {
     for family in ["-4", "-6"] {
         for action in ["fwmark 7 lookup 100", "fwmark 7 lookup 4294967295", "nop", "iif lo fwmark 7 goto 4294967295"] {
             for preference in [4_294_967_295u32, 4_294_967_294, 4_294_967_292, 4_294_967_291, 32_767, 1] {
@@ -43,9 +32,9 @@ fn rules_at_the_highest_preferences_are_swept() {
     }
 }
 
-/// Another program uses the same protocol number.
+/// Another program uses the library's protocol number.
 #[test]
-fn rules_of_others_with_our_protocol_stay() {
+fn install_rules_and_purge_rules_keep_foreign_routing_rules() {
     let rules = [
         "pref 300 fwmark 7 lookup main",
         "pref 301 fwmark 7 lookup local",
@@ -80,9 +69,9 @@ fn rules_of_others_with_our_protocol_stay() {
     assert_eq!(net.state(), before);
 }
 
-/// Tables whose names and comments are like ours, and say what ours cannot.
+/// Tables with names and comments in the library's form, which claim a slot that the library never uses.
 #[test]
-fn tables_that_claim_impossible_places_are_not_taken_over() {
+fn install_rules_and_purge_rules_keep_tables_that_claim_impossible_slots() {
     for place in [
         "priority 4294967295 table 254",
         "priority 4294967294 table 100",
@@ -112,9 +101,9 @@ fn tables_that_claim_impossible_places_are_not_taken_over() {
     }
 }
 
-/// A saved ruleset that is loaded again has the table of a sweep, and no owner.
+/// A ruleset that was saved during a sweep and loaded again has the table of the sweep, without an owner.
 #[test]
-fn table_of_a_sweep_without_an_owner_is_removed() {
+fn install_rules_and_purge_rules_remove_table_of_sweep_without_owner() {
     let net = Net::new();
     let before = net.state();
     net.nft("add table inet libtproxy--sweep { comment \"libtproxy: priority 200 table 7470\"; }");

@@ -1,5 +1,4 @@
-//! Receiving: one datagram, a batch, and a message that the program received
-//! by itself.
+//! Receiving: one datagram, a batch, and a message that the program received with recvmsg(2).
 
 mod common;
 
@@ -25,12 +24,12 @@ fn pair(v6: bool) -> (Net, OwnedFd, UdpSocket) {
 }
 
 fn flags_of(datagram: &Datagram<'_>) -> u32 {
-    // SAFETY: the struct is C's: two words and a length before the segment length, and then the flags.
+    // SAFETY: the layout is that of the C struct: the flags follow two words, a length and the segment length.
     unsafe { std::ptr::from_ref(datagram).cast::<u8>().add(3 * size_of::<usize>() + 4).cast::<u32>().read() }
 }
 
 #[test]
-fn one_datagram_has_its_sender_and_original_destination() {
+fn recvfrom_gives_sender_and_original_destination() {
     for v6 in [false, true] {
         let (_net, listener, sender) = pair(v6);
         let (from, to) = (sender.local_addr().unwrap(), local_addr(&listener));
@@ -46,7 +45,7 @@ fn one_datagram_has_its_sender_and_original_destination() {
 }
 
 #[test]
-fn msg_trunc_gives_the_real_length() {
+fn recvfrom_with_msg_trunc_gives_real_length() {
     let (_net, listener, sender) = pair(false);
     sender.send(&[1; 100]).unwrap();
     let mut bytes = [0u8; 10];
@@ -59,7 +58,7 @@ fn msg_trunc_gives_the_real_length() {
 }
 
 #[test]
-fn an_address_without_room_is_cut_and_one_with_none_at_all_loses_no_datagram() {
+fn recvfrom_with_short_address_buffer_truncates_address_and_keeps_datagram() {
     let (_net, listener, sender) = pair(true);
     sender.send(b"kept").unwrap();
     let call = |room: u32| {
@@ -88,7 +87,7 @@ fn an_address_without_room_is_cut_and_one_with_none_at_all_loses_no_datagram() {
 }
 
 #[test]
-fn a_sender_of_another_family_is_none() {
+fn recvfrom_sender_of_unix_family_is_unspecified() {
     let path = std::env::temp_dir().join(format!("tproxy-sender-with-a-long-name-{}", std::process::id()));
     let sender = UnixDatagram::bind(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
@@ -106,7 +105,7 @@ fn a_sender_of_another_family_is_none() {
 }
 
 #[test]
-fn a_socket_that_does_not_report_it_has_no_original_destination() {
+fn recvfrom_on_plain_socket_has_no_original_destination() {
     let net = Net::new();
     let (plain, sender) = net.run(|| (udp(at(ip("127.0.0.1"), 0)), udp(at(ip("127.0.0.1"), 0))));
     let (from, to) = (sender.local_addr().unwrap(), plain.local_addr().unwrap());
@@ -115,7 +114,7 @@ fn a_socket_that_does_not_report_it_has_no_original_destination() {
     sender.send_to(b"two", to).unwrap();
     let mut rooms = rooms(2, 10);
     let mut batch = datagrams(&mut rooms);
-    // What was there before must not be taken for this one's.
+    // An address from an earlier call must not remain.
     batch[0].set_orig_dst(at(ip("192.0.2.1"), 1));
     assert_eq!(recv_datagrams(&plain, &mut batch, 0).unwrap(), 1);
     assert_eq!((batch[0].data(), batch[0].client(), batch[0].orig_dst()), (&b"two"[..], Some(from), None));
@@ -123,7 +122,7 @@ fn a_socket_that_does_not_report_it_has_no_original_destination() {
 }
 
 #[test]
-fn a_batch_has_what_is_there_in_order_and_says_what_was_cut() {
+fn recv_datagrams_gives_queue_in_order_and_marks_truncated() {
     let (_net, listener, sender) = pair(false);
     let (from, to) = (sender.local_addr().unwrap(), local_addr(&listener));
     for bytes in [&b"first"[..], b"", b"longer than its place", b"last"] {
@@ -135,14 +134,14 @@ fn a_batch_has_what_is_there_in_order_and_says_what_was_cut() {
     let got: Vec<_> = batch[..4].iter().map(|one| (one.data(), flags_of(one), one.client(), one.orig_dst())).collect();
     let expected = [(&b"first"[..], 0), (b"", 0), (b"longer t", TP_DGRAM_TRUNC), (b"last", 0)];
     assert_eq!(got, expected.map(|(bytes, flags)| (bytes, flags, Some(from), Some(to))));
-    // The others are as they were.
+    // The other elements are unchanged.
     assert_eq!((batch[4].client(), batch[4].orig_dst(), batch[4].data()), (None, None, &b""[..]));
     assert_eq!(recv_datagrams(&listener, &mut batch, libc::MSG_DONTWAIT).unwrap_err().errno, libc::EAGAIN);
     assert_eq!(recv_datagrams(&listener, &mut [], 0), Ok(0));
 }
 
 #[test]
-fn a_call_receives_no_more_than_a_batch() {
+fn recv_datagrams_receives_at_most_batch_max() {
     let (_net, listener, sender) = pair(true);
     for number in 0..TP_BATCH_MAX as u8 + 6 {
         sender.send(&[number]).unwrap();
@@ -155,9 +154,9 @@ fn a_call_receives_no_more_than_a_batch() {
 }
 
 #[test]
-fn control_data_without_room_are_told_of() {
+fn recv_datagrams_marks_truncated_control_data() {
     let (_net, listener, sender) = pair(false);
-    // Each of these adds to the control data; IP_OPTIONS are given back with all their bytes.
+    // Each of these options adds control data; IP_OPTIONS adds all 40 bytes.
     let all = [libc::IP_PKTINFO, libc::IP_RECVTTL, libc::IP_RECVTOS, libc::IP_RECVOPTS, libc::IP_RETOPTS];
     all.iter().for_each(|name| set_option(&listener, libc::SOL_IP, *name, 1));
     let options = [libc::IPOPT_NOP; 40];
@@ -176,7 +175,7 @@ fn control_data_without_room_are_told_of() {
     assert_eq!(batch[0].data(), b"much about little");
 }
 
-/// The caller's own recvmsg(2), with so much room for control data.
+/// Receives with recvmsg(2) and a control buffer of a size, and gives what tp_msg_orig_dst finds.
 fn own_message(fd: &OwnedFd, room: usize, with_name: bool) -> Result<std::net::SocketAddr, Failed> {
     let (mut name, mut control) = (socket2::SockAddrStorage::zeroed(), [0u64; 32]);
     let mut bytes = [0u8; 10];
@@ -192,14 +191,14 @@ fn own_message(fd: &OwnedFd, room: usize, with_name: bool) -> Result<std::net::S
     // SAFETY: everything that the message points to is alive and as long as it says.
     assert!(unsafe { libc::recvmsg(fd.as_fd().as_raw_fd(), &raw mut message, 0) } >= 0);
     let (mut found, mut len) = (socket2::SockAddrStorage::zeroed(), name.size_of());
-    // SAFETY: as the kernel filled it; room for an address.
+    // SAFETY: the message is as the kernel filled it; room for an address.
     checked(unsafe { tp_msg_orig_dst(&raw const message, (&raw mut found).cast(), &raw mut len) })?;
     // SAFETY: the call wrote an address of that length.
     Ok(unsafe { socket2::SockAddr::new(found, len) }.as_socket().unwrap())
 }
 
 #[test]
-fn a_message_of_ones_own_has_the_original_destination() {
+fn msg_orig_dst_gives_original_destination() {
     let net = Net::new();
     for (listen, send) in [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::ffff:127.0.0.1", "127.0.0.1")] {
         let (listener, sender) = net.run(|| (receiver(at(ip(listen), 0)), udp(at(ip(send), 0))));
@@ -208,7 +207,7 @@ fn a_message_of_ones_own_has_the_original_destination() {
         say();
         assert_eq!(own_message(&listener, 256, true), Ok(to));
         say();
-        // Without the sender's address it is as the kernel has it.
+        // Without the address of the sender the result has the kernel's form.
         assert_eq!(own_message(&listener, 256, false), Ok(canonical(to)));
         for room in [0, 8, 16, 24] {
             say();

@@ -1,25 +1,26 @@
-//! Replies: whom they disturb (nobody), how many sockets they take, and what
-//! becomes of those that cannot be sent.
+//! Replies: they disturb no other socket, the number of sockets is bounded, and replies that cannot be sent have an error.
 
 mod common;
 
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::datagrams::*;
 use common::*;
 use tproxy::ffi::*;
 
+/// The addresses to which a replier binds its sockets.
 const DUMMIES: [&str; 2] = ["192.0.0.8", "100:0:0:1::1"];
 
-/// The sockets of a replier in this thread's network.
-fn reply_sockets() -> Vec<(SocketAddr, usize)> {
-    udp_sockets().into_iter().filter(|(addr, _)| DUMMIES.iter().any(|dummy| addr.ip() == ip(dummy))).collect()
+/// The sockets of repliers in this thread's namespace.
+fn reply_sockets() -> Vec<UdpSocketState> {
+    let bound = |socket: &UdpSocketState| DUMMIES.iter().any(|dummy| socket.addr.ip() == ip(dummy));
+    udp_socket_states().into_iter().filter(bound).collect()
 }
 
-/// One reply; gives its error.
+/// Sends one reply; gives its error.
 fn reply(replier: &mut Replier, from: SocketAddr, to: SocketAddr, bytes: &[u8]) -> Option<i32> {
     let mut bytes = bytes.to_vec();
     let mut one = [reply_of(&mut bytes, from, to)];
@@ -32,7 +33,7 @@ fn open(config: &tp_replier_config) -> Replier {
     Replier::open(config).unwrap()
 }
 
-/// A rule that diverts datagrams to transparent sockets, and a listener on a port.
+/// A transparent socket, and rules that intercept the datagrams to a port for it.
 fn intercept_udp(lab: &Lab, port: u16) -> (std::os::fd::OwnedFd, Rules) {
     lab.proxy.run(|| {
         let listener = receiver(at(ip("::"), 3129));
@@ -42,7 +43,7 @@ fn intercept_udp(lab: &Lab, port: u16) -> (std::os::fd::OwnedFd, Rules) {
 }
 
 #[test]
-fn reply_sockets_neither_queue_nor_steal() {
+fn reply_sockets_queue_nothing_and_take_no_request() {
     for hosts in [v4(), v6()] {
         let lab = Lab::new();
         let (listener, _rules) = intercept_udp(&lab, 53);
@@ -57,17 +58,17 @@ fn reply_sockets_neither_queue_nor_steal() {
             assert_eq!(lab.proxy.run(|| reply(&mut replier, asked, here, b"answer")), None);
             assert_eq!(hear(&client, 1), [(b"answer".to_vec(), asked)]);
         }
-        // Even what is sent to where they are bound is not kept; the rules bring it there.
-        let dummy = ip(DUMMIES[usize::from(here.is_ipv6())]);
+        // The rules divert datagrams to the address of a reply socket to that socket, which drops them.
+        let dummy = at(ip(DUMMIES[usize::from(here.is_ipv6())]), 53);
         for _ in 0..5 {
-            client.send_to(b"to the dummy", at(dummy, 53)).unwrap();
+            client.send_to(b"to the dummy", dummy).unwrap();
         }
-        std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(lab.proxy.run(reply_sockets), [(at(dummy, 53), 0)]);
+        let expected = UdpSocketState { addr: dummy, queued: 0, dropped: 5 };
+        eventually("the reply socket drops all", || lab.proxy.run(reply_sockets) == [expected.clone()]);
     }
 }
 
-/// Asks a service and gets its own words back.
+/// Asserts that a service on this port gets a request, and that its reply comes back.
 fn is_served(client: &UdpSocket, service: &UdpSocket, at: SocketAddr) {
     client.send_to(b"are you there?", at).unwrap();
     let (words, from) = hear(service, 1).remove(0);
@@ -76,7 +77,7 @@ fn is_served(client: &UdpSocket, service: &UdpSocket, at: SocketAddr) {
 }
 
 #[test]
-fn services_on_the_same_port_are_not_disturbed() {
+fn reply_from_port_of_service_does_not_disturb_it() {
     for (hosts, any) in [(v4(), "0.0.0.0"), (v6(), "::")] {
         for (bound, shares, raw) in [(ip(any), false, 5), (ip(any), true, 0), (hosts.proxy, false, 0)] {
             let lab = Lab::new();
@@ -104,16 +105,17 @@ fn services_on_the_same_port_are_not_disturbed() {
             }
             let stats = replier.stats();
             assert_eq!((stats.raw, stats.misses, stats.hits), (raw, 1, 4), "{bound} shares {shares}");
-            // The service starts anew while the replier is there.
+            // The service restarts while the replier is open. Another test's child may have a copy of its socket for a moment.
             drop(service);
-            let service = serve().unwrap();
+            let service = wait_for("the port is in use", || serve().ok());
             is_served(&client, &service, at(hosts.proxy, 53));
         }
     }
 }
 
+/// A port that another socket holds is tried again after a second, not for each datagram.
 #[test]
-fn a_port_that_is_free_again_is_taken_within_a_second_or_so() {
+fn reply_from_port_that_is_free_again_binds_it() {
     let lab = Lab::new();
     let hosts = v4();
     let client = lab.client.run(|| udp(at(hosts.client, 0)));
@@ -121,22 +123,27 @@ fn a_port_that_is_free_again_is_taken_within_a_second_or_so() {
     let from = at(nobody(false, 1), 53);
     let service = lab.proxy.run(|| udp(at(ip("0.0.0.0"), 53)));
     lab.proxy.run(|| {
+        let begin = Instant::now();
         let mut replier = open(&replier_config());
         for _ in 0..100 {
             assert_eq!(reply(&mut replier, from, here, b"raw"), None);
         }
-        let stats = replier.stats();
-        assert_eq!((stats.raw, stats.misses, stats.sockets), (100, 1, 1));
+        let (stats, seconds) = (replier.stats(), begin.elapsed().as_secs());
+        assert_eq!((stats.raw, stats.sockets), (100, 1));
+        assert!((1..=1 + seconds).contains(&stats.misses), "{} attempts in {:?}", stats.misses, begin.elapsed());
         drop(service);
-        std::thread::sleep(Duration::from_millis(1100));
+        eventually("the port is bound", || {
+            assert_eq!(reply(&mut replier, from, here, b"again"), None);
+            replier.stats().sockets == 2
+        });
+        let before = replier.stats();
         assert_eq!(reply(&mut replier, from, here, b"not raw"), None);
-        let stats = replier.stats();
-        assert_eq!((stats.raw, stats.misses, stats.sockets), (100, 2, 2));
+        assert_eq!(replier.stats().raw, before.raw);
     });
 }
 
 #[test]
-fn repliers_of_several_threads_share_ports() {
+fn reply_of_two_repliers_shares_port() {
     let lab = Lab::new();
     let client = lab.client.run(|| udp(at(v6().client, 0)));
     let here = client.local_addr().unwrap();
@@ -151,43 +158,60 @@ fn repliers_of_several_threads_share_ports() {
     assert_eq!(hear(&client, 2).len(), 2);
 }
 
+/// The ports of the reply sockets in this thread's namespace, in order.
+fn reply_ports() -> Vec<u16> {
+    let mut ports: Vec<u16> = reply_sockets().iter().map(|socket| socket.addr.port()).collect();
+    ports.sort_unstable();
+    ports
+}
+
+/// A child that another test is starting has copies of closed sockets until it calls exec(2): the lists of sockets become right
+/// a moment later.
 #[test]
-fn the_number_of_sockets_is_bounded_and_idle_ones_are_closed() {
+fn reply_from_many_ports_closes_least_recently_used_sockets() {
     let lab = Lab::new();
     let client = lab.client.run(|| udp(at(v4().client, 0)));
     let here = client.local_addr().unwrap();
     let source = |port: u16| at(nobody(false, 1), port);
     lab.proxy.run(|| {
-        let mut replier = open(&tp_replier_config { max_sockets: 4, idle_ms: 200, ..replier_config() });
+        let mut replier = open(&tp_replier_config { max_sockets: 4, idle_ms: u32::MAX, ..replier_config() });
         for _ in 0..3 {
             for port in 1..=20 {
                 assert_eq!(reply(&mut replier, source(port), here, b"x"), None);
-                // A child that another test is about to make may hold them a moment longer.
-                eventually("no more than four", || reply_sockets().len() <= 4);
+                eventually("at most four sockets", || reply_sockets().len() <= 4);
             }
         }
-        let ports = || {
-            let mut ports: Vec<u16> = reply_sockets().iter().map(|(addr, _)| addr.port()).collect();
-            ports.sort_unstable();
-            ports
-        };
-        eventually("the last four", || ports() == [17, 18, 19, 20]);
+        eventually("the last four ports", || reply_ports() == [17, 18, 19, 20]);
         assert_eq!((replier.stats().sockets, replier.stats().evictions, replier.stats().misses), (4, 56, 60));
-        // The one that was used last stays longest.
         assert_eq!(reply(&mut replier, source(17), here, b"x"), None);
         assert_eq!(reply(&mut replier, source(30), here, b"x"), None);
-        eventually("17 is younger than 18", || ports() == [17, 19, 20, 30]);
-        std::thread::sleep(Duration::from_millis(400));
-        assert_eq!(reply(&mut replier, source(40), here, b"x"), None);
-        eventually("the idle ones are closed", || ports() == [40]);
+        eventually("18 was used least recently", || reply_ports() == [17, 19, 20, 30]);
         drop(replier);
-        eventually("all are closed", || ports().is_empty());
+        eventually("all are closed", || reply_ports().is_empty());
     });
-    hear(&client, 63);
+    hear(&client, 62);
 }
 
 #[test]
-fn a_replier_of_raw_sockets_takes_no_port() {
+fn reply_closes_idle_sockets() {
+    let lab = Lab::new();
+    let client = lab.client.run(|| udp(at(v4().client, 0)));
+    let here = client.local_addr().unwrap();
+    let source = |port: u16| at(nobody(false, 1), port);
+    lab.proxy.run(|| {
+        let mut replier = open(&tp_replier_config { idle_ms: 200, ..replier_config() });
+        for port in [17, 18, 19] {
+            assert_eq!(reply(&mut replier, source(port), here, b"x"), None);
+        }
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(reply(&mut replier, source(40), here, b"x"), None);
+        eventually("the idle ones are closed", || reply_ports() == [40]);
+    });
+    hear(&client, 4);
+}
+
+#[test]
+fn reply_raw_binds_no_port() {
     let lab = Lab::new();
     for hosts in [v4(), v6()] {
         let client = lab.client.run(|| udp(at(hosts.client, 0)));
@@ -195,7 +219,7 @@ fn a_replier_of_raw_sockets_takes_no_port() {
         let from = at(nobody(here.is_ipv6(), 1), 53);
         lab.proxy.run(|| {
             let mut replier = open(&tp_replier_config { flags: TP_REPLIER_RAW, ..replier_config() });
-            // Of no byte, of an odd number, in fragments, and the longest.
+            // An empty datagram, one of odd length, one in fragments, and the longest.
             for len in [0, 1, 99, 4000, 65_507] {
                 assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None, "{len}");
             }
@@ -208,7 +232,7 @@ fn a_replier_of_raw_sockets_takes_no_port() {
 }
 
 #[test]
-fn routers_may_cut_what_is_long() {
+fn reply_above_524_bytes_may_be_fragmented_by_routers() {
     let lab = Lab::new();
     let (client, packets) = lab.client.run(|| {
         use socket2::{Domain, Protocol, Socket, Type};
@@ -221,7 +245,7 @@ fn routers_may_cut_what_is_long() {
             assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None);
         }
     });
-    let uncut: Vec<(usize, bool)> = (0..2)
+    let df: Vec<(usize, bool)> = (0..2)
         .map(|_| {
             let mut packet = [0; 1000];
             let len = (&packets).read(&mut packet).unwrap();
@@ -229,13 +253,13 @@ fn routers_may_cut_what_is_long() {
             (len - 28, packet[6] & 0x40 != 0)
         })
         .collect();
-    assert_eq!(uncut, [(524, true), (525, false)]);
+    assert_eq!(df, [(524, true), (525, false)]);
 }
 
 #[test]
-fn a_way_out_that_is_narrower_than_any_path_is_no_hindrance() {
+fn reply_through_interface_with_small_mtu_is_fragmented() {
     let lab = Lab::new();
-    // IPv6 needs 1280, and is off on this interface.
+    // Below an MTU of 1280 the kernel turns off IPv6 on the interface.
     lab.proxy.sh("ip link set eth0 mtu 300");
     let client = lab.client.run(|| udp(at(v4().client, 0)));
     let (here, far) = (client.local_addr().unwrap(), at(nobody(false, 1), 53));
@@ -258,7 +282,7 @@ fn a_way_out_that_is_narrower_than_any_path_is_no_hindrance() {
 }
 
 #[test]
-fn one_that_cannot_be_sent_does_not_keep_the_others() {
+fn reply_that_fails_does_not_stop_the_others() {
     let lab = Lab::new();
     lab.proxy.nft(
         "table inet filter {
@@ -295,7 +319,7 @@ fn one_that_cannot_be_sent_does_not_keep_the_others() {
                 let mut bytes = vec![[b'x'; 10]; cases.len()];
                 let mut batch: Vec<_> =
                     bytes.iter_mut().zip(cases).map(|(bytes, (from, to, _))| reply_of(bytes, from, to)).collect();
-                // Errors of before are no errors of now.
+                // A second call replaces the errors of the first.
                 for _ in 0..2 {
                     assert_eq!(replier.reply(&mut batch), 3);
                 }
@@ -309,7 +333,7 @@ fn one_that_cannot_be_sent_does_not_keep_the_others() {
 }
 
 #[test]
-fn without_a_route_the_error_says_so() {
+fn reply_without_route_is_enetunreach() {
     let net = Net::new();
     net.run(|| {
         let mut replier = open(&replier_config());
@@ -320,7 +344,7 @@ fn without_a_route_the_error_says_so() {
 }
 
 #[test]
-fn datagrams_without_an_address_or_bytes_have_errors() {
+fn reply_without_address_is_eafnosupport() {
     let net = Net::new();
     net.run(|| {
         let mut replier = open(&replier_config());
@@ -332,14 +356,15 @@ fn datagrams_without_an_address_or_bytes_have_errors() {
 }
 
 #[test]
-fn segments_arrive_as_datagrams_however_they_leave() {
+fn reply_with_segments_arrives_as_datagrams() {
     for raw in [false, true] {
         let lab = Lab::new();
         for hosts in [v4(), v6()] {
             let client = lab.client.run(|| udp(at(hosts.client, 0)));
             let here = client.local_addr().unwrap();
             let from = at(nobody(here.is_ipv6(), 1), 53);
-            // In one piece, in several, longer than the MTU of 1,500, more than the kernel cuts at once, of one byte each.
+            // One segment, several, segments longer than the MTU of 1,500, more segments than the kernel takes at once, and
+            // segments of one byte.
             for (len, segment_len) in [(100, 1200), (6000, 1200), (6001, 2000), (9000, 100), (200, 1)] {
                 let mut bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
                 let expected: Vec<_> = bytes.chunks(segment_len).map(|bytes| (bytes.to_vec(), from)).collect();
@@ -357,11 +382,11 @@ fn segments_arrive_as_datagrams_however_they_leave() {
 }
 
 #[test]
-fn datagrams_of_one_flow_and_length_arrive_as_they_were_given() {
+fn reply_batch_of_two_flows_arrives_unchanged() {
     let lab = Lab::new();
     let clients: Vec<UdpSocket> = lab.client.run(|| (0..2).map(|_| udp(at(v4().client, 0))).collect());
     let from = at(nobody(false, 1), 53);
-    // Runs of equal length, shorter ends, empty ones between, longer than the MTU, interleaved clients.
+    // Runs of equal lengths, shorter ends, empty datagrams between, datagrams longer than the MTU, two clients in turn.
     let plan: Vec<(usize, usize)> = [100, 100, 100, 50, 100, 100, 0, 0, 100, 2000, 2000, 10, 1400, 1400, 1400, 1399]
         .iter()
         .enumerate()
@@ -389,12 +414,12 @@ fn datagrams_of_one_flow_and_length_arrive_as_they_were_given() {
 }
 
 #[test]
-fn batches_of_many_ports_families_and_ways_arrive_flow_by_flow() {
+fn reply_batch_of_many_ports_and_families_arrives_in_order_of_each_flow() {
     let lab = Lab::new();
     let clients: Vec<UdpSocket> =
         lab.client.run(|| [v4(), v4(), v6(), v6()].iter().map(|hosts| udp(at(hosts.client, 0))).collect());
     let ends: Vec<SocketAddr> = clients.iter().map(|client| client.local_addr().unwrap()).collect();
-    // Ports that are another's, beside those that are free.
+    // Some ports are held by other sockets.
     let taken: Vec<UdpSocket> = lab.proxy.run(|| {
         [("0.0.0.0", 1003), ("0.0.0.0", 1017), ("::", 1005)].iter().map(|(any, port)| udp(at(ip(any), *port))).collect()
     });
@@ -402,34 +427,29 @@ fn batches_of_many_ports_families_and_ways_arrive_flow_by_flow() {
         IpAddr::V4(v4) => at(v4.to_ipv6_mapped().into(), addr.port()),
         IpAddr::V6(_) => addr,
     };
-    // Numbers that look random: a 31-bit linear congruence, its upper half.
-    let mut state = 1u64;
-    let mut below = |limit: u64| {
-        state = (state * 1_103_515_245 + 12_345) & 0x7fff_ffff;
-        (state >> 15) % limit
-    };
+    let mut random = Random(1);
     let mut expected: Vec<Vec<(Vec<u8>, SocketAddr)>> = vec![Vec::new(); 4];
     let mut plan = Vec::new();
     let mut from = at(nobody(false, 1), 1000);
     let mut client = 0;
     for number in 0..1000u64 {
-        // Some follow one of the same flow.
-        if below(3) != 0 {
-            client = below(4) as usize;
-            from = at(nobody(ends[client].is_ipv6(), 1 + below(3) as u8), 1000 + below(40) as u16);
+        // A third of the datagrams belongs to the flow of the one before.
+        if random.below(3) != 0 {
+            client = random.below(4) as usize;
+            from = at(nobody(ends[client].is_ipv6(), 1 + random.below(3) as u8), 1000 + random.below(40) as u16);
         }
-        let len = [0, 8, 8, 8, 100, 100, 1400, 2000][below(8) as usize];
+        let len = [0, 8, 8, 8, 100, 100, 1400, 2000][random.below(8) as usize];
         let mut bytes = vec![number as u8; len];
         bytes.iter_mut().zip(number.to_be_bytes()).for_each(|(byte, of)| *byte = of);
-        let bad = below(20) == 0;
+        let bad = random.below(20) == 0;
         if !bad {
             expected[client].push((bytes.clone(), from));
         }
         let to = if bad { at(ends[client].ip(), 0) } else { ends[client] };
         plan.push((
             bytes,
-            if below(4) == 0 { mapped(from) } else { from },
-            if below(4) == 0 { mapped(to) } else { to },
+            if random.below(4) == 0 { mapped(from) } else { from },
+            if random.below(4) == 0 { mapped(to) } else { to },
         ));
     }
     let heard = std::thread::scope(|scope| {
@@ -451,7 +471,7 @@ fn batches_of_many_ports_families_and_ways_arrive_flow_by_flow() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
     });
     drop(taken);
-    // Each flow in its order; the kernel may bring others between them.
+    // The order within each flow must be kept; the flows may interleave.
     let by_flow = |mut heard: Vec<(Vec<u8>, SocketAddr)>| {
         heard.sort_by_key(|(_, from)| *from);
         heard
@@ -462,7 +482,7 @@ fn batches_of_many_ports_families_and_ways_arrive_flow_by_flow() {
 }
 
 #[test]
-fn each_datagram_of_a_message_that_is_refused_has_the_error() {
+fn reply_message_that_is_refused_has_error_in_each_datagram() {
     let lab = Lab::new();
     lab.proxy.nft(
         "table inet filter {
@@ -476,7 +496,7 @@ fn each_datagram_of_a_message_that_is_refused_has_the_error() {
         let client = lab.client.run(|| udp(at(hosts.client, 0)));
         let here = client.local_addr().unwrap();
         let (from, refused) = (at(nobody(here.is_ipv6(), 1), 53), at(hosts.client, 9));
-        // Two flows of one port: those that follow each other leave as one message, and others are between them.
+        // Two flows from one port: consecutive datagrams of a flow become one message.
         let to = [here, refused, refused, refused, here, refused, here, here, refused, refused];
         lab.proxy.run(|| {
             let mut bytes = vec![[b'x'; 100]; to.len()];
@@ -492,7 +512,7 @@ fn each_datagram_of_a_message_that_is_refused_has_the_error() {
 }
 
 #[test]
-fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
+fn connect_from_dgram_exchanges_with_server_and_takes_nothing_else() {
     for hosts in [v4(), v6()] {
         let lab = Lab::new();
         let (listener, _rules) = intercept_udp(&lab, 53);
@@ -520,7 +540,7 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
             client.send_to(b"more", there).unwrap();
             assert_eq!(receive_datagram(&listener, patience()).unwrap(), ("more".to_owned(), here, there));
         }
-        // Any port will do, without TP_CONNECT_KEEP_PORT.
+        // Without TP_CONNECT_KEEP_PORT the kernel chooses a port.
         let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM).unwrap()));
         any.send(b"x").unwrap();
         let (_, from) = hear(&server, 1).remove(0);
@@ -533,7 +553,7 @@ fn an_upstream_socket_is_the_client_to_the_server_and_takes_nothing_else() {
 }
 
 #[test]
-fn a_bad_config_is_refused() {
+fn replier_open_with_bad_config_is_einval() {
     let open = |config| Replier::open(&config).map(drop).unwrap_err();
     assert_eq!(open(tp_replier_config { flags: 0x2, ..replier_config() }).errno, libc::EINVAL);
     assert_eq!(open(tp_replier_config { reserved: 1, ..replier_config() }).errno, libc::EINVAL);

@@ -1,17 +1,15 @@
-//! A router between a client and two servers, of which one's port is to be intercepted: every way that a connection
-//! can take, with and without the router's own traffic.
+//! A router between a client and two servers. A port of one server is intercepted, with and without the router's own
+//! connections.
 
 mod common;
 
 use std::net::{IpAddr, TcpListener};
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use tproxy::ffi::*;
 
 const PORT: u16 = 8080;
-/// The addresses of the server whose port is intercepted, and of the other.
+/// The addresses of the server whose port is intercepted, and of the other server.
 const ONE: [&str; 2] = ["203.0.113.2", "2001:db8:2::2"];
 const TWO: [&str; 2] = ["192.0.2.2", "2001:db8:3::2"];
 
@@ -48,49 +46,26 @@ impl Site {
     }
 }
 
-/// Who answers the client and the router, at server one and at server two.
+/// The host that answers the client and the router at the addresses of server one and server two.
 fn answers(flags: u32, family: usize) -> [String; 4] {
     let site = Site::new();
     let serve = |net: &Net| net.run(|| TcpListener::bind(at(ip("::"), PORT)).unwrap());
     let (one, two) = (serve(&site.one), serve(&site.two));
     let proxy = site.router.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
-    let _rules = site.router.run(|| install(&proxy, flags)).unwrap();
-    let enough = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for (listener, words) in [(&one, "one"), (&two, "two"), (&proxy, "proxy")] {
-            let enough = &enough;
-            scope.spawn(move || answer_all(listener, words, enough));
-        }
+    let dst = ONE.map(|addr| format!("{addr}/{}", if addr.contains(':') { 128 } else { 32 }));
+    let config = RulesConfig::of(&proxy).ports(&[PORT]).dst(dst).flags(flags);
+    let _rules = site.router.run(|| config.install()).unwrap();
+    while_answering(&[(&one, "one"), (&two, "two"), (&proxy, "proxy")], || {
         let flows = [(&site.client, ONE), (&site.client, TWO), (&site.router, ONE), (&site.router, TWO)];
-        let heard = flows.map(|(from, to)| {
+        flows.map(|(from, to)| {
             let to: IpAddr = ip(to[family]);
             from.run(|| ask(at(to, PORT))).map_or_else(|e| e.to_string(), |heard| heard.answer)
-        });
-        enough.store(true, Ordering::Relaxed);
-        heard
-    })
-}
-
-/// Intercepts the port of server one's addresses, and nothing else.
-fn install(listener: &impl AsRawFd, flags: u32) -> Result<Rules, Failed> {
-    let listener = listener.as_raw_fd();
-    let port = tp_port_range { first: PORT, last: PORT };
-    let dst = ONE.map(|addr| format!("{addr}/{}", if addr.contains(':') { 128 } else { 32 }));
-    let dst = prefixes(&dst.each_ref().map(String::as_str));
-    Rules::install(&tp_rules_config {
-        listeners: &raw const listener,
-        n_listeners: 1,
-        flags,
-        ports: &raw const port,
-        n_ports: 1,
-        dst: dst.as_ptr(),
-        n_dst: dst.len(),
-        ..config()
+        })
     })
 }
 
 #[test]
-fn forwarded_connections_to_one_server_are_intercepted() {
+fn install_rules_on_router_intercepts_forwarded_connections() {
     for family in [0, 1] {
         let [client_one, client_two, router_one, router_two] = answers(0, family);
         assert_eq!([client_one, client_two], ["proxy", "two"], "from the client");
@@ -99,7 +74,7 @@ fn forwarded_connections_to_one_server_are_intercepted() {
 }
 
 #[test]
-fn with_local_output_the_routers_own_are_intercepted_too() {
+fn install_rules_local_output_intercepts_connections_of_router() {
     for family in [0, 1] {
         let [client_one, client_two, router_one, router_two] = answers(TP_RULES_LOCAL_OUTPUT, family);
         assert_eq!([client_one, client_two], ["proxy", "two"], "from the client");

@@ -1,11 +1,11 @@
-//! `docs/troubleshooting.md` is what the table of findings says.
+//! `docs/troubleshooting.md` is generated from the table of findings.
 
 use std::path::Path;
 
 use tproxy::check::Entry;
 
 #[test]
-fn the_committed_page_is_what_the_findings_say() {
+fn troubleshooting_page_equals_findings() {
     let page = tproxy::check::page();
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/troubleshooting.md");
     if std::env::var_os("UPDATE_DOCS").is_some() {
@@ -16,12 +16,12 @@ fn the_committed_page_is_what_the_findings_say() {
     assert!(
         committed == page,
         "docs/troubleshooting.md differs from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --test troubleshooting` \
-         writes it anew"
+         regenerates it"
     );
 }
 
 #[test]
-fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
+fn findings_have_unique_ids_and_full_sentences() {
     let mut seen = std::collections::BTreeSet::new();
     for Entry { kind, symptom, cause } in tproxy::check::ENTRIES {
         assert!(seen.insert(kind.id), "{} is there twice", kind.id);

@@ -8,19 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::*;
 use tproxy::ffi::*;
 
-/// Between bind and connect the socket is everybody's. Of a stranger who never stops talking to the client next to nothing
-/// is heard: what another processor has under way at that moment. (Without care it is one socket in twenty.)
+/// Between bind(2) and connect(2) a socket receives from every sender. Almost no socket gives its program datagrams of another
+/// sender: only those that another processor delivers at that moment. (Without care every twentieth socket would.)
 #[test]
-fn hardly_anybody_but_the_server_is_heard() {
+fn connect_from_dgram_drops_datagrams_of_other_senders() {
     const SOCKETS: usize = 20_000;
     for hosts in [v4(), v6()] {
         let lab = Lab::new();
-        let _rules = lab
-            .proxy
-            .run(|| {
-                Rules::install(&tp_rules_config { flags: TP_RULES_DIVERT_ONLY, protocols: TP_PROTO_UDP, ..config() })
-            })
-            .unwrap();
+        let config = RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(TP_PROTO_UDP);
+        let _rules = lab.proxy.run(|| config.install()).unwrap();
         let client = at(hosts.client, 4321);
         let server = lab.server.run(|| UdpSocket::bind(at(hosts.server, 53)).unwrap());
         let stranger = lab.server.run(|| UdpSocket::bind(at(hosts.server, 54)).unwrap());

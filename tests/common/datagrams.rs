@@ -164,8 +164,18 @@ pub fn hears_nothing(socket: &UdpSocket, limit: Duration) {
     socket.set_read_timeout(Some(patience())).unwrap();
 }
 
-/// The local addresses of all UDP sockets of this thread's namespace, and how many bytes wait in each.
-pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
+/// A UDP socket as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UdpSocketState {
+    pub addr: SocketAddr,
+    /// Bytes in its receive queue.
+    pub queued: usize,
+    /// Datagrams that it has dropped.
+    pub dropped: usize,
+}
+
+/// All UDP sockets of this thread's namespace.
+pub fn udp_socket_states() -> Vec<UdpSocketState> {
     let mut found = Vec::new();
     for (file, v6) in [("udp", false), ("udp6", true)] {
         let text = std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
@@ -180,10 +190,16 @@ pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
                 std::net::IpAddr::from(<[u8; 4]>::try_from(bytes).unwrap())
             };
             let queued = usize::from_str_radix(fields[4].split_once(':').unwrap().1, 16).unwrap();
-            found.push((at(addr, u16::from_str_radix(port, 16).unwrap()), queued));
+            let dropped = fields.last().unwrap().parse().unwrap();
+            found.push(UdpSocketState { addr: at(addr, u16::from_str_radix(port, 16).unwrap()), queued, dropped });
         }
     }
     found
+}
+
+/// The local addresses of all UDP sockets of this thread's namespace, and how many bytes wait in each.
+pub fn udp_sockets() -> Vec<(SocketAddr, usize)> {
+    udp_socket_states().into_iter().map(|socket| (socket.addr, socket.queued)).collect()
 }
 
 /// An address of a family that no host has, in the network of the server.
