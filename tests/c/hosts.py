@@ -13,17 +13,23 @@ import demo  # noqa: E402
 
 
 def on(host, body):
-    """The result of something done in a thread that is on a host."""
+    """The result of something done in a thread that is on a host; what it raises is raised here."""
     result = []
 
     def run():
-        enter(demo.namespaces[host])
-        result.append(body())
+        try:
+            enter(demo.namespaces[host])
+            result.append((body(), None))
+        except BaseException as error:
+            result.append((None, error))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return result[0]
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def enter(fd):
