@@ -8,18 +8,20 @@
  * multicast, reserved addresses, and the metadata address fd00:ec2::254. Add
  * management networks: --deny 10.9.0.0/16.
  *
- * A header to copy: three functions, no state of its own.
+ * A header to copy.
  */
 #ifndef DENY_H
 #define DENY_H
 
 #include <arpa/inet.h>
+#include <errno.h>
+#include <linux/rtnetlink.h>
 #include <netinet/in.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 enum { MAX_DENIED = 64 };
 
@@ -86,6 +88,9 @@ static inline bool denied(const struct deny_list *list, const struct sockaddr *t
     if (!deny_address(to, &ip))
         return true;
     for (size_t i = 0; i < list->n; i++) {
+        /* ::/0 means every IPv6 address, not also every IPv4 address. */
+        if (list->prefixes[i].len < 96 && IN6_IS_ADDR_V4MAPPED(&ip))
+            continue;
         unsigned bytes = list->prefixes[i].len / 8, bits = list->prefixes[i].len % 8;
         unsigned mask = 0xff00u >> bits & 0xff;
         if (memcmp(&ip, &list->prefixes[i].addr, bytes) == 0 &&
@@ -96,26 +101,55 @@ static inline bool denied(const struct deny_list *list, const struct sockaddr *t
 }
 
 /*
- * Whether an address is this host's now: an ordinary socket can be bound to it. (Not with
- * net.ipv4.ip_nonlocal_bind.) A proxy that talks to itself does so without end. Three system
- * calls: for new clients, not for each datagram.
+ * Whether the kernel would deliver packets for this address to this host, or to many hosts (broadcast,
+ * multicast, anycast). A proxy that talks to itself does so without end. Asks the routing table
+ * (RTM_GETROUTE) each time, so it knows addresses that were added later and networks that are local by a
+ * route, and does not depend on net.ipv4.ip_nonlocal_bind. True also if the kernel could not be asked. Two
+ * system calls: for new clients, not for each datagram. Each thread keeps a socket for it.
  */
 static inline bool is_own_address(const struct sockaddr *addr, socklen_t len)
 {
+    static _Thread_local int routes = -1;
+    static _Thread_local uint32_t seq;
     struct in6_addr ip;
     if (!deny_address(addr, &ip))
         return false;
-    struct sockaddr_in v4 = { .sin_family = AF_INET };
-    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_addr = ip };
-    bool mapped = IN6_IS_ADDR_V4MAPPED(&ip);
-    memcpy(&v4.sin_addr, &ip.s6_addr[12], 4);
-    if (addr->sa_family == AF_INET6 && len >= sizeof v6)
-        v6.sin6_scope_id = ((const struct sockaddr_in6 *)addr)->sin6_scope_id;
-    int fd = socket(mapped ? AF_INET : AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    bool own = fd >= 0 && bind(fd, mapped ? (struct sockaddr *)&v4 : (struct sockaddr *)&v6, mapped ? sizeof v4 : sizeof v6) == 0;
-    if (fd >= 0)
-        close(fd);
-    return own;
+    unsigned size = IN6_IS_ADDR_V4MAPPED(&ip) ? 4 : 16;
+    struct {
+        struct nlmsghdr header;
+        struct rtmsg route;
+        struct rtattr link_head;
+        uint32_t link;              /* a link-local address is looked up on its link; 0: on any */
+        struct rtattr dst_head;
+        uint8_t dst[16];
+    } question = {
+        .header = { .nlmsg_type = RTM_GETROUTE, .nlmsg_flags = NLM_F_REQUEST, .nlmsg_seq = ++seq },
+        .route = { .rtm_family = size == 4 ? AF_INET : AF_INET6, .rtm_dst_len = (uint8_t)(8 * size) },
+        .link_head = { .rta_len = RTA_LENGTH(4), .rta_type = RTA_OIF },
+        .dst_head = { .rta_len = (uint16_t)RTA_LENGTH(size), .rta_type = RTA_DST },
+    };
+    struct {
+        struct nlmsghdr header;
+        union { struct rtmsg route; struct nlmsgerr error; } body;
+    } answer;
+    question.header.nlmsg_len = (uint32_t)(sizeof question - sizeof question.dst + size);
+    memcpy(question.dst, &ip.s6_addr[16 - size], size);
+    if (addr->sa_family == AF_INET6 && len >= sizeof(struct sockaddr_in6))
+        question.link = ((const struct sockaddr_in6 *)addr)->sin6_scope_id;
+
+    if (routes < 0)
+        routes = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (routes < 0 || send(routes, &question, question.header.nlmsg_len, 0) < 0)
+        return true;
+    do {
+        /* The rest of the answer is not needed, and is discarded. */
+        if (recv(routes, &answer, sizeof answer, MSG_DONTWAIT) < (ssize_t)sizeof answer)
+            return true;
+    } while (answer.header.nlmsg_seq != seq);
+    if (answer.header.nlmsg_type == NLMSG_ERROR)    /* usually, there is no route */
+        return answer.body.error.error == -ENOMEM || answer.body.error.error == -ENOBUFS;
+    return answer.body.route.rtm_type == RTN_LOCAL || answer.body.route.rtm_type == RTN_BROADCAST ||
+           answer.body.route.rtm_type == RTN_ANYCAST || answer.body.route.rtm_type == RTN_MULTICAST;
 }
 
 #endif

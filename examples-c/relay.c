@@ -6,7 +6,7 @@
  * intercepts every connection that this host would forward to one of the PORTs
  * of somebody else, over IPv4 and IPv6, and connects onward from the client's
  * own address. THREADS: as many as there are cores. IDLE: after how many seconds
- * without a byte a connection is reset (600). DRAIN: how many seconds the
+ * without a byte a connection is reset (600); 20 if its server does not accept. DRAIN: how many seconds the
  * connections that there are may take to end after a signal to stop (30).
  * CONNECTIONS: the most at a time (what the descriptor limit lets). WAIT: how many
  * milliseconds the server's handshake may wait for the client's first bytes (1).
@@ -76,6 +76,7 @@ enum {
     OWN_DESCRIPTORS = 64,    /* standard streams, epoll, listeners, the rules' socket */
     MAX_THREADS = 256,
     MAX_RANGES = 64,
+    CONNECT_SECONDS = 20,    /* for the server to accept */
     SILENT_FOR = 10,         /* seconds after which a connection makes room for another, at the limit */
 };
 
@@ -105,7 +106,8 @@ struct connection {
     bool connecting, dead, again;
     uint32_t active;                          /* the second of the last event */
     uint64_t since;                           /* when it was accepted, in microseconds */
-    struct connection *newer, *older;         /* in the queue of the silent ones, or of all others */
+    struct queue *queue;                      /* of the silent ones, of those that wait for the server, or of all others */
+    struct connection *newer, *older;         /* in it */
     struct connection *next;                  /* in one of the worker's lists */
 };
 
@@ -122,9 +124,9 @@ struct worker {
     pthread_t thread;
     int epoll_fd, listener, wake_fd;
     bool accepting;
-    uint32_t now, stopped, complained;
+    uint32_t now, stopped, complained, paused;
     uint64_t max_live, max_pipes;
-    struct queue silent, others;              /* by age; by their last activity */
+    struct queue silent, waiting, others;     /* by age; by the end of their silence; by their last activity */
     struct connection *free, *dead, *again;
     struct pipe *pipes;
     struct counters count;
@@ -235,25 +237,29 @@ static struct connection *allocate(struct worker *worker)
     return connection;
 }
 
-static void leave(struct queue *queue, struct connection *connection)
+static void leave(struct connection *connection)
 {
+    struct queue *queue = connection->queue;
     *(connection->newer ? &connection->newer->older : &queue->newest) = connection->older;
     *(connection->older ? &connection->older->newer : &queue->oldest) = connection->newer;
 }
 
 static void join(struct queue *queue, struct connection *connection)
 {
+    connection->queue = queue;
     connection->newer = NULL, connection->older = queue->newest;
     *(queue->newest ? &queue->newest->newer : &queue->oldest) = connection;
     queue->newest = connection;
 }
 
-/* It is the last of the others to have done something. */
+/* It is the last to have done something. While its server has not accepted, nothing that it does gives it more time. */
 static void is_active(struct worker *worker, struct connection *connection)
 {
-    leave(connection->silent ? &worker->silent : &worker->others, connection);
-    join(&worker->others, connection);
     connection->silent = false;
+    if (connection->connecting && connection->queue == &worker->waiting)
+        return;
+    leave(connection);
+    join(connection->connecting ? &worker->waiting : &worker->others, connection);
     connection->active = worker->now;
 }
 
@@ -262,6 +268,7 @@ static void accept_more(struct worker *worker, bool wanted)
     struct epoll_event event = { .events = wanted ? EPOLLIN : 0, .data.ptr = NULL };
     if (wanted != worker->accepting && epoll_ctl(worker->epoll_fd, EPOLL_CTL_MOD, worker->listener, &event) == 0)
         worker->accepting = wanted;
+    worker->paused = worker->now;
 }
 
 static void set_reset(int fd)
@@ -297,7 +304,7 @@ static void finish(struct worker *worker, struct connection *connection, bool re
         set_reset(client->fd), set_reset(server->fd);
     close(client->fd);
     close(server->fd);
-    leave(connection->silent ? &worker->silent : &worker->others, connection);
+    leave(connection);
     connection->dead = true;
     if (!connection->again)
         bury(worker, connection);
@@ -467,6 +474,8 @@ static void on_end(struct worker *worker, struct end *end, uint32_t events)
             return;
         }
         connection->connecting = !(events & EPOLLOUT);
+        if (connection->queue == &worker->waiting)
+            is_active(worker, connection);
     }
     if (!connection->connecting)
         run(worker, connection);
@@ -492,6 +501,29 @@ static bool refused(const struct sockaddr_storage *to, socklen_t len)
            (port == listen_port && is_own_address((const struct sockaddr *)to, len));
 }
 
+/* Clients that say nothing, and servers that do not answer, are not to keep others out. */
+static struct connection *longest_silent(const struct worker *worker)
+{
+    struct connection *waiting = worker->waiting.oldest, *other = worker->others.oldest;
+    struct connection *oldest = waiting != NULL && (other == NULL || waiting->active < other->active) ? waiting : other;
+    return oldest != NULL && worker->now - oldest->active >= SILENT_FOR ? oldest : NULL;
+}
+
+static bool make_room(struct worker *worker)
+{
+    struct connection *oldest = longest_silent(worker);
+    if (oldest == NULL)
+        return false;
+    ADD(worker->count.idle, 1);
+    finish(worker, oldest, true);
+    return true;
+}
+
+static bool is_shortage(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
+
 /* The heart of it: who calls, whom do they want, call them in the caller's name. */
 static bool accept_one(struct worker *worker)
 {
@@ -499,11 +531,14 @@ static bool accept_one(struct worker *worker)
     socklen_t from_len = sizeof from, to_len = sizeof to;
     int client = accept4(worker->listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (client < 0) {
-        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            complain(worker, strerror(errno));
+        int error = errno;
+        if (error == EAGAIN || error == EINTR || error == ECONNABORTED)
+            return error == ECONNABORTED;
+        /* Whatever it is, it may last, and the listener stays ready. */
+        complain(worker, strerror(error));
+        if (!is_shortage(error) || !make_room(worker))
             accept_more(worker, false);
-        }
-        return errno == ECONNABORTED;
+        return false;
     }
     ADD(worker->count.accepted, 1);
 
@@ -537,29 +572,18 @@ static bool accept_one(struct worker *worker)
     return true;
 }
 
-/* Clients that say nothing are not to keep others out. */
-static bool may_make_room(const struct worker *worker)
-{
-    const struct connection *oldest = worker->others.oldest;
-    return oldest != NULL && worker->now - oldest->active >= SILENT_FOR;
-}
-
-static bool make_room(struct worker *worker)
-{
-    if (!may_make_room(worker))
-        return false;
-    ADD(worker->count.idle, 1);
-    finish(worker, worker->others.oldest, true);
-    return true;
-}
-
 /* A share of a round's events. More will be told again; to try and find none costs the kernel a socket. */
 static void accept_some(struct worker *worker, int events)
 {
     for (int i = 0; i < events; i += ACCEPTS) {
-        if (VALUE(worker->count.live) >= worker->max_live && !make_room(worker)) {
-            accept_more(worker, false);
-            return;
+        if (VALUE(worker->count.live) >= worker->max_live) {
+            /* Only the first is known to be there. */
+            if (i > 0)
+                return;
+            if (!make_room(worker)) {
+                accept_more(worker, false);
+                return;
+            }
         }
         if (!accept_one(worker))
             return;
@@ -584,6 +608,10 @@ static void end_idle(struct worker *worker)
 {
     for (struct connection *oldest; (oldest = worker->others.oldest) != NULL && worker->now - oldest->active >= idle_limit;) {
         ADD(worker->count.idle, 1);
+        finish(worker, oldest, true);
+    }
+    for (struct connection *oldest; (oldest = worker->waiting.oldest) != NULL && worker->now - oldest->active >= CONNECT_SECONDS;) {
+        ADD(worker->count.refused, 1);
         finish(worker, oldest, true);
     }
 }
@@ -621,9 +649,13 @@ static int time_to_wait(const struct worker *worker)
         return 1;
     if (!worker->accepting || stopping)
         return 100;
+    if (worker->waiting.oldest != NULL)
+        return 1000;
     if (worker->others.oldest == NULL)
         return -1;
-    return (int)(worker->others.oldest->active + idle_limit - worker->now) * 1000;
+    /* A clock that went on since end_idle() must not make it negative, which is for ever. */
+    uint32_t since = worker->now - worker->others.oldest->active;
+    return since < idle_limit ? (int)(idle_limit - since) * 1000 : 0;
 }
 
 /* Asked to stop, a worker goes on until nothing is left; the last handshakes have a second. */
@@ -654,13 +686,15 @@ static void work(struct worker *worker)
         end_silence(worker);
         end_idle(worker);
         /* With room again, or after a while, look whether there are descriptors. */
-        if ((worker->dead != NULL || n == 0) && (VALUE(worker->count.live) < worker->max_live || may_make_room(worker)))
+        if (!worker->accepting && (worker->dead != NULL || n == 0 || worker->now != worker->paused) && (VALUE(worker->count.live) < worker->max_live || longest_silent(worker) != NULL))
             accept_more(worker, true);
         reserve_pipe(worker);
         free_dead(worker);
     }
     while (worker->silent.oldest != NULL)
         finish(worker, worker->silent.oldest, true);
+    while (worker->waiting.oldest != NULL)
+        finish(worker, worker->waiting.oldest, true);
     while (worker->others.oldest != NULL)
         finish(worker, worker->others.oldest, true);
 }

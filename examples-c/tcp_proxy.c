@@ -44,6 +44,8 @@
 #include "deny.h"
 
 enum { BUFFER = 64 * 1024, EVENTS = 256, MAX_RANGES = 64, CONNECT_SECONDS = 10, SILENT_FOR = 1 };
+/* Turns: reads and writes of one direction, connections accepted, before others have their turn. */
+enum { TURNS = 16, ACCEPTS = 64 };
 
 /* One end of a connection, and what was read from it but not yet written to the other. */
 struct end {
@@ -105,20 +107,29 @@ static struct connection *connection_of(struct end *end)
     return (struct connection *)((char *)end - offset);
 }
 
-static void watch(int fd, uint32_t events, void *ptr, int op)
+/* At most one line a second: clients can cause any number of failures. */
+static void complain(const char *what)
+{
+    static time_t last = -1;
+    if (now != last)
+        fprintf(stderr, "%s\n", what);
+    last = now;
+}
+
+static bool watch(int fd, uint32_t events, void *ptr, int op)
 {
     struct epoll_event event = { .events = events, .data.ptr = ptr };
-    if (epoll_ctl(epoll_fd, op, fd, &event) != 0)
-        err(1, "epoll_ctl");
+    return epoll_ctl(epoll_fd, op, fd, &event) == 0;
 }
 
 /* An end of which nothing is wanted is not watched at all: a hang-up would be reported for ever. */
-static void set_interest(struct end *end, uint32_t interest)
+static bool set_interest(struct end *end, uint32_t interest)
 {
     int op = interest == 0 ? EPOLL_CTL_DEL : end->interest == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
-    if (interest != end->interest)
-        watch(end->fd, interest, end, op);
+    if (interest != end->interest && !watch(end->fd, interest, end, op))
+        return false;
     end->interest = interest;
+    return true;
 }
 
 /*
@@ -131,8 +142,8 @@ static void refill(void)
         spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     /* After a failure a second goes by: the listener is ready as long as somebody waits. */
     bool wanted = spare_fd >= 0 && now != paused_at;
-    if (wanted != accepting)
-        watch(listener, (accepting = wanted) ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD);
+    if (wanted != accepting && watch(listener, wanted ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD))
+        accepting = wanted;
 }
 
 static void finish(struct connection *connection, bool reset)
@@ -172,29 +183,26 @@ static void end_idle(void)
         finish(open_list.oldest, true);
 }
 
-/* Moves bytes from one end to the other until either has to wait. False: the connection broke. */
+/* Moves bytes from one end to the other until either has to wait, or for its turns. False: the connection broke. */
 static bool pump(struct end *from)
 {
     struct end *to = from->other;
-    for (;;) {
-        if (from->start == from->stop) {
-            if (from->eof)
-                break;
+    for (int turn = 0; !from->told && (turn < TURNS || from->eof); turn++) {
+        if (from->start < from->stop) {
+            ssize_t n = send(to->fd, from->buffer + from->start, from->stop - from->start, MSG_NOSIGNAL);
+            if (n < 0)
+                return errno == EAGAIN || errno == EINTR;
+            from->start += (size_t)n;
+        } else if (from->eof) {
+            shutdown(to->fd, SHUT_WR);
+            from->told = true;
+        } else {
             ssize_t n = read(from->fd, from->buffer, BUFFER);
             if (n < 0)
                 return errno == EAGAIN || errno == EINTR;
             from->eof = n == 0;
             from->start = 0, from->stop = (size_t)n;
-            continue;
         }
-        ssize_t n = send(to->fd, from->buffer + from->start, from->stop - from->start, MSG_NOSIGNAL);
-        if (n < 0)
-            return errno == EAGAIN || errno == EINTR;
-        from->start += (size_t)n;
-    }
-    if (!from->told) {
-        from->told = true;
-        shutdown(to->fd, SHUT_WR);
     }
     return true;
 }
@@ -216,7 +224,7 @@ static void on_end(struct end *end, uint32_t events)
         socklen_t len = sizeof error;
         getsockopt(end->fd, SOL_SOCKET, SO_ERROR, &error, &len);
         if (error != 0) {
-            fprintf(stderr, "the server did not answer: %s\n", strerror(error));
+            complain("a server did not answer");
             finish(connection, true);
             return;
         }
@@ -233,9 +241,9 @@ static void on_end(struct end *end, uint32_t events)
         finish(connection, true);
     } else if (connection->client.told && connection->server.told) {
         finish(connection, false);
-    } else {
-        set_interest(&connection->client, wanted(&connection->client));
-        set_interest(&connection->server, wanted(&connection->server));
+    } else if (!set_interest(&connection->client, wanted(&connection->client)) ||
+               !set_interest(&connection->server, wanted(&connection->server))) {
+        finish(connection, true);
     }
 }
 
@@ -264,6 +272,11 @@ static const char *refused(const struct sockaddr_storage *to, socklen_t len)
     return NULL;
 }
 
+static bool is_shortage(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
+
 /* The heart of it: who calls, whom do they want, call them in the caller's name. */
 static bool accept_one(void)
 {
@@ -271,14 +284,15 @@ static bool accept_one(void)
     socklen_t from_len = sizeof from, to_len = sizeof to;
     int client = accept4(listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (client < 0) {
-        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            if (!make_room())
-                paused_at = now;
-            refill();
-            return accepting;
-        }
-        /* Else that connection is gone, and the next may be well (accept(2)). */
-        return errno != EAGAIN;
+        int error = errno;
+        if (error == EAGAIN || error == EINTR || error == ECONNABORTED)
+            return error != EAGAIN;
+        /* Whatever it is, it may last, and the listener stays ready. */
+        complain(strerror(error));
+        if (!is_shortage(error) || !make_room())
+            paused_at = now;
+        refill();
+        return accepting;
     }
 
     close(spare_fd);
@@ -286,10 +300,12 @@ static bool accept_one(void)
     int server = -1;
     const char *refusal = NULL;
     if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0 && (refusal = refused(&to, to_len)) == NULL)
-        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
+        do {
+            server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
+        } while (server < 0 && is_shortage(errno) && make_room());
     struct connection *connection = server < 0 ? NULL : malloc(sizeof *connection);
     if (connection == NULL) {
-        fprintf(stderr, "%s\n", refusal != NULL ? refusal : server < 0 ? tp_last_error() : "out of memory");
+        complain(refusal != NULL ? refusal : server < 0 ? tp_last_error() : "out of memory");
         struct linger linger = { .l_onoff = 1, .l_linger = 0 };
         setsockopt(client, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
         close(client);
@@ -307,7 +323,8 @@ static bool accept_one(void)
     connection->server.fd = server, connection->server.other = &connection->client;
     connection->connecting = true, connection->dead = false;
     join(connection);
-    set_interest(&connection->server, EPOLLOUT);
+    if (!set_interest(&connection->server, EPOLLOUT))
+        finish(connection, true);
     refill();
     return accepting;
 }
@@ -394,10 +411,10 @@ int main(int argc, char **argv)
         errx(1, "%s", tp_last_error());
     printf("listening\n");
 
-    watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD);
+    if (!watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD) || !watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD))
+        err(1, "epoll_ctl");
     now = seconds(), paused_at = -1;
     refill();
-    watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD);
     for (bool running = true; running;) {
         struct epoll_event events[EVENTS];
         /* While none are accepted, look now and then whether there are descriptors again; and who has gone silent. */
@@ -406,7 +423,7 @@ int main(int argc, char **argv)
         now = seconds();
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == NULL)
-                while (accepting && accept_one())
+                for (int turn = 0; turn < ACCEPTS && accepting && accept_one(); turn++)
                     ;
             else if (events[i].data.ptr == &signal_fd)
                 running = false;

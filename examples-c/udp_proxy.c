@@ -37,6 +37,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <linux/filter.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/udp.h>
@@ -64,7 +65,7 @@ enum {
     MAX_RANGES = 64,
     MAX_SESSIONS = 65536,
     MAX_SOURCES = 256,          /* the replier's sockets: ports that answers come from, for each family */
-    OTHER_DESCRIPTORS = 16,     /* the standard three; listener, epoll, signals; the rules'; the replier's raw ones */
+    OTHER_DESCRIPTORS = 16,     /* the standard three; listener, epoll, signals, routes; the rules'; the replier's raw ones */
 };
 
 /* Every address is kept as IPv6 has it, IPv4 v4-mapped: the library takes them so, and one can compare bytes. */
@@ -87,11 +88,10 @@ static struct {
     uint64_t refused;                                       /* times that a server's host said so */
 } count;
 
-static int epoll_fd, signal_fd, listener;
+static int epoll_fd, signal_fd, listener, route_news;
 static bool verbose;
 static tp_replier *replier;
 static struct deny_list deny;
-static in_port_t listen_port;
 static struct sockaddr_in6 to[2];                  /* --to, of IPv4 and of IPv6 */
 static uint64_t now, idle_ms = 30000, seed;
 static size_t max_sessions, n_sessions, n_buckets;
@@ -227,6 +227,81 @@ static int patience(void)
     return end > now ? (int)(end - now) : 0;
 }
 
+/* ---- This host's own addresses: replies to one would come back as answers, to be replied to, without end ---- */
+
+/* Of an IPv6 packet the addresses may be v4-mapped, both or one: that is none that another host has. */
+static bool is_own(const struct key *key)
+{
+    return IN6_IS_ADDR_UNSPECIFIED(&key->client.sin6_addr) ||
+           IN6_IS_ADDR_V4MAPPED(&key->client.sin6_addr) != IN6_IS_ADDR_V4MAPPED(&key->orig_dst.sin6_addr) ||
+           is_own_address((const struct sockaddr *)&key->client, sizeof key->client) ||
+           is_own_address((const struct sockaddr *)&key->orig_dst, sizeof key->orig_dst);
+}
+
+/* Addresses may come to this host later. For each there is a local route, of which the kernel tells (rtnetlink(7)). */
+static int open_route_news(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_B | BPF_ABS, NLMSG_HDRLEN + offsetof(struct rtmsg, rtm_type)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, RTN_LOCAL, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, UINT32_MAX),
+        BPF_STMT(BPF_RET | BPF_K, 0),
+    };
+    struct sock_fprog only_local = { .len = sizeof code / sizeof *code, .filter = code };
+    struct sockaddr_nl groups = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE };
+    int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &only_local, sizeof only_local) != 0 ||
+        bind(fd, (struct sockaddr *)&groups, sizeof groups) != 0)
+        err(1, "rtnetlink");
+    return fd;
+}
+
+static bool is_within(const struct sockaddr_in6 *addr, const struct in6_addr *prefix, unsigned len)
+{
+    unsigned bytes = len / 8, bits = len % 8;
+    return memcmp(&addr->sin6_addr, prefix, bytes) == 0 &&
+           (bits == 0 || (addr->sin6_addr.s6_addr[bytes] ^ prefix->s6_addr[bytes]) >> (8 - bits) == 0);
+}
+
+/* Ends the sessions with an address in the prefix that is this host's now. */
+static void end_own_sessions(const struct in6_addr *prefix, unsigned len)
+{
+    for (struct session *session = by_use.newer, *newer; session != &by_use; session = newer) {
+        newer = session->newer;
+        const struct key *key = &session->key;
+        if ((is_within(&key->client, prefix, len) || is_within(&key->orig_dst, prefix, len)) && is_own(key)) {
+            close_session(session);
+            count.denied++;
+        }
+    }
+}
+
+static void take_route_news(void)
+{
+    union {
+        struct nlmsghdr header;
+        char bytes[4096];
+    } news;
+    ssize_t len;
+    while ((len = recv(route_news, &news, sizeof news, MSG_DONTWAIT)) >= 0 || errno == ENOBUFS) {
+        if (len < 0) {
+            end_own_sessions(&in6addr_any, 0);    /* some news were lost: ask about every session */
+            continue;
+        }
+        const struct rtmsg *route = NLMSG_DATA(&news.header);
+        if ((size_t)len < NLMSG_LENGTH(sizeof *route) || news.header.nlmsg_type != RTM_NEWROUTE)
+            continue;
+        size_t rest = (size_t)len - NLMSG_LENGTH(sizeof *route), size = route->rtm_family == AF_INET ? 4 : 16;
+        struct in6_addr prefix = size == 4 ? (struct in6_addr){ .s6_addr = { [10] = 0xff, [11] = 0xff } } : in6addr_any;
+        for (const struct rtattr *attr = RTM_RTA(route); RTA_OK(attr, rest); attr = RTA_NEXT(attr, rest))
+            if (attr->rta_type == RTA_DST && RTA_PAYLOAD(attr) == size)
+                memcpy(&prefix.s6_addr[16 - size], RTA_DATA(attr), size);
+        end_own_sessions(&prefix, route->rtm_dst_len + (size == 4 ? 96 : 0));
+    }
+}
+
+/* ---- The life of a session ---- */
+
 /*
  * The heart of it, towards the server: call it in the client's name. With --to
  * several sessions of a client have one server, so each needs a port of its own
@@ -240,15 +315,9 @@ static struct session *open_session(const struct key *key)
         server = &key->orig_dst;
         flags |= TP_CONNECT_KEEP_PORT;
     }
-    /*
-     * Not for this host itself, whose datagrams would come back to it, nor where clients must not get to.
-     * A session that goes on is not asked again.
-     */
-    const struct sockaddr *client = (const struct sockaddr *)&key->client;
-    if ((flags & TP_CONNECT_KEEP_PORT && denied(&deny, (const struct sockaddr *)server)) ||
-        is_own_address(client, sizeof key->client) ||
-        (server->sin6_port == listen_port && is_own_address((const struct sockaddr *)server, sizeof *server))) {
-        complain("refused: a client with an address of this host, or a destination that is denied");
+    /* Clients choose where to without --to alone. A session that goes on is not asked again. */
+    if ((server == &key->orig_dst && denied(&deny, (const struct sockaddr *)server)) || is_own(key)) {
+        complain("refused: a client or destination with an address of this host, or a destination that is denied");
         count.denied++;
         return NULL;
     }
@@ -273,6 +342,7 @@ static struct session *open_session(const struct key *key)
         complain(strerror(errno));
         count.failed++;
         close(fd);
+        evict();    /* epoll may have no room for more: then the next one finds some */
         return NULL;
     }
     free_sessions = session->next;
@@ -625,18 +695,22 @@ static void relay(void)
     for (bool running = true; running;) {
         struct epoll_event events[EVENTS];
         int n = epoll_wait(epoll_fd, events, EVENTS, patience());
-        bool requested = false;
+        bool requested = false, rerouted = false;
         read_clock();
         for (int i = 0; i < n; i++) {
             if (events[i].data.ptr == &listener)
                 requested = true;
             else if (events[i].data.ptr == &signal_fd)
                 running = take_signal() && running;
+            else if (events[i].data.ptr == &route_news)
+                rerouted = true;
             else
                 take_answers(events[i].data.ptr);
         }
-        /* Answers first: a new session may be the end of one whose answer has just come. */
+        /* Answers first: a new session or a new address may be the end of one whose answer has just come. */
         flush_answers();
+        if (rerouted)
+            take_route_news();
         if (requested)
             take_requests();
         end_idle_sessions();
@@ -661,9 +735,10 @@ int main(int argc, char **argv)
     if (tp_replier_open(&sources, sizeof sources, &replier) != 0)
         errx(1, "%s", tp_last_error());
     listener = open_listener(port);
-    listen_port = htons(port);
     watch(listener, &listener);
     watch(signal_fd, &signal_fd);
+    route_news = open_route_news();
+    watch(route_news, &route_news);
     tp_rules *rules = install(&config);
     printf("listening: at most %zu sessions, %zu descriptors\n", max_sessions,
            max_sessions + sources.max_sockets + OTHER_DESCRIPTORS);

@@ -8,8 +8,10 @@ Runs itself in namespaces of its own, as the demo does. Exits non-zero with a se
 
 import os
 import resource
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -204,10 +206,83 @@ def room_at_the_limit(program):
             client.close()
 
 
+def is_reset(client):
+    try:
+        return client.recv(100) == b"" and False
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def accept_fails(program, *options):
+    """Whatever the error is, it is tried a few times in a second, and clients are served when it is over."""
+    for error in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EPERM"):
+        with tempfile.NamedTemporaryFile("r") as log:
+            traced = ["-f", "-o", log.name, "-e", "trace=accept4", "-e", f"inject=accept4:error={error}:when=1..2"]
+            proxy = Proxy("strace", *traced, program, *options, "3129", "80")
+            with open(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children", encoding="ascii") as children:
+                child = int(children.read())
+            started = time.monotonic()
+            assert on("client", served), f"{program}: serves nobody after {error}"
+            took, failed = time.monotonic() - started, log.read().count(f" = -1 {error} ")
+            os.kill(child, signal.SIGKILL)
+            proxy.process.wait(demo.PATIENCE)
+            assert failed == 2 and took > 0.05, f"{program}: {error} {failed} times within {took:.3f} s"
+
+
+def forwarded_to_itself(program, *options):
+    """A port forward of others hides from the rules that a connection is to the listener itself: the proxy does not dial."""
+    rules = """table inet forward {
+        chain prerouting {
+            type nat hook prerouting priority -100
+            iifname eth0 tcp dport 4129 dnat ip to 198.51.100.1:3129
+            iifname eth0 tcp dport 4129 dnat ip6 to [2001:db8:1::1]:3129
+        }
+    }"""
+    demo.run(*demo.on("proxy", "nft", rules))
+    with Proxy(program, *options, "3129", "80"):
+        for address in (SERVER, SERVER6):
+            try:
+                client = on("client", lambda host=address[0]: call((host, 4129), 5))
+            except ConnectionError:
+                continue
+            assert is_reset(client), f"{program} dials itself"
+            client.close()
+    demo.run(*demo.on("proxy", "nft", "delete table inet forward"))
+
+
+def server_that_does_not_accept(program, seconds, *options):
+    """It is given up in time, however much its client says meanwhile."""
+    nobody = ("203.0.113.9", "2001:db8:2::9")
+    for address in nobody:
+        entry = ["neigh", "replace", address, "lladdr", "02:00:00:00:00:99", "dev", "eth1", "nud", "permanent"]
+        demo.run(*demo.on("proxy", "ip", *entry))
+    with Proxy(program, *options, "3129", "80"):
+        clients = [on("client", lambda address=address: call((address, 80))) for address in nobody]
+        clients += [on("client", lambda address=address: call((address, 80))) for address in nobody]
+        started, left = time.monotonic(), clients[:2]
+        while left and time.monotonic() - started < seconds + demo.PATIENCE:
+            time.sleep(0.5)
+            for client in list(left):
+                try:
+                    client.send(b".")
+                except ConnectionError:
+                    left.remove(client)
+        assert not left, f"{program} waits for a server that does not accept"
+        assert all(map(is_reset, clients[2:])), f"{program} waits for it, for a client that says nothing"
+        for client in clients:
+            client.close()
+
+
 def test(examples):
     hosts.meet()
     on("server", server)
     tcp_proxy, udp_proxy, relay = (os.path.join(examples, name) for name in ("tcp_proxy", "udp_proxy", "relay"))
+    for program, options, seconds in ((tcp_proxy, [], 10), (relay, ["-d", "0", "-t", "1"], 20)):
+        accept_fails(program, *options)
+        forwarded_to_itself(program, *options)
+        server_that_does_not_accept(program, seconds, *options)
     few_descriptors(tcp_proxy)
     silent_ones_end(tcp_proxy, "--idle", "1")
     silent_ones_end(relay, "-d", "0", "-i", "1")

@@ -57,6 +57,11 @@ int main(void)
     if (!deny_add(&list, "none") || list.n != 0)
         failed = 1;
     expect(&list, 0, "127.0.0.1");
+    if (!deny_add(&list, "::/0"))
+        failed = 1;
+    expect(&list, 1, "2001:db8::1");
+    expect(&list, 0, "192.0.2.1");
+    expect(&list, 0, "::ffff:192.0.2.1");
     static const char *const own[] = { "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1" }, *const others[] = { "192.0.2.1", "2001:db8::1" };
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
         if (!is_own_address((struct sockaddr *)&addr, parse(own[i])))

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -12,17 +13,23 @@ import demo  # noqa: E402
 
 
 def on(host, body):
-    """The result of something done in a thread that is on a host."""
+    """The result of something done in a thread that is on a host; what it raises is raised here."""
     result = []
 
     def run():
-        enter(demo.namespaces[host])
-        result.append(body())
+        try:
+            enter(demo.namespaces[host])
+            result.append((body(), None))
+        except BaseException as error:
+            result.append((None, error))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return result[0]
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def enter(fd):
@@ -50,6 +57,67 @@ def meet():
 
     for family, (_, _, server) in zip((socket.AF_INET, socket.AF_INET6), demo.FETCHES):
         assert on("client", lambda family=family, server=server: refused(family, server)), f"no way to {server}"
+
+
+def checksum(data):
+    """RFC 1071."""
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def packed(addr):
+    return socket.inet_pton(socket.AF_INET6 if ":" in addr else socket.AF_INET, addr)
+
+
+def datagram(src, src_port, dst, dst_port, data):
+    """An IP packet with a UDP datagram, its protocol number for Ethernet in front; src and dst may be any addresses."""
+    src, dst, length = packed(src), packed(dst), 8 + len(data)
+    head = struct.pack("!HHHH", src_port, dst_port, length, 0)
+    check = checksum(src + dst + struct.pack("!IHBB", length, 0, 0, socket.IPPROTO_UDP) + head + data) or 0xFFFF
+    body = head[:6] + struct.pack("!H", check) + data
+    if len(src) == 16:
+        return b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, length, socket.IPPROTO_UDP, 64) + src + dst + body
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 64, socket.IPPROTO_UDP, 0)
+    ip = ip[:10] + struct.pack("!H", checksum(ip + src + dst)) + src + dst
+    return b"\x08\x00" + ip + body
+
+
+def inject(packets):
+    """Sends packets from the client's link to the proxy's, as no honest host would."""
+
+    def body():
+        link = demo.run(*demo.on("proxy", "ip", "-o", "link", "show", "eth0"))
+        proxy = bytes.fromhex(link.split("link/ether ")[1].split()[0].replace(":", ""))
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind(("eth0", 0))
+            own = sock.getsockname()[4]
+            for packet in packets:
+                sock.send(proxy + own + packet)
+
+    on("client", body)
+
+
+def textbook(protocol, port):
+    """Rules that are not the library's, and know no exception: what comes to the port goes to the proxy's listener."""
+    rules = f"""table inet textbook {{
+        chain prerouting {{
+            type filter hook prerouting priority -160
+            iifname eth0 {protocol} dport {port} tproxy to :3129 meta mark set 0x2000 accept
+        }}
+    }}"""
+    demo.run(*demo.on("proxy", "nft", rules))
+
+
+def metadata_service():
+    """The server's host gets the addresses of a cloud's metadata service, and the proxy's host knows the way."""
+    addresses = ("169.254.169.254", "fd00:ec2::254")
+    for addr, gateway in zip(addresses, ("203.0.113.2", "2001:db8:2::2")):
+        demo.run(*demo.on("server", "ip", "addr", "add", addr, "dev", "lo"))
+        demo.run(*demo.on("proxy", "ip", "route", "add", addr, "via", gateway))
+    return addresses
 
 
 def alone(file, test):

@@ -141,6 +141,8 @@ expect "tcp_proxy: half-closed, few descriptors, bad arguments" python3 "$here/t
 expect "udp_proxy: both ways, --to, idle, few sessions, refusals, bad arguments" python3 "$here/udp_proxy.py" "$root/build/examples"
 expect "deny.h: build" cc -std=c11 -pedantic -O2 -D_GNU_SOURCE $flags "$here/deny.c" -o "$work/deny"
 expect "deny.h: destinations that are refused, and this host's own addresses" alone "$work/deny"
+expect "deny.h: the same on a host whose sockets bind to any address" alone sh -c \
+    'for v in 4 6; do echo 1 > /proc/sys/net/ipv$v/ip_nonlocal_bind; done; exec "$1"' sh "$work/deny"
 expect "examples attacked: silent clients, no descriptors, destinations that are denied" python3 "$here/attacked.py" "$root/build/examples"
 expect "udp_load: build" cc -std=c11 -O2 $flags "$here/udp_load.c" -o "$work/udp_load"
 expect "udp_proxy: a thousand clients, fifty servers, twenty ports" python3 "$here/udp_stress.py" "$root/build/examples" "$work/udp_load"

@@ -8,6 +8,7 @@ sentence if something is not as it should be.
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -195,6 +196,8 @@ def bad_arguments(programs):
         ["--to", "192.0.2.1:0", "3129", "53"],
         ["--dst", "192.0.2.1/33", "3129", "53"],
         ["--what", "3129", "53"],
+        ["--deny", "192.0.2.0/33", "3129", "53"],
+        ["--deny", "example.org", "3129", "53"],
     ):
         outcome = subprocess.run([os.path.join(programs, "udp_proxy"), *bad], capture_output=True, check=False)
         assert outcome.returncode == 2 and outcome.stderr, f"udp_proxy {bad}: status {outcome.returncode}"
@@ -210,6 +213,148 @@ def only_some_destinations(programs):
     end(proxy)
 
 
+# The proxy's own addresses; and a port that only rules which are not the library's intercept.
+OWN = {"IPv4": "198.51.100.1", "IPv6": "2001:db8:1::1"}
+TEXTBOOK_PORT = 6000
+
+
+def impossible_addresses_get_no_session(programs):
+    """Whoever intercepts them: datagrams from or to addresses that no other host can have are dropped, and are not answered."""
+    hosts.textbook("udp", TEXTBOOK_PORT)
+    # IPv4 has a check against forged sources of its own, which such a host has switched off.
+    for name in ("accept_local=1", "route_localnet=1", "rp_filter=0"):
+        key, value = name.split("=")
+        for interface in ("all", "eth0"):
+            demo.run(*demo.on("proxy", "sh", "-c", f"echo {value} > /proc/sys/net/ipv4/conf/{interface}/{key}"))
+    proxy = start(programs)
+    server4, server6 = (server for _, _, server in demo.FETCHES)
+    client4, client6 = (client for _, client, _ in demo.FETCHES)
+    mapped = [f"::ffff:{addr}" for addr in ("127.0.0.1", OWN["IPv4"], "0.0.0.0", "255.255.255.255")]
+    mapped_foreign = [f"::ffff:{client4}", f"::ffff:{server4}"]
+    bad4 = [OWN["IPv4"], "127.0.0.1", "0.0.0.0", "198.51.100.255", "255.255.255.255", "224.0.0.9", "203.0.113.1"]
+    bad6 = [OWN["IPv6"], "::1", "::", "ff02::9", "::198.51.100.1", "2001:db8:2::1", *mapped, *mapped_foreign]
+    pairs = [(bad, server4) for bad in bad4] + [(client4, bad) for bad in bad4] + [(OWN["IPv4"], OWN["IPv4"])]
+    pairs += [(bad, server6) for bad in bad6] + [(client6, bad) for bad in bad6] + [(a, b) for a in bad6 for b in bad6]
+    # A service for this host alone, as an attacker would like to reach it, and a server that answers.
+    inner = [open_socket("proxy", addr, TEXTBOOK_PORT) for addr in ("127.0.0.1", "::1", *OWN.values())]
+    servers = [open_socket("server", addr, TEXTBOOK_PORT) for addr in (server4, server6)]
+    for sock in (*inner, *servers):
+        sock.settimeout(0)
+    for number in range(0, len(pairs), 16):
+        some = pairs[number : number + 16]
+        hosts.inject(hosts.datagram(src, 4444, dst, TEXTBOOK_PORT, f"{src} to {dst}".encode()) for src, dst in some)
+        # One that is right comes after them, by the same way: so all were seen.
+        client = open_socket("client", client6)
+        client.sendto(b"last", (server6, TEXTBOOK_PORT))
+        deadline = time.monotonic() + demo.PATIENCE
+        data = b""
+        while data != b"last" and time.monotonic() < deadline:
+            for server in servers:
+                try:
+                    data, seen = server.recvfrom(200)
+                except BlockingIOError:
+                    time.sleep(0.005)
+                    continue
+                server.sendto(b"answer", seen)
+                assert data == b"last", f"the server got {data}"
+        assert heard(client) == (b"answer", (server6, TEXTBOOK_PORT))
+        client.close()
+        for sock in inner:
+            try:
+                raise AssertionError(f"a service on {sock.getsockname()[0]} of the proxy's host got {sock.recv(200)}")
+            except BlockingIOError:
+                pass
+    counts = statistics(proxy)
+    good = (len(pairs) + 15) // 16
+    assert counts["sessions opened"] == counts["answers"] == good, counts
+    # These came to the listener, so that it was the proxy that refused them.
+    assert counts["sessions denied"] >= 8, counts
+    demo.run(*demo.on("proxy", "nft", "delete table inet textbook"))
+    end(proxy)
+
+
+def addresses_that_come_later(programs):
+    """A session's client becomes an address of the proxy's host: the session ends, and answers do not go round."""
+    proxy = start(programs)
+    for _, addr, server_addr in demo.FETCHES:
+        server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
+        other = open_socket("client", addr)
+        seen = exchange(client, server, server_addr, b"hello")
+        before = statistics(proxy)
+        demo.run(*demo.on("proxy", "ip", "addr", "add", addr, "dev", "lo", *(["nodad"] if ":" in addr else [])))
+        server.sendto(b"an answer", seen)
+        eventually(proxy, "the session goes on", lambda counts, n=before["now"] - 1: counts["now"] <= n)
+        time.sleep(0.3)
+        after = statistics(proxy)
+        assert after["answers"] <= before["answers"] + 8, f"{after['answers'] - before['answers']} answers to one datagram"
+        # A network that is local by a route is this host's, too; the rest is not.
+        demo.run(*demo.on("proxy", "ip", "addr", "del", addr, "dev", "lo"))
+        network = f"{addr}/{128 if ':' in addr else 32}"
+        exchange(other, server, server_addr, b"hello again")
+        demo.run(*demo.on("proxy", "ip", "route", "add", "local", network, "dev", "lo"))
+        eventually(proxy, "the session goes on", lambda counts, n=before["now"] - 1: counts["now"] <= n)
+        demo.run(*demo.on("proxy", "ip", "route", "del", "local", network, "dev", "lo"))
+        server.close()
+    # What is no address of a session, or no address of this host's, ends none.
+    server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
+    exchange(client, server, server_addr, b"hello")
+    opened = statistics(proxy)["sessions opened"]
+    for route in ("198.18.0.0/15", "2001:db8:9::/48"):
+        demo.run(*demo.on("proxy", "ip", "route", "add", "local", route, "dev", "lo"))
+    for family in ("-4", "-6"):
+        demo.run(*demo.on("proxy", "ip", family, "route", "add", "local", "default", "dev", "lo", "table", "77"))
+    exchange(client, server, server_addr, b"hello")
+    assert statistics(proxy)["sessions opened"] == opened
+    server.close()
+    end(proxy)
+
+
+def denied_destinations(programs):
+    """Metadata services are denied unless this is switched off; --deny denies others, and those alone."""
+    metadata = hosts.metadata_service()
+    servers = [server for _, _, server in demo.FETCHES]
+    clients = dict(zip((*metadata, *servers), [addr for _, addr, _ in demo.FETCHES] * 2))
+    for options, denied in (
+        ([], metadata),
+        (["--deny", "none"], ()),
+        (["--deny", "none", "--deny", "203.0.113.0/24", "--deny", "2001:db8:2::2"], servers),
+        (["--deny", "::ffff:203.0.113.2", "--deny", "2001:db8:3::/48", "--deny", "::/0"], (*metadata, *servers)),
+    ):
+        proxy = start(programs, *options)
+        for addr, client_addr in clients.items():
+            server, client = open_socket("server", addr, PORT), open_socket("client", client_addr)
+            if addr in denied:
+                before = statistics(proxy)["sessions denied"]
+                client.sendto(b"secrets?", (addr, PORT))
+                eventually(proxy, f"{addr} is not denied", lambda counts, n=before: counts["sessions denied"] == n + 1)
+                server.settimeout(0)
+                try:
+                    raise AssertionError(f"{addr} got {server.recv(100)} in spite of {options}")
+                except BlockingIOError:
+                    pass
+            else:
+                exchange(client, server, addr, b"hello")
+            server.close()
+        end(proxy)
+
+
+def no_descriptors(programs):
+    """Fewer descriptors than the proxy counts on, and clients that come once: it goes on, and serves who speaks."""
+    proxy = start(programs, "--sessions", "200")
+    _, addr, server_addr = demo.FETCHES[0]
+    server = open_socket("server", server_addr, PORT)
+    now = len(os.listdir(f"/proc/{proxy.process.pid}/fd"))
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (now + 20, now + 20))
+    clients = [open_socket("client", addr) for _ in range(100)]
+    for client in clients:
+        exchange(client, server, server_addr, b"hello")
+    counts = statistics(proxy)
+    assert counts["sessions opened"] == len(clients) and counts["sessions failed"] == 0, counts
+    assert counts["now"] <= 20 and counts["sessions evicted"] >= 80, counts
+    server.close()
+    end(proxy)
+
+
 def test(programs):
     hosts.meet()
     bad_arguments(programs)
@@ -220,6 +365,10 @@ def test(programs):
         few_sessions,
         a_server_that_refuses,
         only_some_destinations,
+        impossible_addresses_get_no_session,
+        addresses_that_come_later,
+        denied_destinations,
+        no_descriptors,
     ):
         check(programs)
 
