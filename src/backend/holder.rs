@@ -52,6 +52,18 @@ impl Holder {
     }
 }
 
+impl Holder {
+    /// The same in words, with the numbers of processes only.
+    pub fn by_number(&self) -> String {
+        let pids: Vec<String> = self.processes().iter().map(|process| process.pid.to_string()).collect();
+        match pids.as_slice() {
+            [] => self.to_string(),
+            [pid] => format!("process {pid}"),
+            pids => format!("processes {}", pids.join(", ")),
+        }
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -271,6 +283,7 @@ mod tests {
     fn holder_is_named_in_words_that_do_not_mislead() {
         let process = |pid, name: &str| Process { pid, name: name.into() };
         let holder = Holder::Processes(vec![process(7, "a\u{202e}\n"), process(8, "b")]);
+        assert_eq!(holder.by_number(), "processes 7, 8");
         assert_eq!(holder.to_string(), "process 7 (a\\u{202e}\\u{a}), process 8 (b)");
     }
 

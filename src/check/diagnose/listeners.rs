@@ -83,14 +83,19 @@ fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
     host::good(
         found,
         findings::INSTANCE,
-        format_args!("{name}: {way}of {owner}, routing rules from {} and routing table {}", slot.priority, slot.table),
+        format_args!(
+            "{name}: {way}of {}, routing rules from {} and routing table {}",
+            owner.by_number(),
+            slot.priority,
+            slot.table
+        ),
     );
     for process in owner.processes().iter().filter(|process| context.host.stopped.contains(&process.pid)) {
         found
             .push(
                 Severity::Failure,
                 findings::STOPPED,
-                format_args!("{process}, which instance {name} belongs to, is stopped"),
+                format_args!("process {}, which instance {name} belongs to, is stopped", process.pid),
             )
             .with("pid", &process.pid);
     }

@@ -649,7 +649,7 @@ mod tests {
             (of("instance").message, of("listener.gone").fix)
         };
         let (said, fix) = told(processes(vec![(12, "a".into()), (15, "b".into())]));
-        assert!(said.contains("of process 12 (a), process 15 (b), "), "{said}");
+        assert!(said.contains("of processes 12, 15, "), "{said}");
         assert_eq!(fix, "kill 12 15");
         let (said, fix) = told(Holder::Elsewhere);
         assert!(said.contains("of a process in another PID namespace"), "{said}");
