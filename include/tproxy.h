@@ -699,8 +699,10 @@ struct tp_rules_stats {
 };
 
 /**
- * Something that was message. All of it is valid during the call of a
- * tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
+ * Something that was found. All of it is valid during the call of a
+ * tp_finding_fn alone; no pointer is NULL. Texts are UTF-8 without control
+ * characters and others that mislead; names that other programs gave are
+ * shown with escapes in place of these, as is what is no UTF-8 in them.
  */
 struct tp_finding {
     /**
@@ -713,7 +715,7 @@ struct tp_finding {
      */
     const char *id;
     /**
-     * What was message, for people.
+     * What was found, for people.
      */
     const char *message;
     /**
@@ -721,16 +723,18 @@ struct tp_finding {
      */
     const char *impact;
     /**
-     * The command that cures it, for sh(1). Empty: nothing is to be cured, or
-     * no command does. Names that others gave are quoted in it. Read it before
-     * you run it: some cures end the process that the rules belong to, or
-     * delete a rule that somebody else made.
+     * The command that fixes it, for root's sh(1) in this process's network
+     * and PID namespace. Empty: nothing is to be fixed, or no command does so
+     * without doing harm. Names that others gave are quoted in it, whatever is
+     * in them; a word in capitals is for you to fill in. Read it before you run
+     * it: some fixes end the process that the rules belong to (it was seen to
+     * have them), or delete a rule that somebody else made.
      */
     const char *fix;
 };
 
 /**
- * Is told what was message: one call for each finding, from the thread that
+ * Is told what was found: one call for each finding, from the thread that
  * called tp_check or tp_self_test, with the context that was given to it. It
  * must return (no longjmp, no C++ exception), and may call this library.
  */
@@ -1316,7 +1320,7 @@ int tp_render_rules(const struct tp_rules_config *config,
 
 /**
  * Says what on this host breaks, or weakens, transparent proxying, and the
- * command that cures it.
+ * command that fixes it.
  *
  * It asks the kernel, about this process, its network namespace, and whatever
  * rules, routes, sysctls and listeners are there, by whomever: capabilities;
@@ -1324,15 +1328,21 @@ int tp_render_rules(const struct tp_rules_config *config,
  * that is never committed; rules of this library without a listener or an
  * owner; and what other programs' rules do to packets that are intercepted.
  * It changes nothing (but the kernel may load a module that it is asked
- * about), runs no program, and needs no privilege; what it cannot see
- * without one it says as a note, "check.unseen".
+ * about), runs no program, and needs no privilege and no /proc. What it
+ * cannot see is not reported as missing; it says so by a note, "check.unseen".
+ *
+ * Other programs may have any number of rules, routes and sockets. Each list is
+ * read up to a bound (some ten thousand rules, a thousand routes of a table),
+ * and no more than 100 findings of a kind are told; there is such a note for
+ * each bound that was reached.
  *
  * report: is told each finding, good ones too. context: is handed on to it.
  *
  * Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
  * none, or -1 with errno: EFAULT: report is NULL.
  *
- * Takes some milliseconds, more with thousands of rules. Thread-safe.
+ * Takes some milliseconds, with thousands of rules a tenth of a second.
+ * Thread-safe.
  */
 int tp_check(tp_finding_fn report, void *context);
 

@@ -29,6 +29,10 @@ fn child_of_another_test() {
     let Ok(how) = std::env::var(CHILD) else { return };
     match how.as_str() {
         "check" => print_check(),
+        "check without capget" => {
+            deny_capget();
+            print_check();
+        }
         "work" => {
             let begin = used();
             print_check();
@@ -45,6 +49,26 @@ fn child_of_another_test() {
             std::thread::sleep(Duration::from_secs(60));
         }
         other => panic!("{other}"),
+    }
+}
+
+/// As a seccomp filter of a container would, which lets every other call through.
+fn deny_capget() {
+    const NR: u32 = 0;
+    let (load, equals, give) =
+        (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, libc::BPF_JMP | libc::BPF_JEQ, libc::BPF_RET);
+    let op = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut program = [
+        op(load, 0, 0, NR),
+        op(equals, 0, 1, libc::SYS_capget as u32),
+        op(give, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        op(give, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: a program that lives until the call returns. It is this process's, and the child's of a test.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
     }
 }
 
@@ -239,7 +263,7 @@ fn holder_in_an_inner_pid_namespace_is_named_as_it_is_seen_here() {
     let found = net.run(check);
     all_harmless(&found);
     assert_eq!(find(&found, "listener.gone").fix, format!("kill {holder}"));
-    assert!(find(&found, "instance").message.contains(&format!("of process {holder} (")), "{found:#?}");
+    assert!(find(&found, "instance").message.contains(&format!("of process {holder}, ")), "{found:#?}");
     net.sh(&format!("kill {holder}"));
     child.wait().unwrap();
     assert!(net.run(check).iter().all(|finding| finding.id != "instance"), "the rules are there");
@@ -276,15 +300,10 @@ fn holder_outside_of_the_pid_namespace_is_not_named() {
 fn holder_with_a_hostile_name_is_shown_with_escapes() {
     let net = Net::new();
     let mut child = holding(&net, &[]);
-    let found = net.run(check);
-    all_harmless(&found);
-    let finding = find(&found, "instance");
-    assert!(
-        finding.message.contains(&format!("process {} (\\u{{1b}}[2J\\u{{202e}}1)\\u{{a}})", child.id())),
-        "{finding:?}"
-    );
+    all_harmless(&net.run(check));
     let failed = net.run(|| intercept(&listen("[::]:3129".parse().unwrap(), 0).unwrap(), 80)).err().unwrap();
-    assert!(is_harmless(&failed.sentence) && failed.sentence.contains("\\u{202e}"), "{failed}");
+    let expected = format!("process {} (\\u{{1b}}[2J\\u{{202e}}1)\\u{{a}})", child.id());
+    assert!(is_harmless(&failed.sentence) && failed.sentence.contains(&expected), "{failed}");
     child.kill().unwrap();
     child.wait().unwrap();
 }
@@ -311,6 +330,38 @@ fn without_proc_nothing_is_said_to_be_missing() {
         assert!(findings.iter().any(|line| line.starts_with(expected)), "{expected}: {output}");
     }
     assert!(!output.contains("privilege.bind_service"), "{output}");
+}
+
+/// A seccomp filter that refuses to tell the capabilities does not take them away.
+#[test]
+fn capabilities_that_are_not_told_are_not_said_to_be_missing() {
+    let (net, _rules) = intercepting();
+    let command = this_test("check without capget");
+    let words: Vec<&str> = command[1..].iter().map(String::as_str).collect();
+    let output = net.command(&command[0], &words);
+    assert!(output.contains("finding 1 check.unseen capabilities: "), "{output}");
+    assert!(!output.contains(" privilege.net_admin ") && !output.contains(" privilege.bind_service "), "{output}");
+    for expected in
+        [" privilege.transparent an IPv6 socket was made", " kernel.nft_tproxy ", " instance tproxy: by nf_tables"]
+    {
+        assert!(output.contains(expected), "{expected}: {output}");
+    }
+}
+
+/// What a router announces is believed by a host that is none. When it becomes one, it keeps what it has from there.
+#[test]
+fn router_keeps_the_routes_that_it_was_told() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
+    lab.proxy
+        .sh("sysctl -qw net.ipv6.conf.all.forwarding=0 net.ipv6.conf.eth1.accept_ra=1 net.ipv6.conf.eth0.accept_ra=0");
+    lab.proxy.sh(&find(&lab.proxy.run(check), "sysctl.forwarding_v6").fix);
+    let values = lab.proxy.command(
+        "sysctl",
+        &["-n", "net.ipv6.conf.all.forwarding", "net.ipv6.conf.eth1.accept_ra", "net.ipv6.conf.eth0.accept_ra"],
+    );
+    assert_eq!(values, "1\n2\n0\n");
 }
 
 /// The first of two rules of one preference is another's, and would be taken for the one that is meant.

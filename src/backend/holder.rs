@@ -2,6 +2,7 @@
 //! port only (NFTA_TABLE_OWNER), and the process in that number may have ended while a forked child of it still has the
 //! socket, or be one of another PID namespace.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::Path;
@@ -11,6 +12,8 @@ use crate::netlink::channel::process_of_port;
 
 /// More descriptors than this are not looked at, to bound the time: each takes a system call.
 const DESCRIPTORS_MAX: usize = 30_000;
+/// To look at a process takes as long as to look at so many descriptors.
+const DESCRIPTORS_A_PROCESS: usize = 5;
 /// More processes than this are not named.
 const NAMED_MAX: usize = 16;
 
@@ -45,6 +48,18 @@ impl Holder {
         match self {
             Holder::Processes(processes) => processes,
             Holder::Elsewhere | Holder::Unknown => &[],
+        }
+    }
+}
+
+impl Holder {
+    /// The same in words, with the numbers of processes only.
+    pub fn by_number(&self) -> String {
+        let pids: Vec<String> = self.processes().iter().map(|process| process.pid.to_string()).collect();
+        match pids.as_slice() {
+            [] => self.to_string(),
+            [pid] => format!("process {pid}"),
+            pids => format!("processes {}", pids.join(", ")),
         }
     }
 }
@@ -87,10 +102,9 @@ pub(crate) fn holders(ports: &[u32]) -> Vec<Holder> {
     }
     // A file that is not UTF-8, or not there, names no socket.
     let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap_or_default();
-    let mut search = Search { sockets: Vec::new(), left: DESCRIPTORS_MAX, incomplete: false };
-    for port in ports {
-        search.sockets.push((inode_of(&sockets, *port), Vec::new()));
-    }
+    let inodes = inodes_of(&sockets);
+    let sockets = ports.iter().map(|port| (inodes.get(port).copied(), Vec::new())).collect();
+    let mut search = Search { sockets, left: DESCRIPTORS_MAX, incomplete: false };
     // Mostly it is the process that opened the socket, or a child of it that has a copy.
     for (number, port) in ports.iter().enumerate() {
         search.look_at_family(number, process_of_port(*port));
@@ -123,16 +137,17 @@ fn proc_is_of_this_namespace() -> bool {
     own.and_then(|pid| pid.to_str()?.parse().ok()) == Some(std::process::id())
 }
 
-/// The inode of a netlink socket of nf_tables in /proc/net/netlink: columns sk, Eth (the protocol), Pid (the port),
-/// Groups, Rmem, Wmem, Dump, Locks, Drops, Inode (`netlink_native_seq_show`).
-fn inode_of(sockets: &str, port: u32) -> Option<u64> {
-    sockets.lines().find_map(|line| {
+/// The inodes of the netlink sockets of nf_tables in /proc/net/netlink, by their ports: columns sk, Eth (the protocol),
+/// Pid (the port), Groups, Rmem, Wmem, Dump, Locks, Drops, Inode (`netlink_native_seq_show`).
+fn inodes_of(sockets: &str) -> HashMap<u32, u64> {
+    let socket = |line: &str| {
         let mut words = line.split_ascii_whitespace().skip(1);
         let protocol: i32 = words.next()?.parse().ok()?;
-        let found: u32 = words.next()?.parse().ok()?;
-        let inode = words.last()?.parse().ok()?;
-        (protocol == libc::NETLINK_NETFILTER && found == port).then_some(inode)
-    })
+        let port = words.next()?.parse().ok()?;
+        let inode = words.nth(6)?.parse().ok()?;
+        (protocol == libc::NETLINK_NETFILTER).then_some((port, inode))
+    };
+    sockets.lines().filter_map(socket).collect()
 }
 
 struct Search {
@@ -181,6 +196,7 @@ impl Search {
     /// Notes which of the sockets a process has open, as far as the one that is wanted, if it is any; gives whether it has
     /// that one.
     fn look_at(&mut self, pid: u32, wanted: Option<u64>) -> bool {
+        self.left = self.left.saturating_sub(DESCRIPTORS_A_PROCESS);
         let entries = match std::fs::read_dir(format!("/proc/{pid}/fd")) {
             Ok(entries) => entries,
             Err(error) => {
@@ -248,8 +264,7 @@ mod tests {
         let text = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
                     0000000000000000 0   4711       00000000 0        0        0     2        0        10001\n\
                     0000000000000000 12  4711       00000000 0        0        0     2        0        10002\n";
-        assert_eq!(inode_of(text, 4711), Some(10002));
-        assert_eq!(inode_of(text, 4712), None);
+        assert_eq!(inodes_of(text), [(4711, 10002)].into());
     }
 
     #[test]
@@ -268,13 +283,14 @@ mod tests {
     fn holder_is_named_in_words_that_do_not_mislead() {
         let process = |pid, name: &str| Process { pid, name: name.into() };
         let holder = Holder::Processes(vec![process(7, "a\u{202e}\n"), process(8, "b")]);
+        assert_eq!(holder.by_number(), "processes 7, 8");
         assert_eq!(holder.to_string(), "process 7 (a\\u{202e}\\u{a}), process 8 (b)");
     }
 
     proptest! {
         #[test]
-        fn inode_of_any_text_does_not_panic(text in "(?s)[ 0-9a-f\n]{0,200}", port: u32) {
-            inode_of(&text, port);
+        fn inodes_of_any_text_do_not_panic(text in "(?s)[ 0-9a-f\n]{0,200}") {
+            inodes_of(&text);
         }
     }
 }

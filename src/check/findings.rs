@@ -324,9 +324,10 @@ kinds! {
         "sysctl -w net.ipv4.ip_forward=1";
     FORWARDING_V6 = "sysctl.forwarding_v6",
         "What is intercepted works, everything else does not, over IPv6",
-        "net.ipv6.conf.all.forwarding is 0: this host is no IPv6 router.",
+        "net.ipv6.conf.all.forwarding is 0: this host is no IPv6 router. A router takes no routes from other routers, unless \
+         accept_ra is 2.",
         "IPv6 packets that are not intercepted are dropped.",
-        "sysctl -w net.ipv6.conf.all.forwarding=1";
+        "sysctl -w net/ipv6/conf/{interface}/accept_ra=2 && sysctl -w net.ipv6.conf.all.forwarding=1";
     FORWARDING_INTERFACE = "sysctl.forwarding_interface",
         "What is intercepted works, everything else that comes in by one interface does not",
         "Forwarding is on for the host, and off for an interface.",

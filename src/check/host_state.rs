@@ -67,7 +67,8 @@ pub(super) struct HostState {
     pub interfaces: Vec<Interface>,
     /// `None`: they could not be read.
     pub ruleset: Option<Ruleset>,
-    pub tables: Vec<Table>,
+    /// The tables of nf_tables; `None`: they could not be read.
+    pub tables: Option<Vec<Table>>,
     /// Who has the sockets open that own tables of ours, by their ports.
     pub holders: HashMap<u32, Holder>,
     pub listeners: Option<Listeners>,
@@ -279,10 +280,12 @@ impl HostState {
         }
         self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
         match table::list(&mut channel) {
-            Ok((_, tables)) => self.tables = tables,
+            Ok((_, tables)) => {
+                self.look_at_instances(&tables);
+                self.tables = Some(tables);
+            }
             Err(e) => return self.miss(format_args!("{e}")),
         }
-        self.look_at_instances();
         let Some(mut read) = self.seen("nf_tables rules", nft::read()) else { return };
         // A port of each interception is enough to follow it through the rules of others.
         let ports = instances::sample_ports(&read.ruleset);
@@ -294,12 +297,11 @@ impl HostState {
     }
 
     /// The places of our tables, and their owners.
-    fn look_at_instances(&mut self) {
+    fn look_at_instances(&mut self, tables: &[Table]) {
         // Where others have deleted all rules that lead there, the routes have not been read.
-        let places = self.tables.iter().filter_map(|table| Some(table.slot?.table));
-        let tables = places.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect();
-        self.read_routes(tables);
-        let ours = self.tables.iter().filter(|table| table.slot.is_some());
+        let places = tables.iter().filter_map(|table| Some(table.slot?.table));
+        self.read_routes(places.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect());
+        let ours = tables.iter().filter(|table| table.slot.is_some());
         let ports: Vec<u32> = ours.filter_map(|table| table.owner_port).collect();
         self.holders = ports.iter().copied().zip(holder::holders(&ports)).collect();
         let mut owners: Vec<u32> =

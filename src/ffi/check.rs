@@ -19,8 +19,10 @@ pub const TP_SEVERITY_WARNING: u32 = 2;
 /// Interception cannot work.
 pub const TP_SEVERITY_FAILURE: u32 = 3;
 
-/// Something that was message. All of it is valid during the call of a
-/// tp_finding_fn alone; no pointer is NULL; texts are UTF-8.
+/// Something that was found. All of it is valid during the call of a
+/// tp_finding_fn alone; no pointer is NULL. Texts are UTF-8 without control
+/// characters and others that mislead; names that other programs gave are
+/// shown with escapes in place of these, as is what is no UTF-8 in them.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_finding {
@@ -29,25 +31,27 @@ pub struct tp_finding {
     /// What kind of finding it is, for programs: "sysctl.src_valid_mark". It
     /// stays the same in later versions. docs/troubleshooting.md has them all.
     pub id: *const c_char,
-    /// What was message, for people.
+    /// What was found, for people.
     pub message: *const c_char,
     /// What it does to traffic, for people.
     pub impact: *const c_char,
-    /// The command that cures it, for sh(1). Empty: nothing is to be cured, or
-    /// no command does. Names that others gave are quoted in it. Read it before
-    /// you run it: some cures end the process that the rules belong to, or
-    /// delete a rule that somebody else made.
+    /// The command that fixes it, for root's sh(1) in this process's network
+    /// and PID namespace. Empty: nothing is to be fixed, or no command does so
+    /// without doing harm. Names that others gave are quoted in it, whatever is
+    /// in them; a word in capitals is for you to fill in. Read it before you run
+    /// it: some fixes end the process that the rules belong to (it was seen to
+    /// have them), or delete a rule that somebody else made.
     pub fix: *const c_char,
 }
 
-/// Is told what was message: one call for each finding, from the thread that
+/// Is told what was found: one call for each finding, from the thread that
 /// called tp_check or tp_self_test, with the context that was given to it. It
 /// must return (no longjmp, no C++ exception), and may call this library.
 #[allow(non_camel_case_types)]
 pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding, context: *mut c_void)>;
 
 /// Says what on this host breaks, or weakens, transparent proxying, and the
-/// command that cures it.
+/// command that fixes it.
 ///
 /// It asks the kernel, about this process, its network namespace, and whatever
 /// rules, routes, sysctls and listeners are there, by whomever: capabilities;
@@ -55,15 +59,21 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 /// that is never committed; rules of this library without a listener or an
 /// owner; and what other programs' rules do to packets that are intercepted.
 /// It changes nothing (but the kernel may load a module that it is asked
-/// about), runs no program, and needs no privilege; what it cannot see
-/// without one it says as a note, "check.unseen".
+/// about), runs no program, and needs no privilege and no /proc. What it
+/// cannot see is not reported as missing; it says so by a note, "check.unseen".
+///
+/// Other programs may have any number of rules, routes and sockets. Each list is
+/// read up to a bound (some ten thousand rules, a thousand routes of a table),
+/// and no more than 100 findings of a kind are told; there is such a note for
+/// each bound that was reached.
 ///
 /// report: is told each finding, good ones too. context: is handed on to it.
 ///
 /// Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
 /// none, or -1 with errno: EFAULT: report is NULL.
 ///
-/// Takes some milliseconds, more with thousands of rules. Thread-safe.
+/// Takes some milliseconds, with thousands of rules a tenth of a second.
+/// Thread-safe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -> c_int {
     guard(|| {

@@ -44,7 +44,7 @@ pub(super) fn check_filters(context: &Context<'_>, found: &mut Findings) {
             found,
             Severity::Note,
             findings::UNSEEN,
-            "packet filters: there are more rules, and more that is intercepted, than can be followed; not all was"
+            "rules: there are more of them, and more that is intercepted, than can be followed; not all was"
         );
     }
     collisions(context, found);

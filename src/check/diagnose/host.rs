@@ -19,7 +19,9 @@ pub(super) fn check_host(context: &Context<'_>, found: &mut Findings) {
     let version = procfs::version(&host.kernel);
     let old = version.is_some_and(|version| version < (5, 12));
     let severity = if old { Severity::Warning } else { Severity::Ok };
-    report!(found, severity, findings::VERSION, "Linux {}", host.kernel);
+    if !host.kernel.is_empty() {
+        report!(found, severity, findings::VERSION, "Linux {}", host.kernel);
+    }
 
     let namespace = match host.initial_user_namespace {
         Some(true) => " in the initial user namespace",

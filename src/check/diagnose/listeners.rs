@@ -65,7 +65,9 @@ fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
         );
         // Its name has nothing in it that nft or a shell would take for its own.
         finding.fix_with(format_args!("nft delete table inet {table}"));
-        for rule in context.host.rules.iter().filter(|rule| rule.protocol == routing::PROTOCOL) {
+        let rules = &context.host.rules;
+        let rules = if context.chains.step(rules.len()) { rules.as_slice() } else { &[] };
+        for rule in rules.iter().filter(|rule| rule.protocol == routing::PROTOCOL) {
             let (flag, priority) = (flag(rule.family), rule.priority);
             if (slot.priority..slot.priority + 4).contains(&priority) {
                 finding.and(format_args!("ip {flag} rule del pref {priority} protocol {}", routing::PROTOCOL));
@@ -81,14 +83,19 @@ fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
     host::good(
         found,
         findings::INSTANCE,
-        format_args!("{name}: {way}of {owner}, routing rules from {} and routing table {}", slot.priority, slot.table),
+        format_args!(
+            "{name}: {way}of {}, routing rules from {} and routing table {}",
+            owner.by_number(),
+            slot.priority,
+            slot.table
+        ),
     );
     for process in owner.processes().iter().filter(|process| context.host.stopped.contains(&process.pid)) {
         found
             .push(
                 Severity::Failure,
                 findings::STOPPED,
-                format_args!("{process}, which instance {name} belongs to, is stopped"),
+                format_args!("process {}, which instance {name} belongs to, is stopped", process.pid),
             )
             .with("pid", &process.pid);
     }
@@ -176,8 +183,8 @@ const SHOWN: usize = 8;
 
 /// Jumps to iptables chains of instances that have no living owner.
 fn forsaken_chains(context: &Context<'_>, found: &mut Findings) {
-    // On a host without nf_tables nobody can tell who lives.
-    let able = context.host.features.iter().any(|(kind, outcome)| *kind == findings::NF_TABLES && outcome.is_ok());
+    // Without a look at the tables of nf_tables nobody can tell who lives.
+    let able = context.host.tables.is_some();
     // Where the finding of each instance is.
     let mut said: HashMap<&str, usize> = HashMap::new();
     let bases = context.ruleset().chains.iter().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some());

@@ -85,7 +85,8 @@ fn once(found: Vec<Finding>) -> Vec<Finding> {
 
 impl<'a> Context<'a> {
     fn new(host: &'a HostState, ruleset: &'a Ruleset) -> Context<'a> {
-        let instances = instances::instances(&host.tables, &ruleset.chains, &host.holders);
+        let tables = host.tables.as_deref().unwrap_or_default();
+        let instances = instances::instances(tables, &ruleset.chains, &host.holders);
         let numbers = instances.iter().map(|instance| instance.name.clone()).zip(0..).collect();
         let interceptions = instances::interceptions(ruleset);
         Context { host, ruleset, chains: Chains::new(ruleset), instances, numbers, interceptions }
@@ -318,7 +319,7 @@ mod tests {
                         ruleset: Some(Ruleset { chains, port_sets }),
                         rules,
                         routes: tables_of.into_iter().map(routes).collect(),
-                        tables,
+                        tables: Some(tables),
                         holders: [(1, holder)].into(),
                         listeners: Some(Listeners { found, ..Listeners::default() }),
                         sysctls: Sysctls::of(sysctls),
@@ -333,6 +334,7 @@ mod tests {
                                 kind: "bridge".into(),
                                 master: 0,
                                 switches: vec![("forwarding", 0), ("rp_filter", 1)],
+                                accept_ra: Some(1),
                             })
                             .to_vec(),
                         ..HostState::default()
@@ -402,6 +404,7 @@ mod tests {
                 kind: Name::default(),
                 master: 0,
                 switches: vec![("forwarding", 0)],
+                accept_ra: None,
             };
             let tproxy = Part::Tproxy { family: None, addr: None, port: 1 };
             let mut chain = chain_called(Origin::Nft, "t", &"c".into());
@@ -635,7 +638,7 @@ mod tests {
             let mut chain = recipes(80..81);
             chain.table = "libtproxy-tproxy".into();
             let host = HostState {
-                tables: vec![table],
+                tables: Some(vec![table]),
                 holders: [(1024, holder)].into(),
                 ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
                 listeners: Some(Listeners::default()),
@@ -646,7 +649,7 @@ mod tests {
             (of("instance").message, of("listener.gone").fix)
         };
         let (said, fix) = told(processes(vec![(12, "a".into()), (15, "b".into())]));
-        assert!(said.contains("of process 12 (a), process 15 (b), "), "{said}");
+        assert!(said.contains("of processes 12, 15, "), "{said}");
         assert_eq!(fix, "kill 12 15");
         let (said, fix) = told(Holder::Elsewhere);
         assert!(said.contains("of a process in another PID namespace"), "{said}");

@@ -28,7 +28,8 @@ pub(super) fn check_routing(context: &Context<'_>, found: &mut Findings) {
     let marks = Marks::of(context);
     for instance in context.instances.iter().filter(|instance| instance.owner.is_some()) {
         for family in instance.families.iter().filter(|family| context.host.routed.contains(*family)) {
-            if let Some(mark) = instance.mark {
+            // To follow a packet through the rules takes a step for each.
+            if let Some(mark) = instance.mark.filter(|_| context.chains.step(context.host.rules.len())) {
                 let place = InstanceRouting { context, rules: &rules, marks, instance, family, mark };
                 place.rules(found);
                 place.routes(missing_lo, found);
@@ -296,6 +297,9 @@ fn recipes(context: &Context<'_>, marks: Marks, found: &mut Findings) {
         ports.push(recipe.port);
     }
     for (family, mark) in order.into_iter().filter(|(family, _)| context.host.routed.contains(*family)) {
+        if !context.chains.step(3 * context.host.rules.len()) {
+            return;
+        }
         let mut ports = ports.remove(&(family, mark)).unwrap_or_default();
         ports.sort_unstable();
         ports.dedup();
@@ -402,7 +406,7 @@ fn left_behind(context: &Context<'_>, found: &mut Findings) {
     };
     let orphans: Vec<&Rule> = host.rules.iter().filter(|rule| rule.protocol == PROTOCOL && !in_place(rule)).collect();
     // Without a look at the tables nobody can tell who lives.
-    if host.ruleset.is_some() && !host.features.is_empty() && !orphans.is_empty() {
+    if host.tables.is_some() && !orphans.is_empty() {
         let shown = orphans.iter().take(SHOWN);
         let mut numbers: Vec<String> = shown.map(|rule| format!("{} {}", rule.family, rule.priority)).collect();
         if orphans.len() > SHOWN {

@@ -68,9 +68,15 @@ fn forwarding(context: &Context<'_>, found: &mut Findings) {
     let severity = if for_others { Severity::Warning } else { Severity::Note };
     // A host that intercepts for nobody else need not be a router.
     if sysctls.number("ipv6/conf/all/forwarding") == Some(0) {
-        let finding = report!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0");
-        if !for_others {
-            finding.without_fix();
+        let finding =
+            report!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0").without_fix();
+        if for_others {
+            // A router believes no other, and would lose the routes that it has from one.
+            let outside = context.host.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.accept_ra == Some(1));
+            for interface in outside.take(SHOWN) {
+                finding.and(format_args!("{}", setting("ipv6", interface, "accept_ra", 2)));
+            }
+            finding.and(format_args!("sysctl -w net.ipv6.conf.all.forwarding=1"));
         }
     }
     if sysctls.number("ipv4/ip_forward") == Some(0) {

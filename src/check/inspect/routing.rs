@@ -244,6 +244,8 @@ pub(crate) struct Interface {
     pub master: u32,
     /// IPv4's switches (net.ipv4.conf.NAME), those of [`SWITCHES`]; none if it has no IPv4.
     pub switches: Vec<(&'static str, u32)>,
+    /// IPv6's accept_ra: 1 means that routers are believed as long as this host is none. `None`: it has no IPv6.
+    pub accept_ra: Option<u32>,
 }
 
 impl Interface {
@@ -278,10 +280,16 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
     const BY_FAMILY: u16 = 26;
     const IPV4: u16 = libc::AF_INET as u16;
     const CONF: u16 = 1;
+    /// AF_INET6, IFLA_INET6_CONF, DEVCONF_ACCEPT_RA.
+    const IPV6: u16 = libc::AF_INET6 as u16;
+    const CONF_V6: u16 = 2;
+    const ACCEPT_RA: usize = 3;
     let attrs = payload.get(16..)?;
     let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::name_of(info, KIND));
     let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
     let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
+    let conf_v6 =
+        wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV6)?, CONF_V6));
     Some(Interface {
         index: wire::u32_at(payload, 4)?,
         name: wire::name_of(attrs, NAME)?,
@@ -289,6 +297,7 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
         kind: kind.unwrap_or_default(),
         master: wire::u32_of(attrs, MASTER).unwrap_or(0),
         switches: SWITCHES.into_iter().filter_map(switch).collect(),
+        accept_ra: conf_v6.and_then(|conf| wire::u32_at(conf, 4 * ACCEPT_RA)),
     })
 }
 
