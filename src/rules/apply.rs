@@ -10,14 +10,16 @@
 use std::os::fd::BorrowedFd;
 
 use crate::backend::iptables;
-use crate::backend::nft::object::{Object, Variant};
+use crate::backend::nft::object::Object;
 use crate::backend::nft::ruleset::{self, PrefixList};
+use crate::backend::nft::set::Variant;
 use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
-use crate::model::{Backend, Families, Mode, Plan};
+use crate::model::{Backend, Families, Mode};
 use crate::netlink::Channel;
+use crate::plan::Plan;
 
 use super::config::Config;
 use super::plan;
