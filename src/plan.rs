@@ -15,6 +15,8 @@ pub(crate) struct Plan {
     /// The mark of the host's own packets that are to be intercepted; `None`: none are.
     pub output_mark: Option<Mark>,
     pub families: Families,
+    /// The config names no families: these are what the listeners serve, and IPv4 alone will do where there is no IPv6.
+    pub families_are_default: bool,
     pub protocols: Protocols,
     /// Who gets what is intercepted; none with [`Mode::DivertOnly`].
     pub intercepts: Vec<Intercept>,

@@ -39,6 +39,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         mark,
         output_mark,
         families: families(config.families, served)?,
+        families_are_default: config.families.is_empty(),
         protocols,
         intercepts,
         guard: !config.allow_direct,

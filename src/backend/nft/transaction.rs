@@ -292,6 +292,7 @@ mod tests {
             mark: Mark::DEFAULT,
             output_mark: None,
             families: Families::ALL,
+            families_are_default: true,
             protocols: Protocols { tcp: true, udp: false },
             intercepts: Vec::new(),
             guard: true,
