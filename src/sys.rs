@@ -1,9 +1,9 @@
 //! The few system calls that `std` and `socket2` do not wrap.
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
+use std::thread;
 use std::time::Duration;
 
 use socket2::SockAddr;
@@ -305,88 +305,15 @@ pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
 }
 
 /// Does something in a thread of its own, of this name, and waits for its end; `None`: it panicked.
-/// (`std::thread` brings many times the code.)
-pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F) -> Result<Option<T>> {
-    /// As `std` has it.
+pub(crate) fn in_a_thread<T: Send>(name: &str, body: impl FnOnce() -> T + Send) -> Result<Option<T>> {
+    /// The default of `std`, which would otherwise look for RUST_MIN_STACK in the environment.
     const STACK: usize = 2 << 20;
-    struct Work<T, F> {
-        body: Option<F>,
-        outcome: Option<T>,
-    }
-    extern "C" fn run<T, F: FnOnce() -> T>(work: *mut c_void) -> *mut c_void {
-        // SAFETY: the one who started this thread waits for it, and touches nothing of this meanwhile.
-        let work = unsafe { &mut *work.cast::<Work<T, F>>() };
-        if let Some(body) = work.body.take() {
-            // Dropping what was thrown could panic again.
-            work.outcome = panic::catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget).ok();
-        }
-        ptr::null_mut()
-    }
-    let mut work = Work { body: Some(body), outcome: None };
-    // SAFETY: the attributes are initialised before they are used, and destroyed once; the work outlives the thread,
-    // which has ended when pthread_join returns; the name is NUL-terminated.
-    let errno = unsafe {
-        let (mut attributes, mut thread) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::pthread_attr_init(&raw mut attributes);
-        libc::pthread_attr_setstacksize(&raw mut attributes, STACK);
-        let errno = libc::pthread_create(&raw mut thread, &raw const attributes, run::<T, F>, (&raw mut work).cast());
-        libc::pthread_attr_destroy(&raw mut attributes);
-        if errno == 0 {
-            libc::pthread_setname_np(thread, name.as_ptr());
-            libc::pthread_join(thread, ptr::null_mut());
-        }
-        errno
-    };
-    if errno == 0 { Ok(work.outcome) } else { Err(Errno(errno)) }
-}
-
-/// A path or a word, as the C library takes it.
-fn c_path(path: &str) -> Result<CString> {
-    CString::new(path).map_err(|_| Errno(libc::EINVAL))
-}
-
-/// Opens a file, to be read. (`std::fs` brings many times the code, here and below.)
-pub(crate) fn open(path: &str) -> Result<OwnedFd> {
-    let path = c_path(path)?;
-    // SAFETY: a NUL-terminated path.
-    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    // SAFETY: a new descriptor, ours alone.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
-}
-
-/// What is left to be read of a file.
-fn rest_of(file: BorrowedFd<'_>) -> Result<Vec<u8>> {
-    const ROOM: usize = 4096;
-    let mut bytes: Vec<u8> = Vec::new();
-    loop {
-        bytes.reserve(ROOM);
-        let room = bytes.spare_capacity_mut();
-        // SAFETY: valid for writes of that length.
-        let len = unsafe { libc::read(file.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
-        match usize::try_from(len) {
-            Ok(0) => return Ok(bytes),
-            // SAFETY: the kernel has written so many.
-            Ok(len) => unsafe { bytes.set_len(bytes.len() + len) },
-            Err(_) if errno() == libc::EINTR => {}
-            Err(_) => return Err(Errno::last()),
-        }
-    }
-}
-
-/// The text of a file.
-pub(crate) fn read(path: &str) -> Result<String> {
-    let bytes = rest_of(open(path)?.as_fd())?;
-    String::from_utf8(bytes).map_err(|_| Errno(libc::EILSEQ))
-}
-
-/// How large a file is; `None`: it is not there, or nobody says.
-pub(crate) fn file_size(path: &str) -> Option<u64> {
-    let path = c_path(path).ok()?;
-    // SAFETY: a struct of integers; valid for writes, and the path NUL-terminated.
-    unsafe {
-        let mut found: libc::stat = std::mem::zeroed();
-        (libc::stat(path.as_ptr(), &raw mut found) == 0).then_some(found.st_size as u64)
-    }
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+    thread::scope(|scope| {
+        let worker = builder.spawn_scoped(scope, body)?;
+        // Dropping what was thrown could panic again.
+        Ok(worker.join().map_err(std::mem::forget).ok())
+    })
 }
 
 /// Starts the program at a path, with these descriptors for its standard input, output and error, and this environment.

@@ -44,7 +44,7 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
         Ok(found.0)
     };
     // A program's signals are for its own threads.
-    let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_self_test", worker));
+    let outcome = sys::without_signals(|| sys::in_a_thread("tp_self_test", worker));
     let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
     outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
 }

@@ -63,7 +63,7 @@ impl Instance {
             sys::enter_network(network.as_fd()).map_err(|e| failed("entering", e))?;
             body()
         };
-        let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_rules", elsewhere));
+        let outcome = sys::without_signals(|| sys::in_a_thread("tp_rules", elsewhere));
         let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
         outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
     }
