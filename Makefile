@@ -40,8 +40,9 @@ $(OUT)/libtproxy.a: $(SOURCES) | $(OUT)/libtproxy.so
 
 # By the library that was just built. Installed, it looks beside itself, then where the system has its libraries.
 CFLAGS ?= -O2
-$(OUT)/tproxyctl: examples-c/tproxyctl.c examples-c/tproxyctl_options.h include/tproxy.h $(OUT)/libtproxy.so
-	$(CC) -std=c11 -pedantic -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $< $(OUT)/libtproxy.so \
+TPROXYCTL := $(addprefix tools/tproxyctl/,tproxyctl.c options.c)
+$(OUT)/tproxyctl: $(TPROXYCTL) tools/tproxyctl/options.h include/tproxy.h $(OUT)/libtproxy.so
+	$(CC) -std=c11 -pedantic -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $(TPROXYCTL) $(OUT)/libtproxy.so \
 		-Wl,-rpath,'$$ORIGIN/../lib' $(LDFLAGS)
 
 deps:
