@@ -51,6 +51,8 @@ pub const TP_CONNECT_DATA_FOLLOWS: u32 = 0x10;
 /// System calls: socket, and one setsockopt per option named above.
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_int {
     guard_hot(|| {
@@ -75,6 +77,8 @@ pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_
 ///   EPERM         neither CAP_NET_RAW nor CAP_NET_ADMIN
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
     guard(|| {
@@ -104,9 +108,11 @@ pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
 ///   EPERM          neither CAP_NET_RAW nor CAP_NET_ADMIN
 ///   EACCES         the port is below 1024, without CAP_NET_BIND_SERVICE
 ///   EADDRINUSE     another socket has this address and port
-///   EADDRNOTAVAIL  or any other error of bind(2)
+///   EADDRNOTAVAIL  as for bind(2); its other errors are possible too
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addrlen: socklen_t) -> c_int {
     guard(|| {
@@ -143,6 +149,8 @@ pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addr
 ///   ENOBUFS, ENOMEM  not enough memory
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, backlog: c_int, flags: u32) -> c_int {
     guard(|| {
@@ -199,7 +207,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
 ///   EADDRNOTAVAIL    no port of src is free for dst
 ///   EINTR            a signal interrupted the wait
-///   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH, or any other error of connect(2)
+///   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH
+///                    as for connect(2); its other errors are possible too
 ///   EMFILE           the descriptor limit of the process is reached
 ///   ENFILE           the descriptor limit of the system is reached
 ///   ENOBUFS, ENOMEM  not enough memory
@@ -212,6 +221,8 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 /// that arrived from others before the connect. TP_CONNECT_DATA_FOLLOWS adds one setsockopt.
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
@@ -268,6 +279,8 @@ pub unsafe extern "C" fn tp_connect_from(
 /// System calls: getsockopt and getsockname; one more getsockopt if the socket is not transparent.
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard_uncancellable(|| {
