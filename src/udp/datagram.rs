@@ -11,35 +11,30 @@ use super::control::Control;
 use super::storage;
 use crate::address::KernelAddr;
 
-/// One datagram, or several of one flow and equal length: a place for what is
-/// received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
-/// sends it back.
+/// A datagram, or several equally sized datagrams of one flow.
 ///
-/// 296 bytes on 64-bit machines. Addresses are in network byte order, all else
-/// in host order.
+/// tp_recv_datagrams() fills it and tp_reply() sends it. 296 bytes on 64-bit machines. Addresses are in
+/// network byte order, other fields in host byte order.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Datagram<'a> {
-    /// The caller's memory. NULL is fine where there are no bytes.
+    /// Buffer of the caller. May be NULL if it holds no bytes.
     data: *mut c_void,
-    /// How many bytes have room at data. tp_recv_datagrams reads it; tp_reply
-    /// does not.
+    /// Size of the buffer. Read by tp_recv_datagrams(), ignored by tp_reply().
     capacity: usize,
-    /// How many bytes were received, or are to be sent. 0 is a datagram too.
+    /// Number of bytes received or to send. Zero-length datagrams are valid.
     len: usize,
-    /// If len is more than this: the length of each of the datagrams that data
-    /// has one after the other, but for the last, which may be shorter
-    /// (UDP_GRO, UDP_SEGMENT). 0: one datagram.
+    /// Segment size. If non-zero and less than len, data holds consecutive datagrams of this size; the last
+    /// may be shorter (UDP_GRO, UDP_SEGMENT).
     segment_len: u32,
-    /// TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC, TP_DGRAM_NO_ORIG_DST. tp_reply does
-    /// not look at them.
+    /// TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC and TP_DGRAM_NO_ORIG_DST. Ignored by tp_reply().
     flags: u32,
-    /// The errno value of this datagram, 0 if it was received or sent.
+    /// errno of this datagram; 0 if it was received or sent.
     error: Cell<i32>,
-    /// Who sent it, and whom tp_reply sends to.
+    /// Sender of a received datagram; destination of tp_reply().
     client: sockaddr_storage,
-    /// Where it was going, and where tp_reply's datagram comes from. ss_family
-    /// is AF_UNSPEC (0) if the kernel did not tell.
+    /// Original destination of a received datagram; source address of tp_reply(). ss_family is AF_UNSPEC (0)
+    /// if the kernel did not report it.
     orig_dst: sockaddr_storage,
     _memory: PhantomData<&'a mut [u8]>,
 }
