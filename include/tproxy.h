@@ -1445,17 +1445,26 @@ int tp_self_test(const struct tp_rules_config *config,
                  void *context);
 
 /**
- * The sentence of this thread's last failing call: the step, why it failed,
- * and what cures it where that is known.
+ * Returns a message that describes the last failed call of this thread.
  *
- * Never NULL; empty before the first failure. UTF-8, for people, and not to
- * be parsed: errno is for programs. Valid until this thread's next failing
- * call, and until the thread ends. A call that succeeds does not change it.
+ * The message names the failed operation, the reason and, if known, a suggested fix. It is UTF-8 and
+ * human-readable; programs should use errno and not parse it.
+ *
+ * @return message, never NULL; empty before the first failure.
+ *
+ * The pointer is valid until the next failing call of this thread, or until the thread ends. A call that
+ * succeeds does not change the message.
+ *
+ * @since 0.1.0
  */
 const char *tp_last_error(void);
 
 /**
- * The version of the library, "MAJOR.MINOR.PATCH". Static, never NULL.
+ * Returns the version of the library.
+ *
+ * @return "MAJOR.MINOR.PATCH", a static string, never NULL.
+ *
+ * @since 0.1.0
  */
 const char *tp_version(void);
 
