@@ -389,7 +389,7 @@ struct tp_replier;
 struct tp_rules;
 
 /**
- * A datagram, or several equally sized datagrams of one flow.
+ * Describes one datagram, or a GRO/GSO batch of equally sized datagrams of one flow.
  *
  * tp_recv_datagrams() fills it and tp_reply() sends it. 296 bytes on 64-bit machines. Addresses are in
  * network byte order, other fields in host byte order.
