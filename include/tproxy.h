@@ -230,83 +230,84 @@ typedef struct tp_replier tp_replier;
 #define TP_REPLIER_RAW 256
 
 /**
- * Only bring packets to transparent sockets that they belong to: listeners
- * on addresses that this host does not own, and connections from such
- * addresses. Nothing is intercepted; listeners may be empty.
+ * Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
+ * own, and connections from such addresses. Nothing is intercepted; listeners may be empty.
  */
 #define TP_RULES_DIVERT_ONLY 1
 
 /**
- * Intercept by NAT redirection, where TPROXY cannot be had. The listener is
- * then an ordinary socket, not a transparent one (tp_orig_dst asks connection
- * tracking), on a wildcard or specific address. TCP only; no marks, no policy
- * routing, and connections from foreign addresses do not get their answers.
+ * Intercept by NAT redirection, for systems without TPROXY.
+ *
+ * The listener must then be an ordinary socket, not a transparent one, on a wildcard or specific address;
+ * tp_orig_dst() queries connection tracking. Only TCP is supported. Marks and policy routing are not
+ * used, and replies to connections from foreign addresses are not delivered.
  */
 #define TP_RULES_REDIRECT 2
 
 /**
- * Intercept the host's own traffic too. What comes from transparent sockets
- * is exempt: a proxy whose sockets towards servers are transparent
- * (tp_connect_from, tp_set_transparent) does not intercept itself.
+ * Also intercept traffic that this host sends.
  *
- * What the host's own TCP services answer is left alone: where ports would
- * choose it too (none are given, or some above 1023), connection tracking
- * tells it, and so is active. Not so UDP services, nor any with
- * TP_RULES_NOTRACK: choose ports, dst or src so that their answers are not
- * among what is intercepted.
+ * Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
+ * (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
+ *
+ * Replies of this host's own TCP services are not intercepted. If the port selection could match them (no
+ * ports, or one above 1023), connection tracking is used to recognize them, which enables it on this
+ * host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
+ * src.
  */
 #define TP_RULES_LOCAL_OUTPUT 4
 
 /**
- * Let traffic pass by while there is no listener; the default is to drop it.
- * Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
- * EOPNOTSUPP.
+ * Forward traffic normally while no listener exists; by default it is dropped. EOPNOTSUPP with
+ * TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT.
  */
 #define TP_RULES_FAIL_OPEN 8
 
 /**
- * Accept connections and datagrams that are sent straight to a listener's
- * own address and port. By default they are dropped, since a proxy that
- * connects to the original destination would connect to itself, without end.
- * Dropped is what goes to an address of this host, link-local ones included,
- * or to a broadcast, anycast or multicast address. (A listener on loopback
- * cannot be reached from outside, and needs no such rule.)
+ * Accept connections and datagrams addressed directly to a listener's address and port.
+ *
+ * By default they are dropped, because a proxy that connects to the original destination would connect to
+ * itself in an endless loop. Dropped are packets to an address of this host, including link-local
+ * addresses, and to broadcast, anycast and multicast addresses. A listener on loopback cannot be reached
+ * from other hosts and needs no such rule.
  */
 #define TP_RULES_ALLOW_DIRECT 16
 
 /**
- * Keep what is intercepted, and what transparent sockets send, out of
- * connection tracking.
+ * Exempt intercepted packets, and packets from transparent sockets, from connection tracking.
  */
 #define TP_RULES_NOTRACK 32
 
 /**
- * The rules outlive the process, and drop what they would intercept until an
- * instance of the same name, with this flag too, takes them over without a
- * gap, or tp_purge_rules removes them. Needs Linux 6.9.
+ * Keep the rules when the process ends.
+ *
+ * The remaining rules drop the packets that they would intercept. An instance of the same name, also with
+ * this flag, takes them over without a gap; tp_purge_rules() removes them. Needs Linux 6.9.
  */
 #define TP_RULES_PERSIST 64
 
 /**
- * nf_tables if the kernel has what is needed, else iptables.
+ * Use nf_tables if the kernel has the required features, otherwise iptables.
  */
 #define TP_BACKEND_AUTO 0
 
 /**
- * nf_tables, over netlink.
+ * Use nf_tables, over netlink.
  */
 #define TP_BACKEND_NFT 1
 
 /**
- * `iptables-restore`, one transaction for each family, in chains of our own;
- * in the legacy variant if that has rules already, else in the nft variant if
- * that has rules, else in the one that is called `iptables`. Refused with
- * EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
- * 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
- * what they intercept, until the next tp_install_rules of that name or
- * tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
- * sockets but those whose SO_MARK is the mark of the rules. What is dropped for
- * want of a listener is counted as intercepted. Programs are run: see above.
+ * Use iptables-restore, in one transaction per family and in separate chains.
+ *
+ * Uses iptables-nft or iptables-legacy, whichever already has rules: the legacy variant if it has rules,
+ * otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
+ * "Programs" above.
+ *
+ * TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
+ * Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
+ * the next tp_install_rules() of that name or tp_purge_rules(). With TP_RULES_LOCAL_OUTPUT, sockets are
+ * exempt by SO_MARK (set it to the rules' mark), not by being transparent. Packets dropped because no
+ * listener exists are counted as intercepted.
  */
 #define TP_BACKEND_IPTABLES 2
 
@@ -321,27 +322,27 @@ typedef struct tp_replier tp_replier;
 #define TP_PROTO_UDP 2
 
 /**
- * The destinations to intercept. tp_update_rules.
+ * Destinations to intercept. For tp_update_rules().
  */
 #define TP_SET_DST 1
 
 /**
- * The sources to intercept. tp_update_rules.
+ * Sources to intercept. For tp_update_rules().
  */
 #define TP_SET_SRC 2
 
 /**
- * The destinations never to intercept. tp_update_rules.
+ * Destinations that are never intercepted. For tp_update_rules().
  */
 #define TP_SET_BYPASS 3
 
 /**
- * A script of `ip` and `nft` commands. tp_render_rules.
+ * Script of `ip` and `nft` commands. For tp_render_rules().
  */
 #define TP_FORMAT_NFT 1
 
 /**
- * A script of `ip` and `iptables-restore` commands. tp_render_rules.
+ * Script of `ip` and `iptables-restore` commands. For tp_render_rules().
  */
 #define TP_FORMAT_IPTABLES 2
 
@@ -490,21 +491,21 @@ struct tp_replier_stats {
 };
 
 /**
- * A range of ports in host byte order, both ends included.
+ * Range of ports in host byte order, including both ends.
  */
 struct tp_port_range {
     /**
-     * The lowest, at least 1.
+     * Lowest port, at least 1.
      */
     uint16_t first;
     /**
-     * The highest, at least first. One port: the same.
+     * Highest port, at least first; equal to first for a single port.
      */
     uint16_t last;
 };
 
 /**
- * An address prefix: addr in network byte order, its first len bits.
+ * Address prefix: the first len bits of addr.
  */
 struct tp_prefix {
     /**
@@ -512,51 +513,52 @@ struct tp_prefix {
      */
     uint8_t family;
     /**
-     * 0 to 32, or 0 to 128.
+     * Length in bits: 0 to 32 for AF_INET, 0 to 128 for AF_INET6.
      */
     uint8_t len;
     /**
-     * Zero.
+     * Must be 0.
      */
     uint8_t reserved[2];
     /**
-     * IPv4 in the first four bytes.
+     * Address in network byte order; an IPv4 address is in the first four bytes.
      */
     uint8_t addr[16];
 };
 
 /**
- * What to intercept, for whom. Set it to zero (`= {0}`), then the fields
- * that matter: every field that is zero means its default. All of it is the
- * caller's and is read during the call only.
+ * Selects the traffic to intercept and the listeners that receive it.
+ *
+ * Set the struct to zero (`= {0}`), then set the fields that are needed. A field that is 0 or NULL selects
+ * its default. The struct and all data it points to belong to the caller and are read only during the
+ * call.
  */
 struct tp_rules_config {
     /**
-     * The instance's name: at most 20 letters, digits, '_', '.' and, not
-     * first, '-'. NULL: "tproxy". One network namespace holds several instances, if
-     * their names differ.
+     * Name of the instance: at most 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+     * network namespace can have several instances with different names.
      */
     const char *name;
     /**
-     * Descriptors of the listening sockets that get what is intercepted.
-     * Protocol, family, address and port come from them. Each must be
-     * transparent, bound and, for TCP, listening (tp_listen makes such), and
-     * for each protocol and family there must be one address and port;
-     * sockets that share it by TP_LISTEN_REUSEPORT are fine. They are read now; a
-     * listener that ends later leaves no listener, and so no traffic.
+     * Descriptors of the listening sockets that receive intercepted traffic.
+     *
+     * They determine protocol, family, address and port. Each socket must be transparent, bound and, for TCP,
+     * listening (see tp_listen()). All sockets of one protocol and family must have the same address and port;
+     * several sockets may share it with TP_LISTEN_REUSEPORT. The sockets are inspected during the call only. If
+     * a listener is closed later, matching traffic is dropped.
      */
     const int *listeners;
     /**
-     * How many descriptors.
+     * Number of descriptors.
      */
     size_t n_listeners;
     /**
-     * In place of listeners, the address and port of one in another process.
-     * The wildcard address of IPv6 serves both families.
+     * Address and port of a listener in another process, instead of listeners. The IPv6 wildcard address
+     * serves both families.
      */
     const struct sockaddr *listen_addr;
     /**
-     * The length of listen_addr.
+     * Size of listen_addr in bytes.
      */
     socklen_t listen_addrlen;
     /**
@@ -564,58 +566,53 @@ struct tp_rules_config {
      */
     uint32_t flags;
     /**
-     * TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
+     * TP_BACKEND_AUTO, TP_BACKEND_NFT or TP_BACKEND_IPTABLES.
      */
     uint32_t backend;
     /**
-     * TP_PROTO_TCP, TP_PROTO_UDP. 0: what the listeners are, else TCP. With listen_addr
-     * it says what listens there.
+     * TP_PROTO_TCP and TP_PROTO_UDP. 0: the protocols of the listeners, or TCP if there are none. With
+     * listen_addr, the protocols that listen there.
      */
     uint32_t protocols;
     /**
-     * TP_FAMILY_IPV4, TP_FAMILY_IPV6. 0: those that the listeners serve, else both; IPv4
-     * alone on a host that has no IPv6 address.
+     * TP_FAMILY_IPV4 and TP_FAMILY_IPV6. 0: the families of the listeners, or both if there are none; only IPv4
+     * on a host that has no IPv6 address.
      */
     uint32_t families;
     /**
-     * The packet mark that means "for a local socket", in host byte order.
-     * 0: 0x2000, with mask 0x3000. TP_RULES_LOCAL_OUTPUT needs another for
-     * the host's own packets: the lowest other bit of the mask.
+     * Packet mark that routes a packet to a local socket, in host byte order. 0: 0x2000, with mask 0x3000.
+     * TP_RULES_LOCAL_OUTPUT uses a second mark for this host's own packets: the lowest other bit of the mask.
      */
     uint32_t mark;
     /**
-     * The bits of the mark that are ours; the others are left as they are.
-     * 0: all of them, if mark is given.
+     * Mask of mark bits that the rules use; other bits are preserved. 0: 0xffffffff if mark is set, else
+     * 0x3000.
      */
     uint32_t mark_mask;
     /**
-     * The routing table that delivers to local sockets. 0: one that is free,
-     * from 7470.
+     * Number of the routing table that delivers packets to local sockets. 0: a free table, from 7470.
      */
     uint32_t table;
     /**
-     * The preference of the first of four routing policy rules, at most
-     * 32762. 0: four that are free, from 200.
+     * Priority of the first of four routing policy rules, at most 32762. 0: four free priorities, from 200.
      */
     uint32_t priority;
     /**
-     * Destination ports to intercept, in any order, overlaps welcome.
+     * Destination ports to intercept, in any order; ranges may overlap.
      */
     const struct tp_port_range *ports;
     /**
-     * How many ranges. 0: every port.
+     * Number of ranges. 0: all ports.
      */
     size_t n_ports;
     /**
-     * Destinations to intercept, in any order, overlaps welcome. What they
-     * name is intercepted even if it is this host's own address. What this
-     * host sends to itself (by the interface "lo") is intercepted with
-     * TP_RULES_LOCAL_OUTPUT only.
+     * Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
+     * if they are this host's own addresses.
      */
     const struct tp_prefix *dst;
     /**
-     * How many prefixes. 0: every destination but this host's own addresses,
-     * loopback, broadcast and multicast.
+     * Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
+     * multicast.
      */
     size_t n_dst;
     /**
@@ -623,70 +620,69 @@ struct tp_rules_config {
      */
     const struct tp_prefix *src;
     /**
-     * How many prefixes. 0: every source.
+     * Number of prefixes. 0: all sources.
      */
     size_t n_src;
     /**
-     * Destinations never to intercept, whatever dst says. Nor are their
-     * answers: where ports (none, or some above 1023) and interfaces (none)
-     * would choose these too, connection tracking tells them from the rest,
-     * and so is active, with TP_RULES_NOTRACK for what comes from there.
+     * Destinations that are never intercepted; takes precedence over dst.
+     *
+     * Their replies are not intercepted either. If the selection could match replies (ports is empty or
+     * includes one above 1023, and interfaces is empty), connection tracking is used, even with
+     * TP_RULES_NOTRACK, for traffic from these prefixes.
      */
     const struct tp_prefix *bypass;
     /**
-     * How many prefixes.
+     * Number of prefixes.
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces by which forwarded traffic comes in: "lo" is
-     * none of them, and adds nothing. They need
-     * not exist yet. A trailing '*' makes a name a pattern, with both backends:
-     * "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
-     * name that ends with '+' is EOPNOTSUPP with iptables, to which it would
-     * be a pattern.
+     * Names of the interfaces on which forwarded traffic arrives.
+     *
+     * They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
+     * "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
+     * iptables, where it would be a pattern.
      */
     const char *const *interfaces;
     /**
-     * How many names. 0: every interface.
+     * Number of names. 0: all interfaces.
      */
     size_t n_interfaces;
 };
 
 /**
- * What the rules have done: packets, and their bytes from the IP header on.
+ * Counters of the rules, in packets and in bytes. Bytes include the IP header.
  */
 struct tp_rules_stats {
     /**
-     * Given to a listener.
+     * Delivered to a listener.
      */
     uint64_t intercepted_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t intercepted_bytes;
     /**
-     * Given to a transparent socket that they belong to; errors (ICMP) about
-     * what it sent are among them.
+     * Delivered to an existing transparent socket, including ICMP errors about packets it sent.
      */
     uint64_t diverted_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t diverted_bytes;
     /**
-     * Dropped, because there was no listener.
+     * Dropped because no listener existed.
      */
     uint64_t dropped_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t dropped_bytes;
     /**
-     * Dropped, because they were sent straight to a listener.
+     * Dropped because they were addressed directly to a listener.
      */
     uint64_t direct_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t direct_bytes;
 };
