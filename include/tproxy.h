@@ -1,10 +1,10 @@
 /*
  * libtproxy: transparent proxying on Linux.
  *
- * Sockets that bind to, listen on and connect from addresses that this host
- * does not own; where an intercepted connection or datagram was going, and
- * answers from there; and the kernel rules that bring the packets to the
- * program. A transparent TCP proxy is
+ * Provides sockets that bind to, listen on and connect from addresses that this
+ * host does not own, the original destinations of intercepted connections and
+ * datagrams, replies from these destinations, and the kernel rules that deliver
+ * the packets to the program. A transparent TCP proxy:
  *
  *     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(3129) };
  *     int listener = tp_listen((struct sockaddr *)&any, sizeof any, -1, 0);
@@ -23,97 +23,99 @@
  *                                  (struct sockaddr *)&to, tolen, 0);
  *     ... relay, then tp_remove_rules(rules) ...
  *
- * and one for UDP, where every answer comes from the address that was asked:
+ * A transparent UDP proxy, whose replies come from the original destination:
  *
  *     int listener = tp_socket(AF_INET6, SOCK_DGRAM, 0);
  *     tp_bind_nonlocal(listener, (struct sockaddr *)&any, sizeof any);
- *     ... rules as above, from the listener ...
+ *     ... rules as above, with this listener ...
  *     tp_replier *replier;
  *     tp_replier_open(NULL, 0, &replier);
  *
  *     int n = tp_recv_datagrams(listener, dgrams, 64, 0);
- *     ... put the answers where the questions were: data, len ...
+ *     ... replace data and len of each element by the reply ...
  *     tp_reply(replier, dgrams, n);
  *
- * What holds for every call
+ * The following applies to every call.
  *
- * Results. A call that returns int gives -1 and sets errno when it fails; else
- * 0, or the value that is described. errno is not touched on success. After a
- * failure tp_last_error() has a sentence for people: the step, the command
- * that would do the same, the kernel's own words, and the cure.
+ * Results. A call that returns int returns -1 and sets errno on failure;
+ * otherwise it returns 0 or the documented value. errno is unchanged on success.
+ * After a failure tp_last_error() returns a human-readable message: the failed
+ * operation, the equivalent command, the kernel's error text and a suggested
+ * fix.
  *
- * Common errno values. EFAULT: a pointer that is needed is NULL. EINVAL: a bad
- * value or an unknown flag. EOPNOTSUPP: the kernel, or this version, cannot do
- * it. EPERM: a capability is missing. ENOTRECOVERABLE: an error in the library
- * itself.
+ * Common errno values:
+ *   EFAULT           a required pointer is NULL
+ *   EINVAL           a value is invalid, or a flag is unknown
+ *   EOPNOTSUPP       the kernel or this version does not support it
+ *   EPERM            a capability is missing
+ *   ENOTRECOVERABLE  internal error of the library
  *
- * Nothing by halves. Outputs are written on success only; a call that fails
- * leaves no descriptor, rule or route behind.
+ * Atomicity. Outputs are written only on success. A call that fails leaves no
+ * descriptor, rule or route behind.
  *
  * Addresses are struct sockaddr_in or sockaddr_in6, in network byte order.
- * v4-mapped addresses (::ffff:a.b.c.d) are accepted, and reported where the
- * caller's socket has them. Other ports and masks, in the structs below, are
- * in host byte order.
+ * v4-mapped addresses (::ffff:a.b.c.d) are accepted, and are reported if the
+ * caller's socket uses them. Ports and masks in other structs are in host byte
+ * order.
  *
- * Ownership. Descriptors that a call returns are the caller's to close, and
- * close-on-exec. What a pointer points to is read during the call only.
+ * Ownership. The caller closes the descriptors that a call returns. They are
+ * close-on-exec. Data that a pointer argument points to is read only during the
+ * call.
  *
- * Threads. Every call may be made from any thread at any time, except where
- * its comment says otherwise. No call prints, exits or changes a signal
- * handler; none but tp_self_test starts a thread.
+ * Threads. Every call may be made from any thread at any time, unless its
+ * comment says otherwise. No call prints, exits or changes a signal handler.
+ * Only tp_self_test() starts a thread.
  *
  * Environment. No call reads an environment variable.
  *
- * Programs. Only rules by iptables (TP_BACKEND_IPTABLES) need programs:
- * iptables-save and iptables-restore, and those of ip6tables. No other program
- * is ever run. These calls run them:
- *   tp_install_rules, if it installs rules by iptables
- *   tp_replace_rules, tp_update_rules, tp_remove_rules, tp_rules_stats and
- *     tp_read_stats, for rules that are by iptables
- *   tp_purge_rules, if the kernel has chains of this library in iptables
- *   tp_self_test, if it tests rules by iptables
- * Programs are sought in /usr/sbin, /sbin, /usr/bin and /bin, never by PATH. Their
- * environment is PATH and LC_ALL, which the library sets. They start with no
- * signal blocked or ignored, and with descriptors of the process that are not
- * close-on-exec. They are children of the process: its SIGCHLD
- * handler is called, and waitpid(-1) may return them. SIGCHLD may be ignored,
- * and children may be waited for elsewhere: the library then sees from the
- * kernel's tables whether a program did its work. iptables does not run while
- * the real and the effective user differ (EPERM), as in a set-user-ID program.
- * A call fails with
- *   ETIMEDOUT  a program did not end within 60 seconds; it was killed
- *   EAGAIN     another program has held the lock of the legacy iptables
- *              (/run/xtables.lock) for 5 seconds
- *   EOPNOTSUPP the programs are not installed, or the kernel lacks a match
- *   EIO        a program failed for another reason
+ * Programs. Only iptables rules (TP_BACKEND_IPTABLES) need programs:
+ * iptables-save, iptables-restore, ip6tables-save and ip6tables-restore. No other
+ * program is run. These calls run them:
+ *   tp_install_rules(), if it installs iptables rules
+ *   tp_replace_rules(), tp_update_rules(), tp_remove_rules(), tp_rules_stats()
+ *     and tp_read_stats(), for iptables rules
+ *   tp_purge_rules(), if the kernel has iptables chains of this library
+ *   tp_self_test(), if it tests iptables rules
+ * Programs are searched for in /usr/sbin, /sbin, /usr/bin and /bin, never in
+ * PATH. Their environment consists of PATH and LC_ALL, which the library sets.
+ * They start with no signal blocked or ignored, and inherit the descriptors of
+ * the process that are not close-on-exec. They are children of the process: its
+ * SIGCHLD handler is called, and waitpid(-1) may return them. The process may
+ * ignore SIGCHLD or wait for children elsewhere: the library then reads from the
+ * kernel's tables whether a program succeeded. iptables does not run while the
+ * real and the effective user ID differ (EPERM), as in a set-user-ID program. A
+ * call that runs a program can fail with:
+ *   ETIMEDOUT   a program did not end within 60 seconds and was killed
+ *   EAGAIN      another program held the lock of legacy iptables
+ *               (/run/xtables.lock) for 5 seconds
+ *   EOPNOTSUPP  the programs are not installed, or the kernel lacks a match
+ *   EIO         a program failed for another reason
  *
- * Capabilities count in the user namespace that owns the network namespace;
- * root in `unshare -rn` has all of them there.
+ * Capabilities are checked in the user namespace that owns the network
+ * namespace. Root in `unshare -rn` has all of them there.
  *
- * Fork, daemons, privileges, threads, signals
+ * Fork. Rules belong to the process that installed them. While it runs, calls on
+ * a forked child's copy of the handle fail with EBUSY, and tp_remove_rules()
+ * there frees the copy and removes nothing; tp_read_stats() reads the counters
+ * from any process. After the installing process has ended, a child may use its
+ * copy, one child at a time. The first child that calls tp_remove_rules()
+ * removes the rules for all. The kernel keeps the table as long as any process
+ * has the sockets. A worker process that should not keep it calls
+ * tp_forget_rules() first, or executes another program (the sockets are
+ * close-on-exec). A process may fork while another of its threads is in a call.
+ * After vfork(2) only execve(2) and _exit(2) may be called. Parent and child may
+ * both use a replier: each has its own copy, and the sockets are shared.
  *
- * Fork. Rules belong to the process that installed them. While it lives, calls
- * on a forked child's copy of the handle fail with EBUSY, and tp_remove_rules
- * there frees the copy and removes nothing; tp_read_stats reads the counters
- * from any process. After the installer has ended, a child may use its copy,
- * one child at a time; the first that calls tp_remove_rules removes the rules
- * for all. The kernel keeps the table as long as any process has the sockets:
- * a worker that shall not keep it calls tp_forget_rules first of all, or
- * executes another program (the sockets are close-on-exec). A child may be
- * forked while another thread is in a call. After vfork(2) only execve(2) and
- * _exit(2) may be called. A replier may be used by parent and child, each has
- * its own copy; the sockets are shared.
+ * Daemons. daemon(3) forks and its parent exits: rules that were installed before
+ * remain and belong to the daemon. closefrom(3) and close_range(2) close the
+ * descriptors of the library: install rules and open repliers after calling
+ * them. A call on a rules handle whose descriptors were closed or replaced fails
+ * with EBADF, and neither writes to them nor closes them. A replier does not
+ * check this: close it first. chroot(2) may be called at any time, except with
+ * the iptables backend, whose programs must then be found in the new root.
  *
- * Daemons. daemon(3) forks, and its parent ends: rules that were installed
- * before stay, and are the daemon's. Descriptors that are closed
- * (closefrom(3), close_range(2)) are lost: install rules and open repliers
- * after that. A call on a handle whose descriptors were closed, or have become
- * something else, fails with EBADF; it neither writes to them nor closes them.
- * A replier does not look: close it first. chroot(2) may come at any time,
- * except with the iptables backend, whose programs have to be found then too.
- *
- * Privileges. After setuid(2), or when capabilities are dropped, the rules and
- * transparent sockets that exist go on working. What is needed afterwards:
+ * Privileges. After setuid(2), or after capabilities are dropped, existing rules
+ * and transparent sockets keep working. Later calls need:
  *   tp_socket, tp_set_transparent, tp_bind_nonlocal, tp_listen,
  *   tp_connect_from, tp_replier_open, tp_reply   CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
@@ -121,34 +123,36 @@
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
  *   tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
  *   tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
- * Without CAP_NET_ADMIN tp_remove_rules is EPERM; the kernel removes the table
- * when the process ends. A set-user-ID program may use the library: no
- * environment variable decides what it does, and programs are run by absolute
- * paths in an environment of the library's own.
+ * Without CAP_NET_ADMIN tp_remove_rules() fails with EPERM, and the kernel
+ * removes the table when the process ends. A set-user-ID program may use the
+ * library: environment variables do not affect it, and programs are run by
+ * absolute path in an environment that the library sets.
  *
- * Threads. A network namespace is a thread's (setns(2)). Calls that make
- * something work in the calling thread's; calls on a handle work where its
- * rules are, wherever the calling thread is, and if it may not go there
- * (CAP_SYS_ADMIN, iptables backend only) they fail with EPERM.
- * pthread_cancel(3) never ends a call in the middle: cancellation is disabled
- * during every call, and acted on at the program's next cancellation point. A
- * wait for a datagram or a connection is not ended by it.
+ * Network namespaces. A network namespace belongs to a thread (setns(2)). A call
+ * that creates something uses the namespace of the calling thread. A call on a
+ * rules handle uses the namespace of the rules, whichever namespace the calling
+ * thread is in. If the thread may not enter it (CAP_SYS_ADMIN, only with the
+ * iptables backend), the call fails with EPERM.
  *
- * Signals. No call changes a signal handler. A handler that interrupts a call
- * which waits makes it fail with EINTR, unless it was installed with
- * SA_RESTART. No call is async-signal-safe, except tp_version.
+ * Cancellation. pthread_cancel(3) never interrupts a call: cancellation is
+ * disabled during every call and acted on at the program's next cancellation
+ * point. It does not end a wait for a datagram or a connection.
  *
- * Stack. At most 4 KB for the calls about sockets and datagrams, errors
- * included; tp_recv_datagrams 3 KB and 100 bytes for each datagram that it may
- * receive; 16 KB for the calls about rules, tp_check and tp_self_test.
+ * Signals. A signal handler that interrupts a blocking call makes it fail with
+ * EINTR, unless the handler was installed with SA_RESTART. Only tp_version() is
+ * async-signal-safe.
  *
- * Memory. tp_socket, tp_connect_from, tp_orig_dst, tp_msg_orig_dst,
- * tp_recvfrom, tp_recv_datagrams and tp_reply allocate nothing when they
- * succeed. Memory that grows with what the caller, the kernel or other programs
- * gave (arrays, sets, messages, scripts, listings) is asked for, and ENOMEM if
- * it is not to be had. What still ends the program, with abort(3), is a failing
- * allocation of less than 16 KB in the calls about rules, tp_check and
- * tp_self_test: strings, nodes of lists, the standard library's own.
+ * Stack. Calls on sockets and datagrams use at most 4 KB, including on failure;
+ * tp_recv_datagrams() uses 3 KB plus 100 bytes per datagram that it may receive.
+ * Calls on rules, tp_check() and tp_self_test() use at most 16 KB.
+ *
+ * Memory. tp_socket(), tp_connect_from(), tp_orig_dst(), tp_msg_orig_dst(),
+ * tp_recvfrom(), tp_recv_datagrams() and tp_reply() allocate nothing on success.
+ * For memory whose size depends on input from the caller, the kernel or other
+ * programs (arrays, sets, messages, scripts, listings), a failed allocation is
+ * ENOMEM. In calls on rules, tp_check() and tp_self_test(), a failed allocation
+ * of less than 16 KB (strings, list nodes, the standard library's own) can still
+ * abort the program (abort(3)).
  *
  * Link with `pkg-config --cflags --libs tproxy`.
  */
@@ -157,13 +161,13 @@
 #ifndef TPROXY_H
 #define TPROXY_H
 
-/* Generated from src/ffi by cbindgen; `UPDATE_HEADER=1 cargo test --test header` writes it anew. */
+/* Generated from src/ffi by cbindgen; `UPDATE_HEADER=1 cargo test --test header` regenerates it. */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/types.h>
-/* A handle is known by its pointer alone. */
+/* Handles are opaque. */
 typedef struct tp_rules tp_rules;
 typedef struct tp_replier tp_replier;
 
