@@ -612,7 +612,8 @@ struct tp_rules_config {
     size_t n_ports;
     /**
      * Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
-     * if they are this host's own addresses.
+     * if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
+     * intercepted only with TP_RULES_LOCAL_OUTPUT.
      */
     const struct tp_prefix *dst;
     /**
@@ -641,7 +642,7 @@ struct tp_rules_config {
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces on which forwarded traffic arrives.
+     * Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
      *
      * They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
      * "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
@@ -893,6 +894,7 @@ int tp_listen(const struct sockaddr *addr,
  *   EINVAL           srclen or dstlen does not fit its address family
  *   EINVAL           flags has an unknown bit
  *   EINVAL           TP_CONNECT_DATA_FOLLOWS is given together with TP_CONNECT_DGRAM
+ *   EINVAL           src is multicast or 255.255.255.255 (the broadcast address of a subnet is not refused)
  *   EINVAL           src or dst is unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would use an
  *                    address of this host, or connect to this host
  *   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
@@ -1136,6 +1138,7 @@ int tp_replier_open(const struct tp_replier_config *config,
  *   EFAULT         data is NULL while len is not 0
  *   EAFNOSUPPORT   an address family is neither AF_INET nor AF_INET6, or the families differ
  *   EINVAL         a port is 0
+ *   EINVAL         client is the unspecified address
  *   EADDRNOTAVAIL  orig_dst is the unspecified address or a multicast address
  *   EINVAL, ENETUNREACH
  *                  the kernel refuses this source (broadcast) or this client

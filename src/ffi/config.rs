@@ -169,7 +169,8 @@ pub struct tp_rules_config {
     /// Number of ranges. 0: all ports.
     pub n_ports: usize,
     /// Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
-    /// if they are this host's own addresses.
+    /// if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
+    /// intercepted only with TP_RULES_LOCAL_OUTPUT.
     pub dst: *const tp_prefix,
     /// Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
     /// multicast.
@@ -186,7 +187,7 @@ pub struct tp_rules_config {
     pub bypass: *const tp_prefix,
     /// Number of prefixes.
     pub n_bypass: usize,
-    /// Names of the interfaces on which forwarded traffic arrives.
+    /// Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
     ///
     /// They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
     /// "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with

@@ -357,6 +357,7 @@ pub unsafe extern "C" fn tp_replier_open(
 ///   EFAULT         data is NULL while len is not 0
 ///   EAFNOSUPPORT   an address family is neither AF_INET nor AF_INET6, or the families differ
 ///   EINVAL         a port is 0
+///   EINVAL         client is the unspecified address
 ///   EADDRNOTAVAIL  orig_dst is the unspecified address or a multicast address
 ///   EINVAL, ENETUNREACH
 ///                  the kernel refuses this source (broadcast) or this client

@@ -201,6 +201,7 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
 ///   EINVAL           srclen or dstlen does not fit its address family
 ///   EINVAL           flags has an unknown bit
 ///   EINVAL           TP_CONNECT_DATA_FOLLOWS is given together with TP_CONNECT_DGRAM
+///   EINVAL           src is multicast or 255.255.255.255 (the broadcast address of a subnet is not refused)
 ///   EINVAL           src or dst is unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would use an
 ///                    address of this host, or connect to this host
 ///   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
