@@ -305,7 +305,7 @@ typedef struct tp_replier tp_replier;
  *
  * Uses iptables-nft or iptables-legacy, whichever already has rules: the legacy variant if it has rules,
  * otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
- * "Programs" above.
+ * "Programs" in tproxy(7).
  *
  * TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
  * Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
@@ -1205,7 +1205,8 @@ void tp_replier_close(struct tp_replier *replier);
  *   - IPv4 packets from or to 0.0.0.0/8
  *   - IPv6 packets from or to the unspecified address (::), a v4-mapped address (::ffff:0:0/96) or another
  *     address in ::/80
- * IPv6 packets of the last kind are not diverted to transparent sockets either. With iptables and
+ *
+ * IPv6 packets with such an address are not diverted to transparent sockets either. With iptables and
  * TP_RULES_REDIRECT, all these packets are left unchanged, because the nat table cannot drop.
  *
  * The table belongs to the process: the kernel removes it when the process ends for any reason, and no
@@ -1227,7 +1228,8 @@ void tp_replier_close(struct tp_replier *replier);
  *   EOPNOTSUPP       this version cannot do it, or the kernel lacks an option, which tp_last_error() names
  *   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
  *   EBUSY            a running process has rules of this name, or uses this table or priority
- *   EEXIST           another program uses the requested table or priority
+ *   EEXIST           another program uses the requested name, table or priority
+ *   EEXIST           rules of this name persist without an owner, and TP_RULES_PERSIST is not set
  *   EBADF            a listener is not an open descriptor
  *   ENOTSOCK         a listener is not a socket
  *   ENETDOWN         the interface lo is down
@@ -1238,7 +1240,7 @@ void tp_replier_close(struct tp_replier *replier);
  *   ENOBUFS, ENOMEM  not enough memory
  *
  * On failure no rule or route remains. Runs no program, except with TP_BACKEND_IPTABLES, and with
- * TP_BACKEND_AUTO if nf_tables is missing; see "Programs" above for the errors of programs.
+ * TP_BACKEND_AUTO if nf_tables is missing; see "Programs" in tproxy(7) for the errors of programs.
  *
  * Reverse-path filtering works as before, whether net.ipv4.conf.*.src_valid_mark is set or not. No sysctl
  * is changed. Forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding) is not required for
@@ -1334,7 +1336,7 @@ int tp_replace_rules(struct tp_rules *rules,
  *   EINVAL           name is not valid
  *   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
  *   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
- *                    a program of iptables failed; see "Programs" above
+ *                    a program of iptables failed; see "Programs" in tproxy(7)
  *   EMFILE           the descriptor limit of the process is reached
  *   ENFILE           the descriptor limit of the system is reached
  *   ENOBUFS, ENOMEM  not enough memory
@@ -1362,14 +1364,14 @@ int tp_purge_rules(const char *name);
  * @param rules     handle from tp_install_rules().
  * @param set       TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed only if they were
  *                  given to tp_install_rules(), because an omitted set matches all addresses; bypass can
- *                  always be changed.
+ *                  be changed except with TP_RULES_DIVERT_ONLY.
  * @param add       prefixes to add.
  * @param n_add     number of prefixes to add.
  * @param remove    prefixes to remove.
  * @param n_remove  number of prefixes to remove.
  * @return 0, or -1 with errno and with nothing changed:
  *   EFAULT    rules is NULL, or an array is NULL while its count is not 0
- *   EINVAL    set is unknown, or dst or src was not given to tp_install_rules()
+ *   EINVAL    set is unknown, or cannot be changed with this configuration
  *   EINVAL    a prefix is not valid, or is of a family that the rules do not serve
  *   ENOENT    a prefix to remove is not in the set
  *   ENOENT    the table was removed, or now belongs to another instance

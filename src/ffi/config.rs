@@ -56,7 +56,7 @@ pub const TP_BACKEND_NFT: u32 = 1;
 ///
 /// Uses iptables-nft or iptables-legacy, whichever already has rules: the legacy variant if it has rules,
 /// otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
-/// "Programs" above.
+/// "Programs" in tproxy(7).
 ///
 /// TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
 /// Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
