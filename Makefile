@@ -18,8 +18,10 @@ OUT       := $(CARGO_DIR)/release
 # What is installed, and where; uninstall removes just that.
 LIBRARIES := $(addprefix $(LIBDIR)/,libtproxy.so libtproxy.so.0 libtproxy.so.$(VERSION) libtproxy.a)
 COMPLETIONS := $(SHARE)/bash-completion/completions/tproxyctl $(SHARE)/zsh/site-functions/_tproxyctl
+# man/NAME.SECTION goes to man/manSECTION.
+PAGES := $(foreach section,3 7 8,$(patsubst man/%,$(SHARE)/man/man$(section)/%,$(wildcard man/*.$(section))))
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h \
-	$(BINDIR)/tproxyctl $(SHARE)/man/man8/tproxyctl.8 $(COMPLETIONS)
+	$(BINDIR)/tproxyctl $(PAGES) $(COMPLETIONS)
 
 .PHONY: all deps install uninstall demo check bench bench-python fuzz soak clean
 
@@ -40,8 +42,9 @@ $(OUT)/libtproxy.a: $(SOURCES) | $(OUT)/libtproxy.so
 
 # By the library that was just built. Installed, it looks beside itself, then where the system has its libraries.
 CFLAGS ?= -O2
-$(OUT)/tproxyctl: examples-c/tproxyctl.c examples-c/tproxyctl_options.h include/tproxy.h $(OUT)/libtproxy.so
-	$(CC) -std=c11 -pedantic -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $< $(OUT)/libtproxy.so \
+TPROXYCTL := $(addprefix tools/tproxyctl/,tproxyctl.c options.c)
+$(OUT)/tproxyctl: $(TPROXYCTL) tools/tproxyctl/options.h include/tproxy.h $(OUT)/libtproxy.so
+	$(CC) -std=c11 -pedantic -Wall -Wextra $(CFLAGS) -Iinclude -o $@ $(TPROXYCTL) $(OUT)/libtproxy.so \
 		-Wl,-rpath,'$$ORIGIN/../lib' $(LDFLAGS)
 
 deps:
@@ -50,7 +53,7 @@ deps:
 install: all
 	install -d $(sort $(dir $(addprefix $(DESTDIR),$(INSTALLED))))
 	install -m 755 $(OUT)/tproxyctl $(DESTDIR)$(BINDIR)/tproxyctl
-	install -m 644 man/tproxyctl.8 $(DESTDIR)$(SHARE)/man/man8/tproxyctl.8
+	for section in 3 7 8; do install -m 644 man/*.$$section $(DESTDIR)$(SHARE)/man/man$$section || exit 1; done
 	install -m 644 completions/tproxyctl.bash $(DESTDIR)$(SHARE)/bash-completion/completions/tproxyctl
 	install -m 644 completions/tproxyctl.zsh $(DESTDIR)$(SHARE)/zsh/site-functions/_tproxyctl
 	install -m 755 $(OUT)/libtproxy.so $(DESTDIR)$(LIBDIR)/libtproxy.so.$(VERSION)

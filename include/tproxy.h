@@ -1,10 +1,10 @@
 /*
  * libtproxy: transparent proxying on Linux.
  *
- * Sockets that bind to, listen on and connect from addresses that this host
- * does not own; where an intercepted connection or datagram was going, and
- * answers from there; and the kernel rules that bring the packets to the
- * program. A transparent TCP proxy is
+ * Provides sockets that bind to, listen on and connect from addresses that this
+ * host does not own, the original destinations of intercepted connections and
+ * datagrams, replies from these destinations, and the kernel rules that deliver
+ * the packets to the program. A transparent TCP proxy:
  *
  *     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(3129) };
  *     int listener = tp_listen((struct sockaddr *)&any, sizeof any, -1, 0);
@@ -23,97 +23,99 @@
  *                                  (struct sockaddr *)&to, tolen, 0);
  *     ... relay, then tp_remove_rules(rules) ...
  *
- * and one for UDP, where every answer comes from the address that was asked:
+ * A transparent UDP proxy, whose replies come from the original destination:
  *
  *     int listener = tp_socket(AF_INET6, SOCK_DGRAM, 0);
  *     tp_bind_nonlocal(listener, (struct sockaddr *)&any, sizeof any);
- *     ... rules as above, from the listener ...
+ *     ... rules as above, with this listener ...
  *     tp_replier *replier;
  *     tp_replier_open(NULL, 0, &replier);
  *
  *     int n = tp_recv_datagrams(listener, dgrams, 64, 0);
- *     ... put the answers where the questions were: data, len ...
+ *     ... replace data and len of each element by the reply ...
  *     tp_reply(replier, dgrams, n);
  *
- * What holds for every call
+ * The following applies to every call.
  *
- * Results. A call that returns int gives -1 and sets errno when it fails; else
- * 0, or the value that is described. errno is not touched on success. After a
- * failure tp_last_error() has a sentence for people: the step, the command
- * that would do the same, the kernel's own words, and the cure.
+ * Results. A call that returns int returns -1 and sets errno on failure;
+ * otherwise it returns 0 or the documented value. errno is unchanged on success.
+ * After a failure tp_last_error() returns a human-readable message: the failed
+ * operation, the equivalent command, the kernel's error text and a suggested
+ * fix.
  *
- * Common errno values. EFAULT: a pointer that is needed is NULL. EINVAL: a bad
- * value or an unknown flag. EOPNOTSUPP: the kernel, or this version, cannot do
- * it. EPERM: a capability is missing. ENOTRECOVERABLE: an error in the library
- * itself.
+ * Common errno values:
+ *   EFAULT           a required pointer is NULL
+ *   EINVAL           a value is invalid, or a flag is unknown
+ *   EOPNOTSUPP       the kernel or this version does not support it
+ *   EPERM            a capability is missing
+ *   ENOTRECOVERABLE  internal error of the library
  *
- * Nothing by halves. Outputs are written on success only; a call that fails
- * leaves no descriptor, rule or route behind.
+ * Atomicity. Outputs are written only on success. A call that fails leaves no
+ * descriptor, rule or route behind.
  *
  * Addresses are struct sockaddr_in or sockaddr_in6, in network byte order.
- * v4-mapped addresses (::ffff:a.b.c.d) are accepted, and reported where the
- * caller's socket has them. Other ports and masks, in the structs below, are
- * in host byte order.
+ * v4-mapped addresses (::ffff:a.b.c.d) are accepted, and are reported if the
+ * caller's socket uses them. Ports and masks in other structs are in host byte
+ * order.
  *
- * Ownership. Descriptors that a call returns are the caller's to close, and
- * close-on-exec. What a pointer points to is read during the call only.
+ * Ownership. The caller closes the descriptors that a call returns. They are
+ * close-on-exec. Data that a pointer argument points to is read only during the
+ * call.
  *
- * Threads. Every call may be made from any thread at any time, except where
- * its comment says otherwise. No call prints, exits or changes a signal
- * handler; none but tp_self_test starts a thread.
+ * Threads. Every call may be made from any thread at any time, unless its
+ * comment says otherwise. No call prints, exits or changes a signal handler.
+ * Only tp_self_test() starts a thread.
  *
  * Environment. No call reads an environment variable.
  *
- * Programs. Only rules by iptables (TP_BACKEND_IPTABLES) need programs:
- * iptables-save and iptables-restore, and those of ip6tables. No other program
- * is ever run. These calls run them:
- *   tp_install_rules, if it installs rules by iptables
- *   tp_replace_rules, tp_update_rules, tp_remove_rules, tp_rules_stats and
- *     tp_read_stats, for rules that are by iptables
- *   tp_purge_rules, if the kernel has chains of this library in iptables
- *   tp_self_test, if it tests rules by iptables
- * Programs are sought in /usr/sbin, /sbin, /usr/bin and /bin, never by PATH. Their
- * environment is PATH and LC_ALL, which the library sets. They start with no
- * signal blocked or ignored, and with descriptors of the process that are not
- * close-on-exec. They are children of the process: its SIGCHLD
- * handler is called, and waitpid(-1) may return them. SIGCHLD may be ignored,
- * and children may be waited for elsewhere: the library then sees from the
- * kernel's tables whether a program did its work. iptables does not run while
- * the real and the effective user differ (EPERM), as in a set-user-ID program.
- * A call fails with
- *   ETIMEDOUT  a program did not end within 60 seconds; it was killed
- *   EAGAIN     another program has held the lock of the legacy iptables
- *              (/run/xtables.lock) for 5 seconds
- *   EOPNOTSUPP the programs are not installed, or the kernel lacks a match
- *   EIO        a program failed for another reason
+ * Programs. Only iptables rules (TP_BACKEND_IPTABLES) need programs:
+ * iptables-save, iptables-restore, ip6tables-save and ip6tables-restore. No other
+ * program is run. These calls run them:
+ *   tp_install_rules(), if it installs iptables rules
+ *   tp_replace_rules(), tp_update_rules(), tp_remove_rules(), tp_rules_stats()
+ *     and tp_read_stats(), for iptables rules
+ *   tp_purge_rules(), if the kernel has iptables chains of this library
+ *   tp_self_test(), if it tests iptables rules
+ * Programs are searched for in /usr/sbin, /sbin, /usr/bin and /bin, never in
+ * PATH. Their environment consists of PATH and LC_ALL, which the library sets.
+ * They start with no signal blocked or ignored, and inherit the descriptors of
+ * the process that are not close-on-exec. They are children of the process: its
+ * SIGCHLD handler is called, and waitpid(-1) may return them. The process may
+ * ignore SIGCHLD or wait for children elsewhere: the library then reads from the
+ * kernel's tables whether a program succeeded. iptables does not run while the
+ * real and the effective user ID differ (EPERM), as in a set-user-ID program. A
+ * call that runs a program can fail with:
+ *   ETIMEDOUT   a program did not end within 60 seconds and was killed
+ *   EAGAIN      another program held the lock of legacy iptables
+ *               (/run/xtables.lock) for 5 seconds
+ *   EOPNOTSUPP  the programs are not installed, or the kernel lacks a match
+ *   EIO         a program failed for another reason
  *
- * Capabilities count in the user namespace that owns the network namespace;
- * root in `unshare -rn` has all of them there.
+ * Capabilities are checked in the user namespace that owns the network
+ * namespace. Root in `unshare -rn` has all of them there.
  *
- * Fork, daemons, privileges, threads, signals
+ * Fork. Rules belong to the process that installed them. While it runs, calls on
+ * a forked child's copy of the handle fail with EBUSY, and tp_remove_rules()
+ * there frees the copy and removes nothing; tp_read_stats() reads the counters
+ * from any process. After the installing process has ended, a child may use its
+ * copy, one child at a time. The first child that calls tp_remove_rules()
+ * removes the rules for all. The kernel keeps the table as long as any process
+ * has the sockets. A worker process that should not keep it calls
+ * tp_forget_rules() first, or executes another program (the sockets are
+ * close-on-exec). A process may fork while another of its threads is in a call.
+ * After vfork(2) only execve(2) and _exit(2) may be called. Parent and child may
+ * both use a replier: each has its own copy, and the sockets are shared.
  *
- * Fork. Rules belong to the process that installed them. While it lives, calls
- * on a forked child's copy of the handle fail with EBUSY, and tp_remove_rules
- * there frees the copy and removes nothing; tp_read_stats reads the counters
- * from any process. After the installer has ended, a child may use its copy,
- * one child at a time; the first that calls tp_remove_rules removes the rules
- * for all. The kernel keeps the table as long as any process has the sockets:
- * a worker that shall not keep it calls tp_forget_rules first of all, or
- * executes another program (the sockets are close-on-exec). A child may be
- * forked while another thread is in a call. After vfork(2) only execve(2) and
- * _exit(2) may be called. A replier may be used by parent and child, each has
- * its own copy; the sockets are shared.
+ * Daemons. daemon(3) forks and its parent exits: rules that were installed before
+ * remain and belong to the daemon. closefrom(3) and close_range(2) close the
+ * descriptors of the library: install rules and open repliers after calling
+ * them. A call on a rules handle whose descriptors were closed or replaced fails
+ * with EBADF, and neither writes to them nor closes them. A replier does not
+ * check this: close it first. chroot(2) may be called at any time, except with
+ * the iptables backend, whose programs must then be found in the new root.
  *
- * Daemons. daemon(3) forks, and its parent ends: rules that were installed
- * before stay, and are the daemon's. Descriptors that are closed
- * (closefrom(3), close_range(2)) are lost: install rules and open repliers
- * after that. A call on a handle whose descriptors were closed, or have become
- * something else, fails with EBADF; it neither writes to them nor closes them.
- * A replier does not look: close it first. chroot(2) may come at any time,
- * except with the iptables backend, whose programs have to be found then too.
- *
- * Privileges. After setuid(2), or when capabilities are dropped, the rules and
- * transparent sockets that exist go on working. What is needed afterwards:
+ * Privileges. After setuid(2), or after capabilities are dropped, existing rules
+ * and transparent sockets keep working. Later calls need:
  *   tp_socket, tp_set_transparent, tp_bind_nonlocal, tp_listen,
  *   tp_connect_from, tp_replier_open, tp_reply   CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
@@ -121,34 +123,36 @@
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
  *   tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
  *   tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
- * Without CAP_NET_ADMIN tp_remove_rules is EPERM; the kernel removes the table
- * when the process ends. A set-user-ID program may use the library: no
- * environment variable decides what it does, and programs are run by absolute
- * paths in an environment of the library's own.
+ * Without CAP_NET_ADMIN tp_remove_rules() fails with EPERM, and the kernel
+ * removes the table when the process ends. A set-user-ID program may use the
+ * library: environment variables do not affect it, and programs are run by
+ * absolute path in an environment that the library sets.
  *
- * Threads. A network namespace is a thread's (setns(2)). Calls that make
- * something work in the calling thread's; calls on a handle work where its
- * rules are, wherever the calling thread is, and if it may not go there
- * (CAP_SYS_ADMIN, iptables backend only) they fail with EPERM.
- * pthread_cancel(3) never ends a call in the middle: cancellation is disabled
- * during every call, and acted on at the program's next cancellation point. A
- * wait for a datagram or a connection is not ended by it.
+ * Network namespaces. A network namespace belongs to a thread (setns(2)). A call
+ * that creates something uses the namespace of the calling thread. A call on a
+ * rules handle uses the namespace of the rules, whichever namespace the calling
+ * thread is in. If the thread may not enter it (CAP_SYS_ADMIN, only with the
+ * iptables backend), the call fails with EPERM.
  *
- * Signals. No call changes a signal handler. A handler that interrupts a call
- * which waits makes it fail with EINTR, unless it was installed with
- * SA_RESTART. No call is async-signal-safe, except tp_version.
+ * Cancellation. pthread_cancel(3) never interrupts a call: cancellation is
+ * disabled during every call and acted on at the program's next cancellation
+ * point. It does not end a wait for a datagram or a connection.
  *
- * Stack. At most 4 KB for the calls about sockets and datagrams, errors
- * included; tp_recv_datagrams 3 KB and 100 bytes for each datagram that it may
- * receive; 16 KB for the calls about rules, tp_check and tp_self_test.
+ * Signals. A signal handler that interrupts a blocking call makes it fail with
+ * EINTR, unless the handler was installed with SA_RESTART. Only tp_version() is
+ * async-signal-safe.
  *
- * Memory. tp_socket, tp_connect_from, tp_orig_dst, tp_msg_orig_dst,
- * tp_recvfrom, tp_recv_datagrams and tp_reply allocate nothing when they
- * succeed. Memory that grows with what the caller, the kernel or other programs
- * gave (arrays, sets, messages, scripts, listings) is asked for, and ENOMEM if
- * it is not to be had. What still ends the program, with abort(3), is a failing
- * allocation of less than 16 KB in the calls about rules, tp_check and
- * tp_self_test: strings, nodes of lists, the standard library's own.
+ * Stack. Calls on sockets and datagrams use at most 4 KB, including on failure;
+ * tp_recv_datagrams() uses 3 KB plus 100 bytes per datagram that it may receive.
+ * Calls on rules, tp_check() and tp_self_test() use at most 16 KB.
+ *
+ * Memory. tp_socket(), tp_connect_from(), tp_orig_dst(), tp_msg_orig_dst(),
+ * tp_recvfrom(), tp_recv_datagrams() and tp_reply() allocate nothing on success.
+ * For memory whose size depends on input from the caller, the kernel or other
+ * programs (arrays, sets, messages, scripts, listings), a failed allocation is
+ * ENOMEM. In calls on rules, tp_check() and tp_self_test(), a failed allocation
+ * of less than 16 KB (strings, list nodes, the standard library's own) can still
+ * abort the program (abort(3)).
  *
  * Link with `pkg-config --cflags --libs tproxy`.
  */
@@ -157,156 +161,157 @@
 #ifndef TPROXY_H
 #define TPROXY_H
 
-/* Generated from src/ffi by cbindgen; `UPDATE_HEADER=1 cargo test --test header` writes it anew. */
+/* Generated from src/ffi by cbindgen; `UPDATE_HEADER=1 cargo test --test header` regenerates it. */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/types.h>
-/* A handle is known by its pointer alone. */
+/* Handles are opaque. */
 typedef struct tp_rules tp_rules;
 typedef struct tp_replier tp_replier;
 
 
 /**
- * The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
+ * Makes the new socket non-blocking (O_NONBLOCK). Flag of tp_listen() and tp_connect_from().
  */
 #define TP_NONBLOCK 1
 
 /**
- * Several listeners share the address and port, and the kernel spreads
- * the connections among them (SO_REUSEPORT). tp_listen.
+ * Lets several listeners share the address and port; the kernel distributes connections among them
+ * (SO_REUSEPORT). Flag of tp_listen().
  */
 #define TP_LISTEN_REUSEPORT 2
 
 /**
- * Connect from the source's own port if it can be had, else from any
- * other. tp_connect_from.
+ * Connects from the port in src if it is available, otherwise from any port. Flag of tp_connect_from().
  */
 #define TP_CONNECT_KEEP_PORT 4
 
 /**
- * A datagram socket instead of a stream socket. tp_connect_from.
+ * Creates a UDP socket instead of a TCP socket. Flag of tp_connect_from().
  */
 #define TP_CONNECT_DGRAM 8
 
 /**
- * What is to be sent on the connection is there already: the packet that ends
- * the handshake waits for it. tp_connect_from.
+ * The caller will send data immediately: delays the final ACK of the handshake so that it carries the
+ * data. Flag of tp_connect_from().
  */
 #define TP_CONNECT_DATA_FOLLOWS 16
 
 /**
- * In tp_datagram.flags: the datagram was longer than its place; len is what
- * there was room for, and the rest is lost.
+ * The datagram was truncated: len equals capacity and the rest was discarded. In tp_datagram.flags.
  */
 #define TP_DGRAM_TRUNC 1
 
 /**
- * In tp_datagram.flags: the socket reports more than there was room for, so
- * that the original destination or the segment length may be missing.
+ * The control data was truncated, because the socket reports more than fits the library's buffer: the
+ * original destination or the segment size may be missing. In tp_datagram.flags.
  */
 #define TP_DGRAM_CTRUNC 2
 
 /**
- * In tp_datagram.flags: there is no original destination, because the socket
- * was not told to report it (tp_socket, tp_set_transparent), or because an
- * IPv6 datagram was sent to the unspecified or a v4-mapped address, which
- * would mean this host, or IPv4, to a socket call.
+ * The original destination is unknown. In tp_datagram.flags.
+ *
+ * Either the socket does not report original destinations (see tp_socket(), tp_set_transparent()), or an
+ * IPv6 datagram was sent to the unspecified address or to a v4-mapped address. In a socket call these
+ * would mean this host, or IPv4.
  */
 #define TP_DGRAM_NO_ORIG_DST 4
 
 /**
- * The most datagrams that one tp_recv_datagrams receives, and that tp_reply
- * hands to the kernel at once.
+ * Maximum number of datagrams that one tp_recv_datagrams() call receives, and that tp_reply() passes to
+ * the kernel in one system call.
  */
 #define TP_BATCH_MAX 64
 
 /**
- * In tp_replier_config.flags: take no ports, reply by raw sockets alone. A
- * service that is started later then finds its port free; datagrams are not
- * sent in segments (UDP_SEGMENT), and each costs a checksum.
+ * Send only through raw sockets and bind no ports, so that services started later can bind theirs.
+ *
+ * Datagrams are then not sent as segments (UDP_SEGMENT), and a checksum is computed for each datagram.
+ * In tp_replier_config.flags.
  */
 #define TP_REPLIER_RAW 256
 
 /**
- * Only bring packets to transparent sockets that they belong to: listeners
- * on addresses that this host does not own, and connections from such
- * addresses. Nothing is intercepted; listeners may be empty.
+ * Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
+ * own, and connections from such addresses. Nothing is intercepted; listeners may be empty.
  */
 #define TP_RULES_DIVERT_ONLY 1
 
 /**
- * Intercept by NAT redirection, where TPROXY cannot be had. The listener is
- * then an ordinary socket, not a transparent one (tp_orig_dst asks connection
- * tracking), on a wildcard or specific address. TCP only; no marks, no policy
- * routing, and connections from foreign addresses do not get their answers.
+ * Intercept by NAT redirection, for systems without TPROXY.
+ *
+ * The listener must then be an ordinary socket, not a transparent one, on a wildcard or specific address;
+ * tp_orig_dst() queries connection tracking. Only TCP is supported. Marks and policy routing are not
+ * used, and replies to connections from foreign addresses are not delivered.
  */
 #define TP_RULES_REDIRECT 2
 
 /**
- * Intercept the host's own traffic too. What comes from transparent sockets
- * is exempt: a proxy whose sockets towards servers are transparent
- * (tp_connect_from, tp_set_transparent) does not intercept itself.
+ * Also intercept traffic that this host sends.
  *
- * What the host's own TCP services answer is left alone: where ports would
- * choose it too (none are given, or some above 1023), connection tracking
- * tells it, and so is active. Not so UDP services, nor any with
- * TP_RULES_NOTRACK: choose ports, dst or src so that their answers are not
- * among what is intercepted.
+ * Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
+ * (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
+ *
+ * Replies of this host's own TCP services are not intercepted. If the port selection could match them (no
+ * ports, or one above 1023), connection tracking is used to recognize them, which enables it on this
+ * host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
+ * src.
  */
 #define TP_RULES_LOCAL_OUTPUT 4
 
 /**
- * Let traffic pass by while there is no listener; the default is to drop it.
- * Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
- * EOPNOTSUPP.
+ * Forward traffic normally while no listener exists; by default it is dropped. EOPNOTSUPP with
+ * TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT.
  */
 #define TP_RULES_FAIL_OPEN 8
 
 /**
- * Accept connections and datagrams that are sent straight to a listener's
- * own address and port. By default they are dropped, since a proxy that
- * connects to the original destination would connect to itself, without end.
- * Dropped is what goes to an address of this host, link-local ones included,
- * or to a broadcast, anycast or multicast address. (A listener on loopback
- * cannot be reached from outside, and needs no such rule.)
+ * Accept connections and datagrams addressed directly to a listener's address and port.
+ *
+ * By default they are dropped, because a proxy that connects to the original destination would connect to
+ * itself in an endless loop. Dropped are packets to an address of this host, including link-local
+ * addresses, and to broadcast, anycast and multicast addresses. A listener on loopback cannot be reached
+ * from other hosts and needs no such rule.
  */
 #define TP_RULES_ALLOW_DIRECT 16
 
 /**
- * Keep what is intercepted, and what transparent sockets send, out of
- * connection tracking.
+ * Exempt intercepted packets, and packets from transparent sockets, from connection tracking.
  */
 #define TP_RULES_NOTRACK 32
 
 /**
- * The rules outlive the process, and drop what they would intercept until an
- * instance of the same name, with this flag too, takes them over without a
- * gap, or tp_purge_rules removes them. Needs Linux 6.9.
+ * Keep the rules when the process ends.
+ *
+ * The remaining rules drop the packets that they would intercept. An instance of the same name, also with
+ * this flag, takes them over without a gap; tp_purge_rules() removes them. Needs Linux 6.9.
  */
 #define TP_RULES_PERSIST 64
 
 /**
- * nf_tables if the kernel has what is needed, else iptables.
+ * Use nf_tables if the kernel has the required features, otherwise iptables.
  */
 #define TP_BACKEND_AUTO 0
 
 /**
- * nf_tables, over netlink.
+ * Use nf_tables, over netlink.
  */
 #define TP_BACKEND_NFT 1
 
 /**
- * `iptables-restore`, one transaction for each family, in chains of our own;
- * in the legacy variant if that has rules already, else in the nft variant if
- * that has rules, else in the one that is called `iptables`. Refused with
- * EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
- * 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
- * what they intercept, until the next tp_install_rules of that name or
- * tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
- * sockets but those whose SO_MARK is the mark of the rules. What is dropped for
- * want of a listener is counted as intercepted. Programs are run: see above.
+ * Use iptables-restore, in one transaction per family and in separate chains.
+ *
+ * Uses iptables-nft or iptables-legacy, whichever already has rules: the legacy variant if it has rules,
+ * otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
+ * "Programs" in tproxy(7).
+ *
+ * TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
+ * Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
+ * the next tp_install_rules() of that name or tp_purge_rules(). With TP_RULES_LOCAL_OUTPUT, sockets are
+ * exempt by SO_MARK (set it to the rules' mark), not by being transparent. Packets dropped because no
+ * listener exists are counted as intercepted.
  */
 #define TP_BACKEND_IPTABLES 2
 
@@ -321,27 +326,27 @@ typedef struct tp_replier tp_replier;
 #define TP_PROTO_UDP 2
 
 /**
- * The destinations to intercept. tp_update_rules.
+ * Destinations to intercept. For tp_update_rules().
  */
 #define TP_SET_DST 1
 
 /**
- * The sources to intercept. tp_update_rules.
+ * Sources to intercept. For tp_update_rules().
  */
 #define TP_SET_SRC 2
 
 /**
- * The destinations never to intercept. tp_update_rules.
+ * Destinations that are never intercepted. For tp_update_rules().
  */
 #define TP_SET_BYPASS 3
 
 /**
- * A script of `ip` and `nft` commands. tp_render_rules.
+ * Script of `ip` and `nft` commands. For tp_render_rules().
  */
 #define TP_FORMAT_NFT 1
 
 /**
- * A script of `ip` and `iptables-restore` commands. tp_render_rules.
+ * Script of `ip` and `iptables-restore` commands. For tp_render_rules().
  */
 #define TP_FORMAT_IPTABLES 2
 
@@ -356,17 +361,17 @@ typedef struct tp_replier tp_replier;
 #define TP_FAMILY_IPV6 2
 
 /**
- * As it should be.
+ * The check passed.
  */
 #define TP_SEVERITY_OK 0
 
 /**
- * Good to know.
+ * Information that needs no action.
  */
 #define TP_SEVERITY_NOTE 1
 
 /**
- * Some traffic may be lost, or pass by the proxy.
+ * Some traffic may be lost, or may bypass the proxy.
  */
 #define TP_SEVERITY_WARNING 2
 
@@ -376,114 +381,108 @@ typedef struct tp_replier tp_replier;
 #define TP_SEVERITY_FAILURE 3
 
 /**
- * A replier.
+ * Handle of a replier, from tp_replier_open().
  */
 struct tp_replier;
 
 /**
- * Installed rules. Calls on one handle may come from any thread of the process
- * that installed them. A forked child may use its copy only after that process
- * has ended, and no two children at the same time; until then its calls fail
- * with EBUSY, and tp_remove_rules frees the copy and removes nothing.
+ * Handle of installed rules, from tp_install_rules().
+ *
+ * Calls on one handle may come from any thread of the process that installed the rules. A forked child may
+ * use its copy only after that process has ended, and only one child at a time. Until then its calls fail
+ * with EBUSY, and tp_remove_rules() frees the copy and removes nothing.
  */
 struct tp_rules;
 
 /**
- * One datagram, or several of one flow and equal length: a place for what is
- * received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
- * sends it back.
+ * Describes one datagram, or a GRO/GSO batch of equally sized datagrams of one flow.
  *
- * 296 bytes on 64-bit machines. Addresses are in network byte order, all else
- * in host order.
+ * tp_recv_datagrams() fills it and tp_reply() sends it. 296 bytes on 64-bit machines. Addresses are in
+ * network byte order, other fields in host byte order.
  */
 struct tp_datagram {
     /**
-     * The caller's memory. NULL is fine where there are no bytes.
+     * Buffer of the caller. May be NULL if it holds no bytes.
      */
     void *data;
     /**
-     * How many bytes have room at data. tp_recv_datagrams reads it; tp_reply
-     * does not.
+     * Size of the buffer. Read by tp_recv_datagrams(), ignored by tp_reply().
      */
     size_t capacity;
     /**
-     * How many bytes were received, or are to be sent. 0 is a datagram too.
+     * Number of bytes received or to send. Zero-length datagrams are valid.
      */
     size_t len;
     /**
-     * If len is more than this: the length of each of the datagrams that data
-     * has one after the other, but for the last, which may be shorter
-     * (UDP_GRO, UDP_SEGMENT). 0: one datagram.
+     * Segment size. If non-zero and less than len, data holds consecutive datagrams of this size; the last
+     * may be shorter (UDP_GRO, UDP_SEGMENT).
      */
     uint32_t segment_len;
     /**
-     * TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC, TP_DGRAM_NO_ORIG_DST. tp_reply does
-     * not look at them.
+     * TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC and TP_DGRAM_NO_ORIG_DST. Ignored by tp_reply().
      */
     uint32_t flags;
     /**
-     * The errno value of this datagram, 0 if it was received or sent.
+     * errno of this datagram; 0 if it was received or sent.
      */
     int32_t error;
     /**
-     * Who sent it, and whom tp_reply sends to.
+     * Sender of a received datagram; destination of tp_reply().
      */
     struct sockaddr_storage client;
     /**
-     * Where it was going, and where tp_reply's datagram comes from. ss_family
-     * is AF_UNSPEC (0) if the kernel did not tell.
+     * Original destination of a received datagram; source address of tp_reply(). ss_family is AF_UNSPEC (0)
+     * if the kernel did not report it.
      */
     struct sockaddr_storage orig_dst;
 };
 
 /**
- * How a replier works. Every field zero means its default.
+ * Configuration of a replier. A field that is 0 selects its default.
  */
 struct tp_replier_config {
     /**
-     * TP_NONBLOCK: a datagram for which there is no room at once is not sent,
-     * and its error is EAGAIN. TP_REPLIER_RAW.
+     * TP_NONBLOCK and TP_REPLIER_RAW. With TP_NONBLOCK, a datagram that does not fit the send buffer is not
+     * sent, and its error is EAGAIN.
      */
     uint32_t flags;
     /**
-     * How many sockets of source ports there are at most; default 256. Two
-     * raw sockets may come on top.
+     * Maximum number of sockets for source ports; default 256. Up to two raw sockets are additional.
      */
     uint32_t max_sockets;
     /**
-     * After how many milliseconds without use a socket is closed, by a later
-     * tp_reply; default 60,000.
+     * Idle time in milliseconds after which a later tp_reply() closes a socket; default 60,000.
      */
     uint32_t idle_ms;
     /**
-     * Zero.
+     * Must be 0.
      */
     uint32_t reserved;
 };
 
 /**
- * What a replier has done since it was opened.
+ * Counters of a replier since it was opened.
  */
 struct tp_replier_stats {
     /**
-     * Sockets that are open now, raw ones among them.
+     * Sockets that are open now, including raw sockets.
      */
     uint64_t sockets;
     /**
-     * How often a socket was there already for the datagrams of one source
-     * port in a batch, or the port was known to be another's.
+     * Cache hits: lookups that found a socket for the source port, or a cached "port in use". There is one
+     * lookup per source port in a batch.
      */
     uint64_t hits;
     /**
-     * How often one had to be made.
+     * Cache misses: lookups that had to create a socket.
      */
     uint64_t misses;
     /**
-     * Datagrams sent by a raw socket, since their source port is another's.
+     * Datagrams sent through a raw socket because another socket holds the source port.
      */
     uint64_t raw;
     /**
-     * Sockets closed because there were too many.
+     * Sockets closed because max_sockets was reached.
      */
     uint64_t evictions;
     /**
@@ -491,27 +490,27 @@ struct tp_replier_stats {
      */
     uint64_t errors;
     /**
-     * Datagrams that were sent: elements of tp_reply's arrays.
+     * Datagrams that were sent, counted as elements of the arrays passed to tp_reply().
      */
     uint64_t sent;
 };
 
 /**
- * A range of ports in host byte order, both ends included.
+ * Range of ports in host byte order, including both ends.
  */
 struct tp_port_range {
     /**
-     * The lowest, at least 1.
+     * Lowest port, at least 1.
      */
     uint16_t first;
     /**
-     * The highest, at least first. One port: the same.
+     * Highest port, at least first; equal to first for a single port.
      */
     uint16_t last;
 };
 
 /**
- * An address prefix: addr in network byte order, its first len bits.
+ * Address prefix: the first len bits of addr.
  */
 struct tp_prefix {
     /**
@@ -519,51 +518,52 @@ struct tp_prefix {
      */
     uint8_t family;
     /**
-     * 0 to 32, or 0 to 128.
+     * Length in bits: 0 to 32 for AF_INET, 0 to 128 for AF_INET6.
      */
     uint8_t len;
     /**
-     * Zero.
+     * Must be 0.
      */
     uint8_t reserved[2];
     /**
-     * IPv4 in the first four bytes.
+     * Address in network byte order; an IPv4 address is in the first four bytes.
      */
     uint8_t addr[16];
 };
 
 /**
- * What to intercept, for whom. Set it to zero (`= {0}`), then the fields
- * that matter: every field that is zero means its default. All of it is the
- * caller's and is read during the call only.
+ * Selects the traffic to intercept and the listeners that receive it.
+ *
+ * Set the struct to zero (`= {0}`), then set the fields that are needed. A field that is 0 or NULL selects
+ * its default. The struct and all data it points to belong to the caller and are read only during the
+ * call.
  */
 struct tp_rules_config {
     /**
-     * The instance's name: at most 20 letters, digits, '_', '.' and, not
-     * first, '-'. NULL: "tproxy". One network namespace holds several instances, if
-     * their names differ.
+     * Name of the instance: at most 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+     * network namespace can have several instances with different names.
      */
     const char *name;
     /**
-     * Descriptors of the listening sockets that get what is intercepted.
-     * Protocol, family, address and port come from them. Each must be
-     * transparent, bound and, for TCP, listening (tp_listen makes such), and
-     * for each protocol and family there must be one address and port;
-     * sockets that share it by TP_LISTEN_REUSEPORT are fine. They are read now; a
-     * listener that ends later leaves no listener, and so no traffic.
+     * Descriptors of the listening sockets that receive intercepted traffic.
+     *
+     * They determine protocol, family, address and port. Each socket must be transparent, bound and, for TCP,
+     * listening (see tp_listen()). All sockets of one protocol and family must have the same address and port;
+     * several sockets may share it with TP_LISTEN_REUSEPORT. The sockets are inspected during the call only. If
+     * a listener is closed later, matching traffic is dropped.
      */
     const int *listeners;
     /**
-     * How many descriptors.
+     * Number of descriptors.
      */
     size_t n_listeners;
     /**
-     * In place of listeners, the address and port of one in another process.
-     * The wildcard address of IPv6 serves both families.
+     * Address and port of a listener in another process, instead of listeners. The IPv6 wildcard address
+     * serves both families.
      */
     const struct sockaddr *listen_addr;
     /**
-     * The length of listen_addr.
+     * Size of listen_addr in bytes.
      */
     socklen_t listen_addrlen;
     /**
@@ -571,58 +571,54 @@ struct tp_rules_config {
      */
     uint32_t flags;
     /**
-     * TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
+     * TP_BACKEND_AUTO, TP_BACKEND_NFT or TP_BACKEND_IPTABLES.
      */
     uint32_t backend;
     /**
-     * TP_PROTO_TCP, TP_PROTO_UDP. 0: what the listeners are, else TCP. With listen_addr
-     * it says what listens there.
+     * TP_PROTO_TCP and TP_PROTO_UDP. 0: the protocols of the listeners, or TCP if there are none. With
+     * listen_addr, the protocols that listen there.
      */
     uint32_t protocols;
     /**
-     * TP_FAMILY_IPV4, TP_FAMILY_IPV6. 0: those that the listeners serve, else both; IPv4
-     * alone on a host that has no IPv6 address.
+     * TP_FAMILY_IPV4 and TP_FAMILY_IPV6. 0: the families of the listeners, or both if there are none; only IPv4
+     * on a host that has no IPv6 address.
      */
     uint32_t families;
     /**
-     * The packet mark that means "for a local socket", in host byte order.
-     * 0: 0x2000, with mask 0x3000. TP_RULES_LOCAL_OUTPUT needs another for
-     * the host's own packets: the lowest other bit of the mask.
+     * Packet mark that routes a packet to a local socket, in host byte order. 0: 0x2000, with mask 0x3000.
+     * TP_RULES_LOCAL_OUTPUT uses a second mark for this host's own packets: the lowest other bit of the mask.
      */
     uint32_t mark;
     /**
-     * The bits of the mark that are ours; the others are left as they are.
-     * 0: all of them, if mark is given.
+     * Mask of mark bits that the rules use; other bits are preserved. 0: 0xffffffff if mark is set, else
+     * 0x3000.
      */
     uint32_t mark_mask;
     /**
-     * The routing table that delivers to local sockets. 0: one that is free,
-     * from 7470.
+     * Number of the routing table that delivers packets to local sockets. 0: a free table, from 7470.
      */
     uint32_t table;
     /**
-     * The preference of the first of four routing policy rules, at most
-     * 32762. 0: four that are free, from 200.
+     * Priority of the first of four routing policy rules, at most 32762. 0: four free priorities, from 200.
      */
     uint32_t priority;
     /**
-     * Destination ports to intercept, in any order, overlaps welcome.
+     * Destination ports to intercept, in any order; ranges may overlap.
      */
     const struct tp_port_range *ports;
     /**
-     * How many ranges. 0: every port.
+     * Number of ranges. 0: all ports.
      */
     size_t n_ports;
     /**
-     * Destinations to intercept, in any order, overlaps welcome. What they
-     * name is intercepted even if it is this host's own address. What this
-     * host sends to itself (by the interface "lo") is intercepted with
-     * TP_RULES_LOCAL_OUTPUT only.
+     * Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
+     * if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
+     * intercepted only with TP_RULES_LOCAL_OUTPUT.
      */
     const struct tp_prefix *dst;
     /**
-     * How many prefixes. 0: every destination but this host's own addresses,
-     * loopback, broadcast and multicast.
+     * Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
+     * multicast.
      */
     size_t n_dst;
     /**
@@ -630,79 +626,77 @@ struct tp_rules_config {
      */
     const struct tp_prefix *src;
     /**
-     * How many prefixes. 0: every source.
+     * Number of prefixes. 0: all sources.
      */
     size_t n_src;
     /**
-     * Destinations never to intercept, whatever dst says. Nor are their
-     * answers: where ports (none, or some above 1023) and interfaces (none)
-     * would choose these too, connection tracking tells them from the rest,
-     * and so is active, with TP_RULES_NOTRACK for what comes from there.
+     * Destinations that are never intercepted; takes precedence over dst.
+     *
+     * Their replies are not intercepted either. If the selection could match replies (ports is empty or
+     * includes one above 1023, and interfaces is empty), connection tracking is used, even with
+     * TP_RULES_NOTRACK, for traffic from these prefixes.
      */
     const struct tp_prefix *bypass;
     /**
-     * How many prefixes.
+     * Number of prefixes.
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces by which forwarded traffic comes in: "lo" is
-     * none of them, and adds nothing. They need
-     * not exist yet. A trailing '*' makes a name a pattern, with both backends:
-     * "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
-     * name that ends with '+' is EOPNOTSUPP with iptables, to which it would
-     * be a pattern.
+     * Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
+     *
+     * They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
+     * "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
+     * iptables, where it would be a pattern.
      */
     const char *const *interfaces;
     /**
-     * How many names. 0: every interface.
+     * Number of names. 0: all interfaces.
      */
     size_t n_interfaces;
 };
 
 /**
- * What the rules have done: packets, and their bytes from the IP header on.
+ * Counters of the rules, in packets and in bytes. Bytes include the IP header.
  */
 struct tp_rules_stats {
     /**
-     * Given to a listener.
+     * Delivered to a listener.
      */
     uint64_t intercepted_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t intercepted_bytes;
     /**
-     * Given to a transparent socket that they belong to; errors (ICMP) about
-     * what it sent are among them.
+     * Delivered to an existing transparent socket, including ICMP errors about packets it sent.
      */
     uint64_t diverted_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t diverted_bytes;
     /**
-     * Dropped, because there was no listener.
+     * Dropped because no listener existed.
      */
     uint64_t dropped_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t dropped_bytes;
     /**
-     * Dropped, because they were sent straight to a listener.
+     * Dropped because they were addressed directly to a listener.
      */
     uint64_t direct_packets;
     /**
-     * Their bytes.
+     * Bytes of these packets.
      */
     uint64_t direct_bytes;
 };
 
 /**
- * Something that was found. All of it is valid during the call of a
- * tp_finding_fn alone; no pointer is NULL. Texts are UTF-8 without control
- * characters and others that mislead; names that other programs gave are
- * shown with escapes in place of these, as is what is no UTF-8 in them.
+ * Result of one check.
+ *
+ * It is valid only during the call of the tp_finding_fn. No pointer is NULL. Texts are UTF-8.
  */
 struct tp_finding {
     /**
@@ -710,33 +704,31 @@ struct tp_finding {
      */
     uint32_t severity;
     /**
-     * What kind of finding it is, for programs: "sysctl.src_valid_mark". It
-     * stays the same in later versions. docs/troubleshooting.md has them all.
+     * Identifier for programs, such as "sysctl.src_valid_mark". It does not change in later versions.
+     * docs/troubleshooting.md lists all identifiers.
      */
     const char *id;
     /**
-     * What was found, for people.
+     * What was found, as human-readable text.
      */
     const char *message;
     /**
-     * What it does to traffic, for people.
+     * Its effect on traffic, as human-readable text.
      */
     const char *impact;
     /**
-     * The command that fixes it, for root's sh(1) in this process's network
-     * and PID namespace. Empty: nothing is to be fixed, or no command does so
-     * without doing harm. Names that others gave are quoted in it, whatever is
-     * in them; a word in capitals is for you to fill in. Read it before you run
-     * it: some fixes end the process that the rules belong to (it was seen to
-     * have them), or delete a rule that somebody else made.
+     * Command for sh(1) that fixes it; empty if there is nothing to fix or no command fixes it. Names that
+     * other programs chose are quoted in it. Read the command before you run it: some fixes end the process
+     * that owns the rules, or delete a rule that another program made.
      */
     const char *fix;
 };
 
 /**
- * Is told what was found: one call for each finding, from the thread that
- * called tp_check or tp_self_test, with the context that was given to it. It
- * must return (no longjmp, no C++ exception), and may call this library.
+ * Callback for findings of tp_check() and tp_self_test().
+ *
+ * Called once per finding, in the thread that called tp_check() or tp_self_test(), with the context given
+ * there. It must return (no longjmp, no C++ exception). It may call this library.
  */
 typedef void (*tp_finding_fn)(const struct tp_finding *finding, void *context);
 
@@ -745,152 +737,186 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * Makes a socket like socket(2) that is transparent: it can be bound to,
- * listen on and send from addresses that this host does not own
- * (IP_TRANSPARENT, ip(7)).
+ * Creates a transparent socket.
  *
- * An AF_INET6 socket is dual-stack (IPV6_V6ONLY off): it serves IPv4 too,
- * as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
- * destination of every datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR).
- * The descriptor is close-on-exec.
+ * Works like socket(2) and sets IP_TRANSPARENT (ip(7)), so that the socket can bind to, listen on and
+ * send from addresses that this host does not own. An AF_INET6 socket is dual-stack (IPV6_V6ONLY is
+ * off): it also handles IPv4, as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
+ * destination of each datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR). The descriptor is
+ * close-on-exec.
  *
- * domain: AF_INET or AF_INET6. type: SOCK_STREAM, SOCK_DGRAM or SOCK_RAW,
- * with SOCK_NONBLOCK if wished. protocol: 0, or as for socket(2).
+ * @param domain    AF_INET or AF_INET6.
+ * @param type      SOCK_STREAM, SOCK_DGRAM or SOCK_RAW; SOCK_NONBLOCK may be added.
+ * @param protocol  0, or a protocol as for socket(2).
+ * @return descriptor, which the caller closes, or -1 with errno:
+ *   EAFNOSUPPORT     domain is neither AF_INET nor AF_INET6, or the kernel has no IPv6
+ *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EINVAL           type is invalid, as for socket(2)
+ *   EPROTONOSUPPORT  the protocol is not supported, as for socket(2)
+ *   ESOCKTNOSUPPORT  the socket type is not supported, as for socket(2)
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
  *
- * Returns a descriptor, which the caller closes, or -1 with errno:
- * EAFNOSUPPORT: domain is neither of the two, or the kernel has no IPv6.
- * EPERM: neither CAP_NET_RAW nor CAP_NET_ADMIN. EINVAL, EPROTONOSUPPORT,
- * ESOCKTNOSUPPORT: type or protocol, as socket(2). EMFILE, ENFILE: a
- * descriptor limit. ENOBUFS, ENOMEM: no memory.
+ * System calls: socket, and one setsockopt per option named above.
  *
- * System calls: socket and one setsockopt for each option named above.
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_socket(int domain, int type, int protocol);
+int tp_socket(int domain,
+              int type,
+              int protocol);
 
 /**
- * Makes a socket transparent that the program has already: from socket
- * activation, an event library, another language.
+ * Makes an existing socket transparent.
  *
- * As with tp_socket a SOCK_DGRAM socket reports original destinations from
- * then on. Nothing else changes: whether an AF_INET6 socket is dual-stack
- * stays as it is. Do it before bind, and on a listener before it is given to
- * tp_install_rules. Connections that a transparent listener accepts are
- * transparent.
+ * For sockets that come from socket activation, an event library or another language. As with
+ * tp_socket(), a SOCK_DGRAM socket reports original destinations from then on. Other options are
+ * unchanged: an AF_INET6 socket stays dual-stack or IPv6-only as it was. Call this before bind(2), and
+ * for a listener before it is passed to tp_install_rules(). Connections accepted by a transparent
+ * listener are transparent.
  *
- * Returns 0, or -1 with errno: EBADF, ENOTSOCK: not a descriptor, not a
- * socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6. EPERM: neither
- * CAP_NET_RAW nor CAP_NET_ADMIN.
+ * @param fd  socket of family AF_INET or AF_INET6.
+ * @return 0, or -1 with errno:
+ *   EBADF         fd is not an open descriptor
+ *   ENOTSOCK      fd is not a socket
+ *   EAFNOSUPPORT  the socket's family is neither AF_INET nor AF_INET6
+ *   EPERM         neither CAP_NET_RAW nor CAP_NET_ADMIN
  *
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_set_transparent(int fd);
 
 /**
- * Binds a socket to any address, whether this host owns it or not.
+ * Binds a socket to any address, including addresses that this host does not own.
  *
- * The socket is made transparent first; it need not come from tp_socket.
- * addr is a struct sockaddr_in or sockaddr_in6 of the socket's family, in
- * network byte order; an AF_INET6 socket takes IPv4 addresses v4-mapped.
- *
- * A stream socket that is bound to port 0 gets its port when it connects or
- * listens (IP_BIND_ADDRESS_NO_PORT); until then getsockname(2) shows 0. So
- * one address can hold more connections, to several destinations, than there
+ * The socket is made transparent first; it need not come from tp_socket(). A stream socket bound to
+ * port 0 gets its port when it connects or listens (IP_BIND_ADDRESS_NO_PORT); until then getsockname(2)
+ * reports port 0. One address can therefore hold more connections, to several destinations, than there
  * are ephemeral ports.
  *
- * Returns 0, or -1 with errno: EFAULT: addr is NULL. EINVAL: addrlen does
- * not fit the family, or the socket is bound already. EAFNOSUPPORT: the
- * address is not of the socket's family, or neither is of AF_INET or
- * AF_INET6. EBADF, ENOTSOCK: not a descriptor, not a socket. EPERM: neither
- * CAP_NET_RAW nor CAP_NET_ADMIN. EACCES: a port below 1024 without
- * CAP_NET_BIND_SERVICE. EADDRINUSE: another socket has that address and
- * port. EADDRNOTAVAIL and the rest of bind(2).
+ * @param fd       socket of family AF_INET or AF_INET6.
+ * @param addr     struct sockaddr_in or sockaddr_in6 of the socket's family, in network byte order. For
+ *                 an AF_INET6 socket, IPv4 addresses are given v4-mapped.
+ * @param addrlen  size of addr in bytes.
+ * @return 0, or -1 with errno:
+ *   EFAULT         addr is NULL
+ *   EINVAL         addrlen does not fit the address family, or the socket is already bound
+ *   EAFNOSUPPORT   addr is not of the socket's family, or a family is neither AF_INET nor AF_INET6
+ *   EBADF          fd is not an open descriptor
+ *   ENOTSOCK       fd is not a socket
+ *   EPERM          neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EACCES         the port is below 1024, without CAP_NET_BIND_SERVICE
+ *   EADDRINUSE     another socket has this address and port
+ *   EADDRNOTAVAIL  as for bind(2); its other errors are possible too
  *
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_bind_nonlocal(int fd, const struct sockaddr *addr, socklen_t addrlen);
+int tp_bind_nonlocal(int fd,
+                     const struct sockaddr *addr,
+                     socklen_t addrlen);
 
 /**
- * Makes a transparent stream socket that listens on an address, whether
- * this host owns it or not.
+ * Creates a transparent TCP socket that listens on any address, including addresses that this host does
+ * not own.
  *
- * This is the listener to give to tp_install_rules. 0.0.0.0 serves IPv4,
- * :: serves IPv6 and IPv4, 127.0.0.1 and ::1 are reached by interception
- * alone. SO_REUSEADDR is set, so that a program can be restarted at once.
+ * The socket is meant to be passed to tp_install_rules(). A listener on 0.0.0.0 serves IPv4; one on ::
+ * serves IPv6 and IPv4; one on 127.0.0.1 or ::1 is reached only by interception. SO_REUSEADDR is set, so
+ * that a program can be restarted at once.
  *
- * addr: a struct sockaddr_in or sockaddr_in6, in network byte order; with
- * port 0 the kernel chooses one (getsockname(2) tells). backlog: as
- * listen(2); negative asks for the most that the system allows
- * (net.core.somaxconn). flags: TP_NONBLOCK, TP_LISTEN_REUSEPORT, or 0.
- *
- * Returns a descriptor, which the caller closes, or -1 with errno: EFAULT:
- * addr is NULL. EINVAL: addrlen does not fit the family, or flags has an
- * unknown bit. EAFNOSUPPORT: the address family is neither AF_INET nor
- * AF_INET6, or the kernel lacks it. EPERM, EACCES, EADDRINUSE,
- * EADDRNOTAVAIL: as tp_bind_nonlocal. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
- * tp_socket.
+ * @param addr     struct sockaddr_in or sockaddr_in6, in network byte order. With port 0 the kernel
+ *                 chooses a port, which getsockname(2) reports.
+ * @param addrlen  size of addr in bytes.
+ * @param backlog  as for listen(2); if negative, the system's maximum (net.core.somaxconn) is used.
+ * @param flags    TP_NONBLOCK and TP_LISTEN_REUSEPORT, or 0.
+ * @return descriptor, which the caller closes, or -1 with errno:
+ *   EFAULT           addr is NULL
+ *   EINVAL           addrlen does not fit the address family, or flags has an unknown bit
+ *   EAFNOSUPPORT     the family is neither AF_INET nor AF_INET6, or the kernel lacks it
+ *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EACCES           the port is below 1024, without CAP_NET_BIND_SERVICE
+ *   EADDRINUSE       another socket has this address and port
+ *   EADDRNOTAVAIL    as for bind(2)
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
  *
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_listen(const struct sockaddr *addr, socklen_t addrlen, int backlog, uint32_t flags);
+int tp_listen(const struct sockaddr *addr,
+              socklen_t addrlen,
+              int backlog,
+              uint32_t flags);
 
 /**
- * Connects to dst so that the server sees the connection come from src, an
- * address that this host need not own.
+ * Connects to dst with src as the source address, which this host need not own.
  *
- * src and dst: a struct sockaddr_in or sockaddr_in6 each, in network byte
- * order, of one family; v4-mapped addresses are taken as IPv4, so what
- * accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
- * back to this host if it is on their way, and to the socket by the divert
- * rule that tp_install_rules installs (not with TP_RULES_REDIRECT). So does
- * what routers and hosts say of its packets (ICMP): that they are too big for
- * a link, or refused.
+ * The server sees a connection from src. Replies return to this host if it is on their path, and reach
+ * the socket through the divert rule of tp_install_rules() (not with TP_RULES_REDIRECT). The same applies
+ * to ICMP errors about its packets (packet too big, port unreachable).
  *
- * The port: without TP_CONNECT_KEEP_PORT any that is free for this destination; the
- * port in src does not count. With TP_CONNECT_KEEP_PORT the one in src, unless it is
- * 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
- * 1024 without CAP_NET_BIND_SERVICE): then any, as without.
+ * Source port: without TP_CONNECT_KEEP_PORT, any port that is free for this destination; the port in src
+ * is ignored. With TP_CONNECT_KEEP_PORT, the port in src, unless it is 0, in use (EADDRINUSE or
+ * EADDRNOTAVAIL) or not permitted (below 1024 without CAP_NET_BIND_SERVICE); then any port.
  *
- * flags: TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM, TP_CONNECT_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
- * may still be under way when the descriptor is returned: wait until it is
- * writable, then SO_ERROR tells. Without, the call waits, at most as long as
- * the kernel tries (net.ipv4.tcp_syn_retries).
+ * TP_NONBLOCK: the connection may still be in progress when the call returns. Wait until the socket is
+ * writable, then read SO_ERROR. Without TP_NONBLOCK the call blocks, at most as long as the kernel
+ * retries (net.ipv4.tcp_syn_retries).
  *
- * With TP_CONNECT_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
- * and recv(2) receives what dst answers to it. (What others sent to src at the
- * very moment of the call is dropped; where a datagram of theirs that slips
- * through matters, look at the sender that recvfrom(2) gives.) What the
- * client sends goes to the listener as before. Several such sockets, to
- * different destinations, can have one port of src (SO_REUSEADDR). Let there
- * be no two with the same port and destination: the kernel does not refuse
- * that, and gives the answers to either.
+ * TP_CONNECT_DGRAM: the socket is a UDP socket connected to dst. send(2) sends from src, and recv(2)
+ * receives what dst sends to src. A datagram from a third party that arrives at src during the call is
+ * dropped. If one that slips through would matter, check the sender that recvfrom(2) reports.
+ * Datagrams that the client sends still go to the listener. Several such sockets may share a port of
+ * src if their destinations differ (SO_REUSEADDR). Do not create two with the same port and
+ * destination: the kernel allows it and delivers replies to an arbitrary one.
  *
- * With TP_CONNECT_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
- * sent first, and so does the one for the first answer, if it can: a packet or
- * two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
- * that has the client's first bytes before it connects. If nothing is sent,
- * the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), or when
- * setsockopt(TCP_QUICKACK, 1) lets it; a server that speaks first waits so long.
+ * TP_CONNECT_DATA_FOLLOWS: the final ACK of the handshake is sent with the first data, and the ACK of
+ * the first reply also waits for data if it can, which saves one or two packets on a short connection
+ * (TCP_QUICKACK off, tcp(7)). It is meant for a program that has the client's first bytes before it
+ * connects. If no data is sent, the ACK is sent after 200 ms (TCP_DELACK_MAX, include/net/tcp.h) or
+ * after setsockopt(TCP_QUICKACK, 1); a server that sends first waits that long.
  *
- * Returns a connected socket, which the caller closes, or -1 with
- * errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
- * family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, src or dst is
- * unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
- * address of this host, or to this host; or src is multicast or
- * 255.255.255.255. (The broadcast address of a subnet looks like any other,
- * and is not refused.) EAFNOSUPPORT: a family other than
- * AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
- * CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
- * signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
- * EHOSTUNREACH and the rest of connect(2). EMFILE, ENFILE, ENOBUFS, ENOMEM:
- * as tp_socket. On failure no descriptor is left open.
+ * @param src     struct sockaddr_in or sockaddr_in6, in network byte order. A v4-mapped address is
+ *                treated as IPv4, so results of accept(2) and tp_orig_dst() can be passed unchanged.
+ * @param srclen  size of src in bytes.
+ * @param dst     address to connect to, of the same family as src, in the same form.
+ * @param dstlen  size of dst in bytes.
+ * @param flags   TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM and TP_CONNECT_DATA_FOLLOWS, or 0.
+ * @return connected socket, which the caller closes, or -1 with errno:
+ *   EFAULT           src or dst is NULL
+ *   EINVAL           srclen or dstlen does not fit its address family
+ *   EINVAL           flags has an unknown bit
+ *   EINVAL           TP_CONNECT_DATA_FOLLOWS is given together with TP_CONNECT_DGRAM
+ *   EINVAL           src is multicast or 255.255.255.255 (the broadcast address of a subnet is not refused)
+ *   EINVAL           src or dst is unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would use an
+ *                    address of this host, or connect to this host
+ *   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
+ *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EADDRNOTAVAIL    no port of src is free for dst
+ *   EINTR            a signal interrupted the wait
+ *   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH
+ *                    as for connect(2); its other errors are possible too
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
  *
- * System calls: socket, setsockopt(IP_TRANSPARENT),
- * setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_CONNECT_KEEP_PORT
- * SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_CONNECT_DGRAM neither
- * or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
- * from others before the connect; with TP_CONNECT_DATA_FOLLOWS one setsockopt more.
+ * On failure no descriptor is left open.
+ *
+ * System calls: socket, setsockopt(IP_TRANSPARENT), setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect.
+ * With TP_CONNECT_KEEP_PORT, SO_REUSEADDR is set in place of IP_BIND_ADDRESS_NO_PORT. With
+ * TP_CONNECT_DGRAM, IP_BIND_ADDRESS_NO_PORT is never set, and a recv at the end discards datagrams
+ * that arrived from others before the connect. TP_CONNECT_DATA_FOLLOWS adds one setsockopt.
+ *
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_connect_from(const struct sockaddr *src,
                     socklen_t srclen,
@@ -899,62 +925,73 @@ int tp_connect_from(const struct sockaddr *src,
                     uint32_t flags);
 
 /**
- * Where an accepted connection was going before it was intercepted.
+ * Returns the destination that an accepted connection had before it was intercepted.
  *
- * Works for both ways of interception: a transparent socket (TPROXY) has
- * the original destination as its own address; any other asks connection
- * tracking (SO_ORIGINAL_DST: REDIRECT, DNAT). Connection tracking is never
- * asked about a transparent socket, since it may hold another connection's
- * entry.
+ * Works for both kinds of interception. A transparent socket (TPROXY) has the original destination as
+ * its local address. For any other socket, connection tracking is queried (SO_ORIGINAL_DST: REDIRECT,
+ * DNAT). Connection tracking is never queried for a transparent socket, because it may hold the entry
+ * of a different connection. For a connection made directly to a transparent listener, the result is
+ * the listener's own address, to which the client connected.
  *
- * A connection that was made straight to a transparent listener gives the
- * listener's own address: the original destination is where the client
- * connected to.
+ * @param fd       stream socket from accept(2).
+ * @param addr     buffer for the address, in network byte order and of the socket's family: an IPv4
+ *                 connection of an AF_INET6 listener is reported v4-mapped.
+ * @param addrlen  size of addr in bytes; on success the size of the address. A short buffer is
+ *                 EINVAL; the address is never truncated. A struct sockaddr_storage is always enough.
+ * @return 0, or -1 with errno and with addr and addrlen unchanged:
+ *   EFAULT        addr or addrlen is NULL
+ *   EINVAL        the buffer is too small
+ *   ENOENT        the socket is not transparent, and connection tracking has no REDIRECT or DNAT of it
+ *   ENOTCONN      the socket is bound to the wildcard address, or not bound: it was not accepted
+ *   EBADF         fd is not an open descriptor
+ *   ENOTSOCK      fd is not a socket
+ *   EAFNOSUPPORT  the socket's family is neither AF_INET nor AF_INET6
  *
- * fd: a stream socket from accept(2). addr and addrlen: as getsockname(2),
- * a place and its size, which becomes the size of the address; but too
- * little room is EINVAL, not a cut address. A struct sockaddr_storage always
- * has enough. The address is in network byte order and of the socket's
- * family: an IPv4 connection of an AF_INET6 listener gives it v4-mapped.
+ * System calls: getsockopt and getsockname; one more getsockopt if the socket is not transparent.
  *
- * Returns 0, or -1 with errno, addr and addrlen untouched: EFAULT: addr or
- * addrlen is NULL. EINVAL: too little room. ENOENT: the socket is not
- * transparent, and no REDIRECT or DNAT of the connection is known. ENOTCONN:
- * a socket that is bound to every address, or to none: not an accepted one. EBADF, ENOTSOCK: not a descriptor, not a
- * socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6.
+ * Thread-safe.
  *
- * System calls: getsockopt and getsockname; one more getsockopt if the
- * socket is not transparent. Thread-safe.
+ * @since 0.1.0
  */
 int tp_orig_dst(int fd,
                 struct sockaddr *addr,
                 socklen_t *addrlen);
 
 /**
- * Receives a datagram like recvfrom(2), and where it was going.
+ * Receives a datagram with its sender and original destination (one recvmsg(2)).
  *
- * One system call does both. The socket is one of tp_socket or
- * tp_set_transparent (else the kernel does not report it); with UDP_GRO on it
- * use tp_recv_datagrams.
+ * The socket must come from tp_socket() or tp_set_transparent(); otherwise the kernel does not report
+ * the original destination. For a socket with UDP_GRO use tp_recv_datagrams().
  *
- * buf, len: where its bytes go; what has no room is lost. flags:
- * MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC, MSG_WAITALL, or 0, as for recvfrom(2).
- * src, srclen: who sent it. dst, dstlen: its original destination. Each
- * address as for recvfrom(2): NULL if it is not wanted; the length is that of
- * the place before, and that of the address after, and an address that has
- * no room is cut. A struct sockaddr_storage has enough. Addresses are of the
- * socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. If the kernel
- * does not tell the original destination, *dstlen is 0 and dst's family
- * AF_UNSPEC.
+ * @param fd      UDP socket.
+ * @param buf     buffer for the data; bytes that do not fit are discarded.
+ * @param len     size of buf in bytes.
+ * @param flags   MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC and MSG_WAITALL, as for recvfrom(2), or 0.
+ * @param src     buffer for the sender's address, or NULL.
+ * @param srclen  size of src before the call, size of the address after it; an address that does not
+ *                fit is truncated, as by recvfrom(2). A struct sockaddr_storage is always enough.
+ * @param dst     buffer for the original destination, or NULL.
+ * @param dstlen  as srclen, for dst. If the kernel does not report the original destination, *dstlen is
+ *                set to 0 and the family of dst to AF_UNSPEC.
+ * @return number of bytes received, which is 0 for an empty datagram, or -1 with errno:
+ *   EAGAIN        nothing is queued and the call may not block
+ *   EFAULT        buf is NULL while len is not 0
+ *   EFAULT        src is not NULL while srclen is NULL, or dst is not NULL while dstlen is NULL
+ *   EINVAL        flags has an unknown bit
+ *   EINVAL        *srclen or *dstlen is less than sizeof(struct sockaddr_in)
+ *   EBADF         fd is not an open descriptor
+ *   ENOTSOCK      fd is not a socket
+ *   EINTR         a signal interrupted the wait
+ *   ECONNREFUSED  as for recvmsg(2); its other errors are possible too
  *
- * Returns how many bytes were received, 0 for an empty datagram too, or -1
- * with errno: EAGAIN: none is there, and the socket or the flags say not to
- * wait. EFAULT: buf is NULL and len is not 0, or the length of an address is
- * NULL. EINVAL: an unknown flag, or less room than a struct sockaddr_in has.
- * EBADF, ENOTSOCK: not a descriptor, not a socket. EINTR: a signal came.
- * ECONNREFUSED and the rest of recvmsg(2). Nothing is lost when it fails.
+ * Addresses have the socket's family: an AF_INET6 socket reports IPv4 addresses v4-mapped. A call that
+ * fails discards no datagram.
  *
- * System calls: recvmsg. Thread-safe.
+ * System calls: recvmsg.
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 ssize_t tp_recvfrom(int fd,
                     void *buf,
@@ -966,301 +1003,387 @@ ssize_t tp_recvfrom(int fd,
                     socklen_t *dstlen);
 
 /**
- * Finds the original destination in a message that the program received by
- * itself: with recvmsg(2), recvmmsg(2) or io_uring.
+ * Extracts the original destination from a message that the caller received itself.
  *
- * msg: as the kernel filled it, with room for control data (CMSG_SPACE(28)
- * and more if the socket reports more). Only the control data, msg_flags and
- * the family of msg_name are read, none of them is trusted, and msg is not
- * changed. addr and addrlen: as for tp_orig_dst; too little room is EINVAL.
- * The address is of the family of msg_name: IPv4 is v4-mapped where the
- * sender's address is of AF_INET6. Without msg_name it is as the kernel has
- * it.
+ * For programs that use recvmsg(2), recvmmsg(2) or io_uring. Only the control data, msg_flags and the
+ * family of msg_name are read. None of them is trusted, and msg is not changed.
  *
- * Returns 0, or -1 with errno, addr and addrlen untouched: ENOENT: the
- * message has none. EFAULT: msg, addr or addrlen is NULL, or msg_control is
- * where msg_controllen is not 0. EINVAL: too little room.
+ * @param msg      message as filled in by the kernel, with a control buffer of at least CMSG_SPACE(28)
+ *                 bytes, or more if the socket reports more.
+ * @param addr     buffer for the address. An IPv4 address is v4-mapped if the family of msg_name is
+ *                 AF_INET6; without msg_name it is unchanged.
+ * @param addrlen  size of addr in bytes; on success the size of the address. A short buffer is
+ *                 EINVAL; the address is never truncated.
+ * @return 0, or -1 with errno and with addr and addrlen unchanged:
+ *   ENOENT  the message has no original destination
+ *   EFAULT  msg, addr or addrlen is NULL, or msg_control is NULL while msg_controllen is not 0
+ *   EINVAL  the buffer is too small
  *
- * System calls: none. Thread-safe.
- */
-int tp_msg_orig_dst(const struct msghdr *msg, struct sockaddr *addr, socklen_t *addrlen);
-
-/**
- * Receives as many datagrams as there are, with their senders and original
- * destinations: one system call.
- *
- * It waits for the first datagram, unless the socket is non-blocking, and
- * never for more. dgrams, count: an array whose data and capacity say where
- * the bytes go; no more than TP_BATCH_MAX are received in a call. flags:
- * MSG_DONTWAIT, or 0.
- *
- * In each that was received len, segment_len, flags, client and orig_dst are
- * set, and error is 0; the others are as they were. Addresses are of the
- * socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. A datagram
- * of no bytes is one too. One whose original destination the kernel does not
- * tell has TP_DGRAM_NO_ORIG_DST, and orig_dst.ss_family is AF_UNSPEC.
- *
- * Where the socket has UDP_GRO (setsockopt(fd, IPPROTO_UDP, UDP_GRO, ...),
- * udp(7), Linux 5.0), datagrams of one flow and equal length come as one, up
- * to 64 KiB: segment_len then says how long each is. Give them room: what is
- * longer than capacity is cut.
- *
- * Returns how many were received, at least 1 (0 if count is 0), or -1 with
- * errno: EAGAIN: none is there. EFAULT: dgrams is NULL, or data is where
- * capacity is not 0. EINVAL: an unknown flag. EBADF, ENOTSOCK: not a
- * descriptor, not a socket. EINTR: a signal came. ECONNREFUSED and the rest
- * of recvmmsg(2).
- *
- * System calls: recvmmsg. Thread-safe.
- */
-int tp_recv_datagrams(int fd, struct tp_datagram *dgrams, unsigned int count, int flags);
-
-/**
- * Opens a replier: it sends datagrams from any address and port.
- *
- * There is one socket for each source port and family, however many source
- * addresses and clients there are. Such a socket takes nothing that is meant
- * for others: it is bound to an address that nobody uses (192.0.0.8, RFC 7600;
- * 100:0:0:1::1, RFC 9780), so that no packet finds it, and drops what
- * is sent there nevertheless. Servers on other sockets of that port, and on
- * specific addresses, are not disturbed, nor are the listeners of the
- * program itself; to start later, a server on the wildcard address needs
- * SO_REUSEADDR (or TP_REPLIER_RAW here).
- *
- * Where another socket holds the port on the wildcard address without
- * SO_REUSEADDR (a DNS server on 0.0.0.0:53), or the port is below 1024 and
- * CAP_NET_BIND_SERVICE is missing, a raw socket sends the datagrams; that
- * needs CAP_NET_RAW. Whether the port is free is tried again once a second.
- *
- * config, size: NULL and 0 for the defaults, or the struct and
- * sizeof(struct tp_replier_config). replier: where the handle goes, on
- * success alone; tp_replier_close ends it.
- *
- * A replier is for one thread at a time; have one for each thread. Its
- * sockets are made by tp_reply as they are needed, in the network namespace
- * of the thread that calls it.
- *
- * Returns 0, or -1 with errno: EFAULT: replier is NULL, or config is and size
- * is not 0. EINVAL: an unknown flag, reserved is not zero, max_sockets above
- * 65,536, or a size less than the first version's. E2BIG: config is larger
- * than this library knows, and the rest is not zero. EPERM: neither
- * CAP_NET_RAW nor CAP_NET_ADMIN. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
- * tp_socket.
+ * System calls: none.
  *
  * Thread-safe.
+ *
+ * @since 0.1.0
+ */
+int tp_msg_orig_dst(const struct msghdr *msg,
+                    struct sockaddr *addr,
+                    socklen_t *addrlen);
+
+/**
+ * Receives a batch of datagrams with their senders and original destinations (one recvmmsg(2)).
+ *
+ * Blocks until one datagram arrives, unless fd is non-blocking or MSG_DONTWAIT is given, then returns
+ * what is queued.
+ *
+ * Sets len, segment_len, flags, error, client and orig_dst of each received element; other elements are
+ * unchanged. error is 0. Addresses have the socket's family: an AF_INET6 socket reports IPv4 addresses
+ * v4-mapped. If the kernel does not report the original destination, TP_DGRAM_NO_ORIG_DST is set and
+ * orig_dst.ss_family is AF_UNSPEC.
+ *
+ * If UDP_GRO is set on the socket (udp(7), Linux 5.0), equally sized datagrams of one flow are received
+ * as one element of up to 64 KiB, and segment_len is their size. Provide buffers that are large enough:
+ * an element longer than capacity is truncated.
+ *
+ * @param fd      UDP socket from tp_socket() or tp_set_transparent().
+ * @param dgrams  array; data and capacity of each element name the receive buffer.
+ * @param count   number of elements; at most TP_BATCH_MAX are used.
+ * @param flags   0 or MSG_DONTWAIT.
+ * @return number of datagrams received (0 only if count is 0), or -1 with errno:
+ *   EAGAIN        nothing is queued and the call may not block
+ *   EFAULT        dgrams is NULL, or an element has capacity > 0 and data == NULL
+ *   EINVAL        flags has an unknown bit
+ *   EBADF         fd is not an open descriptor
+ *   ENOTSOCK      fd is not a socket
+ *   EINTR         a signal interrupted the wait
+ *   ECONNREFUSED  as for recvmmsg(2); its other errors are possible too
+ *
+ * System calls: recvmmsg.
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
+ */
+int tp_recv_datagrams(int fd,
+                      struct tp_datagram *dgrams,
+                      unsigned int count,
+                      int flags);
+
+/**
+ * Opens a replier, which sends datagrams from any source address and port.
+ *
+ * A replier has one socket per source port and family, regardless of the number of source addresses and
+ * clients. The socket cannot receive traffic meant for other sockets: it is bound to an address that is
+ * not in use (192.0.0.8, RFC 7600; 100:0:0:1::1, RFC 9780), and drops packets sent to that address.
+ * Servers on other sockets of the port, servers on specific addresses and the listeners of the program
+ * are not disturbed. A server that starts later on the wildcard address needs SO_REUSEADDR (or set
+ * TP_REPLIER_RAW here).
+ *
+ * If another socket holds the port on the wildcard address without SO_REUSEADDR (such as a DNS server on
+ * 0.0.0.0:53), or if the port is below 1024 and CAP_NET_BIND_SERVICE is missing, datagrams are sent
+ * through a raw socket, which needs CAP_NET_RAW. The port is tried again once per second.
+ *
+ * @param config   configuration, or NULL for the defaults.
+ * @param size     sizeof(struct tp_replier_config), or 0 if config is NULL.
+ * @param replier  receives the handle, only on success; tp_replier_close() frees it.
+ * @return 0, or -1 with errno:
+ *   EFAULT           replier is NULL, or config is NULL while size is not 0
+ *   EINVAL           flags has an unknown bit, or reserved is not 0
+ *   EINVAL           max_sockets is greater than 65,536
+ *   EINVAL           size is less than the size of the first version of the struct
+ *   E2BIG            config has fields that this version does not know, and they are not 0
+ *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
+ *
+ * A replier may be used by only one thread at a time; open one per thread. tp_reply() creates sockets as
+ * needed, in the network namespace of the thread that calls it.
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_replier_open(const struct tp_replier_config *config,
                     size_t size,
                     struct tp_replier **replier);
 
 /**
- * Sends datagrams, each from its orig_dst to its client: what
- * tp_recv_datagrams filled can be passed on as it is, with other data in
- * it.
+ * Sends a batch of datagrams, each from its orig_dst to its client.
  *
- * Of each, data, len, segment_len, client and orig_dst are read, and error is
- * set: 0 if it was sent. One that cannot be sent does not keep the others
- * from it. Datagrams of one flow keep their order. orig_dst is an address and port, of
- * this host or not; client is of the same family, and either may be
- * v4-mapped. The interface is the route's; for a link-local client
- * sin6_scope_id says which.
+ * Elements that tp_recv_datagrams() filled can be passed unchanged, with new data. Reads data, len,
+ * segment_len, client and orig_dst of each element, and sets error, to 0 if the element was sent. A
+ * datagram that fails does not stop the others. Datagrams of one flow keep their order.
  *
- * If len is more than segment_len, and that is not 0, then it is sent as
- * several datagrams of segment_len bytes; and consecutive datagrams of one
- * flow and equal length (the last may be shorter) leave as one message:
- * UDP_SEGMENT does either, in one pass through the kernel. Where it cannot,
- * they are sent one by one.
+ * orig_dst is an address and port, which this host need not own. client must be of the same family;
+ * either may be v4-mapped. The route selects the outgoing interface; for a link-local client,
+ * sin6_scope_id selects it.
  *
- * What is longer than the way out allows is sent in fragments, and more than
- * 524 bytes without IPv4's DF flag: the news of a smaller MTU further on
- * would not come here, but to whom the source address belongs. (Linux takes
- * no path to be narrower than 552 bytes: DEFAULT_MIN_PMTU,
+ * If segment_len is non-zero and less than len, the element is sent as several datagrams of segment_len
+ * bytes. Consecutive, equally sized datagrams of one flow (the last may be shorter) are sent as one
+ * message. Both use UDP_SEGMENT, one pass through the kernel; if that is not possible, the datagrams are
+ * sent one by one.
+ *
+ * Datagrams that exceed the MTU of the outgoing interface are fragmented. IPv4 payloads above 524 bytes
+ * are sent without DF, because ICMP "fragmentation needed" would go to the owner of the source address,
+ * not to this host. (Linux assumes that no path has an MTU below 552 bytes: DEFAULT_MIN_PMTU,
  * net/ipv4/route.c.)
  *
- * dgrams, count: an array of any length. Returns how many of it were sent;
- * 0 is no failure of the call. Or -1 with errno: EFAULT: replier or dgrams is
- * NULL.
+ * @param replier  handle from tp_replier_open().
+ * @param dgrams   array of datagrams.
+ * @param count    number of elements; any number.
+ * @return number of elements sent, which may be 0, or -1 with errno:
+ *   EFAULT  replier or dgrams is NULL
  *
- * In error: EFAULT: data is NULL, and len is not 0. EAFNOSUPPORT: an
- * address that is neither of AF_INET nor of AF_INET6, or two of different
- * families. EINVAL: port 0, or to the unspecified address. EADDRNOTAVAIL: from
- * the unspecified address, or a multicast one. EINVAL, ENETUNREACH: the kernel
- * sends nothing from this source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
- * room. EINTR: a signal came while waiting for room; the rest was not tried.
- * EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
- * EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).
+ * Errors of a single element, in its field error:
+ *   EFAULT         data is NULL while len is not 0
+ *   EAFNOSUPPORT   an address family is neither AF_INET nor AF_INET6, or the families differ
+ *   EINVAL         a port is 0
+ *   EINVAL         client is the unspecified address
+ *   EADDRNOTAVAIL  orig_dst is the unspecified address or a multicast address
+ *   EINVAL, ENETUNREACH
+ *                  the kernel refuses this source (broadcast) or this client
+ *   EMSGSIZE       the data is longer than a datagram can be
+ *   EAGAIN         the send buffer is full, with TP_NONBLOCK
+ *   EINTR          a signal interrupted the wait for send buffer space; the remaining elements were
+ *                  not tried
+ *   EPERM          a firewall rejected the datagram, or a raw socket is needed without CAP_NET_RAW
+ *   ENOBUFS, EMFILE, ENFILE, ENOMEM
+ *                  as for sendmsg(2) and socket(2); their other errors are possible too
  *
- * System calls: for each 256 datagrams one sendmmsg for each source port among
- * them, and one for all whose source port is another's; one more for each
- * TP_BATCH_MAX that have a port in common, and for each that fails. A new
- * source port costs seven more. Nothing is allocated. The more datagrams, up
- * to 256, the less each of them costs.
+ * System calls, per 256 datagrams: one sendmmsg per source port, and one for all datagrams whose source
+ * port another socket holds; one more per TP_BATCH_MAX datagrams of one port, and one more per failed
+ * datagram. A new source port costs seven more system calls. The larger the batch, up to 256, the lower
+ * the cost per datagram. Nothing is allocated.
+ *
+ * Use a replier from one thread at a time.
+ *
+ * @since 0.1.0
  */
 int tp_reply(struct tp_replier *replier,
              struct tp_datagram *dgrams,
              unsigned int count);
 
 /**
- * Reads what a replier has done.
+ * Reads the counters of a replier.
  *
- * stats, size: where it goes, and sizeof(struct tp_replier_stats). By the
- * thread that uses the replier.
+ * Call it from the thread that uses the replier.
  *
- * Returns 0, or -1 with errno: EFAULT: replier or stats is NULL. EINVAL: a
- * size less than the first version's. E2BIG: larger than this library knows.
+ * @param replier  handle from tp_replier_open().
+ * @param stats    receives the counters.
+ * @param size     sizeof(struct tp_replier_stats).
+ * @return 0, or -1 with errno:
+ *   EFAULT  replier or stats is NULL
+ *   EINVAL  size is less than the size of the first version of the struct
+ *   E2BIG   size is greater than the size of the struct in this version
+ *
+ * @since 0.1.0
  */
 int tp_replier_stats(const struct tp_replier *replier, struct tp_replier_stats *stats, size_t size);
 
 /**
- * Closes a replier and its sockets. NULL is fine.
+ * Closes a replier and its sockets.
+ *
+ * @param replier  handle from tp_replier_open(), or NULL, which does nothing.
+ *
+ * @since 0.1.0
  */
 void tp_replier_close(struct tp_replier *replier);
 
 /**
- * Makes the kernel bring connections to the listeners: an nf_tables table of
- * this process, and policy routing. It runs no program, except with
- * TP_BACKEND_IPTABLES, and with TP_BACKEND_AUTO where nf_tables is missing.
+ * Installs the kernel rules that deliver matching traffic to the listeners: an nf_tables table owned by
+ * this process, and policy routing.
  *
- * What is intercepted is what comes in from the network for someone else, and
- * with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
- * what goes to this host's own addresses, to loopback, broadcast or
- * multicast, unless dst names it. While there is no listener, what would be
- * intercepted is dropped, so that nothing gets past the proxy.
+ * Intercepts forwarded traffic and, with TP_RULES_LOCAL_OUTPUT, locally generated traffic, as selected by
+ * config; never traffic to this host's own addresses, loopback, broadcast or multicast, unless dst names
+ * it. While no listener exists, matching traffic is dropped, so that no packet bypasses the proxy.
  *
- * Packets that no other host can have sent are never intercepted; if they
- * match the selection, they are dropped and counted as dropped. These are
- * packets that did not come in by lo and have one of this host's own
- * addresses, a broadcast or a multicast address as their source; packets to
- * 127.0.0.0/8 or ::1 that did not come in by lo; IPv4 packets from or to
- * 0.0.0.0/8; and IPv6 packets from or to the unspecified address (::), a
- * v4-mapped one (::ffff:0:0/96) or another of ::/80. IPv6 packets with such an
- * address are not diverted to transparent sockets either. (With iptables and
- * TP_RULES_REDIRECT they are left alone: the nat table cannot drop.)
+ * Packets that no other host can legitimately send are never intercepted. If they match the selection,
+ * they are dropped and counted as dropped:
+ *   - packets with one of this host's own addresses, a broadcast or a multicast address as the source,
+ *     unless they arrived on lo
+ *   - packets to 127.0.0.0/8 or ::1, unless they arrived on lo
+ *   - IPv4 packets from or to 0.0.0.0/8
+ *   - IPv6 packets from or to the unspecified address (::), a v4-mapped address (::ffff:0:0/96) or another
+ *     address in ::/80
  *
- * The table belongs to the process: the kernel removes it when the process
- * ends, however it ends, and no other program can change it (`nft flush
- * ruleset` leaves it alone). A child that was forked and did not exec keeps
- * it alive. Routing has no owner: what a killed process leaves of it affects
- * no packet, and the next tp_install_rules or tp_purge_rules removes it. Once
- * the rules are gone, traffic flows as if they had never been. To restart
- * without a gap, install under a second name before the first ends, or use
- * TP_RULES_PERSIST.
+ * IPv6 packets with such an address are not diverted to transparent sockets either. With iptables and
+ * TP_RULES_REDIRECT, all these packets are left unchanged, because the nat table cannot drop.
  *
- * All or nothing: on failure nothing is left. Reverse-path filtering works
- * as before, with net.ipv4.conf.*.src_valid_mark set or not; no sysctl is
- * changed, and forwarding (net.ipv4.ip_forward,
- * net.ipv6.conf.all.forwarding) is not needed for what is intercepted.
+ * The table belongs to the process: the kernel removes it when the process ends for any reason, and no
+ * other program can change it (`nft flush ruleset` skips it). A forked child that has not called exec
+ * keeps it. Routing has no owner: the routes and routing rules of a killed process affect no packet, and
+ * the next tp_install_rules() or tp_purge_rules() removes them. After the rules are removed, traffic
+ * flows as it did before they were installed. To restart without a gap, install rules under a second name
+ * before the first process ends, or use TP_RULES_PERSIST.
  *
- * config: what to intercept. size: sizeof(struct tp_rules_config). rules:
- * where the handle goes, on success alone; tp_remove_rules ends it.
+ * @param config  traffic to intercept.
+ * @param size    sizeof(struct tp_rules_config).
+ * @param rules   receives the handle, only on success; tp_remove_rules() frees it.
+ * @return 0, or -1 with errno:
+ *   EFAULT           config or rules is NULL, or an array is NULL while its count is not 0
+ *   EINVAL           a value is out of range, or flags has an unknown bit
+ *   EINVAL           a listener is not transparent, not bound or not listening
+ *   EINVAL           size is less than the size of the first version of the struct
+ *   E2BIG            config has fields that this version does not know, and they are not 0
+ *   EOPNOTSUPP       this version cannot do it, or the kernel lacks an option, which tp_last_error() names
+ *   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
+ *   EBUSY            a running process has rules of this name, or uses this table or priority
+ *   EEXIST           another program uses the requested name, table or priority
+ *   EEXIST           rules of this name persist without an owner, and TP_RULES_PERSIST is not set
+ *   EBADF            a listener is not an open descriptor
+ *   ENOTSOCK         a listener is not a socket
+ *   ENETDOWN         the interface lo is down
+ *   EACCES           IPv6 is requested and disabled on lo
+ *   EAGAIN           other programs change nf_tables continuously
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
  *
- * Returns 0, or -1 with errno: EFAULT: config, rules or an array is NULL.
- * EINVAL: a value out of range, a listener that is not transparent, bound or
- * listening, an unknown flag, or a size less than the first version's.
- * E2BIG: config is larger than this library knows, and the rest is not zero.
- * EOPNOTSUPP: this version cannot do it, or the kernel lacks an option;
- * tp_last_error names it. EPERM: no CAP_NET_ADMIN over this network
- * namespace. EBUSY: a living process has rules of this name, or has this
- * table or priority. EEXIST: someone else has what was asked for. EBADF,
- * ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
- * down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change
- * nf_tables without pause. EMFILE, ENFILE, ENOBUFS, ENOMEM: as tp_socket.
+ * On failure no rule or route remains. Runs no program, except with TP_BACKEND_IPTABLES, and with
+ * TP_BACKEND_AUTO if nf_tables is missing; see "Programs" in tproxy(7) for the errors of programs.
  *
- * Needs Linux 5.12. Thread-safe.
+ * Reverse-path filtering works as before, whether net.ipv4.conf.*.src_valid_mark is set or not. No sysctl
+ * is changed. Forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding) is not required for
+ * intercepted traffic.
+ *
+ * Needs Linux 5.12.
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_install_rules(const struct tp_rules_config *config, size_t size, struct tp_rules **rules);
+int tp_install_rules(const struct tp_rules_config *config,
+                     size_t size,
+                     struct tp_rules **rules);
 
 /**
- * Removes what tp_install_rules installed, and frees the handle.
+ * Removes the rules that tp_install_rules() installed and frees the handle.
  *
- * Established connections of the proxy lose their way: packets of theirs are
- * no longer diverted. rules may be NULL, which does nothing. The handle is
- * gone whatever is returned; no other call may use it at the same time.
+ * Established proxied connections break: their packets are no longer diverted.
  *
- * In a forked child of the process that installed the rules, while that
- * process lives, it removes nothing (as tp_forget_rules) and returns 0. After
- * that process has ended, the first child that calls it removes the rules for
- * all.
+ * In a forked child of the process that installed the rules, while that process lives, it removes nothing
+ * (like tp_forget_rules()) and returns 0. After that process has ended, the first child that calls it
+ * removes the rules for all processes.
  *
- * Returns 0, or -1 with errno if something could not be removed, which
- * tp_last_error names. EBADF: the program has closed the descriptors of the
- * handle; nothing is written to them or closed, and tp_purge_rules removes
- * what is left. Rules and routes that were removed already are no error.
+ * @param rules  handle, or NULL, which does nothing. The handle is freed whatever is returned.
+ * @return 0, or -1 with errno if something could not be removed, which tp_last_error() names:
+ *   EBADF  the program closed the descriptors of the handle; nothing is written to them or closed, and
+ *          tp_purge_rules() removes what remains
+ *   EPERM  CAP_NET_ADMIN is missing; the kernel removes the table when the process ends
+ *
+ * Rules and routes that are already removed are not an error. No other call may use the handle at the same
+ * time.
+ *
+ * @since 0.1.0
  */
 int tp_remove_rules(struct tp_rules *rules);
 
 /**
- * Gives up a forked child's copy of a handle: closes the child's copies of
- * the descriptors, frees the handle, and removes nothing.
+ * Frees a forked child's copy of a handle without removing the rules.
  *
- * A worker process that was forked by the process which installed the rules
- * calls it once, first of all. Until every process that has the descriptors
- * has ended or called it, the kernel keeps the table. In the process that
- * installed the rules it leaves routing behind, which the next
- * tp_install_rules or tp_purge_rules removes; there, call tp_remove_rules.
+ * Closes the child's copies of the descriptors and frees the handle. Call it once, first, in a worker
+ * process that was forked by the process that installed the rules. The kernel keeps the table until every
+ * process that has the descriptors has ended or has called this function. In the process that installed
+ * the rules, call tp_remove_rules() instead: there this function leaves routing behind, which the next
+ * tp_install_rules() or tp_purge_rules() removes.
  *
  * @param rules  handle, or NULL, which does nothing. The handle is freed.
  *
- * Async-signal-safe: no. Thread-safe; no other call may use the handle at the
- * same time. errno is unchanged.
+ * errno is unchanged. Not async-signal-safe.
+ *
+ * Thread-safe; no other call may use the handle at the same time.
+ *
+ * @since 0.2.0
  */
 void tp_forget_rules(struct tp_rules *rules);
 
 /**
- * Replaces what the rules ask for, in one transaction: every packet is treated
- * either by the old rules or by the new. Counters go on.
+ * Atomically replaces the configuration of installed rules.
  *
- * config, size: as tp_install_rules. The name and TP_RULES_PERSIST stay as
- * they are, and so do table and priority (leave them zero, or say the same).
- * On failure the old rules are as they were.
+ * One transaction: each packet is processed by either the old or the new rules. Counters are preserved.
+ * The name, TP_RULES_PERSIST, the table and the priority cannot change: leave table and priority 0 or
+ * repeat their values. On failure the old rules are unchanged.
  *
- * Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is
- * NULL; EBADF, EBUSY, EDEADLK, ENOENT: as tp_rules_stats.
+ * @param rules   handle from tp_install_rules().
+ * @param config  new configuration.
+ * @param size    sizeof(struct tp_rules_config).
+ * @return 0, or -1 with errno:
+ *   EFAULT   rules or config is NULL, or an array is NULL while its count is not 0
+ *   ENOENT   the table was removed, or now belongs to another instance
+ *   EBADF    the program closed the descriptors of the handle, or their numbers are now used otherwise
+ *   EBUSY    this is a forked child, and the process that installed the rules is running
+ *   EDEADLK  another thread was in a call on the handle when this process was forked
+ *   EINVAL, E2BIG, EOPNOTSUPP, EPERM
+ *            as for tp_install_rules(); its other errors are possible too
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_replace_rules(struct tp_rules *rules, const struct tp_rules_config *config, size_t size);
+int tp_replace_rules(struct tp_rules *rules,
+                     const struct tp_rules_config *config,
+                     size_t size);
 
 /**
- * Removes what a dead or persistent instance left: its rules if they
- * persist, and routing. Never what a living process has.
+ * Removes what a dead or persistent instance left behind: its rules, if they are persistent, and routing.
  *
- * name: the instance's, or NULL for all of them. An instance that left
- * nothing is no error. On success nothing is left: if it cannot be known
- * whether something is left, the call fails.
+ * Never removes the rules of a running process. An instance that left nothing is not an error. Success
+ * means that nothing is left: if this cannot be determined, the call fails.
  *
- * Runs iptables only if the kernel has chains of this library there. Which
- * chains it has is read from the kernel. (Without /proc, or without the right
- * to read /proc/net/ip_tables_names, the kernel is asked for the legacy tables
- * mangle and nat, and makes them, empty, if it can.)
- *
- * Returns 0, or -1 with errno:
- *   EBUSY       a living process has these rules
- *   EINVAL      no valid name
- *   EPERM       no CAP_NET_ADMIN over this network namespace
+ * @param name  name of the instance, or NULL for all instances.
+ * @return 0, or -1 with errno:
+ *   EBUSY            a running process has these rules
+ *   EINVAL           name is not valid
+ *   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
  *   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
- *               a program of iptables failed, see above
- *   EMFILE, ENFILE, ENOBUFS, ENOMEM
- *               as tp_socket
+ *                    a program of iptables failed; see "Programs" in tproxy(7)
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
+ *
+ * Runs iptables only if the kernel has chains of this library there, which is read from the kernel.
+ * Without /proc, or without permission to read /proc/net/ip_tables_names, the kernel is asked for the
+ * legacy tables mangle and nat, and creates them, empty, if it can.
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_purge_rules(const char *name);
 
 /**
- * Adds prefixes to a set and removes others from it, in one transaction,
- * while the rules work. What is sent to the kernel is the change alone, and
- * what it costs does not grow with the set; but once in a while, as a set
- * grows, it is sent whole, as tp_replace_rules would.
+ * Adds prefixes to a set and removes prefixes from it, in one transaction, while the rules are active.
  *
- * set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
- * they were given (none given means every address), bypass always. A set may
- * become empty: an empty dst or src intercepts nothing. Prefixes may
- * overlap: an address is in the set as long as one of them covers it. To add
- * one that is there is fine; what is both added and removed is removed.
+ * Sends only the change to the kernel, so the cost does not depend on the size of the set; occasionally,
+ * when a set has grown, it is rebuilt as by tp_replace_rules().
  *
- * Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
- * an array with a count. EINVAL: no such set, no valid prefix, or of a family
- * that the rules do not serve. ENOENT: a prefix to be removed is not there.
- * EMSGSIZE: a larger change than one transaction may be here (some 10,000
- * prefixes with the default net.core.wmem_max, any number as root of the host).
- * EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
+ * Prefixes may overlap: an address is in the set as long as one prefix covers it. Adding a prefix that
+ * is present is not an error. A prefix that is both added and removed is removed. A set may become empty:
+ * with an empty dst or src, nothing is intercepted.
+ *
+ * @param rules     handle from tp_install_rules().
+ * @param set       TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed only if they were
+ *                  given to tp_install_rules(), because an omitted set matches all addresses; bypass can
+ *                  be changed except with TP_RULES_DIVERT_ONLY.
+ * @param add       prefixes to add.
+ * @param n_add     number of prefixes to add.
+ * @param remove    prefixes to remove.
+ * @param n_remove  number of prefixes to remove.
+ * @return 0, or -1 with errno and with nothing changed:
+ *   EFAULT    rules is NULL, or an array is NULL while its count is not 0
+ *   EINVAL    set is unknown, or cannot be changed with this configuration
+ *   EINVAL    a prefix is not valid, or is of a family that the rules do not serve
+ *   ENOENT    a prefix to remove is not in the set
+ *   ENOENT    the table was removed, or now belongs to another instance
+ *   EMSGSIZE  the change exceeds the size of one transaction (about 10,000 prefixes with the default
+ *             net.core.wmem_max; no limit for root of the host)
+ *   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
+ *   EBUSY     this is a forked child, and the process that installed the rules is running
+ *   EDEADLK   another thread was in a call on the handle when this process was forked
+ *
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_update_rules(struct tp_rules *rules,
                     uint32_t set,
@@ -1270,47 +1393,70 @@ int tp_update_rules(struct tp_rules *rules,
                     size_t n_remove);
 
 /**
- * Reads what the rules have done since they were installed.
+ * Reads the counters of the rules since they were installed.
  *
- * stats, size: where it goes, and sizeof(struct tp_rules_stats).
+ * @param rules  handle from tp_install_rules().
+ * @param stats  receives the counters.
+ * @param size   sizeof(struct tp_rules_stats).
+ * @return 0, or -1 with errno:
+ *   EFAULT   rules or stats is NULL
+ *   EINVAL   size is less than the size of the first version of the struct
+ *   E2BIG    size is greater than the size of the struct in this version
+ *   ENOENT   the table was removed, or now belongs to another instance
+ *   EBADF    the program closed the descriptors of the handle, or their numbers are now used otherwise
+ *   EBUSY    this is a forked child, and the process that installed the rules is running; use
+ *            tp_read_stats()
+ *   EDEADLK  another thread was in a call on the handle when this process was forked
  *
- * Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
- * less than the first version's. E2BIG: larger than this library knows.
- * ENOENT: the table is gone, or is another instance's by now. EBADF: the
- * program has closed the descriptors of the handle, or something else has
- * their numbers. EBUSY: this is a forked child, and the process that
- * installed the rules lives (tp_read_stats works). EDEADLK: another thread
- * was in a call on the handle when this process was forked.
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_rules_stats(const struct tp_rules *rules, struct tp_rules_stats *stats, size_t size);
+int tp_rules_stats(const struct tp_rules *rules,
+                   struct tp_rules_stats *stats,
+                   size_t size);
 
 /**
- * Reads what the rules of an instance have done, whatever process they
- * belong to.
+ * Reads the counters of an instance by name, whichever process owns it.
  *
- * name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+ * @param name   name of the instance. NULL: "tproxy".
+ * @param stats  receives the counters.
+ * @param size   sizeof(struct tp_rules_stats).
+ * @return 0, or -1 with errno:
+ *   ENOENT  no rules of this name exist
+ *   EPERM   CAP_NET_ADMIN is missing in the owner of this network namespace
+ *   EFAULT  stats is NULL
+ *   EINVAL  name is not valid, or size is less than the size of the first version of the struct
+ *   E2BIG   size is greater than the size of the struct in this version
  *
- * Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
- * EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
- * as tp_rules_stats; EINVAL also if the name is not valid.
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_read_stats(const char *name, struct tp_rules_stats *stats, size_t size);
 
 /**
- * Writes the script that would do what tp_install_rules does on a host where
- * nothing is taken, and does nothing else. It needs no privilege.
+ * Writes the shell script that is equivalent to tp_install_rules() on a host where all names, tables and
+ * priorities are free.
  *
- * It is a POSIX shell script, NUL-terminated UTF-8, and it ends at the first
- * command that fails. Rules made by it belong to
- * no process: they stay until somebody deletes them.
+ * Has no other effect and needs no privilege. The script is for POSIX sh, NUL-terminated UTF-8, and exits
+ * at the first command that fails. Rules that it installs belong to no process: they stay until they are
+ * deleted.
  *
- * config, size: as tp_install_rules. format: TP_FORMAT_NFT or
- * TP_FORMAT_IPTABLES. buf, len: a place and its size, which becomes the size of the
- * script with its NUL; buf may be NULL to learn that size alone.
+ * @param config  configuration, as for tp_install_rules().
+ * @param size    sizeof(struct tp_rules_config).
+ * @param format  TP_FORMAT_NFT or TP_FORMAT_IPTABLES.
+ * @param buf     buffer for the script, or NULL to query its size.
+ * @param len     size of buf in bytes; on success the size of the script including its NUL.
+ * @return 0, or -1 with errno and with nothing written:
+ *   EFAULT      config or len is NULL
+ *   ERANGE      the buffer is too small
+ *   EINVAL      format is unknown, or config is not valid, as for tp_install_rules()
+ *   EOPNOTSUPP  iptables cannot do what config requests
  *
- * Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
- * NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
- * format. EOPNOTSUPP: what iptables cannot do.
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_render_rules(const struct tp_rules_config *config,
                     size_t size,
@@ -1319,53 +1465,56 @@ int tp_render_rules(const struct tp_rules_config *config,
                     size_t *len);
 
 /**
- * Says what on this host breaks, or weakens, transparent proxying, and the
- * command that fixes it.
+ * Diagnoses this host: reports what breaks or weakens transparent proxying, whoever configured it, with
+ * the command that fixes it.
  *
- * It asks the kernel, about this process, its network namespace, and whatever
- * rules, routes, sysctls and listeners are there, by whomever: capabilities;
- * IP_TRANSPARENT, by setting it; what nf_tables can do, by a transaction
- * that is never committed; rules of this library without a listener or an
- * owner; and what other programs' rules do to packets that are intercepted.
- * It changes nothing (but the kernel may load a module that it is asked
- * about), runs no program, and needs no privilege and no /proc. What it
- * cannot see is not reported as missing; it says so by a note, "check.unseen".
+ * Queries the kernel about this process, its network namespace, and all rules, routes, sysctls and
+ * listeners there: capabilities; IP_TRANSPARENT, by setting it on a socket; the features of nf_tables, by a
+ * transaction that is never committed; rules of this library without a listener or an owner; and the
+ * effect of other programs' rules on intercepted packets.
  *
- * Other programs may have any number of rules, routes and sockets. Each list is
- * read up to a bound (some ten thousand rules, a thousand routes of a table),
- * and no more than 100 findings of a kind are told; there is such a note for
- * each bound that was reached.
+ * @param report   called once per finding, including passed checks.
+ * @param context  passed to report.
+ * @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
+ *   EFAULT  report is NULL
  *
- * report: is told each finding, good ones too. context: is handed on to it.
+ * Changes nothing, except that the kernel may load a module that it is queried about. Runs no program.
+ * Needs no privilege; what cannot be read without privilege is reported as the note "check.unseen".
+ * Usually takes milliseconds, longer with thousands of rules.
  *
- * Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
- * none, or -1 with errno: EFAULT: report is NULL.
- *
- * Takes some milliseconds, with thousands of rules a tenth of a second.
  * Thread-safe.
+ *
+ * @since 0.1.0
  */
-int tp_check(tp_finding_fn report, void *context);
+int tp_check(tp_finding_fn report,
+             void *context);
 
 /**
- * Tries whether rules work on this kernel: sends a connection and a datagram
- * of each family through them, as far as config asks for these, in a network
- * that exists only during the call, and says what became of each; of one that
- * was lost, at which hook it was last seen.
+ * Tests the configuration on this kernel: in a temporary network namespace, sends one TCP connection and
+ * one UDP datagram per selected family through the rules and reports the result.
  *
- * The rules are installed in that network, not in the caller's, with
- * listeners made there as config describes them (the descriptors in it are
- * looked at, and not used). So it tests config and the kernel; what other
- * programs' rules do on this host is tp_check's. Nothing of the host is changed.
+ * For a lost probe, reports the last netfilter hook that saw it. The rules are installed in the temporary
+ * network namespace, with listeners created there as config describes them; descriptors in config are
+ * inspected but not used. The call therefore tests config and the kernel. For the effect of other
+ * programs' rules on this host use tp_check(). The host's configuration is not changed.
  *
- * config, size: as tp_install_rules. report, context: as tp_check.
+ * @param config   configuration, as for tp_install_rules().
+ * @param size     sizeof(struct tp_rules_config).
+ * @param report   called once per finding, including passed checks.
+ * @param context  passed to report.
+ * @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
+ *   EFAULT  config or report is NULL
+ *   EPERM   CAP_SYS_ADMIN is missing, which is needed to create a network namespace (an unprivileged user
+ *           has it in `unshare -r`)
+ *   EINVAL, E2BIG, EOPNOTSUPP
+ *           as for tp_install_rules(); its other errors are possible too
  *
- * Returns the number of failures, or -1 with errno: as tp_install_rules, and
- * EPERM also without CAP_SYS_ADMIN, which it takes to make a network
- * (`unshare -r` gives it to anybody). EFAULT: config or report is NULL.
+ * Usually takes milliseconds, up to three seconds if a probe is lost. Starts a thread, because a network
+ * namespace belongs to a thread. The thread receives no signals and has ended when the call returns.
  *
- * Takes less than three seconds, mostly some milliseconds: longer if a probe is
- * lost. It starts a thread, because a network belongs to one; the thread
- * gets no signals, and has ended when the call returns. Thread-safe.
+ * Thread-safe.
+ *
+ * @since 0.1.0
  */
 int tp_self_test(const struct tp_rules_config *config,
                  size_t size,
@@ -1373,17 +1522,26 @@ int tp_self_test(const struct tp_rules_config *config,
                  void *context);
 
 /**
- * The sentence of this thread's last failing call: the step, why it failed,
- * and what cures it where that is known.
+ * Returns a message that describes the last failed call of this thread.
  *
- * Never NULL; empty before the first failure. UTF-8, for people, and not to
- * be parsed: errno is for programs. Valid until this thread's next failing
- * call, and until the thread ends. A call that succeeds does not change it.
+ * The message names the failed operation, the reason and, if known, a suggested fix. It is UTF-8 and
+ * human-readable; programs should use errno and not parse it.
+ *
+ * @return message, never NULL; empty before the first failure.
+ *
+ * The pointer is valid until the next failing call of this thread, or until the thread ends. A call that
+ * succeeds does not change the message.
+ *
+ * @since 0.1.0
  */
 const char *tp_last_error(void);
 
 /**
- * The version of the library, "MAJOR.MINOR.PATCH". Static, never NULL.
+ * Returns the version of the library.
+ *
+ * @return "MAJOR.MINOR.PATCH", a static string, never NULL.
+ *
+ * @since 0.1.0
  */
 const char *tp_version(void);
 

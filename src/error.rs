@@ -7,8 +7,8 @@ use std::io;
 use std::net::SocketAddr;
 
 use crate::address::KernelAddr;
-use crate::memory::Text;
-use crate::sys::{self, Errno};
+use crate::errno::Errno;
+use crate::sys;
 
 /// What every fallible call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -236,6 +236,18 @@ impl SocketOp {
             }
             _ => return None,
         })
+    }
+}
+
+/// A text that is written piece by piece. Writing to it fails when there is no memory for more.
+#[derive(Debug, Default)]
+pub(crate) struct Text(pub String);
+
+impl fmt::Write for Text {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.try_reserve(text.len()).map_err(|_| fmt::Error)?;
+        self.0.push_str(text);
+        Ok(())
     }
 }
 

@@ -49,6 +49,8 @@
 mod address;
 mod backend;
 pub mod check;
+#[allow(unsafe_code)]
+mod errno;
 pub mod error;
 #[allow(unsafe_code)]
 pub mod ffi;
@@ -57,6 +59,7 @@ mod model;
 mod name;
 mod netlink;
 mod orig_dst;
+mod plan;
 mod prefix;
 mod process;
 mod program;

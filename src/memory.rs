@@ -1,8 +1,6 @@
 //! Memory in proportion to what a caller or the kernel gave: where it is not to be had, that is an error, not the end of
 //! the program, as it would be with the standard library's collections.
 
-use std::fmt;
-
 use crate::error::{Error, Result};
 
 /// What an iterator has, which knows how much that is; ENOMEM if there is no memory for it.
@@ -43,16 +41,4 @@ pub(crate) fn copy(bytes: &[u8]) -> Option<Vec<u8>> {
     copy.try_reserve_exact(bytes.len()).ok()?;
     copy.extend_from_slice(bytes);
     Some(copy)
-}
-
-/// A text that is written piece by piece. Writing to it fails when there is no memory for more.
-#[derive(Debug, Default)]
-pub(crate) struct Text(pub String);
-
-impl fmt::Write for Text {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        self.0.try_reserve(text.len()).map_err(|_| fmt::Error)?;
-        self.0.push_str(text);
-        Ok(())
-    }
 }

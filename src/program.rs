@@ -4,6 +4,8 @@
 //! the user chooses decides which program is run, or what that does: it is sought in directories that only root
 //! writes, and its environment is made here.
 //!
+//! `std::process` cannot do this: it panics if a program cannot be started while SIGCHLD is ignored.
+//!
 //! The process may ignore SIGCHLD, or have a handler or a thread that waits for every child: then the kernel does not
 //! tell how the program ended ([`End::Unknown`]), and the caller has to see it from what the program did.
 

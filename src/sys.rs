@@ -1,65 +1,15 @@
 //! The few system calls that `std` and `socket2` do not wrap.
 
-use std::ffi::{CStr, CString, c_void};
-use std::fmt;
-use std::io;
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
+use std::thread;
 use std::time::Duration;
 
 use socket2::SockAddr;
 
 use crate::address::KernelAddr;
-
-/// This thread's `errno`.
-pub(crate) fn errno() -> i32 {
-    // SAFETY: __errno_location gives a valid pointer to this thread's errno.
-    unsafe { *libc::__errno_location() }
-}
-
-/// Sets this thread's `errno`.
-pub(crate) fn set_errno(value: i32) {
-    // SAFETY: as above.
-    unsafe { *libc::__errno_location() = value }
-}
-
-/// Why a system call failed. Displays as the C library describes it, without allocating.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Errno(pub i32);
-
-/// What a system call gives.
-pub(crate) type Result<T> = std::result::Result<T, Errno>;
-
-impl Errno {
-    /// Of the last call.
-    pub(crate) fn last() -> Errno {
-        Errno(errno())
-    }
-}
-
-impl fmt::Display for Errno {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut buffer = [0 as libc::c_char; 128];
-        // SAFETY: the buffer is valid for writes of its length. This is the
-        // POSIX strerror_r, which always ends its text with a NUL.
-        let text = unsafe {
-            libc::strerror_r(self.0, buffer.as_mut_ptr(), buffer.len());
-            std::ffi::CStr::from_ptr(buffer.as_ptr())
-        };
-        match text.to_str() {
-            Ok(text) if !text.is_empty() => f.write_str(text),
-            _ => write!(f, "errno {}", self.0),
-        }
-    }
-}
-
-/// (Those of `std` and `socket2` may be anything, and so take code wherever they are dropped.)
-impl From<io::Error> for Errno {
-    fn from(error: io::Error) -> Errno {
-        Errno(error.raw_os_error().unwrap_or(libc::EIO))
-    }
-}
+pub(crate) use crate::errno::{Errno, Result, SavedErrno, errno, set_errno};
 
 /// Memory for one value, or the value back.
 pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
@@ -75,28 +25,6 @@ pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
         }
         memory.write(value);
         Ok(Box::from_raw(memory))
-    }
-}
-
-/// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
-pub(crate) struct SavedErrno {
-    place: *mut i32,
-    value: i32,
-}
-
-impl SavedErrno {
-    #[inline(always)]
-    pub(crate) fn errno() -> SavedErrno {
-        // SAFETY: a valid pointer to this thread's errno.
-        let place = unsafe { libc::__errno_location() };
-        // SAFETY: as above.
-        SavedErrno { place, value: unsafe { *place } }
-    }
-
-    #[inline(always)]
-    pub(crate) fn restore(&self) {
-        // SAFETY: as above; a raw pointer keeps the struct in its thread.
-        unsafe { *self.place = self.value }
     }
 }
 
@@ -377,88 +305,15 @@ pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
 }
 
 /// Does something in a thread of its own, of this name, and waits for its end; `None`: it panicked.
-/// (`std::thread` brings many times the code.)
-pub(crate) fn in_a_thread<T: Send, F: FnOnce() -> T + Send>(name: &CStr, body: F) -> Result<Option<T>> {
-    /// As `std` has it.
+pub(crate) fn in_a_thread<T: Send>(name: &str, body: impl FnOnce() -> T + Send) -> Result<Option<T>> {
+    /// The default of `std`, which would otherwise look for RUST_MIN_STACK in the environment.
     const STACK: usize = 2 << 20;
-    struct Work<T, F> {
-        body: Option<F>,
-        outcome: Option<T>,
-    }
-    extern "C" fn run<T, F: FnOnce() -> T>(work: *mut c_void) -> *mut c_void {
-        // SAFETY: the one who started this thread waits for it, and touches nothing of this meanwhile.
-        let work = unsafe { &mut *work.cast::<Work<T, F>>() };
-        if let Some(body) = work.body.take() {
-            // Dropping what was thrown could panic again.
-            work.outcome = panic::catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget).ok();
-        }
-        ptr::null_mut()
-    }
-    let mut work = Work { body: Some(body), outcome: None };
-    // SAFETY: the attributes are initialised before they are used, and destroyed once; the work outlives the thread,
-    // which has ended when pthread_join returns; the name is NUL-terminated.
-    let errno = unsafe {
-        let (mut attributes, mut thread) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::pthread_attr_init(&raw mut attributes);
-        libc::pthread_attr_setstacksize(&raw mut attributes, STACK);
-        let errno = libc::pthread_create(&raw mut thread, &raw const attributes, run::<T, F>, (&raw mut work).cast());
-        libc::pthread_attr_destroy(&raw mut attributes);
-        if errno == 0 {
-            libc::pthread_setname_np(thread, name.as_ptr());
-            libc::pthread_join(thread, ptr::null_mut());
-        }
-        errno
-    };
-    if errno == 0 { Ok(work.outcome) } else { Err(Errno(errno)) }
-}
-
-/// A path or a word, as the C library takes it.
-fn c_path(path: &str) -> Result<CString> {
-    CString::new(path).map_err(|_| Errno(libc::EINVAL))
-}
-
-/// Opens a file, to be read. (`std::fs` brings many times the code, here and below.)
-pub(crate) fn open(path: &str) -> Result<OwnedFd> {
-    let path = c_path(path)?;
-    // SAFETY: a NUL-terminated path.
-    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    // SAFETY: a new descriptor, ours alone.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
-}
-
-/// What is left to be read of a file.
-fn rest_of(file: BorrowedFd<'_>) -> Result<Vec<u8>> {
-    const ROOM: usize = 4096;
-    let mut bytes: Vec<u8> = Vec::new();
-    loop {
-        bytes.reserve(ROOM);
-        let room = bytes.spare_capacity_mut();
-        // SAFETY: valid for writes of that length.
-        let len = unsafe { libc::read(file.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
-        match usize::try_from(len) {
-            Ok(0) => return Ok(bytes),
-            // SAFETY: the kernel has written so many.
-            Ok(len) => unsafe { bytes.set_len(bytes.len() + len) },
-            Err(_) if errno() == libc::EINTR => {}
-            Err(_) => return Err(Errno::last()),
-        }
-    }
-}
-
-/// The text of a file.
-pub(crate) fn read(path: &str) -> Result<String> {
-    let bytes = rest_of(open(path)?.as_fd())?;
-    String::from_utf8(bytes).map_err(|_| Errno(libc::EILSEQ))
-}
-
-/// How large a file is; `None`: it is not there, or nobody says.
-pub(crate) fn file_size(path: &str) -> Option<u64> {
-    let path = c_path(path).ok()?;
-    // SAFETY: a struct of integers; valid for writes, and the path NUL-terminated.
-    unsafe {
-        let mut found: libc::stat = std::mem::zeroed();
-        (libc::stat(path.as_ptr(), &raw mut found) == 0).then_some(found.st_size as u64)
-    }
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+    thread::scope(|scope| {
+        let worker = builder.spawn_scoped(scope, body)?;
+        // Dropping what was thrown could panic again.
+        Ok(worker.join().map_err(std::mem::forget).ok())
+    })
 }
 
 /// Starts the program at a path, with these descriptors for its standard input, output and error, and this environment.

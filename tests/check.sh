@@ -71,7 +71,7 @@ if [ "$(id -u)" = 0 ]; then
     cargo test --no-run --message-format=json 2> /dev/null |
         sed -n 's/.*"kind":\["test"\].*"name":"\([^"]*\)".*"executable":"\([^"]*\)".*/\1 \2/p' |
         while read -r name path; do
-            [ "$name" = header ] || [ "$name" = troubleshooting ] || [ "$name" = tokio_example ] || cp "$path" "$work/test-$name"
+            [ "$name" = header ] || [ "$name" = man ] || [ "$name" = troubleshooting ] || cp "$path" "$work/test-$name"
         done
     as_nobody() {
         local test

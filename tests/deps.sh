@@ -25,6 +25,7 @@ dig:bind9-dnsutils
 sysctl:procps
 setcap:libcap2-bin
 zsh:zsh
+mandoc:mandoc
 '
 # What `make bench` compares with, and counts by.
 [ "${1:-}" != bench ] || needed="$needed haproxy:haproxy valgrind:valgrind"

@@ -12,8 +12,9 @@ use std::fmt::{self, Write};
 use std::net::IpAddr;
 
 use crate::error::{Error, Result};
-use crate::model::{Family, Intercept, Mark, Mode, Plan, PortRange, Protocol};
+use crate::model::{Family, Mark, Mode, PortRange, Protocol};
 use crate::name;
+use crate::plan::{Intercept, Plan};
 use crate::prefix::PrefixSet;
 use saved::Saved;
 pub(crate) use tool::{counters, instances, remove};

@@ -34,17 +34,6 @@ impl PartialEq for Kind {
 
 impl Eq for Kind {}
 
-/// What the troubleshooting page says of a kind; no finding does, and so a library without the page has none of it.
-#[derive(Debug)]
-pub struct Entry {
-    /// Which kind.
-    pub kind: &'static Kind,
-    /// What people see. Empty: it is no trouble, and has no place among those that are.
-    pub symptom: &'static str,
-    /// What is the matter.
-    pub cause: &'static str,
-}
-
 /// One finding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -120,7 +109,8 @@ macro_rules! kinds {
     ($($name:ident = $id:literal, $symptom:literal, $cause:literal, $impact:literal, $fix:literal;)*) => {
         $(pub(crate) const $name: &Kind = &Kind { id: $id, impact: $impact, fix: $fix };)*
         /// Every kind, in the order of the troubleshooting page.
-        pub const ENTRIES: &[Entry] = &[$(Entry { kind: $name, symptom: $symptom, cause: $cause }),*];
+        #[cfg(test)]
+        pub(super) const ENTRIES: &[super::troubleshooting::Entry] = &[$(super::troubleshooting::Entry { kind: $name, symptom: $symptom, cause: $cause }),*];
     };
 }
 
@@ -449,35 +439,4 @@ kinds! {
         "";
     SELF_SKIPPED = "self_test.skipped",
         "", "The configuration does not ask for this family or protocol.", "Nothing was sent.", "";
-}
-
-/// The troubleshooting page.
-pub fn page() -> String {
-    let mut page = String::from(
-        "# Troubleshooting\n\n\
-         Transparent proxying fails silently: packets vanish and nothing says why. `tproxyctl check` (or `tp_check`) looks \
-         at the kernel and names what is wrong by an id. This page has every id: what people see, what is the matter, what it \
-         does to traffic, and the command that cures it. Words in braces stand for what the check fills in.\n\n\
-         `tproxyctl self-test` sends probes through a configuration in a network of its own, and says at which hook \
-         a lost one was last seen.\n\n\
-         <!-- Generated from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --test troubleshooting` writes it anew. -->\n\n\
-         | symptom | finding |\n|---|---|\n",
-    );
-    let troubles = || ENTRIES.iter().filter(|entry| !entry.symptom.is_empty());
-    for Entry { kind, symptom, .. } in troubles() {
-        // Writing to a String does not fail.
-        let _ = writeln!(page, "| {symptom} | [{}](#{}) |", kind.id, kind.id.replace('.', ""));
-    }
-    for Entry { kind: Kind { id, impact, fix }, symptom, cause } in troubles() {
-        let _ = write!(page, "\n## {id}\n\n{symptom}.\n\n* Cause: {cause}\n* Effect: {impact}\n");
-        let _ = match fix {
-            &"" => writeln!(page, "* Fix: no command; the finding says what is known."),
-            fix => writeln!(page, "* Fix: `{fix}`"),
-        };
-    }
-    page.push_str("\n## HostState that are no trouble\n\n| finding | what it says |\n|---|---|\n");
-    for Entry { kind, cause, .. } in ENTRIES.iter().filter(|entry| entry.symptom.is_empty()) {
-        let _ = writeln!(page, "| {} | {cause} {} |", kind.id, kind.impact);
-    }
-    page
 }

@@ -1,6 +1,7 @@
 //! What a check looks at, all of it gathered before anything is judged. What could not be seen is not taken for absent.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 
 use super::findings::Kind;
 use super::instances;
@@ -113,7 +114,7 @@ pub(super) struct Descriptors {
 
 impl Descriptors {
     fn of(pid: u32, directory: &str, soft: u64, hard: u64) -> Descriptors {
-        let used = sys::file_size(&format!("/proc/{directory}/fd")).filter(|used| *used > 0);
+        let used = fs::metadata(format!("/proc/{directory}/fd")).ok().map(|found| found.len()).filter(|used| *used > 0);
         Descriptors { pid, soft, hard, used }
     }
 }
@@ -141,7 +142,7 @@ impl HostState {
         if facts.sysctls.text("ipv4/ip_forward").is_none() {
             facts.miss(format_args!("sysctls: /proc/sys/net cannot be read"));
         }
-        facts.filtered_by_rp = sys::read("/proc/thread-self/net/netstat")
+        facts.filtered_by_rp = fs::read_to_string("/proc/thread-self/net/netstat")
             .ok()
             .and_then(|counted| procfs::netstat(&counted, "TcpExt", "IPReversePathFilter"));
         facts
@@ -189,7 +190,7 @@ impl HostState {
         self.capabilities = self.seen("capabilities", capabilities);
         let out_of_bounds = |capability: &u32| sys::is_in_bounding_set(*capability) == Some(false);
         self.out_of_bounds = [NET_ADMIN, NET_RAW].into_iter().filter(out_of_bounds).collect();
-        let ids = sys::read("/proc/thread-self/uid_map").ok();
+        let ids = fs::read_to_string("/proc/thread-self/uid_map").ok();
         self.initial_user_namespace = ids.map(|ids| procfs::is_initial_user_namespace(&ids));
         self.ids = Some(sys::effective_ids());
         let own = sys::descriptor_limits().map(|(soft, hard)| Descriptors::of(std::process::id(), "self", soft, hard));
@@ -309,7 +310,7 @@ impl HostState {
         owners.sort_unstable();
         owners.dedup();
         for owner in owners {
-            let read = |what: &str| sys::read(&format!("/proc/{owner}/{what}")).unwrap_or_default();
+            let read = |what: &str| fs::read_to_string(format!("/proc/{owner}/{what}")).unwrap_or_default();
             if procfs::state_of(&read("stat")) == Some('T') {
                 self.stopped.push(owner);
             }
@@ -323,7 +324,7 @@ impl HostState {
 
     fn look_at_iptables(&mut self) {
         let installed =
-            |name: &&str| program::DIRECTORIES.iter().any(|d| sys::file_size(&format!("{d}/{name}")).is_some());
+            |name: &&str| program::DIRECTORIES.iter().any(|d| fs::exists(format!("{d}/{name}")).unwrap_or(false));
         self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).collect();
         self.legacy_known = true;
         for family in Families::ALL.iter() {
@@ -362,7 +363,7 @@ impl HostState {
 fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let Err(error) = outcome else { return };
     let Some(module) = kind.fix.strip_prefix("modprobe ") else { return };
-    let read = |path: String| sys::read(&path).unwrap_or_default();
+    let read = |path: String| fs::read_to_string(path).unwrap_or_default();
     let config = read(format!("/boot/config-{kernel}"));
     let [dep, builtin] = ["dep", "builtin"].map(|list| read(format!("/lib/modules/{kernel}/modules.{list}")));
     let option = format!("CONFIG_{}", module.to_ascii_uppercase());

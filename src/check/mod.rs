@@ -11,8 +11,10 @@ mod instances;
 mod probes;
 mod procfs;
 mod shell;
+#[cfg(test)]
+mod troubleshooting;
 
-pub use findings::{ENTRIES, Entry, Finding, Kind, Severity, page};
+pub use findings::{Finding, Kind, Severity};
 
 /// Looks at this process, its network namespace and the kernel, and says what it found.
 ///

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use crate::check::inspect::routing::Interface;
-use crate::sys;
 
 /// The file of the user ids maps more than the initial namespace's: all to themselves.
 pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
@@ -90,7 +89,7 @@ impl Sysctls {
             "netfilter/nf_conntrack_max",
         ];
         let read = |path: &str| {
-            let text = sys::read(&format!("/proc/sys/net/{path}")).ok()?;
+            let text = std::fs::read_to_string(format!("/proc/sys/net/{path}")).ok()?;
             Some((path.to_owned(), text.trim().to_owned()))
         };
         Sysctls::of(PATHS.into_iter().filter_map(read))

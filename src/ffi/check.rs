@@ -10,70 +10,63 @@ use crate::check::{self, Finding, Severity};
 use crate::name::Escaping;
 use crate::self_test;
 
-/// As it should be.
+/// The check passed.
 pub const TP_SEVERITY_OK: u32 = 0;
-/// Good to know.
+/// Information that needs no action.
 pub const TP_SEVERITY_NOTE: u32 = 1;
-/// Some traffic may be lost, or pass by the proxy.
+/// Some traffic may be lost, or may bypass the proxy.
 pub const TP_SEVERITY_WARNING: u32 = 2;
 /// Interception cannot work.
 pub const TP_SEVERITY_FAILURE: u32 = 3;
 
-/// Something that was found. All of it is valid during the call of a
-/// tp_finding_fn alone; no pointer is NULL. Texts are UTF-8 without control
-/// characters and others that mislead; names that other programs gave are
-/// shown with escapes in place of these, as is what is no UTF-8 in them.
+/// Result of one check.
+///
+/// It is valid only during the call of the tp_finding_fn. No pointer is NULL. Texts are UTF-8.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_finding {
     /// TP_SEVERITY_OK, TP_SEVERITY_NOTE, TP_SEVERITY_WARNING or TP_SEVERITY_FAILURE.
     pub severity: u32,
-    /// What kind of finding it is, for programs: "sysctl.src_valid_mark". It
-    /// stays the same in later versions. docs/troubleshooting.md has them all.
+    /// Identifier for programs, such as "sysctl.src_valid_mark". It does not change in later versions.
+    /// docs/troubleshooting.md lists all identifiers.
     pub id: *const c_char,
-    /// What was found, for people.
+    /// What was found, as human-readable text.
     pub message: *const c_char,
-    /// What it does to traffic, for people.
+    /// Its effect on traffic, as human-readable text.
     pub impact: *const c_char,
-    /// The command that fixes it, for root's sh(1) in this process's network
-    /// and PID namespace. Empty: nothing is to be fixed, or no command does so
-    /// without doing harm. Names that others gave are quoted in it, whatever is
-    /// in them; a word in capitals is for you to fill in. Read it before you run
-    /// it: some fixes end the process that the rules belong to (it was seen to
-    /// have them), or delete a rule that somebody else made.
+    /// Command for sh(1) that fixes it; empty if there is nothing to fix or no command fixes it. Names that
+    /// other programs chose are quoted in it. Read the command before you run it: some fixes end the process
+    /// that owns the rules, or delete a rule that another program made.
     pub fix: *const c_char,
 }
 
-/// Is told what was found: one call for each finding, from the thread that
-/// called tp_check or tp_self_test, with the context that was given to it. It
-/// must return (no longjmp, no C++ exception), and may call this library.
+/// Callback for findings of tp_check() and tp_self_test().
+///
+/// Called once per finding, in the thread that called tp_check() or tp_self_test(), with the context given
+/// there. It must return (no longjmp, no C++ exception). It may call this library.
 #[allow(non_camel_case_types)]
 pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding, context: *mut c_void)>;
 
-/// Says what on this host breaks, or weakens, transparent proxying, and the
-/// command that fixes it.
+/// Diagnoses this host: reports what breaks or weakens transparent proxying, whoever configured it, with
+/// the command that fixes it.
 ///
-/// It asks the kernel, about this process, its network namespace, and whatever
-/// rules, routes, sysctls and listeners are there, by whomever: capabilities;
-/// IP_TRANSPARENT, by setting it; what nf_tables can do, by a transaction
-/// that is never committed; rules of this library without a listener or an
-/// owner; and what other programs' rules do to packets that are intercepted.
-/// It changes nothing (but the kernel may load a module that it is asked
-/// about), runs no program, and needs no privilege and no /proc. What it
-/// cannot see is not reported as missing; it says so by a note, "check.unseen".
+/// Queries the kernel about this process, its network namespace, and all rules, routes, sysctls and
+/// listeners there: capabilities; IP_TRANSPARENT, by setting it on a socket; the features of nf_tables, by a
+/// transaction that is never committed; rules of this library without a listener or an owner; and the
+/// effect of other programs' rules on intercepted packets.
 ///
-/// Other programs may have any number of rules, routes and sockets. Each list is
-/// read up to a bound (some ten thousand rules, a thousand routes of a table),
-/// and no more than 100 findings of a kind are told; there is such a note for
-/// each bound that was reached.
+/// @param report   called once per finding, including passed checks.
+/// @param context  passed to report.
+/// @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
+///   EFAULT  report is NULL
 ///
-/// report: is told each finding, good ones too. context: is handed on to it.
+/// Changes nothing, except that the kernel may load a module that it is queried about. Runs no program.
+/// Needs no privilege; what cannot be read without privilege is reported as the note "check.unseen".
+/// Usually takes milliseconds, longer with thousands of rules.
 ///
-/// Returns the number of failures (findings of TP_SEVERITY_FAILURE), 0 if there are
-/// none, or -1 with errno: EFAULT: report is NULL.
-///
-/// Takes some milliseconds, with thousands of rules a tenth of a second.
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -> c_int {
     guard(|| {
@@ -83,25 +76,31 @@ pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -
     })
 }
 
-/// Tries whether rules work on this kernel: sends a connection and a datagram
-/// of each family through them, as far as config asks for these, in a network
-/// that exists only during the call, and says what became of each; of one that
-/// was lost, at which hook it was last seen.
+/// Tests the configuration on this kernel: in a temporary network namespace, sends one TCP connection and
+/// one UDP datagram per selected family through the rules and reports the result.
 ///
-/// The rules are installed in that network, not in the caller's, with
-/// listeners made there as config describes them (the descriptors in it are
-/// looked at, and not used). So it tests config and the kernel; what other
-/// programs' rules do on this host is tp_check's. Nothing of the host is changed.
+/// For a lost probe, reports the last netfilter hook that saw it. The rules are installed in the temporary
+/// network namespace, with listeners created there as config describes them; descriptors in config are
+/// inspected but not used. The call therefore tests config and the kernel. For the effect of other
+/// programs' rules on this host use tp_check(). The host's configuration is not changed.
 ///
-/// config, size: as tp_install_rules. report, context: as tp_check.
+/// @param config   configuration, as for tp_install_rules().
+/// @param size     sizeof(struct tp_rules_config).
+/// @param report   called once per finding, including passed checks.
+/// @param context  passed to report.
+/// @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
+///   EFAULT  config or report is NULL
+///   EPERM   CAP_SYS_ADMIN is missing, which is needed to create a network namespace (an unprivileged user
+///           has it in `unshare -r`)
+///   EINVAL, E2BIG, EOPNOTSUPP
+///           as for tp_install_rules(); its other errors are possible too
 ///
-/// Returns the number of failures, or -1 with errno: as tp_install_rules, and
-/// EPERM also without CAP_SYS_ADMIN, which it takes to make a network
-/// (`unshare -r` gives it to anybody). EFAULT: config or report is NULL.
+/// Usually takes milliseconds, up to three seconds if a probe is lost. Starts a thread, because a network
+/// namespace belongs to a thread. The thread receives no signals and has ended when the call returns.
 ///
-/// Takes less than three seconds, mostly some milliseconds: longer if a probe is
-/// lost. It starts a thread, because a network belongs to one; the thread
-/// gets no signals, and has ended when the call returns. Thread-safe.
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_self_test(
     config: *const tp_rules_config,

@@ -11,57 +11,58 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
 
-/// Only bring packets to transparent sockets that they belong to: listeners
-/// on addresses that this host does not own, and connections from such
-/// addresses. Nothing is intercepted; listeners may be empty.
+/// Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
+/// own, and connections from such addresses. Nothing is intercepted; listeners may be empty.
 pub const TP_RULES_DIVERT_ONLY: u32 = 0x1;
-/// Intercept by NAT redirection, where TPROXY cannot be had. The listener is
-/// then an ordinary socket, not a transparent one (tp_orig_dst asks connection
-/// tracking), on a wildcard or specific address. TCP only; no marks, no policy
-/// routing, and connections from foreign addresses do not get their answers.
-pub const TP_RULES_REDIRECT: u32 = 0x2;
-/// Intercept the host's own traffic too. What comes from transparent sockets
-/// is exempt: a proxy whose sockets towards servers are transparent
-/// (tp_connect_from, tp_set_transparent) does not intercept itself.
+/// Intercept by NAT redirection, for systems without TPROXY.
 ///
-/// What the host's own TCP services answer is left alone: where ports would
-/// choose it too (none are given, or some above 1023), connection tracking
-/// tells it, and so is active. Not so UDP services, nor any with
-/// TP_RULES_NOTRACK: choose ports, dst or src so that their answers are not
-/// among what is intercepted.
+/// The listener must then be an ordinary socket, not a transparent one, on a wildcard or specific address;
+/// tp_orig_dst() queries connection tracking. Only TCP is supported. Marks and policy routing are not
+/// used, and replies to connections from foreign addresses are not delivered.
+pub const TP_RULES_REDIRECT: u32 = 0x2;
+/// Also intercept traffic that this host sends.
+///
+/// Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
+/// (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
+///
+/// Replies of this host's own TCP services are not intercepted. If the port selection could match them (no
+/// ports, or one above 1023), connection tracking is used to recognize them, which enables it on this
+/// host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
+/// src.
 pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
-/// Let traffic pass by while there is no listener; the default is to drop it.
-/// Not with TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT, which cannot:
-/// EOPNOTSUPP.
+/// Forward traffic normally while no listener exists; by default it is dropped. EOPNOTSUPP with
+/// TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT.
 pub const TP_RULES_FAIL_OPEN: u32 = 0x8;
-/// Accept connections and datagrams that are sent straight to a listener's
-/// own address and port. By default they are dropped, since a proxy that
-/// connects to the original destination would connect to itself, without end.
-/// Dropped is what goes to an address of this host, link-local ones included,
-/// or to a broadcast, anycast or multicast address. (A listener on loopback
-/// cannot be reached from outside, and needs no such rule.)
+/// Accept connections and datagrams addressed directly to a listener's address and port.
+///
+/// By default they are dropped, because a proxy that connects to the original destination would connect to
+/// itself in an endless loop. Dropped are packets to an address of this host, including link-local
+/// addresses, and to broadcast, anycast and multicast addresses. A listener on loopback cannot be reached
+/// from other hosts and needs no such rule.
 pub const TP_RULES_ALLOW_DIRECT: u32 = 0x10;
-/// Keep what is intercepted, and what transparent sockets send, out of
-/// connection tracking.
+/// Exempt intercepted packets, and packets from transparent sockets, from connection tracking.
 pub const TP_RULES_NOTRACK: u32 = 0x20;
-/// The rules outlive the process, and drop what they would intercept until an
-/// instance of the same name, with this flag too, takes them over without a
-/// gap, or tp_purge_rules removes them. Needs Linux 6.9.
+/// Keep the rules when the process ends.
+///
+/// The remaining rules drop the packets that they would intercept. An instance of the same name, also with
+/// this flag, takes them over without a gap; tp_purge_rules() removes them. Needs Linux 6.9.
 pub const TP_RULES_PERSIST: u32 = 0x40;
 
-/// nf_tables if the kernel has what is needed, else iptables.
+/// Use nf_tables if the kernel has the required features, otherwise iptables.
 pub const TP_BACKEND_AUTO: u32 = 0;
-/// nf_tables, over netlink.
+/// Use nf_tables, over netlink.
 pub const TP_BACKEND_NFT: u32 = 1;
-/// `iptables-restore`, one transaction for each family, in chains of our own;
-/// in the legacy variant if that has rules already, else in the nft variant if
-/// that has rules, else in the one that is called `iptables`. Refused with
-/// EOPNOTSUPP: TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST, more than
-/// 1000 prefixes. Chains have no owner: those of a killed process stay, and drop
-/// what they intercept, until the next tp_install_rules of that name or
-/// tp_purge_rules. With TP_RULES_LOCAL_OUTPUT what is exempt are not transparent
-/// sockets but those whose SO_MARK is the mark of the rules. What is dropped for
-/// want of a listener is counted as intercepted. Programs are run: see above.
+/// Use iptables-restore, in one transaction per family and in separate chains.
+///
+/// Uses iptables-nft or iptables-legacy, whichever already has rules: the legacy variant if it has rules,
+/// otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
+/// "Programs" in tproxy(7).
+///
+/// TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
+/// Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
+/// the next tp_install_rules() of that name or tp_purge_rules(). With TP_RULES_LOCAL_OUTPUT, sockets are
+/// exempt by SO_MARK (set it to the rules' mark), not by being transparent. Packets dropped because no
+/// listener exists are counted as intercepted.
 pub const TP_BACKEND_IPTABLES: u32 = 2;
 
 /// TCP.
@@ -69,16 +70,16 @@ pub const TP_PROTO_TCP: u32 = 0x1;
 /// UDP.
 pub const TP_PROTO_UDP: u32 = 0x2;
 
-/// The destinations to intercept. tp_update_rules.
+/// Destinations to intercept. For tp_update_rules().
 pub const TP_SET_DST: u32 = 1;
-/// The sources to intercept. tp_update_rules.
+/// Sources to intercept. For tp_update_rules().
 pub const TP_SET_SRC: u32 = 2;
-/// The destinations never to intercept. tp_update_rules.
+/// Destinations that are never intercepted. For tp_update_rules().
 pub const TP_SET_BYPASS: u32 = 3;
 
-/// A script of `ip` and `nft` commands. tp_render_rules.
+/// Script of `ip` and `nft` commands. For tp_render_rules().
 pub const TP_FORMAT_NFT: u32 = 1;
-/// A script of `ip` and `iptables-restore` commands. tp_render_rules.
+/// Script of `ip` and `iptables-restore` commands. For tp_render_rules().
 pub const TP_FORMAT_IPTABLES: u32 = 2;
 
 /// IPv4.
@@ -94,134 +95,130 @@ const KNOWN_FLAGS: u32 = TP_RULES_DIVERT_ONLY
     | TP_RULES_NOTRACK
     | TP_RULES_PERSIST;
 
-/// An address prefix: addr in network byte order, its first len bits.
+/// Address prefix: the first len bits of addr.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_prefix {
     /// AF_INET or AF_INET6.
     pub family: u8,
-    /// 0 to 32, or 0 to 128.
+    /// Length in bits: 0 to 32 for AF_INET, 0 to 128 for AF_INET6.
     pub len: u8,
-    /// Zero.
+    /// Must be 0.
     pub reserved: [u8; 2],
-    /// IPv4 in the first four bytes.
+    /// Address in network byte order; an IPv4 address is in the first four bytes.
     pub addr: [u8; 16],
 }
 
-/// A range of ports in host byte order, both ends included.
+/// Range of ports in host byte order, including both ends.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_port_range {
-    /// The lowest, at least 1.
+    /// Lowest port, at least 1.
     pub first: u16,
-    /// The highest, at least first. One port: the same.
+    /// Highest port, at least first; equal to first for a single port.
     pub last: u16,
 }
 
-/// What to intercept, for whom. Set it to zero (`= {0}`), then the fields
-/// that matter: every field that is zero means its default. All of it is the
-/// caller's and is read during the call only.
+/// Selects the traffic to intercept and the listeners that receive it.
+///
+/// Set the struct to zero (`= {0}`), then set the fields that are needed. A field that is 0 or NULL selects
+/// its default. The struct and all data it points to belong to the caller and are read only during the
+/// call.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_rules_config {
-    /// The instance's name: at most 20 letters, digits, '_', '.' and, not
-    /// first, '-'. NULL: "tproxy". One network namespace holds several instances, if
-    /// their names differ.
+    /// Name of the instance: at most 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+    /// network namespace can have several instances with different names.
     pub name: *const c_char,
-    /// Descriptors of the listening sockets that get what is intercepted.
-    /// Protocol, family, address and port come from them. Each must be
-    /// transparent, bound and, for TCP, listening (tp_listen makes such), and
-    /// for each protocol and family there must be one address and port;
-    /// sockets that share it by TP_LISTEN_REUSEPORT are fine. They are read now; a
-    /// listener that ends later leaves no listener, and so no traffic.
+    /// Descriptors of the listening sockets that receive intercepted traffic.
+    ///
+    /// They determine protocol, family, address and port. Each socket must be transparent, bound and, for TCP,
+    /// listening (see tp_listen()). All sockets of one protocol and family must have the same address and port;
+    /// several sockets may share it with TP_LISTEN_REUSEPORT. The sockets are inspected during the call only. If
+    /// a listener is closed later, matching traffic is dropped.
     pub listeners: *const c_int,
-    /// How many descriptors.
+    /// Number of descriptors.
     pub n_listeners: usize,
-    /// In place of listeners, the address and port of one in another process.
-    /// The wildcard address of IPv6 serves both families.
+    /// Address and port of a listener in another process, instead of listeners. The IPv6 wildcard address
+    /// serves both families.
     pub listen_addr: *const sockaddr,
-    /// The length of listen_addr.
+    /// Size of listen_addr in bytes.
     pub listen_addrlen: socklen_t,
     /// TP_RULES_ flags, or 0.
     pub flags: u32,
-    /// TP_BACKEND_AUTO, TP_BACKEND_NFT, TP_BACKEND_IPTABLES.
+    /// TP_BACKEND_AUTO, TP_BACKEND_NFT or TP_BACKEND_IPTABLES.
     pub backend: u32,
-    /// TP_PROTO_TCP, TP_PROTO_UDP. 0: what the listeners are, else TCP. With listen_addr
-    /// it says what listens there.
+    /// TP_PROTO_TCP and TP_PROTO_UDP. 0: the protocols of the listeners, or TCP if there are none. With
+    /// listen_addr, the protocols that listen there.
     pub protocols: u32,
-    /// TP_FAMILY_IPV4, TP_FAMILY_IPV6. 0: those that the listeners serve, else both; IPv4
-    /// alone on a host that has no IPv6 address.
+    /// TP_FAMILY_IPV4 and TP_FAMILY_IPV6. 0: the families of the listeners, or both if there are none; only IPv4
+    /// on a host that has no IPv6 address.
     pub families: u32,
-    /// The packet mark that means "for a local socket", in host byte order.
-    /// 0: 0x2000, with mask 0x3000. TP_RULES_LOCAL_OUTPUT needs another for
-    /// the host's own packets: the lowest other bit of the mask.
+    /// Packet mark that routes a packet to a local socket, in host byte order. 0: 0x2000, with mask 0x3000.
+    /// TP_RULES_LOCAL_OUTPUT uses a second mark for this host's own packets: the lowest other bit of the mask.
     pub mark: u32,
-    /// The bits of the mark that are ours; the others are left as they are.
-    /// 0: all of them, if mark is given.
+    /// Mask of mark bits that the rules use; other bits are preserved. 0: 0xffffffff if mark is set, else
+    /// 0x3000.
     pub mark_mask: u32,
-    /// The routing table that delivers to local sockets. 0: one that is free,
-    /// from 7470.
+    /// Number of the routing table that delivers packets to local sockets. 0: a free table, from 7470.
     pub table: u32,
-    /// The preference of the first of four routing policy rules, at most
-    /// 32762. 0: four that are free, from 200.
+    /// Priority of the first of four routing policy rules, at most 32762. 0: four free priorities, from 200.
     pub priority: u32,
-    /// Destination ports to intercept, in any order, overlaps welcome.
+    /// Destination ports to intercept, in any order; ranges may overlap.
     pub ports: *const tp_port_range,
-    /// How many ranges. 0: every port.
+    /// Number of ranges. 0: all ports.
     pub n_ports: usize,
-    /// Destinations to intercept, in any order, overlaps welcome. What they
-    /// name is intercepted even if it is this host's own address. What this
-    /// host sends to itself (by the interface "lo") is intercepted with
-    /// TP_RULES_LOCAL_OUTPUT only.
+    /// Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
+    /// if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
+    /// intercepted only with TP_RULES_LOCAL_OUTPUT.
     pub dst: *const tp_prefix,
-    /// How many prefixes. 0: every destination but this host's own addresses,
-    /// loopback, broadcast and multicast.
+    /// Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
+    /// multicast.
     pub n_dst: usize,
     /// Sources to intercept.
     pub src: *const tp_prefix,
-    /// How many prefixes. 0: every source.
+    /// Number of prefixes. 0: all sources.
     pub n_src: usize,
-    /// Destinations never to intercept, whatever dst says. Nor are their
-    /// answers: where ports (none, or some above 1023) and interfaces (none)
-    /// would choose these too, connection tracking tells them from the rest,
-    /// and so is active, with TP_RULES_NOTRACK for what comes from there.
+    /// Destinations that are never intercepted; takes precedence over dst.
+    ///
+    /// Their replies are not intercepted either. If the selection could match replies (ports is empty or
+    /// includes one above 1023, and interfaces is empty), connection tracking is used, even with
+    /// TP_RULES_NOTRACK, for traffic from these prefixes.
     pub bypass: *const tp_prefix,
-    /// How many prefixes.
+    /// Number of prefixes.
     pub n_bypass: usize,
-    /// Names of the interfaces by which forwarded traffic comes in: "lo" is
-    /// none of them, and adds nothing. They need
-    /// not exist yet. A trailing '*' makes a name a pattern, with both backends:
-    /// "ppp*" matches "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A
-    /// name that ends with '+' is EOPNOTSUPP with iptables, to which it would
-    /// be a pattern.
+    /// Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
+    ///
+    /// They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
+    /// "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
+    /// iptables, where it would be a pattern.
     pub interfaces: *const *const c_char,
-    /// How many names. 0: every interface.
+    /// Number of names. 0: all interfaces.
     pub n_interfaces: usize,
 }
 
 /// The size of the first version of tp_rules_config: where its last field ends.
 pub(super) const FIRST_VERSION: usize = std::mem::offset_of!(tp_rules_config, n_interfaces) + size_of::<usize>();
 
-/// What the rules have done: packets, and their bytes from the IP header on.
+/// Counters of the rules, in packets and in bytes. Bytes include the IP header.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_rules_stats {
-    /// Given to a listener.
+    /// Delivered to a listener.
     pub intercepted_packets: u64,
-    /// Their bytes.
+    /// Bytes of these packets.
     pub intercepted_bytes: u64,
-    /// Given to a transparent socket that they belong to; errors (ICMP) about
-    /// what it sent are among them.
+    /// Delivered to an existing transparent socket, including ICMP errors about packets it sent.
     pub diverted_packets: u64,
-    /// Their bytes.
+    /// Bytes of these packets.
     pub diverted_bytes: u64,
-    /// Dropped, because there was no listener.
+    /// Dropped because no listener existed.
     pub dropped_packets: u64,
-    /// Their bytes.
+    /// Bytes of these packets.
     pub dropped_bytes: u64,
-    /// Dropped, because they were sent straight to a listener.
+    /// Dropped because they were addressed directly to a listener.
     pub direct_packets: u64,
-    /// Their bytes.
+    /// Bytes of these packets.
     pub direct_bytes: u64,
 }
 

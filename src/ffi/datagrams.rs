@@ -13,98 +13,107 @@ use crate::error::{Error, Result};
 use crate::sys;
 use crate::udp::{self, ControlRoom, Datagram, Options, Replier};
 
-/// In tp_datagram.flags: the datagram was longer than its place; len is what
-/// there was room for, and the rest is lost.
+/// The datagram was truncated: len equals capacity and the rest was discarded. In tp_datagram.flags.
 pub const TP_DGRAM_TRUNC: u32 = 0x1;
-/// In tp_datagram.flags: the socket reports more than there was room for, so
-/// that the original destination or the segment length may be missing.
+/// The control data was truncated, because the socket reports more than fits the library's buffer: the
+/// original destination or the segment size may be missing. In tp_datagram.flags.
 pub const TP_DGRAM_CTRUNC: u32 = 0x2;
-/// In tp_datagram.flags: there is no original destination, because the socket
-/// was not told to report it (tp_socket, tp_set_transparent), or because an
-/// IPv6 datagram was sent to the unspecified or a v4-mapped address, which
-/// would mean this host, or IPv4, to a socket call.
+/// The original destination is unknown. In tp_datagram.flags.
+///
+/// Either the socket does not report original destinations (see tp_socket(), tp_set_transparent()), or an
+/// IPv6 datagram was sent to the unspecified address or to a v4-mapped address. In a socket call these
+/// would mean this host, or IPv4.
 pub const TP_DGRAM_NO_ORIG_DST: u32 = 0x4;
 
-/// The most datagrams that one tp_recv_datagrams receives, and that tp_reply
-/// hands to the kernel at once.
+/// Maximum number of datagrams that one tp_recv_datagrams() call receives, and that tp_reply() passes to
+/// the kernel in one system call.
 pub const TP_BATCH_MAX: u32 = 64;
 
-/// In tp_replier_config.flags: take no ports, reply by raw sockets alone. A
-/// service that is started later then finds its port free; datagrams are not
-/// sent in segments (UDP_SEGMENT), and each costs a checksum.
+/// Send only through raw sockets and bind no ports, so that services started later can bind theirs.
+///
+/// Datagrams are then not sent as segments (UDP_SEGMENT), and a checksum is computed for each datagram.
+/// In tp_replier_config.flags.
 pub const TP_REPLIER_RAW: u32 = 0x100;
 
-/// How a replier works. Every field zero means its default.
+/// Configuration of a replier. A field that is 0 selects its default.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct tp_replier_config {
-    /// TP_NONBLOCK: a datagram for which there is no room at once is not sent,
-    /// and its error is EAGAIN. TP_REPLIER_RAW.
+    /// TP_NONBLOCK and TP_REPLIER_RAW. With TP_NONBLOCK, a datagram that does not fit the send buffer is not
+    /// sent, and its error is EAGAIN.
     pub flags: u32,
-    /// How many sockets of source ports there are at most; default 256. Two
-    /// raw sockets may come on top.
+    /// Maximum number of sockets for source ports; default 256. Up to two raw sockets are additional.
     pub max_sockets: u32,
-    /// After how many milliseconds without use a socket is closed, by a later
-    /// tp_reply; default 60,000.
+    /// Idle time in milliseconds after which a later tp_reply() closes a socket; default 60,000.
     pub idle_ms: u32,
-    /// Zero.
+    /// Must be 0.
     pub reserved: u32,
 }
 
-/// What a replier has done since it was opened.
+/// Counters of a replier since it was opened.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct tp_replier_stats {
-    /// Sockets that are open now, raw ones among them.
+    /// Sockets that are open now, including raw sockets.
     pub sockets: u64,
-    /// How often a socket was there already for the datagrams of one source
-    /// port in a batch, or the port was known to be another's.
+    /// Cache hits: lookups that found a socket for the source port, or a cached "port in use". There is one
+    /// lookup per source port in a batch.
     pub hits: u64,
-    /// How often one had to be made.
+    /// Cache misses: lookups that had to create a socket.
     pub misses: u64,
-    /// Datagrams sent by a raw socket, since their source port is another's.
+    /// Datagrams sent through a raw socket because another socket holds the source port.
     pub raw: u64,
-    /// Sockets closed because there were too many.
+    /// Sockets closed because max_sockets was reached.
     pub evictions: u64,
     /// Datagrams that were not sent.
     pub errors: u64,
-    /// Datagrams that were sent: elements of tp_reply's arrays.
+    /// Datagrams that were sent, counted as elements of the arrays passed to tp_reply().
     pub sent: u64,
 }
 
 const FIRST_CONFIG: usize = size_of::<tp_replier_config>();
 const FIRST_STATS: usize = size_of::<tp_replier_stats>();
 
-/// A replier.
+/// Handle of a replier, from tp_replier_open().
 #[allow(non_camel_case_types)]
 pub struct tp_replier {
     replier: Replier,
 }
 
-/// Receives a datagram like recvfrom(2), and where it was going.
+/// Receives a datagram with its sender and original destination (one recvmsg(2)).
 ///
-/// One system call does both. The socket is one of tp_socket or
-/// tp_set_transparent (else the kernel does not report it); with UDP_GRO on it
-/// use tp_recv_datagrams.
+/// The socket must come from tp_socket() or tp_set_transparent(); otherwise the kernel does not report
+/// the original destination. For a socket with UDP_GRO use tp_recv_datagrams().
 ///
-/// buf, len: where its bytes go; what has no room is lost. flags:
-/// MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC, MSG_WAITALL, or 0, as for recvfrom(2).
-/// src, srclen: who sent it. dst, dstlen: its original destination. Each
-/// address as for recvfrom(2): NULL if it is not wanted; the length is that of
-/// the place before, and that of the address after, and an address that has
-/// no room is cut. A struct sockaddr_storage has enough. Addresses are of the
-/// socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. If the kernel
-/// does not tell the original destination, *dstlen is 0 and dst's family
-/// AF_UNSPEC.
+/// @param fd      UDP socket.
+/// @param buf     buffer for the data; bytes that do not fit are discarded.
+/// @param len     size of buf in bytes.
+/// @param flags   MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC and MSG_WAITALL, as for recvfrom(2), or 0.
+/// @param src     buffer for the sender's address, or NULL.
+/// @param srclen  size of src before the call, size of the address after it; an address that does not
+///                fit is truncated, as by recvfrom(2). A struct sockaddr_storage is always enough.
+/// @param dst     buffer for the original destination, or NULL.
+/// @param dstlen  as srclen, for dst. If the kernel does not report the original destination, *dstlen is
+///                set to 0 and the family of dst to AF_UNSPEC.
+/// @return number of bytes received, which is 0 for an empty datagram, or -1 with errno:
+///   EAGAIN        nothing is queued and the call may not block
+///   EFAULT        buf is NULL while len is not 0
+///   EFAULT        src is not NULL while srclen is NULL, or dst is not NULL while dstlen is NULL
+///   EINVAL        flags has an unknown bit
+///   EINVAL        *srclen or *dstlen is less than sizeof(struct sockaddr_in)
+///   EBADF         fd is not an open descriptor
+///   ENOTSOCK      fd is not a socket
+///   EINTR         a signal interrupted the wait
+///   ECONNREFUSED  as for recvmsg(2); its other errors are possible too
 ///
-/// Returns how many bytes were received, 0 for an empty datagram too, or -1
-/// with errno: EAGAIN: none is there, and the socket or the flags say not to
-/// wait. EFAULT: buf is NULL and len is not 0, or the length of an address is
-/// NULL. EINVAL: an unknown flag, or less room than a struct sockaddr_in has.
-/// EBADF, ENOTSOCK: not a descriptor, not a socket. EINTR: a signal came.
-/// ECONNREFUSED and the rest of recvmsg(2). Nothing is lost when it fails.
+/// Addresses have the socket's family: an AF_INET6 socket reports IPv4 addresses v4-mapped. A call that
+/// fails discards no datagram.
 ///
-/// System calls: recvmsg. Thread-safe.
+/// System calls: recvmsg.
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_recvfrom(
     fd: c_int,
@@ -141,22 +150,27 @@ pub unsafe extern "C" fn tp_recvfrom(
     })
 }
 
-/// Finds the original destination in a message that the program received by
-/// itself: with recvmsg(2), recvmmsg(2) or io_uring.
+/// Extracts the original destination from a message that the caller received itself.
 ///
-/// msg: as the kernel filled it, with room for control data (CMSG_SPACE(28)
-/// and more if the socket reports more). Only the control data, msg_flags and
-/// the family of msg_name are read, none of them is trusted, and msg is not
-/// changed. addr and addrlen: as for tp_orig_dst; too little room is EINVAL.
-/// The address is of the family of msg_name: IPv4 is v4-mapped where the
-/// sender's address is of AF_INET6. Without msg_name it is as the kernel has
-/// it.
+/// For programs that use recvmsg(2), recvmmsg(2) or io_uring. Only the control data, msg_flags and the
+/// family of msg_name are read. None of them is trusted, and msg is not changed.
 ///
-/// Returns 0, or -1 with errno, addr and addrlen untouched: ENOENT: the
-/// message has none. EFAULT: msg, addr or addrlen is NULL, or msg_control is
-/// where msg_controllen is not 0. EINVAL: too little room.
+/// @param msg      message as filled in by the kernel, with a control buffer of at least CMSG_SPACE(28)
+///                 bytes, or more if the socket reports more.
+/// @param addr     buffer for the address. An IPv4 address is v4-mapped if the family of msg_name is
+///                 AF_INET6; without msg_name it is unchanged.
+/// @param addrlen  size of addr in bytes; on success the size of the address. A short buffer is
+///                 EINVAL; the address is never truncated.
+/// @return 0, or -1 with errno and with addr and addrlen unchanged:
+///   ENOENT  the message has no original destination
+///   EFAULT  msg, addr or addrlen is NULL, or msg_control is NULL while msg_controllen is not 0
+///   EINVAL  the buffer is too small
 ///
-/// System calls: none. Thread-safe.
+/// System calls: none.
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     /// C need not have aligned it.
@@ -183,32 +197,38 @@ pub unsafe extern "C" fn tp_msg_orig_dst(msg: *const msghdr, addr: *mut sockaddr
     })
 }
 
-/// Receives as many datagrams as there are, with their senders and original
-/// destinations: one system call.
+/// Receives a batch of datagrams with their senders and original destinations (one recvmmsg(2)).
 ///
-/// It waits for the first datagram, unless the socket is non-blocking, and
-/// never for more. dgrams, count: an array whose data and capacity say where
-/// the bytes go; no more than TP_BATCH_MAX are received in a call. flags:
-/// MSG_DONTWAIT, or 0.
+/// Blocks until one datagram arrives, unless fd is non-blocking or MSG_DONTWAIT is given, then returns
+/// what is queued.
 ///
-/// In each that was received len, segment_len, flags, client and orig_dst are
-/// set, and error is 0; the others are as they were. Addresses are of the
-/// socket's family: an AF_INET6 socket gives IPv4 ones v4-mapped. A datagram
-/// of no bytes is one too. One whose original destination the kernel does not
-/// tell has TP_DGRAM_NO_ORIG_DST, and orig_dst.ss_family is AF_UNSPEC.
+/// Sets len, segment_len, flags, error, client and orig_dst of each received element; other elements are
+/// unchanged. error is 0. Addresses have the socket's family: an AF_INET6 socket reports IPv4 addresses
+/// v4-mapped. If the kernel does not report the original destination, TP_DGRAM_NO_ORIG_DST is set and
+/// orig_dst.ss_family is AF_UNSPEC.
 ///
-/// Where the socket has UDP_GRO (setsockopt(fd, IPPROTO_UDP, UDP_GRO, ...),
-/// udp(7), Linux 5.0), datagrams of one flow and equal length come as one, up
-/// to 64 KiB: segment_len then says how long each is. Give them room: what is
-/// longer than capacity is cut.
+/// If UDP_GRO is set on the socket (udp(7), Linux 5.0), equally sized datagrams of one flow are received
+/// as one element of up to 64 KiB, and segment_len is their size. Provide buffers that are large enough:
+/// an element longer than capacity is truncated.
 ///
-/// Returns how many were received, at least 1 (0 if count is 0), or -1 with
-/// errno: EAGAIN: none is there. EFAULT: dgrams is NULL, or data is where
-/// capacity is not 0. EINVAL: an unknown flag. EBADF, ENOTSOCK: not a
-/// descriptor, not a socket. EINTR: a signal came. ECONNREFUSED and the rest
-/// of recvmmsg(2).
+/// @param fd      UDP socket from tp_socket() or tp_set_transparent().
+/// @param dgrams  array; data and capacity of each element name the receive buffer.
+/// @param count   number of elements; at most TP_BATCH_MAX are used.
+/// @param flags   0 or MSG_DONTWAIT.
+/// @return number of datagrams received (0 only if count is 0), or -1 with errno:
+///   EAGAIN        nothing is queued and the call may not block
+///   EFAULT        dgrams is NULL, or an element has capacity > 0 and data == NULL
+///   EINVAL        flags has an unknown bit
+///   EBADF         fd is not an open descriptor
+///   ENOTSOCK      fd is not a socket
+///   EINTR         a signal interrupted the wait
+///   ECONNREFUSED  as for recvmmsg(2); its other errors are possible too
 ///
-/// System calls: recvmmsg. Thread-safe.
+/// System calls: recvmmsg.
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_recv_datagrams(
     fd: c_int,
@@ -233,38 +253,39 @@ pub unsafe extern "C" fn tp_recv_datagrams(
     })
 }
 
-/// Opens a replier: it sends datagrams from any address and port.
+/// Opens a replier, which sends datagrams from any source address and port.
 ///
-/// There is one socket for each source port and family, however many source
-/// addresses and clients there are. Such a socket takes nothing that is meant
-/// for others: it is bound to an address that nobody uses (192.0.0.8, RFC 7600;
-/// 100:0:0:1::1, RFC 9780), so that no packet finds it, and drops what
-/// is sent there nevertheless. Servers on other sockets of that port, and on
-/// specific addresses, are not disturbed, nor are the listeners of the
-/// program itself; to start later, a server on the wildcard address needs
-/// SO_REUSEADDR (or TP_REPLIER_RAW here).
+/// A replier has one socket per source port and family, regardless of the number of source addresses and
+/// clients. The socket cannot receive traffic meant for other sockets: it is bound to an address that is
+/// not in use (192.0.0.8, RFC 7600; 100:0:0:1::1, RFC 9780), and drops packets sent to that address.
+/// Servers on other sockets of the port, servers on specific addresses and the listeners of the program
+/// are not disturbed. A server that starts later on the wildcard address needs SO_REUSEADDR (or set
+/// TP_REPLIER_RAW here).
 ///
-/// Where another socket holds the port on the wildcard address without
-/// SO_REUSEADDR (a DNS server on 0.0.0.0:53), or the port is below 1024 and
-/// CAP_NET_BIND_SERVICE is missing, a raw socket sends the datagrams; that
-/// needs CAP_NET_RAW. Whether the port is free is tried again once a second.
+/// If another socket holds the port on the wildcard address without SO_REUSEADDR (such as a DNS server on
+/// 0.0.0.0:53), or if the port is below 1024 and CAP_NET_BIND_SERVICE is missing, datagrams are sent
+/// through a raw socket, which needs CAP_NET_RAW. The port is tried again once per second.
 ///
-/// config, size: NULL and 0 for the defaults, or the struct and
-/// sizeof(struct tp_replier_config). replier: where the handle goes, on
-/// success alone; tp_replier_close ends it.
+/// @param config   configuration, or NULL for the defaults.
+/// @param size     sizeof(struct tp_replier_config), or 0 if config is NULL.
+/// @param replier  receives the handle, only on success; tp_replier_close() frees it.
+/// @return 0, or -1 with errno:
+///   EFAULT           replier is NULL, or config is NULL while size is not 0
+///   EINVAL           flags has an unknown bit, or reserved is not 0
+///   EINVAL           max_sockets is greater than 65,536
+///   EINVAL           size is less than the size of the first version of the struct
+///   E2BIG            config has fields that this version does not know, and they are not 0
+///   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
 ///
-/// A replier is for one thread at a time; have one for each thread. Its
-/// sockets are made by tp_reply as they are needed, in the network namespace
-/// of the thread that calls it.
-///
-/// Returns 0, or -1 with errno: EFAULT: replier is NULL, or config is and size
-/// is not 0. EINVAL: an unknown flag, reserved is not zero, max_sockets above
-/// 65,536, or a size less than the first version's. E2BIG: config is larger
-/// than this library knows, and the rest is not zero. EPERM: neither
-/// CAP_NET_RAW nor CAP_NET_ADMIN. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
-/// tp_socket.
+/// A replier may be used by only one thread at a time; open one per thread. tp_reply() creates sockets as
+/// needed, in the network namespace of the thread that calls it.
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replier_open(
     config: *const tp_replier_config,
@@ -306,47 +327,56 @@ pub unsafe extern "C" fn tp_replier_open(
     })
 }
 
-/// Sends datagrams, each from its orig_dst to its client: what
-/// tp_recv_datagrams filled can be passed on as it is, with other data in
-/// it.
+/// Sends a batch of datagrams, each from its orig_dst to its client.
 ///
-/// Of each, data, len, segment_len, client and orig_dst are read, and error is
-/// set: 0 if it was sent. One that cannot be sent does not keep the others
-/// from it. Datagrams of one flow keep their order. orig_dst is an address and port, of
-/// this host or not; client is of the same family, and either may be
-/// v4-mapped. The interface is the route's; for a link-local client
-/// sin6_scope_id says which.
+/// Elements that tp_recv_datagrams() filled can be passed unchanged, with new data. Reads data, len,
+/// segment_len, client and orig_dst of each element, and sets error, to 0 if the element was sent. A
+/// datagram that fails does not stop the others. Datagrams of one flow keep their order.
 ///
-/// If len is more than segment_len, and that is not 0, then it is sent as
-/// several datagrams of segment_len bytes; and consecutive datagrams of one
-/// flow and equal length (the last may be shorter) leave as one message:
-/// UDP_SEGMENT does either, in one pass through the kernel. Where it cannot,
-/// they are sent one by one.
+/// orig_dst is an address and port, which this host need not own. client must be of the same family;
+/// either may be v4-mapped. The route selects the outgoing interface; for a link-local client,
+/// sin6_scope_id selects it.
 ///
-/// What is longer than the way out allows is sent in fragments, and more than
-/// 524 bytes without IPv4's DF flag: the news of a smaller MTU further on
-/// would not come here, but to whom the source address belongs. (Linux takes
-/// no path to be narrower than 552 bytes: DEFAULT_MIN_PMTU,
+/// If segment_len is non-zero and less than len, the element is sent as several datagrams of segment_len
+/// bytes. Consecutive, equally sized datagrams of one flow (the last may be shorter) are sent as one
+/// message. Both use UDP_SEGMENT, one pass through the kernel; if that is not possible, the datagrams are
+/// sent one by one.
+///
+/// Datagrams that exceed the MTU of the outgoing interface are fragmented. IPv4 payloads above 524 bytes
+/// are sent without DF, because ICMP "fragmentation needed" would go to the owner of the source address,
+/// not to this host. (Linux assumes that no path has an MTU below 552 bytes: DEFAULT_MIN_PMTU,
 /// net/ipv4/route.c.)
 ///
-/// dgrams, count: an array of any length. Returns how many of it were sent;
-/// 0 is no failure of the call. Or -1 with errno: EFAULT: replier or dgrams is
-/// NULL.
+/// @param replier  handle from tp_replier_open().
+/// @param dgrams   array of datagrams.
+/// @param count    number of elements; any number.
+/// @return number of elements sent, which may be 0, or -1 with errno:
+///   EFAULT  replier or dgrams is NULL
 ///
-/// In error: EFAULT: data is NULL, and len is not 0. EAFNOSUPPORT: an
-/// address that is neither of AF_INET nor of AF_INET6, or two of different
-/// families. EINVAL: port 0, or to the unspecified address. EADDRNOTAVAIL: from
-/// the unspecified address, or a multicast one. EINVAL, ENETUNREACH: the kernel
-/// sends nothing from this source (broadcast), or not to this client. EMSGSIZE: longer than a datagram can be. EAGAIN: TP_NONBLOCK, and no
-/// room. EINTR: a signal came while waiting for room; the rest was not tried.
-/// EPERM: a firewall refuses it, or no CAP_NET_RAW for a raw socket. ENOBUFS,
-/// EMFILE, ENFILE, ENOMEM, and the rest of sendmsg(2) and socket(2).
+/// Errors of a single element, in its field error:
+///   EFAULT         data is NULL while len is not 0
+///   EAFNOSUPPORT   an address family is neither AF_INET nor AF_INET6, or the families differ
+///   EINVAL         a port is 0
+///   EINVAL         client is the unspecified address
+///   EADDRNOTAVAIL  orig_dst is the unspecified address or a multicast address
+///   EINVAL, ENETUNREACH
+///                  the kernel refuses this source (broadcast) or this client
+///   EMSGSIZE       the data is longer than a datagram can be
+///   EAGAIN         the send buffer is full, with TP_NONBLOCK
+///   EINTR          a signal interrupted the wait for send buffer space; the remaining elements were
+///                  not tried
+///   EPERM          a firewall rejected the datagram, or a raw socket is needed without CAP_NET_RAW
+///   ENOBUFS, EMFILE, ENFILE, ENOMEM
+///                  as for sendmsg(2) and socket(2); their other errors are possible too
 ///
-/// System calls: for each 256 datagrams one sendmmsg for each source port among
-/// them, and one for all whose source port is another's; one more for each
-/// TP_BATCH_MAX that have a port in common, and for each that fails. A new
-/// source port costs seven more. Nothing is allocated. The more datagrams, up
-/// to 256, the less each of them costs.
+/// System calls, per 256 datagrams: one sendmmsg per source port, and one for all datagrams whose source
+/// port another socket holds; one more per TP_BATCH_MAX datagrams of one port, and one more per failed
+/// datagram. A new source port costs seven more system calls. The larger the batch, up to 256, the lower
+/// the cost per datagram. Nothing is allocated.
+///
+/// Use a replier from one thread at a time.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_reply(
     replier: *mut tp_replier,
@@ -362,13 +392,19 @@ pub unsafe extern "C" fn tp_reply(
     })
 }
 
-/// Reads what a replier has done.
+/// Reads the counters of a replier.
 ///
-/// stats, size: where it goes, and sizeof(struct tp_replier_stats). By the
-/// thread that uses the replier.
+/// Call it from the thread that uses the replier.
 ///
-/// Returns 0, or -1 with errno: EFAULT: replier or stats is NULL. EINVAL: a
-/// size less than the first version's. E2BIG: larger than this library knows.
+/// @param replier  handle from tp_replier_open().
+/// @param stats    receives the counters.
+/// @param size     sizeof(struct tp_replier_stats).
+/// @return 0, or -1 with errno:
+///   EFAULT  replier or stats is NULL
+///   EINVAL  size is less than the size of the first version of the struct
+///   E2BIG   size is greater than the size of the struct in this version
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replier_stats(
     replier: *const tp_replier,
@@ -395,7 +431,11 @@ pub unsafe extern "C" fn tp_replier_stats(
     })
 }
 
-/// Closes a replier and its sockets. NULL is fine.
+/// Closes a replier and its sockets.
+///
+/// @param replier  handle from tp_replier_open(), or NULL, which does nothing.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replier_close(replier: *mut tp_replier) {
     guard(|| {

@@ -9,65 +9,77 @@ use crate::error::{Error, Result};
 use crate::rules::{self, Rules};
 use crate::sys;
 
-/// Installed rules. Calls on one handle may come from any thread of the process
-/// that installed them. A forked child may use its copy only after that process
-/// has ended, and no two children at the same time; until then its calls fail
-/// with EBUSY, and tp_remove_rules frees the copy and removes nothing.
+/// Handle of installed rules, from tp_install_rules().
+///
+/// Calls on one handle may come from any thread of the process that installed the rules. A forked child may
+/// use its copy only after that process has ended, and only one child at a time. Until then its calls fail
+/// with EBUSY, and tp_remove_rules() frees the copy and removes nothing.
 #[allow(non_camel_case_types)]
 pub struct tp_rules {
     rules: Rules,
 }
 
-/// Makes the kernel bring connections to the listeners: an nf_tables table of
-/// this process, and policy routing. It runs no program, except with
-/// TP_BACKEND_IPTABLES, and with TP_BACKEND_AUTO where nf_tables is missing.
+/// Installs the kernel rules that deliver matching traffic to the listeners: an nf_tables table owned by
+/// this process, and policy routing.
 ///
-/// What is intercepted is what comes in from the network for someone else, and
-/// with TP_RULES_LOCAL_OUTPUT what this host sends: as config says, and never
-/// what goes to this host's own addresses, to loopback, broadcast or
-/// multicast, unless dst names it. While there is no listener, what would be
-/// intercepted is dropped, so that nothing gets past the proxy.
+/// Intercepts forwarded traffic and, with TP_RULES_LOCAL_OUTPUT, locally generated traffic, as selected by
+/// config; never traffic to this host's own addresses, loopback, broadcast or multicast, unless dst names
+/// it. While no listener exists, matching traffic is dropped, so that no packet bypasses the proxy.
 ///
-/// Packets that no other host can have sent are never intercepted; if they
-/// match the selection, they are dropped and counted as dropped. These are
-/// packets that did not come in by lo and have one of this host's own
-/// addresses, a broadcast or a multicast address as their source; packets to
-/// 127.0.0.0/8 or ::1 that did not come in by lo; IPv4 packets from or to
-/// 0.0.0.0/8; and IPv6 packets from or to the unspecified address (::), a
-/// v4-mapped one (::ffff:0:0/96) or another of ::/80. IPv6 packets with such an
-/// address are not diverted to transparent sockets either. (With iptables and
-/// TP_RULES_REDIRECT they are left alone: the nat table cannot drop.)
+/// Packets that no other host can legitimately send are never intercepted. If they match the selection,
+/// they are dropped and counted as dropped:
+///   - packets with one of this host's own addresses, a broadcast or a multicast address as the source,
+///     unless they arrived on lo
+///   - packets to 127.0.0.0/8 or ::1, unless they arrived on lo
+///   - IPv4 packets from or to 0.0.0.0/8
+///   - IPv6 packets from or to the unspecified address (::), a v4-mapped address (::ffff:0:0/96) or another
+///     address in ::/80
 ///
-/// The table belongs to the process: the kernel removes it when the process
-/// ends, however it ends, and no other program can change it (`nft flush
-/// ruleset` leaves it alone). A child that was forked and did not exec keeps
-/// it alive. Routing has no owner: what a killed process leaves of it affects
-/// no packet, and the next tp_install_rules or tp_purge_rules removes it. Once
-/// the rules are gone, traffic flows as if they had never been. To restart
-/// without a gap, install under a second name before the first ends, or use
-/// TP_RULES_PERSIST.
+/// IPv6 packets with such an address are not diverted to transparent sockets either. With iptables and
+/// TP_RULES_REDIRECT, all these packets are left unchanged, because the nat table cannot drop.
 ///
-/// All or nothing: on failure nothing is left. Reverse-path filtering works
-/// as before, with net.ipv4.conf.*.src_valid_mark set or not; no sysctl is
-/// changed, and forwarding (net.ipv4.ip_forward,
-/// net.ipv6.conf.all.forwarding) is not needed for what is intercepted.
+/// The table belongs to the process: the kernel removes it when the process ends for any reason, and no
+/// other program can change it (`nft flush ruleset` skips it). A forked child that has not called exec
+/// keeps it. Routing has no owner: the routes and routing rules of a killed process affect no packet, and
+/// the next tp_install_rules() or tp_purge_rules() removes them. After the rules are removed, traffic
+/// flows as it did before they were installed. To restart without a gap, install rules under a second name
+/// before the first process ends, or use TP_RULES_PERSIST.
 ///
-/// config: what to intercept. size: sizeof(struct tp_rules_config). rules:
-/// where the handle goes, on success alone; tp_remove_rules ends it.
+/// @param config  traffic to intercept.
+/// @param size    sizeof(struct tp_rules_config).
+/// @param rules   receives the handle, only on success; tp_remove_rules() frees it.
+/// @return 0, or -1 with errno:
+///   EFAULT           config or rules is NULL, or an array is NULL while its count is not 0
+///   EINVAL           a value is out of range, or flags has an unknown bit
+///   EINVAL           a listener is not transparent, not bound or not listening
+///   EINVAL           size is less than the size of the first version of the struct
+///   E2BIG            config has fields that this version does not know, and they are not 0
+///   EOPNOTSUPP       this version cannot do it, or the kernel lacks an option, which tp_last_error() names
+///   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
+///   EBUSY            a running process has rules of this name, or uses this table or priority
+///   EEXIST           another program uses the requested name, table or priority
+///   EEXIST           rules of this name persist without an owner, and TP_RULES_PERSIST is not set
+///   EBADF            a listener is not an open descriptor
+///   ENOTSOCK         a listener is not a socket
+///   ENETDOWN         the interface lo is down
+///   EACCES           IPv6 is requested and disabled on lo
+///   EAGAIN           other programs change nf_tables continuously
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
 ///
-/// Returns 0, or -1 with errno: EFAULT: config, rules or an array is NULL.
-/// EINVAL: a value out of range, a listener that is not transparent, bound or
-/// listening, an unknown flag, or a size less than the first version's.
-/// E2BIG: config is larger than this library knows, and the rest is not zero.
-/// EOPNOTSUPP: this version cannot do it, or the kernel lacks an option;
-/// tp_last_error names it. EPERM: no CAP_NET_ADMIN over this network
-/// namespace. EBUSY: a living process has rules of this name, or has this
-/// table or priority. EEXIST: someone else has what was asked for. EBADF,
-/// ENOTSOCK: a listener that is no descriptor, no socket. ENETDOWN: lo is
-/// down. EACCES: IPv6 is asked for and disabled on lo. EAGAIN: others change
-/// nf_tables without pause. EMFILE, ENFILE, ENOBUFS, ENOMEM: as tp_socket.
+/// On failure no rule or route remains. Runs no program, except with TP_BACKEND_IPTABLES, and with
+/// TP_BACKEND_AUTO if nf_tables is missing; see "Programs" in tproxy(7) for the errors of programs.
 ///
-/// Needs Linux 5.12. Thread-safe.
+/// Reverse-path filtering works as before, whether net.ipv4.conf.*.src_valid_mark is set or not. No sysctl
+/// is changed. Forwarding (net.ipv4.ip_forward, net.ipv6.conf.all.forwarding) is not required for
+/// intercepted traffic.
+///
+/// Needs Linux 5.12.
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_install_rules(
     config: *const tp_rules_config,
@@ -92,21 +104,24 @@ pub unsafe extern "C" fn tp_install_rules(
     })
 }
 
-/// Removes what tp_install_rules installed, and frees the handle.
+/// Removes the rules that tp_install_rules() installed and frees the handle.
 ///
-/// Established connections of the proxy lose their way: packets of theirs are
-/// no longer diverted. rules may be NULL, which does nothing. The handle is
-/// gone whatever is returned; no other call may use it at the same time.
+/// Established proxied connections break: their packets are no longer diverted.
 ///
-/// In a forked child of the process that installed the rules, while that
-/// process lives, it removes nothing (as tp_forget_rules) and returns 0. After
-/// that process has ended, the first child that calls it removes the rules for
-/// all.
+/// In a forked child of the process that installed the rules, while that process lives, it removes nothing
+/// (like tp_forget_rules()) and returns 0. After that process has ended, the first child that calls it
+/// removes the rules for all processes.
 ///
-/// Returns 0, or -1 with errno if something could not be removed, which
-/// tp_last_error names. EBADF: the program has closed the descriptors of the
-/// handle; nothing is written to them or closed, and tp_purge_rules removes
-/// what is left. Rules and routes that were removed already are no error.
+/// @param rules  handle, or NULL, which does nothing. The handle is freed whatever is returned.
+/// @return 0, or -1 with errno if something could not be removed, which tp_last_error() names:
+///   EBADF  the program closed the descriptors of the handle; nothing is written to them or closed, and
+///          tp_purge_rules() removes what remains
+///   EPERM  CAP_NET_ADMIN is missing; the kernel removes the table when the process ends
+///
+/// Rules and routes that are already removed are not an error. No other call may use the handle at the same
+/// time.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
     guard(|| {
@@ -119,19 +134,21 @@ pub unsafe extern "C" fn tp_remove_rules(rules: *mut tp_rules) -> c_int {
     })
 }
 
-/// Gives up a forked child's copy of a handle: closes the child's copies of
-/// the descriptors, frees the handle, and removes nothing.
+/// Frees a forked child's copy of a handle without removing the rules.
 ///
-/// A worker process that was forked by the process which installed the rules
-/// calls it once, first of all. Until every process that has the descriptors
-/// has ended or called it, the kernel keeps the table. In the process that
-/// installed the rules it leaves routing behind, which the next
-/// tp_install_rules or tp_purge_rules removes; there, call tp_remove_rules.
+/// Closes the child's copies of the descriptors and frees the handle. Call it once, first, in a worker
+/// process that was forked by the process that installed the rules. The kernel keeps the table until every
+/// process that has the descriptors has ended or has called this function. In the process that installed
+/// the rules, call tp_remove_rules() instead: there this function leaves routing behind, which the next
+/// tp_install_rules() or tp_purge_rules() removes.
 ///
 /// @param rules  handle, or NULL, which does nothing. The handle is freed.
 ///
-/// Async-signal-safe: no. Thread-safe; no other call may use the handle at the
-/// same time. errno is unchanged.
+/// errno is unchanged. Not async-signal-safe.
+///
+/// Thread-safe; no other call may use the handle at the same time.
+///
+/// @since 0.2.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_forget_rules(rules: *mut tp_rules) {
     let _: c_int = guard(|| {
@@ -143,15 +160,27 @@ pub unsafe extern "C" fn tp_forget_rules(rules: *mut tp_rules) {
     });
 }
 
-/// Replaces what the rules ask for, in one transaction: every packet is treated
-/// either by the old rules or by the new. Counters go on.
+/// Atomically replaces the configuration of installed rules.
 ///
-/// config, size: as tp_install_rules. The name and TP_RULES_PERSIST stay as
-/// they are, and so do table and priority (leave them zero, or say the same).
-/// On failure the old rules are as they were.
+/// One transaction: each packet is processed by either the old or the new rules. Counters are preserved.
+/// The name, TP_RULES_PERSIST, the table and the priority cannot change: leave table and priority 0 or
+/// repeat their values. On failure the old rules are unchanged.
 ///
-/// Returns 0, or -1 with errno as tp_install_rules; EFAULT also if rules is
-/// NULL; EBADF, EBUSY, EDEADLK, ENOENT: as tp_rules_stats.
+/// @param rules   handle from tp_install_rules().
+/// @param config  new configuration.
+/// @param size    sizeof(struct tp_rules_config).
+/// @return 0, or -1 with errno:
+///   EFAULT   rules or config is NULL, or an array is NULL while its count is not 0
+///   ENOENT   the table was removed, or now belongs to another instance
+///   EBADF    the program closed the descriptors of the handle, or their numbers are now used otherwise
+///   EBUSY    this is a forked child, and the process that installed the rules is running
+///   EDEADLK  another thread was in a call on the handle when this process was forked
+///   EINVAL, E2BIG, EOPNOTSUPP, EPERM
+///            as for tp_install_rules(); its other errors are possible too
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const tp_rules_config, size: usize) -> c_int {
     guard(|| {
@@ -165,26 +194,29 @@ pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const t
     })
 }
 
-/// Removes what a dead or persistent instance left: its rules if they
-/// persist, and routing. Never what a living process has.
+/// Removes what a dead or persistent instance left behind: its rules, if they are persistent, and routing.
 ///
-/// name: the instance's, or NULL for all of them. An instance that left
-/// nothing is no error. On success nothing is left: if it cannot be known
-/// whether something is left, the call fails.
+/// Never removes the rules of a running process. An instance that left nothing is not an error. Success
+/// means that nothing is left: if this cannot be determined, the call fails.
 ///
-/// Runs iptables only if the kernel has chains of this library there. Which
-/// chains it has is read from the kernel. (Without /proc, or without the right
-/// to read /proc/net/ip_tables_names, the kernel is asked for the legacy tables
-/// mangle and nat, and makes them, empty, if it can.)
-///
-/// Returns 0, or -1 with errno:
-///   EBUSY       a living process has these rules
-///   EINVAL      no valid name
-///   EPERM       no CAP_NET_ADMIN over this network namespace
+/// @param name  name of the instance, or NULL for all instances.
+/// @return 0, or -1 with errno:
+///   EBUSY            a running process has these rules
+///   EINVAL           name is not valid
+///   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
 ///   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
-///               a program of iptables failed, see above
-///   EMFILE, ENFILE, ENOBUFS, ENOMEM
-///               as tp_socket
+///                    a program of iptables failed; see "Programs" in tproxy(7)
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
+///
+/// Runs iptables only if the kernel has chains of this library there, which is read from the kernel.
+/// Without /proc, or without permission to read /proc/net/ip_tables_names, the kernel is asked for the
+/// legacy tables mangle and nat, and creates them, empty, if it can.
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
     guard(|| {
@@ -194,23 +226,38 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
     })
 }
 
-/// Adds prefixes to a set and removes others from it, in one transaction,
-/// while the rules work. What is sent to the kernel is the change alone, and
-/// what it costs does not grow with the set; but once in a while, as a set
-/// grows, it is sent whole, as tp_replace_rules would.
+/// Adds prefixes to a set and removes prefixes from it, in one transaction, while the rules are active.
 ///
-/// set: TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed if
-/// they were given (none given means every address), bypass always. A set may
-/// become empty: an empty dst or src intercepts nothing. Prefixes may
-/// overlap: an address is in the set as long as one of them covers it. To add
-/// one that is there is fine; what is both added and removed is removed.
+/// Sends only the change to the kernel, so the cost does not depend on the size of the set; occasionally,
+/// when a set has grown, it is rebuilt as by tp_replace_rules().
 ///
-/// Returns 0, or -1 with errno and nothing changed: EFAULT: rules is NULL, or
-/// an array with a count. EINVAL: no such set, no valid prefix, or of a family
-/// that the rules do not serve. ENOENT: a prefix to be removed is not there.
-/// EMSGSIZE: a larger change than one transaction may be here (some 10,000
-/// prefixes with the default net.core.wmem_max, any number as root of the host).
-/// EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
+/// Prefixes may overlap: an address is in the set as long as one prefix covers it. Adding a prefix that
+/// is present is not an error. A prefix that is both added and removed is removed. A set may become empty:
+/// with an empty dst or src, nothing is intercepted.
+///
+/// @param rules     handle from tp_install_rules().
+/// @param set       TP_SET_DST, TP_SET_SRC or TP_SET_BYPASS. dst and src can be changed only if they were
+///                  given to tp_install_rules(), because an omitted set matches all addresses; bypass can
+///                  be changed except with TP_RULES_DIVERT_ONLY.
+/// @param add       prefixes to add.
+/// @param n_add     number of prefixes to add.
+/// @param remove    prefixes to remove.
+/// @param n_remove  number of prefixes to remove.
+/// @return 0, or -1 with errno and with nothing changed:
+///   EFAULT    rules is NULL, or an array is NULL while its count is not 0
+///   EINVAL    set is unknown, or cannot be changed with this configuration
+///   EINVAL    a prefix is not valid, or is of a family that the rules do not serve
+///   ENOENT    a prefix to remove is not in the set
+///   ENOENT    the table was removed, or now belongs to another instance
+///   EMSGSIZE  the change exceeds the size of one transaction (about 10,000 prefixes with the default
+///             net.core.wmem_max; no limit for root of the host)
+///   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
+///   EBUSY     this is a forked child, and the process that installed the rules is running
+///   EDEADLK   another thread was in a call on the handle when this process was forked
+///
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_update_rules(
     rules: *mut tp_rules,
@@ -237,17 +284,24 @@ pub unsafe extern "C" fn tp_update_rules(
     })
 }
 
-/// Reads what the rules have done since they were installed.
+/// Reads the counters of the rules since they were installed.
 ///
-/// stats, size: where it goes, and sizeof(struct tp_rules_stats).
+/// @param rules  handle from tp_install_rules().
+/// @param stats  receives the counters.
+/// @param size   sizeof(struct tp_rules_stats).
+/// @return 0, or -1 with errno:
+///   EFAULT   rules or stats is NULL
+///   EINVAL   size is less than the size of the first version of the struct
+///   E2BIG    size is greater than the size of the struct in this version
+///   ENOENT   the table was removed, or now belongs to another instance
+///   EBADF    the program closed the descriptors of the handle, or their numbers are now used otherwise
+///   EBUSY    this is a forked child, and the process that installed the rules is running; use
+///            tp_read_stats()
+///   EDEADLK  another thread was in a call on the handle when this process was forked
 ///
-/// Returns 0, or -1 with errno: EFAULT: rules or stats is NULL. EINVAL: a size
-/// less than the first version's. E2BIG: larger than this library knows.
-/// ENOENT: the table is gone, or is another instance's by now. EBADF: the
-/// program has closed the descriptors of the handle, or something else has
-/// their numbers. EBUSY: this is a forked child, and the process that
-/// installed the rules lives (tp_read_stats works). EDEADLK: another thread
-/// was in a call on the handle when this process was forked.
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_rules_stats, size: usize) -> c_int {
     guard(|| {
@@ -260,14 +314,21 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
     })
 }
 
-/// Reads what the rules of an instance have done, whatever process they
-/// belong to.
+/// Reads the counters of an instance by name, whichever process owns it.
 ///
-/// name: the instance's; NULL: "tproxy". stats, size: as tp_rules_stats.
+/// @param name   name of the instance. NULL: "tproxy".
+/// @param stats  receives the counters.
+/// @param size   sizeof(struct tp_rules_stats).
+/// @return 0, or -1 with errno:
+///   ENOENT  no rules of this name exist
+///   EPERM   CAP_NET_ADMIN is missing in the owner of this network namespace
+///   EFAULT  stats is NULL
+///   EINVAL  name is not valid, or size is less than the size of the first version of the struct
+///   E2BIG   size is greater than the size of the struct in this version
 ///
-/// Returns 0, or -1 with errno: ENOENT: there are no rules of this name.
-/// EPERM: no CAP_NET_ADMIN over this network namespace. EFAULT, EINVAL, E2BIG:
-/// as tp_rules_stats; EINVAL also if the name is not valid.
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_read_stats(name: *const c_char, stats: *mut tp_rules_stats, size: usize) -> c_int {
     guard(|| {
@@ -294,20 +355,27 @@ fn as_c(found: &rules::Stats) -> tp_rules_stats {
     }
 }
 
-/// Writes the script that would do what tp_install_rules does on a host where
-/// nothing is taken, and does nothing else. It needs no privilege.
+/// Writes the shell script that is equivalent to tp_install_rules() on a host where all names, tables and
+/// priorities are free.
 ///
-/// It is a POSIX shell script, NUL-terminated UTF-8, and it ends at the first
-/// command that fails. Rules made by it belong to
-/// no process: they stay until somebody deletes them.
+/// Has no other effect and needs no privilege. The script is for POSIX sh, NUL-terminated UTF-8, and exits
+/// at the first command that fails. Rules that it installs belong to no process: they stay until they are
+/// deleted.
 ///
-/// config, size: as tp_install_rules. format: TP_FORMAT_NFT or
-/// TP_FORMAT_IPTABLES. buf, len: a place and its size, which becomes the size of the
-/// script with its NUL; buf may be NULL to learn that size alone.
+/// @param config  configuration, as for tp_install_rules().
+/// @param size    sizeof(struct tp_rules_config).
+/// @param format  TP_FORMAT_NFT or TP_FORMAT_IPTABLES.
+/// @param buf     buffer for the script, or NULL to query its size.
+/// @param len     size of buf in bytes; on success the size of the script including its NUL.
+/// @return 0, or -1 with errno and with nothing written:
+///   EFAULT      config or len is NULL
+///   ERANGE      the buffer is too small
+///   EINVAL      format is unknown, or config is not valid, as for tp_install_rules()
+///   EOPNOTSUPP  iptables cannot do what config requests
 ///
-/// Returns 0, or -1 with errno and nothing written: EFAULT: config or len is
-/// NULL. ERANGE: too little room. EINVAL: as tp_install_rules, or no such
-/// format. EOPNOTSUPP: what iptables cannot do.
+/// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_render_rules(
     config: *const tp_rules_config,

@@ -14,40 +14,45 @@ use crate::orig_dst;
 use crate::socket::{self, ConnectOptions, ListenOptions};
 use crate::sys::SavedErrno;
 
-/// The new socket is non-blocking (O_NONBLOCK). tp_listen, tp_connect_from.
+/// Makes the new socket non-blocking (O_NONBLOCK). Flag of tp_listen() and tp_connect_from().
 pub const TP_NONBLOCK: u32 = 0x1;
-/// Several listeners share the address and port, and the kernel spreads
-/// the connections among them (SO_REUSEPORT). tp_listen.
+/// Lets several listeners share the address and port; the kernel distributes connections among them
+/// (SO_REUSEPORT). Flag of tp_listen().
 pub const TP_LISTEN_REUSEPORT: u32 = 0x2;
-/// Connect from the source's own port if it can be had, else from any
-/// other. tp_connect_from.
+/// Connects from the port in src if it is available, otherwise from any port. Flag of tp_connect_from().
 pub const TP_CONNECT_KEEP_PORT: u32 = 0x4;
-/// A datagram socket instead of a stream socket. tp_connect_from.
+/// Creates a UDP socket instead of a TCP socket. Flag of tp_connect_from().
 pub const TP_CONNECT_DGRAM: u32 = 0x8;
-/// What is to be sent on the connection is there already: the packet that ends
-/// the handshake waits for it. tp_connect_from.
+/// The caller will send data immediately: delays the final ACK of the handshake so that it carries the
+/// data. Flag of tp_connect_from().
 pub const TP_CONNECT_DATA_FOLLOWS: u32 = 0x10;
 
-/// Makes a socket like socket(2) that is transparent: it can be bound to,
-/// listen on and send from addresses that this host does not own
-/// (IP_TRANSPARENT, ip(7)).
+/// Creates a transparent socket.
 ///
-/// An AF_INET6 socket is dual-stack (IPV6_V6ONLY off): it serves IPv4 too,
-/// as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
-/// destination of every datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR).
-/// The descriptor is close-on-exec.
+/// Works like socket(2) and sets IP_TRANSPARENT (ip(7)), so that the socket can bind to, listen on and
+/// send from addresses that this host does not own. An AF_INET6 socket is dual-stack (IPV6_V6ONLY is
+/// off): it also handles IPv4, as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
+/// destination of each datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR). The descriptor is
+/// close-on-exec.
 ///
-/// domain: AF_INET or AF_INET6. type: SOCK_STREAM, SOCK_DGRAM or SOCK_RAW,
-/// with SOCK_NONBLOCK if wished. protocol: 0, or as for socket(2).
+/// @param domain    AF_INET or AF_INET6.
+/// @param type      SOCK_STREAM, SOCK_DGRAM or SOCK_RAW; SOCK_NONBLOCK may be added.
+/// @param protocol  0, or a protocol as for socket(2).
+/// @return descriptor, which the caller closes, or -1 with errno:
+///   EAFNOSUPPORT     domain is neither AF_INET nor AF_INET6, or the kernel has no IPv6
+///   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+///   EINVAL           type is invalid, as for socket(2)
+///   EPROTONOSUPPORT  the protocol is not supported, as for socket(2)
+///   ESOCKTNOSUPPORT  the socket type is not supported, as for socket(2)
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
 ///
-/// Returns a descriptor, which the caller closes, or -1 with errno:
-/// EAFNOSUPPORT: domain is neither of the two, or the kernel has no IPv6.
-/// EPERM: neither CAP_NET_RAW nor CAP_NET_ADMIN. EINVAL, EPROTONOSUPPORT,
-/// ESOCKTNOSUPPORT: type or protocol, as socket(2). EMFILE, ENFILE: a
-/// descriptor limit. ENOBUFS, ENOMEM: no memory.
+/// System calls: socket, and one setsockopt per option named above.
 ///
-/// System calls: socket and one setsockopt for each option named above.
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_int {
     guard_hot(|| {
@@ -56,20 +61,24 @@ pub extern "C" fn tp_socket(domain: c_int, r#type: c_int, protocol: c_int) -> c_
     })
 }
 
-/// Makes a socket transparent that the program has already: from socket
-/// activation, an event library, another language.
+/// Makes an existing socket transparent.
 ///
-/// As with tp_socket a SOCK_DGRAM socket reports original destinations from
-/// then on. Nothing else changes: whether an AF_INET6 socket is dual-stack
-/// stays as it is. Do it before bind, and on a listener before it is given to
-/// tp_install_rules. Connections that a transparent listener accepts are
-/// transparent.
+/// For sockets that come from socket activation, an event library or another language. As with
+/// tp_socket(), a SOCK_DGRAM socket reports original destinations from then on. Other options are
+/// unchanged: an AF_INET6 socket stays dual-stack or IPv6-only as it was. Call this before bind(2), and
+/// for a listener before it is passed to tp_install_rules(). Connections accepted by a transparent
+/// listener are transparent.
 ///
-/// Returns 0, or -1 with errno: EBADF, ENOTSOCK: not a descriptor, not a
-/// socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6. EPERM: neither
-/// CAP_NET_RAW nor CAP_NET_ADMIN.
+/// @param fd  socket of family AF_INET or AF_INET6.
+/// @return 0, or -1 with errno:
+///   EBADF         fd is not an open descriptor
+///   ENOTSOCK      fd is not a socket
+///   EAFNOSUPPORT  the socket's family is neither AF_INET nor AF_INET6
+///   EPERM         neither CAP_NET_RAW nor CAP_NET_ADMIN
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
     guard(|| {
@@ -79,26 +88,31 @@ pub extern "C" fn tp_set_transparent(fd: c_int) -> c_int {
     })
 }
 
-/// Binds a socket to any address, whether this host owns it or not.
+/// Binds a socket to any address, including addresses that this host does not own.
 ///
-/// The socket is made transparent first; it need not come from tp_socket.
-/// addr is a struct sockaddr_in or sockaddr_in6 of the socket's family, in
-/// network byte order; an AF_INET6 socket takes IPv4 addresses v4-mapped.
-///
-/// A stream socket that is bound to port 0 gets its port when it connects or
-/// listens (IP_BIND_ADDRESS_NO_PORT); until then getsockname(2) shows 0. So
-/// one address can hold more connections, to several destinations, than there
+/// The socket is made transparent first; it need not come from tp_socket(). A stream socket bound to
+/// port 0 gets its port when it connects or listens (IP_BIND_ADDRESS_NO_PORT); until then getsockname(2)
+/// reports port 0. One address can therefore hold more connections, to several destinations, than there
 /// are ephemeral ports.
 ///
-/// Returns 0, or -1 with errno: EFAULT: addr is NULL. EINVAL: addrlen does
-/// not fit the family, or the socket is bound already. EAFNOSUPPORT: the
-/// address is not of the socket's family, or neither is of AF_INET or
-/// AF_INET6. EBADF, ENOTSOCK: not a descriptor, not a socket. EPERM: neither
-/// CAP_NET_RAW nor CAP_NET_ADMIN. EACCES: a port below 1024 without
-/// CAP_NET_BIND_SERVICE. EADDRINUSE: another socket has that address and
-/// port. EADDRNOTAVAIL and the rest of bind(2).
+/// @param fd       socket of family AF_INET or AF_INET6.
+/// @param addr     struct sockaddr_in or sockaddr_in6 of the socket's family, in network byte order. For
+///                 an AF_INET6 socket, IPv4 addresses are given v4-mapped.
+/// @param addrlen  size of addr in bytes.
+/// @return 0, or -1 with errno:
+///   EFAULT         addr is NULL
+///   EINVAL         addrlen does not fit the address family, or the socket is already bound
+///   EAFNOSUPPORT   addr is not of the socket's family, or a family is neither AF_INET nor AF_INET6
+///   EBADF          fd is not an open descriptor
+///   ENOTSOCK       fd is not a socket
+///   EPERM          neither CAP_NET_RAW nor CAP_NET_ADMIN
+///   EACCES         the port is below 1024, without CAP_NET_BIND_SERVICE
+///   EADDRINUSE     another socket has this address and port
+///   EADDRNOTAVAIL  as for bind(2); its other errors are possible too
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addrlen: socklen_t) -> c_int {
     guard(|| {
@@ -110,26 +124,33 @@ pub unsafe extern "C" fn tp_bind_nonlocal(fd: c_int, addr: *const sockaddr, addr
     })
 }
 
-/// Makes a transparent stream socket that listens on an address, whether
-/// this host owns it or not.
+/// Creates a transparent TCP socket that listens on any address, including addresses that this host does
+/// not own.
 ///
-/// This is the listener to give to tp_install_rules. 0.0.0.0 serves IPv4,
-/// :: serves IPv6 and IPv4, 127.0.0.1 and ::1 are reached by interception
-/// alone. SO_REUSEADDR is set, so that a program can be restarted at once.
+/// The socket is meant to be passed to tp_install_rules(). A listener on 0.0.0.0 serves IPv4; one on ::
+/// serves IPv6 and IPv4; one on 127.0.0.1 or ::1 is reached only by interception. SO_REUSEADDR is set, so
+/// that a program can be restarted at once.
 ///
-/// addr: a struct sockaddr_in or sockaddr_in6, in network byte order; with
-/// port 0 the kernel chooses one (getsockname(2) tells). backlog: as
-/// listen(2); negative asks for the most that the system allows
-/// (net.core.somaxconn). flags: TP_NONBLOCK, TP_LISTEN_REUSEPORT, or 0.
-///
-/// Returns a descriptor, which the caller closes, or -1 with errno: EFAULT:
-/// addr is NULL. EINVAL: addrlen does not fit the family, or flags has an
-/// unknown bit. EAFNOSUPPORT: the address family is neither AF_INET nor
-/// AF_INET6, or the kernel lacks it. EPERM, EACCES, EADDRINUSE,
-/// EADDRNOTAVAIL: as tp_bind_nonlocal. EMFILE, ENFILE, ENOBUFS, ENOMEM: as
-/// tp_socket.
+/// @param addr     struct sockaddr_in or sockaddr_in6, in network byte order. With port 0 the kernel
+///                 chooses a port, which getsockname(2) reports.
+/// @param addrlen  size of addr in bytes.
+/// @param backlog  as for listen(2); if negative, the system's maximum (net.core.somaxconn) is used.
+/// @param flags    TP_NONBLOCK and TP_LISTEN_REUSEPORT, or 0.
+/// @return descriptor, which the caller closes, or -1 with errno:
+///   EFAULT           addr is NULL
+///   EINVAL           addrlen does not fit the address family, or flags has an unknown bit
+///   EAFNOSUPPORT     the family is neither AF_INET nor AF_INET6, or the kernel lacks it
+///   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+///   EACCES           the port is below 1024, without CAP_NET_BIND_SERVICE
+///   EADDRINUSE       another socket has this address and port
+///   EADDRNOTAVAIL    as for bind(2)
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
 ///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, backlog: c_int, flags: u32) -> c_int {
     guard(|| {
@@ -142,62 +163,67 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
     })
 }
 
-/// Connects to dst so that the server sees the connection come from src, an
-/// address that this host need not own.
+/// Connects to dst with src as the source address, which this host need not own.
 ///
-/// src and dst: a struct sockaddr_in or sockaddr_in6 each, in network byte
-/// order, of one family; v4-mapped addresses are taken as IPv4, so what
-/// accept(2) and tp_orig_dst gave can be passed on as it is. The answers come
-/// back to this host if it is on their way, and to the socket by the divert
-/// rule that tp_install_rules installs (not with TP_RULES_REDIRECT). So does
-/// what routers and hosts say of its packets (ICMP): that they are too big for
-/// a link, or refused.
+/// The server sees a connection from src. Replies return to this host if it is on their path, and reach
+/// the socket through the divert rule of tp_install_rules() (not with TP_RULES_REDIRECT). The same applies
+/// to ICMP errors about its packets (packet too big, port unreachable).
 ///
-/// The port: without TP_CONNECT_KEEP_PORT any that is free for this destination; the
-/// port in src does not count. With TP_CONNECT_KEEP_PORT the one in src, unless it is
-/// 0, in use (EADDRINUSE or EADDRNOTAVAIL within) or not permitted (below
-/// 1024 without CAP_NET_BIND_SERVICE): then any, as without.
+/// Source port: without TP_CONNECT_KEEP_PORT, any port that is free for this destination; the port in src
+/// is ignored. With TP_CONNECT_KEEP_PORT, the port in src, unless it is 0, in use (EADDRINUSE or
+/// EADDRNOTAVAIL) or not permitted (below 1024 without CAP_NET_BIND_SERVICE); then any port.
 ///
-/// flags: TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM, TP_CONNECT_DATA_FOLLOWS, or 0. With TP_NONBLOCK the connection
-/// may still be under way when the descriptor is returned: wait until it is
-/// writable, then SO_ERROR tells. Without, the call waits, at most as long as
-/// the kernel tries (net.ipv4.tcp_syn_retries).
+/// TP_NONBLOCK: the connection may still be in progress when the call returns. Wait until the socket is
+/// writable, then read SO_ERROR. Without TP_NONBLOCK the call blocks, at most as long as the kernel
+/// retries (net.ipv4.tcp_syn_retries).
 ///
-/// With TP_CONNECT_DGRAM it is a UDP socket, connected to dst: send(2) sends from src,
-/// and recv(2) receives what dst answers to it. (What others sent to src at the
-/// very moment of the call is dropped; where a datagram of theirs that slips
-/// through matters, look at the sender that recvfrom(2) gives.) What the
-/// client sends goes to the listener as before. Several such sockets, to
-/// different destinations, can have one port of src (SO_REUSEADDR). Let there
-/// be no two with the same port and destination: the kernel does not refuse
-/// that, and gives the answers to either.
+/// TP_CONNECT_DGRAM: the socket is a UDP socket connected to dst. send(2) sends from src, and recv(2)
+/// receives what dst sends to src. A datagram from a third party that arrives at src during the call is
+/// dropped. If one that slips through would matter, check the sender that recvfrom(2) reports.
+/// Datagrams that the client sends still go to the listener. Several such sockets may share a port of
+/// src if their destinations differ (SO_REUSEADDR). Do not create two with the same port and
+/// destination: the kernel allows it and delivers replies to an arbitrary one.
 ///
-/// With TP_CONNECT_DATA_FOLLOWS the ACK that ends the handshake leaves with what is
-/// sent first, and so does the one for the first answer, if it can: a packet or
-/// two less for a short connection (TCP_QUICKACK off, tcp(7)). For a program
-/// that has the client's first bytes before it connects. If nothing is sent,
-/// the ACK leaves after 200 ms (TCP_DELACK_MAX, include/net/tcp.h), or when
-/// setsockopt(TCP_QUICKACK, 1) lets it; a server that speaks first waits so long.
+/// TP_CONNECT_DATA_FOLLOWS: the final ACK of the handshake is sent with the first data, and the ACK of
+/// the first reply also waits for data if it can, which saves one or two packets on a short connection
+/// (TCP_QUICKACK off, tcp(7)). It is meant for a program that has the client's first bytes before it
+/// connects. If no data is sent, the ACK is sent after 200 ms (TCP_DELACK_MAX, include/net/tcp.h) or
+/// after setsockopt(TCP_QUICKACK, 1); a server that sends first waits that long.
 ///
-/// Returns a connected socket, which the caller closes, or -1 with
-/// errno: EFAULT: src or dst is NULL. EINVAL: a length that does not fit its
-/// family, an unknown flag, TP_CONNECT_DATA_FOLLOWS with TP_CONNECT_DGRAM, src or dst is
-/// unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would connect with an
-/// address of this host, or to this host; or src is multicast or
-/// 255.255.255.255. (The broadcast address of a subnet looks like any other,
-/// and is not refused.) EAFNOSUPPORT: a family other than
-/// AF_INET and AF_INET6, or two different ones. EPERM: neither CAP_NET_RAW nor
-/// CAP_NET_ADMIN. EADDRNOTAVAIL: no port of src is left towards dst. EINTR: a
-/// signal came while waiting. ECONNREFUSED, ETIMEDOUT, ENETUNREACH,
-/// EHOSTUNREACH and the rest of connect(2). EMFILE, ENFILE, ENOBUFS, ENOMEM:
-/// as tp_socket. On failure no descriptor is left open.
+/// @param src     struct sockaddr_in or sockaddr_in6, in network byte order. A v4-mapped address is
+///                treated as IPv4, so results of accept(2) and tp_orig_dst() can be passed unchanged.
+/// @param srclen  size of src in bytes.
+/// @param dst     address to connect to, of the same family as src, in the same form.
+/// @param dstlen  size of dst in bytes.
+/// @param flags   TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM and TP_CONNECT_DATA_FOLLOWS, or 0.
+/// @return connected socket, which the caller closes, or -1 with errno:
+///   EFAULT           src or dst is NULL
+///   EINVAL           srclen or dstlen does not fit its address family
+///   EINVAL           flags has an unknown bit
+///   EINVAL           TP_CONNECT_DATA_FOLLOWS is given together with TP_CONNECT_DGRAM
+///   EINVAL           src is multicast or 255.255.255.255 (the broadcast address of a subnet is not refused)
+///   EINVAL           src or dst is unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would use an
+///                    address of this host, or connect to this host
+///   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
+///   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+///   EADDRNOTAVAIL    no port of src is free for dst
+///   EINTR            a signal interrupted the wait
+///   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH
+///                    as for connect(2); its other errors are possible too
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
 ///
-/// System calls: socket, setsockopt(IP_TRANSPARENT),
-/// setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect; with TP_CONNECT_KEEP_PORT
-/// SO_REUSEADDR in place of IP_BIND_ADDRESS_NO_PORT, and with TP_CONNECT_DGRAM neither
-/// or SO_REUSEADDR, and a recv at the end, so that nothing is left that came
-/// from others before the connect; with TP_CONNECT_DATA_FOLLOWS one setsockopt more.
+/// On failure no descriptor is left open.
+///
+/// System calls: socket, setsockopt(IP_TRANSPARENT), setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect.
+/// With TP_CONNECT_KEEP_PORT, SO_REUSEADDR is set in place of IP_BIND_ADDRESS_NO_PORT. With
+/// TP_CONNECT_DGRAM, IP_BIND_ADDRESS_NO_PORT is never set, and a recv at the end discards datagrams
+/// that arrived from others before the connect. TP_CONNECT_DATA_FOLLOWS adds one setsockopt.
+///
 /// Thread-safe.
+///
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_connect_from(
     src: *const sockaddr,
@@ -229,32 +255,33 @@ pub unsafe extern "C" fn tp_connect_from(
     })
 }
 
-/// Where an accepted connection was going before it was intercepted.
+/// Returns the destination that an accepted connection had before it was intercepted.
 ///
-/// Works for both ways of interception: a transparent socket (TPROXY) has
-/// the original destination as its own address; any other asks connection
-/// tracking (SO_ORIGINAL_DST: REDIRECT, DNAT). Connection tracking is never
-/// asked about a transparent socket, since it may hold another connection's
-/// entry.
+/// Works for both kinds of interception. A transparent socket (TPROXY) has the original destination as
+/// its local address. For any other socket, connection tracking is queried (SO_ORIGINAL_DST: REDIRECT,
+/// DNAT). Connection tracking is never queried for a transparent socket, because it may hold the entry
+/// of a different connection. For a connection made directly to a transparent listener, the result is
+/// the listener's own address, to which the client connected.
 ///
-/// A connection that was made straight to a transparent listener gives the
-/// listener's own address: the original destination is where the client
-/// connected to.
+/// @param fd       stream socket from accept(2).
+/// @param addr     buffer for the address, in network byte order and of the socket's family: an IPv4
+///                 connection of an AF_INET6 listener is reported v4-mapped.
+/// @param addrlen  size of addr in bytes; on success the size of the address. A short buffer is
+///                 EINVAL; the address is never truncated. A struct sockaddr_storage is always enough.
+/// @return 0, or -1 with errno and with addr and addrlen unchanged:
+///   EFAULT        addr or addrlen is NULL
+///   EINVAL        the buffer is too small
+///   ENOENT        the socket is not transparent, and connection tracking has no REDIRECT or DNAT of it
+///   ENOTCONN      the socket is bound to the wildcard address, or not bound: it was not accepted
+///   EBADF         fd is not an open descriptor
+///   ENOTSOCK      fd is not a socket
+///   EAFNOSUPPORT  the socket's family is neither AF_INET nor AF_INET6
 ///
-/// fd: a stream socket from accept(2). addr and addrlen: as getsockname(2),
-/// a place and its size, which becomes the size of the address; but too
-/// little room is EINVAL, not a cut address. A struct sockaddr_storage always
-/// has enough. The address is in network byte order and of the socket's
-/// family: an IPv4 connection of an AF_INET6 listener gives it v4-mapped.
+/// System calls: getsockopt and getsockname; one more getsockopt if the socket is not transparent.
 ///
-/// Returns 0, or -1 with errno, addr and addrlen untouched: EFAULT: addr or
-/// addrlen is NULL. EINVAL: too little room. ENOENT: the socket is not
-/// transparent, and no REDIRECT or DNAT of the connection is known. ENOTCONN:
-/// a socket that is bound to every address, or to none: not an accepted one. EBADF, ENOTSOCK: not a descriptor, not a
-/// socket. EAFNOSUPPORT: not a socket of AF_INET or AF_INET6.
+/// Thread-safe.
 ///
-/// System calls: getsockopt and getsockname; one more getsockopt if the
-/// socket is not transparent. Thread-safe.
+/// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_orig_dst(fd: c_int, addr: *mut sockaddr, addrlen: *mut socklen_t) -> c_int {
     guard_uncancellable(|| {

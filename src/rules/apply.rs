@@ -10,14 +10,16 @@
 use std::os::fd::BorrowedFd;
 
 use crate::backend::iptables;
-use crate::backend::nft::object::{Object, Variant};
+use crate::backend::nft::object::Object;
 use crate::backend::nft::ruleset::{self, PrefixList};
+use crate::backend::nft::set::Variant;
 use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
-use crate::model::{Backend, Families, Mode, Plan};
+use crate::model::{Backend, Families, Mode};
 use crate::netlink::Channel;
+use crate::plan::Plan;
 
 use super::config::Config;
 use super::plan;
@@ -33,8 +35,16 @@ pub struct Instance {
     /// How the sets in force are named.
     variant: Variant,
     routing: Routing,
-    /// The rules are in iptables, and the table holds but the name and the slot.
-    by_iptables: bool,
+    installed: Installed,
+}
+
+/// Where the rules are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Installed {
+    /// In the table.
+    Nft,
+    /// In chains of iptables; the table holds only the name and the slot.
+    Iptables,
 }
 
 /// Packets and bytes since the rules were installed.
@@ -76,27 +86,27 @@ impl Instance {
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Instance> {
         let plan = plan::make(config)?;
-        let by_nft = |plan| channels().and_then(|(nft, route)| Instance::install_over(config, plan, nft, route));
+        let by_nft = |plan| channels().and_then(|(nft, route)| Instance::install_by_nft(plan, nft, route));
         match config.backend {
             Backend::Nft => by_nft(plan),
-            Backend::Iptables => Instance::install_by_iptables(config, plan),
+            Backend::Iptables => Instance::install_by_iptables(plan),
             Backend::Auto => by_nft(plan).or_else(|error| {
                 let plan = plan::make(config)?;
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }
-                Instance::install_by_iptables(config, plan).map_err(|other| {
+                Instance::install_by_iptables(plan).map_err(|other| {
                     Error::with(other.errno(), format_args!("{error}; and by iptables instead: {other}"))
                 })
             }),
         }
     }
 
-    fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
+    fn install_by_nft(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
         if !shows_later {
-            drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
+            drop_ipv6_if_unavailable(&mut plan, &mut route)?;
         }
         let mut excluded_tables = Vec::new();
         let (table, variant) = (table::name_of(&plan.name), Variant::default());
@@ -104,7 +114,7 @@ impl Instance {
             let claim = slot::claim(&plan, &mut nft, &mut route, &excluded_tables)?;
             let routing = routing(&plan, claim.slot);
             if claim.adopted {
-                drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
+                drop_ipv6_if_unavailable(&mut plan, &mut route)?;
                 break (routing, true);
             }
             match install_at(&plan, &table, &routing, &mut nft, &mut route) {
@@ -115,14 +125,14 @@ impl Instance {
                 }
                 Err(Refused { error, .. }) => {
                     let before = plan.families;
-                    drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
+                    drop_ipv6_if_unavailable(&mut plan, &mut route)?;
                     if plan.families == before {
                         return Err(error);
                     }
                 }
             }
         };
-        let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: false };
+        let mut rules = Instance { nft, route, table, plan, variant, routing, installed: Installed::Nft };
         if adopted {
             rules.take_over()?;
         }
@@ -131,11 +141,13 @@ impl Instance {
 
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
-        if self.by_iptables {
-            return self.counted();
+        match self.installed {
+            Installed::Iptables => self.counted(),
+            Installed::Nft => {
+                self.require_table()?;
+                counted(&mut self.nft, &self.table)
+            }
         }
-        self.require_table()?;
-        counted(&mut self.nft, &self.table)
     }
 
     /// Refuses to speak for a table that is gone, or that another socket has made since.
@@ -181,11 +193,14 @@ impl Instance {
     }
 
     fn undo(&mut self) -> Result<()> {
-        let rules = if self.by_iptables { self.remove_chains() } else { Ok(()) };
+        let rules = match self.installed {
+            Installed::Iptables => self.remove_chains(),
+            Installed::Nft => Ok(()),
+        };
         let routing = route::delete(&mut self.route, &self.routing);
-        let table = match self.by_iptables {
-            true => by_iptables::unclaim(&mut self.nft, &self.table),
-            false => delete_table(&mut self.nft, &self.table),
+        let table = match self.installed {
+            Installed::Iptables => by_iptables::unclaim(&mut self.nft, &self.table),
+            Installed::Nft => delete_table(&mut self.nft, &self.table),
         };
         rules.and(routing).and(table)
     }
@@ -277,8 +292,8 @@ pub fn purge(name: Option<&str>) -> Result<()> {
 /// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
 ///
 /// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
-fn drop_ipv6_if_unavailable(config: &Config, plan: &mut Plan, route: &mut Channel) -> Result<()> {
-    let either = config.families.is_empty() && plan.families == Families::ALL;
+fn drop_ipv6_if_unavailable(plan: &mut Plan, route: &mut Channel) -> Result<()> {
+    let either = plan.families_are_default && plan.families == Families::ALL;
     if either && !route::has_ipv6(route)? {
         plan.leave_ipv6();
     }

@@ -7,8 +7,9 @@ use super::config::{Config, Listener};
 use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::model::{Families, Family, Intercept, Interfaces, Mark, Mode, Plan, PortRange, Protocol, Protocols};
+use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 use crate::name;
+use crate::plan::{Intercept, Interfaces, Plan};
 use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 
 /// An instance's name is part of names in the kernel, which are bounded.
@@ -38,6 +39,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         mark,
         output_mark,
         families: families(config.families, served)?,
+        families_are_default: config.families.is_empty(),
         protocols,
         intercepts,
         guard: !config.allow_direct,

@@ -5,12 +5,12 @@ use std::fmt::{self, Write};
 
 use super::config::Config;
 use super::{plan, slot};
-use crate::backend::nft::object::Variant;
+use crate::backend::nft::set::Variant;
 use crate::backend::nft::{ruleset, table};
 use crate::backend::{iptables, route};
-use crate::error::{Error, Result};
-use crate::memory::Text;
-use crate::model::{Family, Plan};
+use crate::error::{Error, Result, Text};
+use crate::model::Family;
+use crate::plan::Plan;
 
 /// The shell script, of `ip` and `nft` commands, that does what [`Rules::install`](super::Rules::install) would on a
 /// host where nothing is taken.

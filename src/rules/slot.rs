@@ -10,8 +10,9 @@ use crate::backend::nft::table::{self, RoutingSlot, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
 use crate::error::{Error, Result};
-use crate::model::{Families, Plan};
+use crate::model::Families;
 use crate::netlink::Channel;
+use crate::plan::Plan;
 
 /// Places for instances that ask for none of their own: routing rules from
 /// this preference on, four each, and a routing table each.

@@ -16,7 +16,8 @@ mod trace;
 
 use crate::check::findings::{self, Finding, Findings, Severity};
 use crate::error::{Error, Result};
-use crate::model::{Family, Interfaces, Protocol};
+use crate::model::{Family, Protocol};
+use crate::plan::Interfaces;
 use crate::rules::{Config, plan};
 use crate::sys;
 use probe::{Probe, ProbeResult};
@@ -43,7 +44,7 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
         Ok(found.0)
     };
     // A program's signals are for its own threads.
-    let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_self_test", worker));
+    let outcome = sys::without_signals(|| sys::in_a_thread("tp_self_test", worker));
     let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
     outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
 }
@@ -66,7 +67,7 @@ fn report(probe: &Probe, found: &mut Findings) {
 }
 
 /// What the config does not ask for was not tried.
-fn skipped(config: &Config, plan: &crate::model::Plan, found: &mut Findings) {
+fn skipped(config: &Config, plan: &crate::plan::Plan, found: &mut Findings) {
     let mut skip = |name: &dyn std::fmt::Display| {
         found.push(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
     };

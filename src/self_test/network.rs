@@ -1,5 +1,6 @@
 //! Two networks that nobody else uses, joined.
 
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -112,7 +113,7 @@ fn unshared() -> Result<OwnedFd> {
         Error::with(errno, format_args!("unshare(CLONE_NEWNET): {e}{fix}"))
     };
     sys::unshare_network().map_err(failed)?;
-    sys::open("/proc/thread-self/ns/net").map_err(failed)
+    File::open("/proc/thread-self/ns/net").map(OwnedFd::from).map_err(|e| failed(e.into()))
 }
 
 fn channel() -> Result<Channel> {

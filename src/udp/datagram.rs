@@ -8,45 +8,40 @@ use std::net::SocketAddr;
 use libc::sockaddr_storage;
 
 use super::control::Control;
-use super::message;
+use super::storage;
 use crate::address::KernelAddr;
 
-/// One datagram, or several of one flow and equal length: a place for what is
-/// received, and what is to be sent. tp_recv_datagrams fills it, tp_reply
-/// sends it back.
+/// Describes one datagram, or a GRO/GSO batch of equally sized datagrams of one flow.
 ///
-/// 296 bytes on 64-bit machines. Addresses are in network byte order, all else
-/// in host order.
+/// tp_recv_datagrams() fills it and tp_reply() sends it. 296 bytes on 64-bit machines. Addresses are in
+/// network byte order, other fields in host byte order.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Datagram<'a> {
-    /// The caller's memory. NULL is fine where there are no bytes.
+    /// Buffer of the caller. May be NULL if it holds no bytes.
     data: *mut c_void,
-    /// How many bytes have room at data. tp_recv_datagrams reads it; tp_reply
-    /// does not.
+    /// Size of the buffer. Read by tp_recv_datagrams(), ignored by tp_reply().
     capacity: usize,
-    /// How many bytes were received, or are to be sent. 0 is a datagram too.
+    /// Number of bytes received or to send. Zero-length datagrams are valid.
     len: usize,
-    /// If len is more than this: the length of each of the datagrams that data
-    /// has one after the other, but for the last, which may be shorter
-    /// (UDP_GRO, UDP_SEGMENT). 0: one datagram.
+    /// Segment size. If non-zero and less than len, data holds consecutive datagrams of this size; the last
+    /// may be shorter (UDP_GRO, UDP_SEGMENT).
     segment_len: u32,
-    /// TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC, TP_DGRAM_NO_ORIG_DST. tp_reply does
-    /// not look at them.
+    /// TP_DGRAM_TRUNC, TP_DGRAM_CTRUNC and TP_DGRAM_NO_ORIG_DST. Ignored by tp_reply().
     flags: u32,
-    /// The errno value of this datagram, 0 if it was received or sent.
+    /// errno of this datagram; 0 if it was received or sent.
     error: Cell<i32>,
-    /// Who sent it, and whom tp_reply sends to.
+    /// Sender of a received datagram; destination of tp_reply().
     client: sockaddr_storage,
-    /// Where it was going, and where tp_reply's datagram comes from. ss_family
-    /// is AF_UNSPEC (0) if the kernel did not tell.
+    /// Original destination of a received datagram; source address of tp_reply(). ss_family is AF_UNSPEC (0)
+    /// if the kernel did not report it.
     orig_dst: sockaddr_storage,
     _memory: PhantomData<&'a mut [u8]>,
 }
 
 /// The datagram was longer than its place; the rest of it is lost.
 pub(crate) const TRUNC: u32 = 0x1;
-/// The control data were df_cleared: the socket reports more than there was room for.
+/// The control data were cut: the socket reports more than there was room for.
 pub(crate) const CTRUNC: u32 = 0x2;
 /// The kernel gave no original destination.
 pub(crate) const NO_ORIG_DST: u32 = 0x4;
@@ -62,8 +57,8 @@ impl<'a> Datagram<'a> {
             segment_len: 0,
             flags: 0,
             error: Cell::new(0),
-            client: message::NO_ADDRESS,
-            orig_dst: message::NO_ADDRESS,
+            client: storage::NO_ADDRESS,
+            orig_dst: storage::NO_ADDRESS,
             _memory: PhantomData,
         }
     }
@@ -71,12 +66,12 @@ impl<'a> Datagram<'a> {
     /// The bytes that were received, or are to be sent.
     #[inline(always)]
     pub fn data(&self) -> &[u8] {
-        message::bytes(self.data, self.len)
+        storage::bytes(self.data, self.len)
     }
 
     /// All of the memory.
     pub fn memory(&mut self) -> &mut [u8] {
-        message::bytes_mut(self.data, self.capacity)
+        storage::bytes_mut(self.data, self.capacity)
     }
 
     /// How many bytes are to be sent; no more than there is memory.
@@ -106,22 +101,22 @@ impl<'a> Datagram<'a> {
 
     /// Who sent it, and whom a reply goes to.
     pub fn client(&self) -> Option<SocketAddr> {
-        message::address(&self.client).get()
+        storage::address(&self.client).get()
     }
 
     /// Where it was going, and where a reply comes from.
     pub fn orig_dst(&self) -> Option<SocketAddr> {
-        message::address(&self.orig_dst).get()
+        storage::address(&self.orig_dst).get()
     }
 
     /// Whom a reply goes to.
     pub fn set_client(&mut self, client: SocketAddr) {
-        message::store_address(&mut self.client, &client.into());
+        storage::store_address(&mut self.client, &client.into());
     }
 
     /// Where a reply comes from.
     pub fn set_orig_dst(&mut self, orig_dst: SocketAddr) {
-        message::store_address(&mut self.orig_dst, &orig_dst.into());
+        storage::store_address(&mut self.orig_dst, &orig_dst.into());
     }
 
     /// Whether there should be room for bytes, and no memory that it is in.
@@ -132,7 +127,7 @@ impl<'a> Datagram<'a> {
     /// From whom it goes to whom, as they are there.
     #[inline(always)]
     pub(super) fn ends(&self) -> (&KernelAddr, &KernelAddr) {
-        (message::address(&self.orig_dst), message::address(&self.client))
+        (storage::address(&self.orig_dst), storage::address(&self.client))
     }
 
     /// Whether there are bytes to send, and no memory that they are in.
@@ -160,12 +155,12 @@ impl<'a> Datagram<'a> {
 
     /// What the kernel put there.
     #[inline(always)]
-    pub(super) fn received(&mut self, len: usize, mut control: Control, df_cleared: u32) {
+    pub(super) fn received(&mut self, len: usize, mut control: Control, cut: u32) {
         control.orig_dst.map_to_family(Some(self.client.ss_family.into()));
         self.len = len;
         self.segment_len = control.segment_len;
-        self.flags = df_cleared | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
+        self.flags = cut | if control.orig_dst.is_none() { NO_ORIG_DST } else { 0 };
         self.error.set(0);
-        message::store_address(&mut self.orig_dst, &control.orig_dst);
+        storage::store_address(&mut self.orig_dst, &control.orig_dst);
     }
 }

@@ -1,5 +1,5 @@
 //! Datagrams as the kernel takes and gives them: `struct msghdr`, many at a
-//! time. The one file of this folder that handles pointers.
+//! time. With `storage`, the one file of this folder that handles pointers.
 //!
 //! Little of it is on the stack: what is received goes into the caller's structs, control data included, and what is sent
 //! is put together in memory that a replier has for that. Only what is used is written; nothing is allocated.
@@ -18,44 +18,7 @@ use super::raw;
 use crate::address::KernelAddr;
 use crate::sys;
 
-/// No address: AF_UNSPEC.
-// SAFETY: integers, for which all zero is valid.
-pub(super) const NO_ADDRESS: sockaddr_storage = unsafe { zeroed() };
-
-/// Writes an address, or that there is none.
-#[inline(always)]
-pub(super) fn store_address(storage: &mut sockaddr_storage, addr: &KernelAddr) {
-    // SAFETY: an address is no longer than the storage, and nothing but bytes.
-    unsafe { ptr::from_mut(storage).cast::<KernelAddr>().write(*addr) };
-}
-
-/// The address that is there.
-#[inline(always)]
-pub(super) fn address(storage: &sockaddr_storage) -> &KernelAddr {
-    // SAFETY: as above, and at least as aligned.
-    unsafe { &*ptr::from_ref(storage).cast::<KernelAddr>() }
-}
-
-/// A datagram's bytes. Its fields are private, or by a C caller's word: so many bytes are there while it lives.
-#[inline(always)]
-pub(super) fn bytes<'a>(data: *mut c_void, len: usize) -> &'a [u8] {
-    if data.is_null() || len == 0 {
-        return &[];
-    }
-    // SAFETY: as above.
-    unsafe { std::slice::from_raw_parts(data.cast(), len) }
-}
-
-/// The same, to be written.
-pub(super) fn bytes_mut<'a>(data: *mut c_void, len: usize) -> &'a mut [u8] {
-    if data.is_null() || len == 0 {
-        return &mut [];
-    }
-    // SAFETY: as for bytes(); the borrow of the datagram is exclusive.
-    unsafe { std::slice::from_raw_parts_mut(data.cast(), len) }
-}
-
-/// SendBuffers for a datagram's control data: an original destination (48 bytes), a
+/// Room for a datagram's control data: an original destination (48 bytes), a
 /// segment length (24), and what else a program may have asked for: packet
 /// info (40), a time stamp (32), TTL and TOS (24 each).
 const CONTROL: usize = 192;

@@ -6,7 +6,7 @@
 //!   received by itself.
 //! * [`Replier`]: answers from any address and port.
 //!
-//! `message` alone knows how the kernel is handed all that; `control` alone
+//! `message` alone knows how the kernel is handed all that, `storage` what is in a datagram's memory; `control` alone
 //! knows how control data are laid out.
 
 mod control;
@@ -17,6 +17,8 @@ mod pool;
 mod raw;
 mod receive;
 mod replier;
+#[allow(unsafe_code)]
+mod storage;
 
 pub use control::Control;
 pub(crate) use control::orig_dst;

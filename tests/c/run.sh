@@ -38,7 +38,8 @@ expect "soname" test "$(readelf -d "$library" | sed -n 's/.*soname: \[\(.*\)\]/\
 expect "three names" test "$(readlink "$stage/lib/libtproxy.so") $(readlink "$stage/lib/libtproxy.so.0")" = "libtproxy.so.0 libtproxy.so.$version"
 nm -D --defined-only "$library" | awk '{ print $3 }' | sort > "$work/symbols"
 expect "exported symbols" diff "$here/symbols.txt" "$work/symbols"
-grep -o '\btp_[a-z_]*(' "$stage/include/tproxy.h" | tr -d '(' | sort -u > "$work/declared"
+# Without comments, which mention calls too.
+cc -fpreprocessed -dD -E -P "$stage/include/tproxy.h" | grep -o '\btp_[a-z_]*(' | tr -d '(' | sort -u > "$work/declared"
 declares_all() { comm -23 "$here/symbols.txt" "$work/declared" | grep . && return 1 || return 0; }
 expect "the header declares each" declares_all
 # Without link-time optimisation the archive is some 22 MB (the standard library whole).
@@ -53,14 +54,16 @@ expect "at most 720 KiB" is_small
 # make install into a DESTDIR and make uninstall: nothing more, nothing left.
 installs_cleanly() {
     make -C "$root" -s install DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
-        test "$(cd "$work/dest" && find . ! -type d | sort | tr '\n' ' ')" = "./usr/bin/tproxyctl ./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
+        test "$(cd "$work/dest" && find . ! -type d ! -path './usr/share/man/man3/*' | sort | tr '\n' ' ')" = "./usr/bin/tproxyctl ./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
 ./usr/lib/multi/libtproxy.so ./usr/lib/multi/libtproxy.so.0 ./usr/lib/multi/libtproxy.so.$version ./usr/lib/multi/pkgconfig/tproxy.pc \
-./usr/share/bash-completion/completions/tproxyctl ./usr/share/man/man8/tproxyctl.8 ./usr/share/zsh/site-functions/_tproxyctl " &&
+./usr/share/bash-completion/completions/tproxyctl ./usr/share/man/man7/tproxy.7 ./usr/share/man/man8/tproxyctl.8 ./usr/share/zsh/site-functions/_tproxyctl " &&
+        ls "$work/dest/usr/share/man/man3" | sed 's/\.3$//' | diff "$here/symbols.txt" - &&
         grep -qx 'prefix=/usr' "$work/dest/usr/lib/multi/pkgconfig/tproxy.pc" &&
         make -C "$root" -s uninstall DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
         test -z "$(find "$work/dest" ! -type d)"
 }
 expect "install and uninstall" installs_cleanly
+expect "man pages: mandoc has no complaint" mandoc -Tlint "$root"/man/*.[378]
 
 # The header alone, in every language version.
 echo '#include <tproxy.h>' > "$work/header.c"

@@ -4,6 +4,7 @@
 
 pub(crate) mod object;
 pub(crate) mod ruleset;
+pub(crate) mod set;
 pub(crate) mod statement;
 pub(crate) mod table;
 pub(crate) mod transaction;

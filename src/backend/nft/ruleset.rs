@@ -18,11 +18,13 @@
 //! and hangs from the nat hooks; without connection tracking the raw hooks
 //! have the same selection once more, and `untrack` at its end.
 
-use super::object::{Elements, Hook, Key, Object, Set, SetName, Variant};
+use super::object::{Hook, Object};
+use super::set::{Elements, Key, Set, SetName, Variant};
 use super::statement::{InterfacePrefix, Side, Statement, Verdict};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::model::{Families, Family, Intercept, Mode, Plan, PortRange, Protocol};
+use crate::model::{Families, Family, Mode, PortRange, Protocol};
+use crate::plan::{Intercept, Plan};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 const DIVERT: &str = "divert";

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
-use super::object::SetName;
+use super::set::SetName;
 use crate::backend::route::LOOPBACK;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;

@@ -13,6 +13,11 @@ use crate::sys;
 /// then not show the table.
 const PREFIX: &str = "libtproxy-";
 
+/// NFT_TABLE_F_OWNER: the table belongs to the socket that made it, and dies with it,
+pub(super) const OWNER: u32 = 2;
+/// unless NFT_TABLE_F_PERSIST: then it becomes an orphan, which another may adopt.
+pub(super) const PERSIST: u32 = 4;
+
 /// The name of an instance's table.
 pub(crate) fn name_of(instance: &str) -> String {
     [PREFIX, instance].concat()
@@ -115,15 +120,15 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     const NAME: u16 = 1;
     const FLAGS: u16 = 2;
     const USERDATA: u16 = 6;
-    const OWNER: u16 = 7;
+    const OWNER_PORT: u16 = 7;
     let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
     let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
         name: wire::string_of(attrs, NAME)?.to_owned(),
         slot: comment.and_then(RoutingSlot::parse),
-        owner: wire::be32_of(attrs, OWNER).map(channel::process_of_port),
-        owner_port: wire::be32_of(attrs, OWNER),
-        persistent: flags & super::transaction::PERSIST != 0,
+        owner: wire::be32_of(attrs, OWNER_PORT).map(channel::process_of_port),
+        owner_port: wire::be32_of(attrs, OWNER_PORT),
+        persistent: flags & PERSIST != 0,
     })
 }
 

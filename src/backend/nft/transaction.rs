@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use super::object::{Elements, Object, SetName, comment};
-use super::table::RoutingSlot;
+use super::object::{Object, comment};
+use super::set::{Elements, SetName};
+use super::table::{OWNER, PERSIST, RoutingSlot};
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::wire::{self, Buffer};
@@ -15,11 +16,6 @@ const END: u16 = 0x11;
 /// NFNL_BATCH_GENID: only if the ruleset is still of this generation.
 const GENERATION: u16 = 1;
 const RESOURCE: u16 = 10;
-
-/// NFT_TABLE_F_OWNER: the table belongs to the socket that made it, and dies with it,
-const OWNER: u32 = 2;
-/// unless NFT_TABLE_F_PERSIST: then it becomes an orphan, which another may adopt.
-pub(super) const PERSIST: u32 = 4;
 
 /// More bytes than most messages have.
 const MOST_NEED: usize = 240;
@@ -282,9 +278,10 @@ impl fmt::Display for Command<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::nft::object::Variant;
     use crate::backend::nft::ruleset;
-    use crate::model::{Families, Mark, Mode, Plan, Protocols};
+    use crate::backend::nft::set::Variant;
+    use crate::model::{Families, Mark, Mode, Protocols};
+    use crate::plan::Plan;
 
     /// The kernel points at the name attribute of an expression that it does not have.
     #[test]
@@ -295,6 +292,7 @@ mod tests {
             mark: Mark::DEFAULT,
             output_mark: None,
             families: Families::ALL,
+            families_are_default: true,
             protocols: Protocols { tcp: true, udp: false },
             intercepts: Vec::new(),
             guard: true,

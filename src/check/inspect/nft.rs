@@ -395,7 +395,8 @@ fn port_set(elements: &[Element], all: bool) -> PortSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::nft::object::{Object, Variant};
+    use crate::backend::nft::object::Object;
+    use crate::backend::nft::set::{SetName, Variant};
     use crate::backend::nft::statement::{Statement, Verdict as Ours};
     use crate::check::inspect::filter::{Rule, Verdict};
     use crate::model::{Mark, Protocol};
@@ -450,7 +451,7 @@ mod tests {
         assert_eq!(rule.parts, [Part::TranslateDestination(Some([127, 0, 0, 1].into())), tracked.clone()]);
         let rule = read_back(vec![Statement::CtReply, Statement::Verdict(Ours::Return)]);
         assert_eq!(rule.parts, [tracked, Part::Verdict(Verdict::Return)]);
-        let set = crate::backend::nft::object::SetName { base: "ports", len: None, variant: Variant::First };
+        let set = SetName { base: "ports", len: None, variant: Variant::First };
         let rule = read_back(vec![Statement::DestinationPortIn(set), Statement::Verdict(Ours::Jump("j"))]);
         assert_eq!(rule.parts, [only(Condition::Other), Part::Verdict(Verdict::Jump("j".into()))]);
     }

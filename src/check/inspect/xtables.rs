@@ -137,10 +137,10 @@ pub(crate) fn legacy_tables(family: Family) -> sys::Result<Vec<String>> {
         Family::V4 => "ip_tables_names",
         Family::V6 => "ip6_tables_names",
     };
-    match sys::read(&format!("{DIRECTORY}/{file}")) {
+    match std::fs::read_to_string(format!("{DIRECTORY}/{file}")).map_err(sys::Errno::from) {
         Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
         // The kernel has none of it.
-        Err(sys::Errno(libc::ENOENT)) if sys::file_size(DIRECTORY).is_some() => Ok(Vec::new()),
+        Err(sys::Errno(libc::ENOENT)) if std::fs::exists(DIRECTORY).unwrap_or(false) => Ok(Vec::new()),
         Err(e) => Err(e),
     }
 }

@@ -8,10 +8,10 @@ use std::os::fd::AsFd;
 
 impl Instance {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
-    pub(super) fn install_by_iptables(config: &Config, mut plan: Plan) -> Result<Instance> {
+    pub(super) fn install_by_iptables(mut plan: Plan) -> Result<Instance> {
         iptables::check(&plan)?;
         let (mut nft, mut route) = channels()?;
-        drop_ipv6_if_unavailable(config, &mut plan, &mut route)?;
+        drop_ipv6_if_unavailable(&mut plan, &mut route)?;
         let claim = match slot::claim(&plan, &mut nft, &mut route, &[]) {
             Err(error) if error.errno() == libc::EOPNOTSUPP => slot::pick_unclaimed(&plan, &mut route)?,
             claimed => claimed?,
@@ -21,7 +21,7 @@ impl Instance {
             return Err(error.after(unclaim(&mut nft, &table)));
         }
         let variant = Variant::default();
-        let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: true };
+        let mut rules = Instance { nft, route, table, plan, variant, routing, installed: Installed::Iptables };
         match enforce(&rules.plan) {
             Ok(()) => Ok(rules),
             Err(error) => Err(error.after(rules.undo())),
@@ -63,7 +63,7 @@ impl Instance {
             sys::enter_network(network.as_fd()).map_err(|e| failed("entering", e))?;
             body()
         };
-        let outcome = sys::without_signals(|| sys::in_a_thread(c"tp_rules", elsewhere));
+        let outcome = sys::without_signals(|| sys::in_a_thread("tp_rules", elsewhere));
         let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
         outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
     }

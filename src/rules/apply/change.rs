@@ -21,11 +21,15 @@ impl Instance {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
-        drop_ipv6_if_unavailable(config, &mut plan, &mut self.route)?;
-        if self.by_iptables {
-            return self.replace_in_iptables(plan);
+        drop_ipv6_if_unavailable(&mut plan, &mut self.route)?;
+        self.replace_plan(plan)
+    }
+
+    fn replace_plan(&mut self, plan: Plan) -> Result<()> {
+        match self.installed {
+            Installed::Iptables => self.replace_in_iptables(plan),
+            Installed::Nft => self.swap_for(plan),
         }
-        self.swap_for(plan)
     }
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
@@ -55,10 +59,10 @@ impl Instance {
         }
         // The rules do not ask for a set of bypasses before there is one.
         let first = prefixes_of(&mut self.plan, which).is_none();
-        if self.by_iptables || first {
+        if self.installed == Installed::Iptables || first {
             let mut plan = self.plan.clone();
             prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
-            return if self.by_iptables { self.replace_in_iptables(plan) } else { self.swap_for(plan) };
+            return self.replace_plan(plan);
         }
         // In slot: to copy a large set takes longer than to change it.
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();

@@ -150,7 +150,7 @@ fn an_install_that_fails_at_any_message_leaves_nothing() {
         undisturbed.remove().unwrap();
         let messages = each_message(|left| {
             let (nft, route) = spoiling(left);
-            let outcome = Instance::install_over(&config, plan::make(&config).unwrap(), nft, route);
+            let outcome = Instance::install_by_nft(plan::make(&config).unwrap(), nft, route);
             // The removal, if there is anything to remove, goes undisturbed.
             let rest = left.swap(NEVER, Ordering::Relaxed);
             if outcome.is_ok() {
@@ -172,7 +172,7 @@ fn a_replacement_that_fails_at_any_message_changes_nothing() {
         each_message(|left| {
             let faults = Arc::new(AtomicUsize::new(NEVER));
             let (nft, route) = spoiling(&faults);
-            let mut rules = Instance::install_over(&from, plan::make(&from).unwrap(), nft, route).unwrap();
+            let mut rules = Instance::install_by_nft(plan::make(&from).unwrap(), nft, route).unwrap();
             let before = state();
             faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
             let outcome = rules.replace(&to);
@@ -213,7 +213,7 @@ fn an_update_that_fails_at_any_message_changes_nothing() {
             let faults = Arc::new(AtomicUsize::new(NEVER));
             let (nft, route) = spoiling(&faults);
             let plan = plan::make(&config).unwrap();
-            let mut rules = Instance::install_over(&config, plan.clone(), nft, route).unwrap();
+            let mut rules = Instance::install_by_nft(plan.clone(), nft, route).unwrap();
             let before = sorted_state();
             faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
             let outcome = rules.update(set, add, remove);

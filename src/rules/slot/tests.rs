@@ -344,6 +344,7 @@ fn plan(persist: bool, table: Option<u32>, priority: Option<u32>) -> Plan {
         mark: Mark::DEFAULT,
         output_mark: None,
         families: Families::ALL,
+        families_are_default: true,
         protocols: Protocols { tcp: true, udp: false },
         intercepts: Vec::new(),
         guard: true,

@@ -9,10 +9,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "tproxyctl_options.h"
+#include "options.h"
 
 static const char help[] =
     "usage: tproxyctl COMMAND [OPTION]...\n"

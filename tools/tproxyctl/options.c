@@ -1,39 +1,14 @@
-/*
- * The command line of tproxyctl, as a struct tp_rules_config.
- */
-#ifndef TPROXYCTL_OPTIONS_H
-#define TPROXYCTL_OPTIONS_H
-
+#define _GNU_SOURCE
 #include <arpa/inet.h>
-#include <getopt.h>
 #include <netinet/in.h>
 #include <stdarg.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <tproxy.h>
+#include "options.h"
 
-enum exit_code { FINE = 0, FOUND_FAILURES = 1, USAGE = 2, FAILED = 3 };
-
-/* Prefixes, ports and names that one command line may have of a kind. */
-enum { MANY = 4096 };
-
-struct options {
-    bool json, all, persist, watch;
-    unsigned seconds;
-    uint32_t format;
-    int colour;                               /* -1: if standard output is a terminal */
-    const char *argument;                     /* what follows the command, if anything */
-    struct tp_rules_config config;
-    struct sockaddr_storage listen;
-    struct tp_port_range ports[MANY];
-    struct tp_prefix dst[MANY], src[MANY], bypass[MANY];
-    const char *interfaces[MANY];
-};
-
-__attribute__((noreturn, format(printf, 1, 2))) static void usage_error(const char *format, ...)
+void usage_error(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -134,11 +109,7 @@ static uint32_t one_of(const char *what, const char *text, const char *const nam
     usage_error("%s: %s is not known", what, text);
 }
 
-/* What has no letter of its own. */
-enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
-       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, FORMAT, JSON, ALL, WATCH, COLOUR, VERSION };
-
-static const struct option long_options[] = {
+const struct option long_options[] = {
     { "name", required_argument, NULL, NAME },
     { "listen", required_argument, NULL, LISTEN },
     { "port", required_argument, NULL, PORT },
@@ -171,7 +142,7 @@ static const struct option long_options[] = {
     { NULL, 0, NULL, 0 },
 };
 
-static void set_option(struct options *options, int option, char *value)
+void set_option(struct options *options, int option, char *value)
 {
     static const char *const backends[] = { "auto", "nft", "iptables" }, *const formats[] = { "nft", "iptables" },
                       *const colours[] = { "never", "always", "auto" };
@@ -221,5 +192,3 @@ static void set_option(struct options *options, int option, char *value)
     default: exit(USAGE); /* getopt has said why */
     }
 }
-
-#endif

@@ -1,0 +1,214 @@
+//! Named sets and what is put in them: as the kernel takes them, and as `nft` shows them, side by side.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::model::{Family, PortRange};
+use crate::netlink::wire::Attrs;
+use crate::prefix::{self, Range};
+
+/// A set's name, in one of two variants: so that a new set can be there, and
+/// be full, before the rules turn from the old one to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SetName {
+    pub base: &'static str,
+    /// The prefixes in it are all of this length, and it is asked for the address without the other bits.
+    pub len: Option<u8>,
+    pub variant: Variant,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Variant {
+    #[default]
+    First,
+    Second,
+}
+
+impl Variant {
+    pub fn other(self) -> Variant {
+        match self {
+            Variant::First => Variant::Second,
+            Variant::Second => Variant::First,
+        }
+    }
+
+    /// The variant that a name is of. No set has prefixes of length 2: there are but four.
+    pub fn of(name: &str) -> Variant {
+        if name.ends_with(SECOND) { Variant::Second } else { Variant::First }
+    }
+}
+
+const SECOND: &str = "-2";
+
+impl fmt::Display for SetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.base)?;
+        if let Some(len) = self.len {
+            write!(f, "-{len}")?;
+        }
+        f.write_str(if self.variant == Variant::Second { SECOND } else { "" })
+    }
+}
+
+/// A named set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Set {
+    pub name: SetName,
+    pub key: Key,
+    pub id: u32,
+}
+
+/// The type of a set's keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Key {
+    Port,
+    Interface,
+    /// Ranges of addresses.
+    Address(Family),
+    /// Networks of one length, each by its first address.
+    ///
+    /// The kernel makes a hash table that grows and shrinks of a set without a size (`nft_rhash_type`); with one it
+    /// would make a table that cannot grow, and refuse what is more.
+    Network(Family),
+}
+
+/// What is put in a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Elements {
+    /// Sorted and apart from each other.
+    Ports(Vec<PortRange>),
+    Interfaces(Vec<String>),
+    /// Sorted and apart from each other.
+    Addresses(Family, Vec<Range>),
+    Networks(Vec<IpAddr>),
+}
+
+impl Set {
+    /// NFT_SET_INTERVAL.
+    const INTERVAL: u32 = 4;
+
+    pub fn encode(&self, attrs: &mut Attrs<'_>) {
+        // `nft` knows the key types by these numbers; to the kernel they mean nothing.
+        let (flags, key_type, key_len) = match self.key {
+            Key::Port => (Self::INTERVAL, 13, 2),
+            Key::Interface => (0, 41, 16),
+            Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
+            Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
+            Key::Network(Family::V4) => (0, 7, 4),
+            Key::Network(Family::V6) => (0, 8, 16),
+        };
+        attrs.string(2, &self.name.to_string());
+        attrs.be32(3, flags);
+        attrs.be32(4, key_type);
+        attrs.be32(5, key_len);
+        attrs.be32(10, self.id);
+        if self.key == Key::Interface {
+            attrs.bytes(13, &HOST_ORDER);
+        }
+    }
+}
+
+/// What tells `nft` that a set's keys are in host order, without which it shows
+/// none: NFTNL_UDATA_SET_KEYBYTEORDER, 4 bytes, BYTEORDER_HOST_ENDIAN.
+const HOST_ORDER: [u8; 6] = {
+    let [a, b, c, d] = 1u32.to_ne_bytes();
+    [0, 4, a, b, c, d]
+};
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.key {
+            Key::Port => "type inet_service; flags interval;",
+            Key::Interface => "type ifname;",
+            Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
+            Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
+            Key::Network(Family::V4) => "type ipv4_addr;",
+            Key::Network(Family::V6) => "type ipv6_addr;",
+        })
+    }
+}
+
+impl Elements {
+    /// Each element by itself; of a range, its first key and the first key behind it. At the top there is none behind.
+    pub fn encode(&self, list: &mut Attrs<'_>) {
+        match self {
+            Elements::Ports(ranges) => {
+                for range in ranges {
+                    element(list, &range.first.to_be_bytes(), false);
+                    if let Some(end) = range.last.checked_add(1) {
+                        element(list, &end.to_be_bytes(), true);
+                    }
+                }
+            }
+            Elements::Interfaces(names) => {
+                for name in names {
+                    let mut key = [0; libc::IFNAMSIZ];
+                    key.iter_mut().zip(name.bytes()).for_each(|(slot, byte)| *slot = byte);
+                    element(list, &key, false);
+                }
+            }
+            Elements::Addresses(family, ranges) => {
+                let highest = prefix::highest(*family);
+                let mut address = |number: u128, end: bool| match family {
+                    Family::V4 => element(list, &(number as u32).to_be_bytes(), end),
+                    Family::V6 => element(list, &number.to_be_bytes(), end),
+                };
+                for range in ranges {
+                    address(range.first, false);
+                    if range.last < highest {
+                        address(range.last + 1, true);
+                    }
+                }
+            }
+            Elements::Networks(networks) => {
+                for network in networks {
+                    match network {
+                        IpAddr::V4(addr) => element(list, &addr.octets(), false),
+                        IpAddr::V6(addr) => element(list, &addr.octets(), false),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn element(list: &mut Attrs<'_>, key: &[u8], end: bool) {
+    /// NFT_SET_ELEM_INTERVAL_END.
+    const END: u32 = 1;
+    list.nest(1, |a| {
+        if end {
+            a.be32(3, END);
+        }
+        a.nest(1, |a| a.bytes(1, key));
+    });
+}
+
+impl fmt::Display for Elements {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Elements::Ports(ranges) => comma_separated(f, ranges),
+            Elements::Interfaces(names) => comma_separated(f, names.iter().map(|name| format!("\"{name}\""))),
+            Elements::Addresses(family, ranges) => comma_separated(
+                f,
+                ranges.iter().map(|range| {
+                    let first = prefix::address(*family, range.first);
+                    match prefix::address(*family, range.last) {
+                        last if last == first => first.to_string(),
+                        last => format!("{first}-{last}"),
+                    }
+                }),
+            ),
+            Elements::Networks(networks) => comma_separated(f, networks),
+        }
+    }
+}
+
+fn comma_separated(f: &mut fmt::Formatter<'_>, items: impl IntoIterator<Item = impl fmt::Display>) -> fmt::Result {
+    for (index, item) in items.into_iter().enumerate() {
+        if index > 0 {
+            f.write_str(", ")?;
+        }
+        write!(f, "{item}")?;
+    }
+    Ok(())
+}

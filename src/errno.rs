@@ -1,0 +1,75 @@
+//! `errno`: this thread's, and as the reason why a system call failed.
+
+use std::fmt;
+use std::io;
+
+/// This thread's `errno`.
+pub(crate) fn errno() -> i32 {
+    // SAFETY: __errno_location gives a valid pointer to this thread's errno.
+    unsafe { *libc::__errno_location() }
+}
+
+/// Sets this thread's `errno`.
+pub(crate) fn set_errno(value: i32) {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = value }
+}
+
+/// Why a system call failed. Displays as the C library describes it, without allocating.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Errno(pub i32);
+
+/// What a system call gives.
+pub(crate) type Result<T> = std::result::Result<T, Errno>;
+
+impl Errno {
+    /// Of the last call.
+    pub(crate) fn last() -> Errno {
+        Errno(errno())
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut buffer = [0 as libc::c_char; 128];
+        // SAFETY: the buffer is valid for writes of its length. This is the
+        // POSIX strerror_r, which always ends its text with a NUL.
+        let text = unsafe {
+            libc::strerror_r(self.0, buffer.as_mut_ptr(), buffer.len());
+            std::ffi::CStr::from_ptr(buffer.as_ptr())
+        };
+        match text.to_str() {
+            Ok(text) if !text.is_empty() => f.write_str(text),
+            _ => write!(f, "errno {}", self.0),
+        }
+    }
+}
+
+/// (Those of `std` and `socket2` may be anything, and so take code wherever they are dropped.)
+impl From<io::Error> for Errno {
+    fn from(error: io::Error) -> Errno {
+        Errno(error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+/// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
+pub(crate) struct SavedErrno {
+    place: *mut i32,
+    value: i32,
+}
+
+impl SavedErrno {
+    #[inline(always)]
+    pub(crate) fn errno() -> SavedErrno {
+        // SAFETY: a valid pointer to this thread's errno.
+        let place = unsafe { libc::__errno_location() };
+        // SAFETY: as above.
+        SavedErrno { place, value: unsafe { *place } }
+    }
+
+    #[inline(always)]
+    pub(crate) fn restore(&self) {
+        // SAFETY: as above; a raw pointer keeps the struct in its thread.
+        unsafe { *self.place = self.value }
+    }
+}

@@ -1,0 +1,118 @@
+//! What the kernel shall hold: what the rules make of a config (`rules/plan.rs`), and what backends carry out.
+
+use std::net::IpAddr;
+
+use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::prefix::PrefixSet;
+
+/// A config that can be carried out, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub name: String,
+    pub mode: Mode,
+    /// The mark of packets for local sockets.
+    pub mark: Mark,
+    /// The mark of the host's own packets that are to be intercepted; `None`: none are.
+    pub output_mark: Option<Mark>,
+    pub families: Families,
+    /// The config names no families: these are what the listeners serve, and IPv4 alone will do where there is no IPv6.
+    pub families_are_default: bool,
+    pub protocols: Protocols,
+    /// Who gets what is intercepted; none with [`Mode::DivertOnly`].
+    pub intercepts: Vec<Intercept>,
+    /// Connections made straight to the listeners are dropped.
+    pub guard: bool,
+    /// Without a listener, traffic passes by.
+    pub fail_open: bool,
+    /// What is intercepted is kept out of connection tracking.
+    pub notrack: bool,
+    /// The rules outlive the process.
+    pub persist: bool,
+    /// Sorted and apart from each other; none: all.
+    pub ports: Vec<PortRange>,
+    /// `None`: every destination but those that are the host's own, or nobody's.
+    pub dst: Option<PrefixSet>,
+    /// `None`: every source.
+    pub src: Option<PrefixSet>,
+    /// `None`: nobody has asked for any.
+    pub bypass: Option<PrefixSet>,
+    /// Where forwarded traffic comes in; none: everywhere.
+    pub interfaces: Interfaces,
+    /// `None`: whatever is free.
+    pub table: Option<u32>,
+    pub priority: Option<u32>,
+}
+
+/// Interfaces by which packets come in: those of these names, and those whose names begin so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Interfaces {
+    pub names: Vec<String>,
+    pub prefixes: Vec<String>,
+}
+
+impl Interfaces {
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.prefixes.is_empty()
+    }
+}
+
+/// A listener, for one family or for both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Intercept {
+    pub protocol: Protocol,
+    /// `None`: both.
+    pub family: Option<Family>,
+    /// `None`: it is bound to every address. Else there is a family.
+    pub addr: Option<IpAddr>,
+    pub port: u16,
+}
+
+impl Plan {
+    /// The listeners that can be reached without interception, and shall not be.
+    pub fn direct_drops(&self) -> impl Iterator<Item = Intercept> {
+        let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
+        self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
+    }
+
+    /// The answers of destinations that are left alone, packets for other hosts as they are, may be chosen too.
+    ///
+    /// Not where interfaces are named, those of clients: answers come in by others.
+    pub fn needs_reply_exemption(&self) -> bool {
+        self.bypass.is_some() && self.interfaces.is_empty() && self.matches_ephemeral_ports()
+    }
+
+    /// What this host answers to others may be chosen, along with its own connections.
+    ///
+    /// What is not tracked cannot be told from these.
+    pub fn needs_own_reply_exemption(&self) -> bool {
+        self.output_mark.is_some() && !self.notrack && self.matches_ephemeral_ports()
+    }
+
+    /// Answers go to a client's port, which is above 1023; where the ports are those of services, none is chosen. Nor is
+    /// one with NAT, which looks at the first packets of connections alone.
+    fn matches_ephemeral_ports(&self) -> bool {
+        const FIRST_OF_CLIENTS: u16 = 1024;
+        let ports = self.ports.is_empty() || self.ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS);
+        self.mode == Mode::Tproxy && ports
+    }
+
+    /// The family over which a protocol is served, if there is but one.
+    pub fn family_of(&self, protocol: Protocol) -> Option<Family> {
+        let serves = |family: Family| {
+            let listeners = self.intercepts.iter().filter(|listener| listener.protocol == protocol);
+            listeners.map(|listener| listener.family).any(|served| served.is_none_or(|served| served == family))
+        };
+        let v4 = self.families.v4 && serves(Family::V4);
+        let v6 = self.families.v6 && serves(Family::V6);
+        Families { v4, v6 }.only()
+    }
+
+    /// The same for IPv4 alone, on a host that has no IPv6.
+    pub fn leave_ipv6(&mut self) {
+        self.families.v6 = false;
+        self.intercepts.retain(|listener| listener.family != Some(Family::V6));
+        for listener in &mut self.intercepts {
+            listener.family = Some(Family::V4);
+        }
+    }
+}

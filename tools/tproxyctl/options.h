@@ -1,0 +1,44 @@
+/*
+ * The command line of tproxyctl, as a struct tp_rules_config.
+ */
+#ifndef TPROXYCTL_OPTIONS_H
+#define TPROXYCTL_OPTIONS_H
+
+#include <getopt.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+#include <tproxy.h>
+
+enum exit_code { FINE = 0, FOUND_FAILURES = 1, USAGE = 2, FAILED = 3 };
+
+/* Prefixes, ports and names that one command line may have of a kind. */
+enum { MANY = 4096 };
+
+struct options {
+    bool json, all, persist, watch;
+    unsigned seconds;
+    uint32_t format;
+    int colour;                               /* -1: if standard output is a terminal */
+    const char *argument;                     /* what follows the command, if anything */
+    struct tp_rules_config config;
+    struct sockaddr_storage listen;
+    struct tp_port_range ports[MANY];
+    struct tp_prefix dst[MANY], src[MANY], bypass[MANY];
+    const char *interfaces[MANY];
+};
+
+/* What has no letter of its own. */
+enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
+       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, FORMAT, JSON, ALL, WATCH, COLOUR, VERSION };
+
+/* For getopt_long. */
+extern const struct option long_options[];
+
+/* What an option says; a usage error ends the program. */
+void set_option(struct options *options, int option, char *value);
+
+__attribute__((noreturn, format(printf, 1, 2))) void usage_error(const char *format, ...);
+
+#endif
