@@ -118,15 +118,26 @@ fn all_harmless(found: &[Found]) {
     }
 }
 
-/// A proxy's host where port 80 is intercepted, and the proxy answers; and whether it works, in so many tries.
-fn with_proxy(test: impl FnOnce(&Lab, &dyn Fn(usize) -> bool)) {
+/// What a test expects, and so how long it waits for it.
+#[derive(Clone, Copy)]
+enum Traffic {
+    Flows,
+    Stops,
+}
+
+/// A proxy's host where port 80 is intercepted, and the proxy answers; and whether it works.
+fn with_proxy(test: impl FnOnce(&Lab, &dyn Fn(Traffic) -> bool)) {
     let lab = Lab::new();
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
     let _rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
     let enough = AtomicBool::new(false);
-    let works = |tries: usize| {
-        let ask = |hosts: Hosts| lab.client.run(|| said(at(hosts.server, 80))).ok();
+    let works = |whether: Traffic| {
+        let (patience, tries) = match whether {
+            Traffic::Flows => (limit(5000), 4),
+            Traffic::Stops => (silence(), 1),
+        };
+        let ask = |hosts: Hosts| lab.client.run(|| said_within(at(hosts.server, 80), patience)).ok();
         [v4(), v6()].into_iter().all(|hosts| (0..tries).any(|_| ask(hosts).as_deref() == Some("proxy")))
     };
     std::thread::scope(|scope| {
@@ -156,7 +167,7 @@ fn intercepting() -> (Net, (TcpListener, Rules)) {
 fn chain_with_a_hostile_name_is_analyzed_and_its_cure_works() {
     for name in ["a\\u202eb", "\\u200b", "x;y", "a b", "a'\\\"$(id)`", "-x", "x\\ny", "\\u00e9", "\\u001b[2J"] {
         with_proxy(|lab, works| {
-            assert!(works(3));
+            assert!(works(Traffic::Flows));
             let chain = |hook: &str| {
                 let name = name.replace('\'', "\\u0027");
                 format!(
@@ -165,14 +176,14 @@ fn chain_with_a_hostile_name_is_analyzed_and_its_cure_works() {
                 )
             };
             lab.proxy.sh(&chain("\"type\":\"filter\",\"hook\":\"input\",\"prio\":0,\"policy\":\"drop\""));
-            assert!(!works(1), "{name}: it works");
+            assert!(!works(Traffic::Stops), "{name}: it works");
             let found = lab.proxy.run(check);
             all_harmless(&found);
             let finding = find(&found, "filter.input_drop");
             assert!(!finding.fix.is_empty(), "{finding:?}");
             lab.proxy.sh(&finding.fix);
             // What the mark does not tell, such as neighbor discovery, the policy drops still: static neighbors are there.
-            assert!(works(3), "{name}: not fixed by {}", finding.fix);
+            assert!(works(Traffic::Flows), "{name}: not fixed by {}", finding.fix);
         });
     }
 }
@@ -403,7 +414,7 @@ fn foreign_default_route_is_deleted_and_ours_stays() {
             assert_eq!(left.lines().count(), 1, "{left}");
             assert!(left.starts_with("local default dev lo"), "{left}");
         }
-        assert!(works(3));
+        assert!(works(Traffic::Flows));
     });
 }
 
@@ -421,17 +432,17 @@ fn packets_are_let_through_a_firewall_and_nothing_else_is() {
         with_proxy(|lab, works| {
             let own = lab.proxy.run(|| TcpListener::bind(at(ip("::"), 82)).unwrap());
             let reaches = |port| {
-                let connect = |hosts: Hosts| lab.client.run(|| std::net::TcpStream::connect_timeout(&at(hosts.proxy, port), NEVER));
+                let connect = |hosts: Hosts| lab.client.run(|| std::net::TcpStream::connect_timeout(&at(hosts.proxy, port), silence()));
                 [v4(), v6()].into_iter().any(|hosts| connect(hosts).is_ok())
             };
             lab.proxy.sh(spoil);
-            assert!(!works(1) && !reaches(82), "{spoil}");
+            assert!(!works(Traffic::Stops) && !reaches(82), "{spoil}");
             let found = lab.proxy.run(check);
             for finding in found.iter().filter(|finding| finding.id == "filter.prerouting_drop") {
                 assert!(!finding.fix.contains("policy") && !finding.fix.contains("-P "), "{finding:?}");
                 lab.proxy.sh(&finding.fix);
             }
-            assert!(works(3), "{found:#?}");
+            assert!(works(Traffic::Flows), "{found:#?}");
             assert!(!reaches(82) && !reaches(80), "the host is open: {found:#?}");
             drop(own);
         });

@@ -273,16 +273,18 @@ impl FilterCheck<'_> {
     /// Lets through the base chain what is going to be intercepted, and has no mark yet: no more than that, since others
     /// rely on what the chain drops.
     fn exempt_selected(&self) -> String {
-        let mut ports: Vec<(u16, u16)> = Vec::new();
+        // A range is one number: its first port, then its last.
+        let mut ports: Vec<u32> = Vec::new();
         for member in self.members {
             if member.ports.is_empty() {
                 ports.clear();
                 break;
             }
-            ports.extend(&member.ports);
+            ports.extend(member.ports.iter().map(|(first, last)| u32::from(*first) << 16 | u32::from(*last)));
         }
         ports.sort_unstable();
         ports.dedup();
+        let ports: Vec<(u16, u16)> = ports.into_iter().map(|range| ((range >> 16) as u16, range as u16)).collect();
         let Group { family, protocol, .. } = *self.group;
         insertion(self.base, family, &[Clause::OfFamily(family), Clause::To(protocol, &ports), Clause::NotToThisHost])
     }

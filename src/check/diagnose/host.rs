@@ -165,11 +165,12 @@ fn iptables(context: &Context<'_>, found: &mut Findings) {
     for chain in &context.ruleset().chains {
         if chain.origin == Origin::IptablesNft && chain.hook.is_some() {
             let family = chain.family.map_or("inet", Family::name);
-            by_nft.push(format!("{family} {}", chain.table));
+            let table = format!("{family} {}", chain.table);
+            if !by_nft.contains(&table) {
+                by_nft.push(table);
+            }
         }
     }
-    by_nft.sort_unstable();
-    by_nft.dedup();
     let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
     let unknown = || "not known".to_owned();
     let by_nft = if host.ruleset.is_some() { listed(&by_nft) } else { unknown() };

@@ -56,7 +56,7 @@ pub(super) fn diagnose(host: &HostState) -> Vec<Finding> {
 /// Each finding once, and of each kind so many that they can be read.
 fn once(found: Vec<Finding>) -> Vec<Finding> {
     let (mut cured, mut said) = (HashSet::new(), HashSet::new());
-    let mut counts: HashMap<&str, usize> = HashMap::new();
+    let mut counts: Vec<(&str, usize)> = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     for finding in found {
         // One command cures both families, often.
@@ -67,16 +67,18 @@ fn once(found: Vec<Finding>) -> Vec<Finding> {
         if known {
             continue;
         }
-        let count = counts.entry(finding.kind.id).or_default();
+        let at = counts.iter().position(|(id, _)| *id == finding.kind.id).unwrap_or_else(|| {
+            counts.push((finding.kind.id, 0));
+            counts.len() - 1
+        });
+        let Some((_, count)) = counts.get_mut(at) else { continue };
         *count += 1;
         if *count <= OF_A_KIND_MAX {
             findings.push(finding);
         }
     }
-    let mut counts: Vec<(&str, usize)> = counts.into_iter().filter(|(_, count)| *count > OF_A_KIND_MAX).collect();
-    counts.sort_unstable();
     let mut more = Findings(findings);
-    for (id, count) in counts {
+    for (id, count) in counts.into_iter().filter(|(_, count)| *count > OF_A_KIND_MAX) {
         let left = count - OF_A_KIND_MAX;
         report!(more, Severity::Note, findings::UNSEEN, "{left} more findings like these: {id}");
     }

@@ -78,8 +78,10 @@ pub(crate) fn read() -> sys::Result<Found> {
         for (at, set) in read.port_sets {
             if let Some(Part::OnlyIf(condition) | Part::OnlyIfNot(condition)) = rule.parts.get_mut(at) {
                 let place = SetPlace { family, table: table.clone(), set };
-                let next = sets.len();
-                let number = *sets.entry(place).or_insert(next);
+                let number = *sets.entry(place).or_insert_with_key(|place| {
+                    found.places.push(Some(place.clone()));
+                    found.places.len() - 1
+                });
                 *condition = Condition::PortSet(number);
                 let ours = table.as_str().is_some_and(|table| table::instance_of(table).is_some());
                 if ours || rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. })) {
@@ -96,9 +98,6 @@ pub(crate) fn read() -> sys::Result<Found> {
     for chain in found.ruleset.chains.iter_mut().skip(last).filter(|_| !all) {
         chain.cut = true;
     }
-    let mut places: Vec<(SetPlace, usize)> = sets.into_iter().collect();
-    places.sort_unstable_by_key(|(_, number)| *number);
-    found.places = places.into_iter().map(|(place, _)| Some(place)).collect();
     found.read_sets(&first)?;
     Ok(found)
 }
@@ -362,18 +361,18 @@ fn port_set(elements: &[Element], all: bool) -> PortSet {
         return PortSet { ranges: vec![(0, u16::MAX)], complete: true, asked: BTreeMap::new() };
     }
     let intervals = elements.iter().any(|element| element.end);
-    let port = |element: &Element| {
+    // Where one range ends and the next begins, the end comes first.
+    let key = |element: &Element| {
         let port = u16::from_be_bytes(element.key.as_deref()?.try_into().ok()?);
-        Some((port, element.end))
+        Some(u32::from(port) << 1 | u32::from(!element.end))
     };
-    let mut keys: Vec<(u16, bool)> = elements.iter().filter_map(port).collect();
+    let mut keys: Vec<u32> = elements.iter().filter_map(key).collect();
     if keys.len() != elements.len() {
         return PortSet::default();
     }
-    // Where one range ends and the next begins, the end comes first.
-    keys.sort_unstable_by_key(|(port, end)| (*port, !*end));
+    keys.sort_unstable();
     let mut ranges = Vec::new();
-    let mut keys = keys.into_iter().peekable();
+    let mut keys = keys.into_iter().map(|key| ((key >> 1) as u16, key & 1 == 0)).peekable();
     while let Some((first, end)) = keys.next() {
         if end {
             continue;

@@ -324,20 +324,21 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
         rules: Vec::new(),
         cut: false,
     };
-    for number in 0..5u32 {
-        let valid = u32_at(info, 32).unwrap_or(0) & 1 << number != 0;
-        let offset = |at: usize| u32_at(info, at + 4 * number as usize).map(|offset| offset as usize);
-        if let (true, Some(start), Some(point)) = (valid, offset(36), HookPoint::of_number(number)) {
-            let hook = Hook { point, priority: legacy_priority(table, point) };
-            chains.push((start, new(legacy_name(point).into(), Some(hook)), offset(56)));
-        }
-    }
+    // In the order in which they begin, as the entries are.
     for entry in &entries {
         if let Some(name) = entry.begins() {
             chains.push((entry.next, new(name, None), None));
         }
     }
-    chains.sort_by_key(|(start, ..)| *start);
+    for number in 0..5u32 {
+        let valid = u32_at(info, 32).unwrap_or(0) & 1 << number != 0;
+        let offset = |at: usize| u32_at(info, at + 4 * number as usize).map(|offset| offset as usize);
+        if let (true, Some(start), Some(point)) = (valid, offset(36), HookPoint::of_number(number)) {
+            let hook = Hook { point, priority: legacy_priority(table, point) };
+            let at = chains.partition_point(|(other, ..)| *other < start);
+            chains.insert(at, (start, new(legacy_name(point).into(), Some(hook)), offset(56)));
+        }
+    }
     let names: HashMap<usize, Name> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
     // Where the kernel gave what makes no sense there may be more.
     let cut = entries.last().map_or(0, |entry| entry.next) < blob.len();
