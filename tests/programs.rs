@@ -53,6 +53,9 @@ fn chains() -> String {
     let mut found = String::new();
     for program in ["iptables", "ip6tables"] {
         for variant in VARIANTS {
+            if variant == "legacy" && !is_met(Requirement::LegacyIptables) {
+                continue;
+            }
             let save = shell(&format!("{program}-{variant}-save"));
             for line in save.lines().filter(|line| line.contains("tp-") && !line.contains("-link-")) {
                 found.push_str(&format!("{program}-{variant}: {line}\n"));
