@@ -167,24 +167,31 @@ impl Builder<'_> {
         chains.extend([to, from]);
     }
 
-    /// As in the nf_tables rules: leaves this host's own packets alone, refuses what no other host can have sent, and has
+    /// As in the nf_tables rules: leaves alone what this host sends to itself, refuses what no other host can have sent, and has
     /// the rest intercepted. It is reached
     /// from PREROUTING only, where `-i` and `--limit-iface-in` may be used. The nat table does not allow DROP: there
     /// RETURN leaves such packets alone.
     fn vet(&self, refuse: &str) -> Chain {
         let mut chain = self.chain("v");
-        chain.rule(format_args!("-i lo -j RETURN"));
         for types in self.own_types() {
-            chain.rule(format_args!("-m addrtype --src-type {types} -j {refuse}"));
+            chain.rule(format_args!("-i lo -m addrtype --dst-type {types} -j RETURN"));
+        }
+        if self.family == Family::V6 {
+            chain.rule(format_args!("-i lo -d fe80::/10 -j RETURN"));
+        }
+        for types in self.own_types() {
+            chain.rule(format_args!("! -i lo -m addrtype --src-type {types} -j {refuse}"));
         }
         match self.family {
             // xt_addrtype finds a link-local address only on an interface that it is given.
             Family::V6 => {
-                chain.rule(format_args!("-s fe80::/10 -m addrtype --src-type LOCAL --limit-iface-in -j {refuse}"));
+                chain.rule(format_args!(
+                    "! -i lo -s fe80::/10 -m addrtype --src-type LOCAL --limit-iface-in -j {refuse}"
+                ));
                 Builder::refuse_reserved(&mut chain, refuse);
             }
             Family::V4 if self.plan.dst.is_some() => {
-                chain.rule(format_args!("-d 127.0.0.0/8 -j {refuse}"));
+                chain.rule(format_args!("! -i lo -d 127.0.0.0/8 -j {refuse}"));
                 chain.rule(format_args!("-s 0.0.0.0/8 -j {refuse}"));
                 chain.rule(format_args!("-d 0.0.0.0/8 -j {refuse}"));
             }

@@ -53,8 +53,8 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     except ValueError:
         level, kind, body = _orig_dst_among(control)
     # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
-    # A v4-mapped address, or ::, in the second was written into an IPv6 header by a sender who wants the program to reach
-    # what only this host can reach, such as 127.0.0.1: None, as of tp_recvfrom.
+    # A v4-mapped address, or ::, in the second was written into an IPv6 header by a sender who wants the program to
+    # reach what only this host can reach, such as 127.0.0.1: None, as of tp_recvfrom.
     if kind == 20 and level == 0:
         port, ip = unpack_in(body)
         if ip == _UNSPECIFIED4:

@@ -317,8 +317,8 @@ impl Ruleset<'_> {
     }
 
     /// Leaves alone what this host sends to itself: intercepted, it would reach the proxy in place of the host's own
-    /// service, and a proxy's own datagram to a link-local address would come back to it for ever. What LOCAL_OUTPUT
-    /// selects comes by `lo` too, and does not come here: it carries the loop mark.
+    /// service, and a proxy's own datagram to a link-local address would come back to it for ever. What it sends
+    /// to others may come by `lo` too, where a route says so.
     ///
     /// Drops what no other host can have sent: packets from an address of this host, to which a proxy's answers would
     /// come back as if they were new, from a broadcast or multicast address, and packets to loopback. IPv4's routing does
@@ -326,13 +326,19 @@ impl Ruleset<'_> {
     fn vet_chain(&mut self) {
         let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
         self.chain((VET, None));
-        self.rule(VET, "from this host", &[&[Statement::FromLoopback(true), RETURN]]);
-        self.rule(VET, "not from another host", &[&[Statement::SourceIsNoOther], &drop]);
+        let to_itself = |own| [Statement::FromLoopback(true), own, RETURN];
+        self.rule(VET, "of this host to itself", &[&to_itself(Statement::DestinationIsLocal)]);
+        if self.plan.families.v6 {
+            self.rule(VET, "of this host to itself", &[&to_itself(Statement::DestinationIsLinkLocal)]);
+        }
+        let spoofed = [Statement::FromLoopback(false), Statement::SourceIsNoOther];
+        self.rule(VET, "not from another host", &[&spoofed, &drop]);
         self.refuse_reserved(VET);
         if self.plan.dst.is_some() && self.plan.families.v4 {
             // Without `dst` no local destination comes here. The kernel lets both pass on their way to a local socket:
             // 127.0.0.0/8 with net.ipv4.conf.*.route_localnet, 0.0.0.0 to 0.0.0.0 always (`ip_route_input_slow`).
-            self.rule(VET, "to loopback", &[&[Statement::Network8(Side::Destination, 127)], &drop]);
+            let loopback = [Statement::FromLoopback(false), Statement::Network8(Side::Destination, 127)];
+            self.rule(VET, "to loopback", &[&loopback, &drop]);
             for side in [Side::Source, Side::Destination] {
                 self.rule(VET, "unspecified", &[&[Statement::Network8(side, 0)], &drop]);
             }
