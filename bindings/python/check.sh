@@ -58,6 +58,8 @@ done
 # calls is for the oldest and the newest.
 versions=$(cd "$work" && ls -d 3.* | grep -v log | sort -V)
 oldest=$(head -n 1 <<< "$versions") newest=$(tail -n 1 <<< "$versions")
+# In seconds.
+limit=$(awk "BEGIN { print 600 * ${TPROXY_TEST_TIME_FACTOR:-1} }")
 pids=
 for version in $versions; do
     python=$work/$version/bin/python
@@ -66,7 +68,7 @@ for version in $versions; do
     # What is tested is what was built, and not the folder beside the tests.
     (
         pip "$python" install --force-reinstall --no-deps "$wheel" &&
-            cd / && timeout 600 "$python" -m pytest -q -rs -n 3 -m "$which" "$here/tests"
+            cd / && timeout "$limit" "$python" -m pytest -q -rs -n 3 -m "$which" "$here/tests"
     ) > "$work/$version.log" 2>&1 &
     pids="$pids $version:$!"
 done
