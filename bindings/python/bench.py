@@ -50,6 +50,10 @@ def orig_dst_by_hand(sock: socket.socket) -> Any:
     return to
 
 
+V4_MAPPED = bytes(10) + b"\xff\xff"
+UNSPECIFIED = bytes(16)
+
+
 def recvfrom_by_hand(sock: socket.socket, size: int) -> Any:
     data, control, _, client = sock.recvmsg(size, 512)
     for level, kind, body in control:
@@ -59,6 +63,9 @@ def recvfrom_by_hand(sock: socket.socket, size: int) -> Any:
             return data, client, (host, port) if len(client) == 2 else ("::ffff:" + host, port, 0, 0)
         if level == socket.IPPROTO_IPV6 and kind == IPV6_ORIGDSTADDR:
             port, flow, ip, scope = IN6.unpack(body)
+            # A careful program would not answer from what a sender forged, either.
+            if ip[:12] == V4_MAPPED or ip == UNSPECIFIED:
+                return data, client, None
             return data, client, (socket.inet_ntop(socket.AF_INET6, ip), port, flow, socket.ntohl(scope))
     return data, client, None
 

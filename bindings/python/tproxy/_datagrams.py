@@ -57,7 +57,7 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
     # reach what only this host can reach, such as 127.0.0.1: None, as of tp_recvfrom.
     if kind == 20 and level == 0:
         port, ip = unpack_in(body)
-        if ip == _UNSPECIFIED4:
+        if not ip[0] and ip == _UNSPECIFIED4:
             return data, client, None
         # The address is of the sender's family.
         if len(client) == 2:
@@ -65,7 +65,8 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
         return data, client, ("::ffff:" + inet_ntoa(ip), port, 0, 0)
     if kind == 74 and level == 41:
         port, flow, ip, scope = unpack_in6(body)
-        if ip.startswith(_V4_MAPPED) or ip == _UNSPECIFIED6:
+        # The first byte decides for all that are usual.
+        if not ip[0] and (ip.startswith(_V4_MAPPED) or ip == _UNSPECIFIED6):
             return data, client, None
         return data, client, (inet_ntop(AF_INET6, ip), port, flow, scope and ntohl(scope))
     return data, client, None
