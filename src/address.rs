@@ -282,7 +282,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn canonical_unmaps_ipv4_and_keeps_the_scope_of_ipv6() {
+    fn canonical_unmaps_ipv4_and_keeps_ipv6_scope() {
         let mapped: SocketAddr = "[::ffff:192.0.2.1]:80".parse().unwrap();
         assert_eq!(canonical(mapped), "192.0.2.1:80".parse().unwrap());
         assert_eq!(as_family_of(mapped, canonical(mapped)), mapped);
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn any_address_of_an_ipv4_or_ipv6_socket_may_be_unspecified() {
+    fn unspecified_address_of_either_family_is_any() {
         let unspecified = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap()).is_unspecified();
         for text in ["0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80"] {
             assert!(unspecified(text), "{text}");
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_the_same_whatever_follows_one_of_ipv4() {
+    fn same_as_ignores_padding_of_ipv4() {
         let one = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
         let (v4, v6) = (one("192.0.2.1:80"), one("[2001:db8::1%3]:80"));
         for (addr, others) in [
@@ -321,7 +321,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_kernel_has_becomes_canonical_as_any_other(ip: u128, port: u16, high in 0usize..5, v4: bool) {
+        fn canonical_of_raw_address_equals_decoded(ip: u128, port: u16, high in 0usize..5, v4: bool) {
             let ip = [ip, ip & 0xffff_ffff, 0xffff << 32 | ip & 0xffff_ffff, 0, ip | 0xff << 120][high];
             let addr: SocketAddr = if v4 { (Ipv4Addr::from(ip as u32), port).into() } else { (Ipv6Addr::from(ip), port).into() };
             let mut changed = KernelAddr::from(addr);
@@ -339,7 +339,7 @@ mod tests {
         }
 
         #[test]
-        fn decodes_what_the_kernel_is_given(ip: u128, port: u16, flow: u32, scope: u32, v4: bool) {
+        fn address_encoded_is_decoded_unchanged(ip: u128, port: u16, flow: u32, scope: u32, v4: bool) {
             let addr = if v4 {
                 SocketAddr::from((Ipv4Addr::from(ip as u32), port))
             } else {

@@ -256,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_error_names_the_call_the_ends_the_cause_and_the_cure() {
+    fn socket_error_names_call_endpoints_cause_and_fix() {
         let addr = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
         let endpoints = Endpoints { local: Some(addr("192.0.2.1:0")), remote: Some(addr("[2001:db8::1]:80")) };
         let error = Error::socket(SocketOp::Connect, endpoints, Errno(libc::ENETUNREACH));
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn an_io_error_keeps_the_kind_and_the_sentence() {
+    fn io_error_keeps_kind_and_message() {
         let error = io::Error::from(Error::new(libc::EADDRINUSE, "taken"));
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         assert_eq!(error.to_string(), "taken");

@@ -164,7 +164,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn names_that_differ_are_shown_differently(a: Vec<u8>, b: Vec<u8>) {
+        fn names_different_are_shown_differently(a: Vec<u8>, b: Vec<u8>) {
             let (a, b) = (Name::new(&a), Name::new(&b));
             let short = a.as_bytes().len() <= SHOWN_MAX && b.as_bytes().len() <= SHOWN_MAX;
             prop_assert!(a == b || !short || a.to_string() != b.to_string());
@@ -172,7 +172,7 @@ mod tests {
         }
 
         #[test]
-        fn no_sentence_keeps_a_misleading_character(text: String) {
+        fn sentence_of_any_text_has_no_misleading_character(text: String) {
             let mut out = String::new();
             Escaping(&mut out).write_str(&text).unwrap();
             prop_assert!(!out.chars().any(misleads));

@@ -195,7 +195,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_order_is_that_of_addresses_and_lengths(a: (IpAddr, u8), b: (IpAddr, u8)) {
+        fn prefix_order_is_by_address_then_length(a: (IpAddr, u8), b: (IpAddr, u8)) {
             let made = |(addr, len): (IpAddr, u8)| Prefix::new(addr, if addr.is_ipv4() { len % 33 } else { len % 129 }).unwrap();
             let (a, b) = (made(a), made(b));
             prop_assert_eq!(a.cmp(&b), (a.addr, a.len).cmp(&(b.addr, b.len)));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_prefix_is_refused() {
+    fn prefix_invalid_is_refused() {
         let made = |addr: &str, len| Prefix::new(addr.parse().unwrap(), len);
         assert_eq!(made("10.0.0.0", 33).unwrap_err().errno(), libc::EINVAL);
         assert_eq!(made("::", 129).unwrap_err().errno(), libc::EINVAL);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_has_the_leading_bits() {
+    fn prefix_mask_has_leading_bits() {
         let shown = |family, len| mask(family, Some(len)).map(|mask| mask.to_string());
         assert_eq!(shown(Family::V4, 0).unwrap(), "0.0.0.0");
         assert_eq!(shown(Family::V4, 20).unwrap(), "255.255.240.0");

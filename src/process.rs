@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn generation_in_child_is_another() {
+    fn generation_in_child_differs() {
         let own = generation();
         assert_eq!(own, generation());
         assert!(in_child(|| generation() != own && generation() == generation()));
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn relation_in_child_depends_on_whether_the_maker_lives() {
+    fn relation_in_child_depends_on_life_of_maker() {
         let maker = Maker::new();
         assert_eq!(maker.relation(), Relation::Itself);
         assert!(in_child(|| maker.relation() == Relation::ChildOfLiving));
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn held_descriptor_that_was_replaced_is_neither_used_nor_closed() {
+    fn descriptor_replaced_is_neither_used_nor_closed() {
         let file = |name: &str| OwnedFd::from(std::fs::File::open(name).unwrap());
         let held = Held::new(file("/dev/null"));
         let number = held.get().unwrap().as_raw_fd();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn mutex_that_another_thread_holds_at_fork_is_refused_in_the_child() {
+    fn mutex_held_at_fork_is_refused_in_child() {
         let mutex = ForkMutex::new(7);
         let (locked, unlock) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
         std::thread::scope(|scope| {

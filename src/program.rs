@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_a_pipe_holds_comes_and_goes() {
+    fn program_with_more_data_than_a_pipe_holds_ends() {
         let long = "x".repeat(1 << 20);
         assert_eq!(shell("cat", &long).output, long.as_bytes());
         // It ends before it has read anything.
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn too_much_output_ends_the_program() {
+    fn program_with_too_much_output_is_killed() {
         assert_eq!(run("sh", &["-c", "exec cat /dev/zero"], "", PATIENCE).err(), Some(Errno(libc::EFBIG)));
         assert_eq!(shell("head -c 1000000 /dev/zero >&2", "").errors.len(), ERRORS_MAX);
     }
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn child_that_keeps_the_pipes_is_not_waited_for() {
+    fn program_whose_child_keeps_the_pipes_is_not_waited_for() {
         let begin = Instant::now();
         let outcome = shell("sleep 20 & echo words; exit 1", "");
         assert_eq!((outcome.end, outcome.output), (End::Exited(1), b"words\n".into()));
@@ -239,14 +239,14 @@ mod tests {
     }
 
     #[test]
-    fn program_that_is_not_there_is_not_found() {
+    fn program_missing_is_not_found() {
         for name in ["no-such-program-anywhere", "../sbin/no-such-program"] {
             assert_eq!(run(name, &[], "", PATIENCE).err(), Some(Errno(libc::ENOENT)));
         }
     }
 
     #[test]
-    fn environment_is_the_librarys_own() {
+    fn program_environment_is_the_librarys_own() {
         let outcome = shell("exec env", "");
         let mut lines: Vec<String> = String::from_utf8(outcome.output).unwrap().lines().map(str::to_owned).collect();
         // What shells make by themselves.

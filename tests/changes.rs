@@ -236,7 +236,7 @@ fn rules_stats_counts_intercepted_diverted_dropped_and_direct_packets() {
     let before = syns();
     lab.client.run(|| connect_in_vain(at(v4().proxy, 3129))).unwrap_err();
     assert_eq!(rules.stats().direct_packets, syns() - before);
-    drop(listener);
+    lab.proxy.run(|| close(listener));
     let before = syns();
     lab.client.run(|| connect_in_vain(at(v6().server, 80))).unwrap_err();
     let (stats, sent) = (rules.stats(), syns() - before);
@@ -251,7 +251,7 @@ fn install_rules_fail_open_without_listener_forwards() {
     let config = RulesConfig::of(&first).ports(&[80]).flags(TP_RULES_FAIL_OPEN);
     let _rules = lab.proxy.run(|| config.install()).unwrap();
     assert!(intercepted(&lab, v4(), &first, &server));
-    drop(first);
+    lab.proxy.run(|| close(first));
     let unreached = lab.proxy.run(|| TcpListener::bind("127.0.0.1:0")).unwrap();
     for hosts in [v4(), v6()] {
         assert!(!intercepted(&lab, hosts, &unreached, &server));

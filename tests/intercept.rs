@@ -188,7 +188,7 @@ fn install_rules_without_listener_drops_until_removed() {
     let server = lab.serve(80);
     let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
     let rules = lab.proxy.run(|| intercept(&listener, 80)).unwrap();
-    drop(listener);
+    lab.proxy.run(|| close(listener));
     for hosts in [v4(), v6()] {
         let outcome = lab.client.run(|| connect_in_vain(at(hosts.server, 80)));
         assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::TimedOut);

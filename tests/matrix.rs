@@ -205,6 +205,9 @@ fn check(backend: Backend, v6: bool, protocol: Protocol, redirect: bool, listen_
 
     let family = if v6 { "ip6tables" } else { "iptables" };
     let is_in = |variant: &str| {
+        if variant == "legacy" && !is_met(Requirement::LegacyIptables) {
+            return false;
+        }
         lab.proxy.command(&format!("{family}-{variant}-save"), &["-t", "mangle"]).contains("tp-tproxy-p")
     };
     assert_eq!(is_in("legacy"), backend == Backend::IptablesLegacy, "{case}");

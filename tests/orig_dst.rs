@@ -34,7 +34,7 @@ fn orig_dst_redirected_gives_destination() {
         assert!(found.is_ipv6(), "the address has another family than the socket");
         assert_eq!(canonical(found), to);
     }
-    drop(dual);
+    lab.proxy.run(|| close(dual));
     let plain = lab.proxy.run(|| TcpListener::bind("0.0.0.0:3129")).unwrap();
     let to = at(v4().server, 80);
     assert_eq!(orig_dst(&accepted(&lab, &plain, to)).unwrap(), to);

@@ -6,8 +6,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 work=$root/build/python
 tools=$work/tools/bin
-passed=0 failed=0
-sh "$root/tests/deps.sh" python || { echo "0 passed, 1 failed"; exit 1; }
+passed=0 failed=0 skipped=0
+sh "$root/tests/deps.sh" python || { echo "0 passed, 1 failed, 0 skipped"; exit 1; }
 cd "$here" || exit 1
 
 # A command that is one check: it succeeds, or its output is shown.
@@ -58,6 +58,8 @@ done
 # calls is for the oldest and the newest.
 versions=$(cd "$work" && ls -d 3.* | grep -v log | sort -V)
 oldest=$(head -n 1 <<< "$versions") newest=$(tail -n 1 <<< "$versions")
+# In seconds.
+limit=$(awk "BEGIN { print 600 * ${TPROXY_TEST_TIME_FACTOR:-1} }")
 pids=
 for version in $versions; do
     python=$work/$version/bin/python
@@ -66,7 +68,7 @@ for version in $versions; do
     # What is tested is what was built, and not the folder beside the tests.
     (
         pip "$python" install --force-reinstall --no-deps "$wheel" &&
-            cd / && timeout 600 "$python" -m pytest -q -n 3 -m "$which" "$here/tests"
+            cd / && timeout "$limit" "$python" -m pytest -q -rs -n 3 -m "$which" "$here/tests"
     ) > "$work/$version.log" 2>&1 &
     pids="$pids $version:$!"
 done
@@ -76,13 +78,14 @@ for pair in $pids; do
     status=$?
     # pytest's last line: "1 failed, 202 passed, 1 error in 60.00s".
     count() { tail -n 1 "$work/$version.log" | tr ',' '\n' | awk -v what="$1" '$2 ~ what { n = $1 } END { print n + 0 }'; }
-    good=$(count passed) bad=$(($(count failed) + $(count error)))
+    good=$(count passed) left_out=$(count skipped) bad=$(($(count failed) + $(count error)))
     # A runner that breaks off has failed too, whatever it counted.
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
-    echo "Python $version: $good passed, $bad failed"
+    echo "Python $version: $good passed, $bad failed, $left_out skipped"
     [ "$bad" = 0 ] || tail -n 100 "$work/$version.log"
-    passed=$((passed + good)) failed=$((failed + bad))
+    passed=$((passed + good)) failed=$((failed + bad)) skipped=$((skipped + left_out))
+    sed -n 's/^SKIPPED \[[0-9]*\] \([^ ]*\): \(.*\)/skipped: \1 \2/p' "$work/$version.log"
 done
 
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn holder_of_an_open_socket_is_this_process() {
+    fn holder_of_open_socket_is_this_process() {
         let socket = Channel::socket(libc::NETLINK_NETFILTER).unwrap();
         let port = crate::sys::netlink_port(socket.as_fd()).unwrap();
         // A child of a parallel test may have a copy for a moment, until it executes its program.
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn holder_is_named_in_words_that_do_not_mislead() {
+    fn holder_name_is_shown_with_escapes() {
         let process = |pid, name: &str| Process { pid, name: name.into() };
         let holder = Holder::Processes(vec![process(7, "a\u{202e}\n"), process(8, "b")]);
         assert_eq!(holder.by_number(), "processes 7, 8");

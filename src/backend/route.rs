@@ -532,7 +532,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_rule_that_is_added_is_recognised_when_it_is_dumped() {
+    fn routing_rule_added_is_recognized_in_dump() {
         let routing = Routing {
             families: Families::ALL,
             mark: Mark::DEFAULT,
@@ -552,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn the_equivalent_commands_are_the_documented_ones() {
+    fn routing_commands_equal_documentation() {
         let families = Families { v4: true, v6: false };
         let routing =
             Routing { families, mark: Mark::DEFAULT, output_mark: Mark::DEFAULT.second(), table: 7470, priority: 200 };
@@ -571,7 +571,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_dump_panics(payload in wire::odd::answer(12)) {
+        fn routing_dump_of_any_bytes_does_not_panic(payload in wire::odd::answer(12)) {
             parse_rule(&payload);
         }
     }

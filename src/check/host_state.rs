@@ -402,7 +402,7 @@ mod tests {
 
     /// What the kernel is asked for of sets does not grow with their elements, and the ports that matter are known.
     #[test]
-    fn large_sets_are_not_read_whole() {
+    fn host_state_does_not_read_large_sets_whole() {
         in_a_network(|| {
             sh("nft 'add table inet fw; add set inet fw pairs { type inet_service . ipv4_addr; }
                 add set inet fw ports { type inet_service; }; add set inet fw ranges { type inet_service; flags interval; }
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beyond_a_bound_is_noted_and_not_taken_for_absent() {
+    fn host_state_beyond_a_bound_is_noted_as_unseen() {
         in_a_network(|| {
             sh("ip link set lo up; ip -6 rule add pref 500 lookup 77; ip rule add pref 500 lookup 77
                 ip route add local default dev lo table 77; ip -6 route add local default dev lo table 77

@@ -136,7 +136,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn files_are_taken_apart() {
+    fn procfs_files_are_parsed() {
         assert!(is_initial_user_namespace("         0          0 4294967295\n"));
         assert!(!is_initial_user_namespace("         0       1000          1\n"));
         assert_eq!(state_of("12 (a) b) T 1 2 3"), Some('T'));
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_module_is_looked_for() {
+    fn procfs_missing_module_is_searched() {
         let of = |config, dep, builtin| availability(config, dep, builtin, "CONFIG_NFT_TPROXY", "nft_tproxy");
         let dep = "kernel/net/netfilter/nft_tproxy.ko.xz: kernel/net/netfilter/nf_tables.ko.xz\n";
         assert_eq!(of("", "", ""), None);
@@ -166,7 +166,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_file_panics(text in "(?s).{0,200}", a in "[A-Z]{0,3}", b in "[a-z]{0,3}") {
+        fn procfs_of_any_text_does_not_panic(text in "(?s).{0,200}", a in "[A-Z]{0,3}", b in "[a-z]{0,3}") {
             is_initial_user_namespace(&text);
             state_of(&text);
             descriptors(&format!("Max open files{text}"));

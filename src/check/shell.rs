@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn word_is_the_name_to_a_shell() {
+    fn shell_word_is_the_name() {
         for (name, expected) in [
             (&b"eth0.7"[..], "eth0.7"),
             (b"$(reboot)", "'$(reboot)'"),
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_of_plain_ascii() {
+    fn json_of_any_name_is_ascii() {
         assert_eq!(
             json(&Name::from("a\u{202e}b 'x\"\n\u{1f600}")).unwrap(),
             r#""a\u202eb \u0027x\u0022\u000a\ud83d\ude00""#
@@ -114,7 +114,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(200))]
 
         #[test]
-        fn no_name_is_anything_but_a_word(bytes in proptest::collection::vec(prop_oneof![1..=127u8, 1..=255u8], 0..40)) {
+        fn shell_word_of_any_name_is_one_word(bytes in proptest::collection::vec(prop_oneof![1..=127u8, 1..=255u8], 0..40)) {
             let name = Name::new(&bytes);
             let Some(word) = word(&name) else { return Ok(()) };
             prop_assert!(word.bytes().all(|byte| (b' '..=b'~').contains(&byte)));

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn success_leaves_errno_and_the_sentence_alone() {
+    fn guard_on_success_keeps_errno_and_message() {
         assert_eq!(guard(|| Err(Error::invalid("first"))), -1);
         sys::set_errno(libc::ENOTTY);
         let value = guard(|| {
@@ -227,14 +227,14 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_becomes_enotrecoverable() {
+    fn guard_on_panic_is_enotrecoverable() {
         assert_eq!(guard(|| panic!("not to be seen")), -1);
         assert_eq!(sys::errno(), libc::ENOTRECOVERABLE);
         assert!(sentence().contains("panic"));
     }
 
     #[test]
-    fn a_long_sentence_is_cut_between_characters() {
+    fn last_error_too_long_is_truncated_between_characters() {
         guard(|| Err(Error::invalid_with(format_args!("{}", "é\0".repeat(CAPACITY)))));
         let sentence = sentence();
         assert!(sentence.len() < CAPACITY && sentence.len() > CAPACITY - 5);
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_an_empty_sentence_before_any_failure() {
+    fn last_error_before_any_failure_is_empty() {
         std::thread::spawn(|| assert_eq!(sentence(), "")).join().unwrap();
     }
 }

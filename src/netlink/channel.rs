@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_tells_acknowledgements_from_errors_and_keeps_the_kernels_words() {
+    fn exchange_distinguishes_acknowledgement_from_error_with_message() {
         let answers = channel(vec![error(1, libc::EBUSY, "it is in use"), error(2, 0, "")])
             .exchange(&Buffer::default(), 2)
             .unwrap();
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_that_never_ends_is_an_error() {
+    fn dump_interrupted_forever_is_an_error() {
         assert_eq!(channel(vec![]).dump(1, &[], &|_| {}).unwrap_err(), sys::Errno(libc::EPROTO));
     }
 
@@ -517,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn dump_without_an_end_is_given_up() {
+    fn dump_without_end_is_given_up() {
         let mut buffer = Buffer::default();
         buffer.message(FIRST_OF_FAMILY, 0, 1, &[0; 1 << 20], |_| {});
         let mut channel = Channel::over(Box::new(Endless(buffer.bytes().unwrap().to_vec())));
@@ -525,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_questions_the_first_may_be_the_only_one_that_is_answered() {
+    fn exchange_of_two_requests_with_one_reply_ends() {
         let refused = channel(vec![error(1, libc::EPERM, "")]).get_then_dump(1, 1, &[]).unwrap_err();
         assert_eq!(refused, sys::Errno(libc::EPERM));
         let message = |kind, seq, payload: &[u8]| {
@@ -544,14 +544,14 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_that_the_kernel_refuses_gives_its_errno() {
+    fn dump_refused_gives_errno() {
         let error = channel(vec![error(1, libc::EPERM, "")]).dump(1, &[], &|_| {}).unwrap_err();
         assert_eq!(error, sys::Errno(libc::EPERM));
     }
 
     proptest! {
         #[test]
-        fn no_answer_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
+        fn exchange_with_any_reply_does_not_panic(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..200), 0..8)) {
             let _ = channel(datagrams.clone()).exchange(&Buffer::default(), 1);
             let _ = channel(datagrams.clone()).get(1, &[]);
             let _ = channel(datagrams.clone()).get_then_dump(1, 1, &[]);

@@ -397,7 +397,7 @@ mod tests {
 
     #[cfg(target_endian = "little")]
     #[test]
-    fn the_layout_is_the_kernels() {
+    fn message_layout_equals_kernel() {
         #[rustfmt::skip]
         let expected: &[u8] = &[
             48, 0, 0, 0,  0x03, 0x0a, 0x01, 0x04,  7, 0, 0, 0,  0, 0, 0, 0,
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn message_written_is_read_back() {
         let buffer = sample();
         let mut found = messages(buffer.bytes().unwrap());
         let message = found.next().unwrap();
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_is_traced_to_its_attribute() {
+    fn attribute_at_offset_is_found() {
         let buffer = sample();
         let bytes = buffer.bytes().unwrap();
         assert_eq!(path_to(bytes, 4, 20), [(0, 1)]);
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attribute_that_is_too_long_is_not_sent_cut() {
+    fn attribute_too_long_is_not_truncated() {
         let mut buffer = Buffer::default();
         buffer.message(1, 0, 0, &[], |a| a.bytes(1, &[0; 70_000]));
         assert_eq!(buffer.bytes(), Err(sys::Errno(libc::EMSGSIZE)));
@@ -442,7 +442,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_of_the_kernel_panic_or_loop(bytes in proptest::collection::vec(any::<u8>(), 0..300), offset in 0..400usize) {
+        fn message_of_any_bytes_does_not_panic_or_loop(bytes in proptest::collection::vec(any::<u8>(), 0..300), offset in 0..400usize) {
             for message in messages(&bytes) {
                 for (_, value) in attributes(message.payload) {
                     attributes(value).for_each(drop);
@@ -452,7 +452,7 @@ mod tests {
         }
 
         #[test]
-        fn attributes_survive_the_way_there_and_back(values in proptest::collection::vec((0..100u16, proptest::collection::vec(any::<u8>(), 0..40)), 0..20)) {
+        fn attributes_written_are_read_back(values in proptest::collection::vec((0..100u16, proptest::collection::vec(any::<u8>(), 0..40)), 0..20)) {
             let mut buffer = Buffer::default();
             buffer.message(1, 2, 3, &[], |a| values.iter().for_each(|(kind, value)| a.bytes(*kind, value)));
             let bytes = buffer.bytes().unwrap();

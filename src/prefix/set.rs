@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn overlaps_duplicates_and_neighbours_become_one_range() {
+    fn prefix_set_merges_overlaps_duplicates_and_neighbors() {
         let set = set(&[
             "10.0.1.0/24",
             "10.0.0.0/24",
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_covered_prefix_comes_back_when_its_cover_goes() {
+    fn prefix_set_without_cover_has_covered_prefix_again() {
         let mut set = set(&["10.0.0.0/8", "10.1.0.0/16"]);
         let change = set.update(&[], &[prefix("10.0.0.0/8")]).unwrap();
         assert_eq!(shown(Family::V4, &change.gone[0].ranges), ["10.0.0.0-10.255.255.255"]);
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_with_many_prefixes_have_sets_of_their_own() {
+    fn prefix_set_gives_lengths_with_many_prefixes_their_own_sets() {
         let counts = [(24, MANY), (25, MANY + 4), (26, MANY + 3), (27, MANY + 2), (28, MANY + 1), (20, MANY - 1)];
         let prefixes: Vec<Prefix> = counts.iter().flat_map(|(len, count)| scattered(*count, *len)).collect();
         let set = PrefixSet::new(&prefixes);
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_in_great_number_is_regrouped_and_not_again() {
+    fn prefix_set_with_many_additions_is_regrouped_once() {
         let mut set = PrefixSet::new(&scattered(MANY - 1, 24));
         assert_eq!(set.regrouped().unwrap(), None);
         set.update(&scattered(MANY, 24), &[]).unwrap();
@@ -439,7 +439,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_change_makes_of_the_old_contents_the_new(
+        fn prefix_set_change_turns_old_contents_into_new(
             start in proptest::collection::vec(corner(), 0..40),
             add in proptest::collection::vec(corner(), 0..90),
             remove in proptest::collection::vec(any::<proptest::sample::Index>(), 0..6),
@@ -463,7 +463,7 @@ mod tests {
         }
 
         #[test]
-        fn contents_cover_what_the_prefixes_cover(
+        fn prefix_set_covers_what_its_prefixes_cover(
             prefixes in proptest::collection::vec(corner(), 0..40),
             many in many(),
         ) {

@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listeners_address_says_whom_it_serves() {
+    fn config_listener_address_gives_its_families() {
         let at = |ip: &str, dual| {
             let listener = Listener::new(SocketAddr::new(ip.parse().unwrap(), 1), Protocol::Tcp, dual);
             (listener.families.v4, listener.families.v6, listener.addr.map(|a| a.to_string()))

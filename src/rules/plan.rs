@@ -321,14 +321,14 @@ mod tests {
     }
 
     #[test]
-    fn a_dual_stack_listener_needs_one_rule_for_both_families() {
+    fn plan_for_dual_stack_listener_has_one_rule() {
         let plan = make(&config(&[listener(true, true, None, 3129)])).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert_eq!(plan.intercepts, [Intercept { protocol: Protocol::Tcp, family: None, addr: None, port: 3129 }]);
     }
 
     #[test]
-    fn a_listener_for_each_family_needs_a_rule_each() {
+    fn plan_for_listener_of_each_family_has_two_rules() {
         let listeners = [listener(true, false, Some("127.0.0.1"), 1), listener(false, true, Some("::1"), 2)];
         let plan = make(&config(&listeners)).unwrap();
         assert_eq!(plan.families, Families::ALL);
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn families_narrows_what_a_dual_stack_listener_gets() {
+    fn plan_families_narrow_dual_stack_listener() {
         let mut config = config(&[listener(true, true, None, 3129)]);
         config.families = Families { v4: false, v6: true };
         let plan = make(&config).unwrap();
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_that_share_a_port_are_one_listener_and_others_conflict() {
+    fn plan_with_shared_port_has_one_listener_and_others_conflict() {
         let one = listener(true, false, None, 3129);
         assert_eq!(make(&config(&[one, one])).unwrap().intercepts.len(), 1);
         let sentence = refusal(&config(&[one, listener(true, false, None, 3130)]));
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_are_refused_with_what_is_wrong() {
+    fn plan_with_bad_values_is_refused() {
         let good = config(&[listener(true, false, None, 3129)]);
         let check = |change: &dyn Fn(&mut Config), words: &str| {
             let mut bad = good.clone();
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn divert_only_needs_no_listener() {
+    fn plan_divert_only_needs_no_listener() {
         let plan = make(&Config { mode: Mode::DivertOnly, ..Config::default() }).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert!(plan.intercepts.is_empty());
@@ -398,7 +398,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn merged_ports_cover_the_same_and_keep_apart(ranges in proptest::collection::vec((1..=u16::MAX, 0..2000u16), 0..30)) {
+        fn plan_merged_ports_cover_the_same(ranges in proptest::collection::vec((1..=u16::MAX, 0..2000u16), 0..30)) {
             let ranges: Vec<PortRange> =
                 ranges.into_iter().map(|(first, n)| PortRange { first, last: first.saturating_add(n) }).collect();
             let merged = merge_ports(&ranges).unwrap();

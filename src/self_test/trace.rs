@@ -122,7 +122,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_report_panics(payload in wire::odd::answer(4)) {
+        fn trace_of_any_report_does_not_panic(payload in wire::odd::answer(4)) {
             parse(&payload);
         }
     }

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_header_is_as_the_macros_have_it() {
+    fn control_header_equals_cmsg_macros() {
         // SAFETY: arithmetic alone.
         #[allow(unsafe_code)]
         let (len, space) = unsafe { (libc::CMSG_LEN(5), libc::CMSG_SPACE(5)) };
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_both_among_others() {
+    fn control_data_with_other_messages_gives_both() {
         let to: SocketAddr = "[2001:db8::1%7]:53".parse().unwrap();
         let data = [
             message(libc::SOL_IP, libc::IP_TTL, &64i32.to_ne_bytes()),
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn orig_dst_that_no_ipv6_packet_has_is_refused() {
+    fn control_data_with_impossible_ipv6_orig_dst_is_refused() {
         let mapped = |addr: &str| address(SocketAddrV6::new(addr.parse().unwrap(), 53, 0, 0).into());
         for refused in ["::ffff:127.0.0.1", "::ffff:192.0.2.1", "::ffff:0.0.0.0", "::"] {
             assert_eq!(Control::parse(&mapped(refused)), Control::default(), "{refused}");
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_nothing() {
+    fn control_data_malformed_gives_nothing() {
         let cut = message(libc::SOL_IP, libc::IP_ORIGDSTADDR, &[2, 0, 0, 53, 192, 0, 2, 1]);
         let strange = message(libc::SOL_IP, libc::IP_ORIGDSTADDR, &[9; 28]);
         let negative = message(libc::SOL_UDP, UDP_GRO, &(-1i32).to_ne_bytes());
@@ -245,12 +245,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_fine(data in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn control_data_of_any_bytes_does_not_panic(data in proptest::collection::vec(any::<u8>(), 0..300)) {
             Control::parse(&data);
         }
 
         #[test]
-        fn any_lengths_are_fine(lens in proptest::collection::vec((0usize..80, 0u8..2), 0..6), cut in 0usize..200) {
+        fn control_data_of_any_lengths_does_not_panic(lens in proptest::collection::vec((0usize..80, 0u8..2), 0..6), cut in 0usize..200) {
             let mut data = Vec::new();
             for (len, family) in lens {
                 let mut one = address(if family == 0 { "192.0.2.1:5".parse().unwrap() } else { "[::1]:5".parse().unwrap() });
@@ -263,7 +263,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_written_is_read(ip: u128, port: u16, scope: u32, v4: bool, segment in 1i32..65536) {
+        fn control_data_written_is_read_back(ip: u128, port: u16, scope: u32, v4: bool, segment in 1i32..65536) {
             let to = if v4 {
                 SocketAddr::from((Ipv4Addr::from(ip as u32), port))
             } else {
@@ -280,7 +280,7 @@ mod tests {
         }
 
         #[test]
-        fn outgoing_data_are_whole_messages(v4: u32, v6: u128, scope: u32, segment: u16) {
+        fn control_data_outgoing_is_whole_messages(v4: u32, v6: u128, scope: u32, segment: u16) {
             let new = |ip: IpAddr| Outgoing::new(&SocketAddr::new(ip, 53).into(), scope.to_ne_bytes());
             let mut outgoing = new(Ipv6Addr::from(v6).into());
             outgoing.add_segment_len(segment);

@@ -88,7 +88,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_checksum_is_right(
+        fn udp_checksum_is_correct(
             ips: (u128, u128), ports: (u16, u16), v4: bool, payload in proptest::collection::vec(any::<u8>(), 0..300)
         ) {
             let ip = |bits: u128| if v4 { IpAddr::from((bits as u32).to_be_bytes()) } else { IpAddr::from(bits.to_be_bytes()) };
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_has_a_checksum_too() {
+    fn udp_checksum_of_longest_datagram_is_correct() {
         let ends: (SocketAddr, SocketAddr) = ("255.255.255.255:65535".parse().unwrap(), "192.0.2.1:1".parse().unwrap());
         let payload = vec![0xff; LONGEST];
         assert_eq!(verify(ends.0, ends.1, &header(ends.0, ends.1, &payload), &payload), 0xffff);

@@ -425,7 +425,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn datagrams_are_grouped_by_port_and_family_in_their_order(
+        fn reply_batch_is_grouped_by_port_and_family_in_order(
             // ArrayVec ports, so that some are the same, and many.
             ports in prop_oneof![
                 proptest::collection::vec((1u16..8, 0u8..4), 0..=SORTED),

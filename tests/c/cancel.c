@@ -14,6 +14,8 @@
 #include <tproxy.h>
 #include <unistd.h>
 
+#include "limit.h"
+
 #define CHECK(condition) \
     do { \
         if (!(condition)) { \
@@ -111,7 +113,7 @@ int main(int argc, char **argv)
             /* Cancellation does not end the wait; a datagram does. */
             struct timespec until;
             clock_gettime(CLOCK_REALTIME, &until);
-            until.tv_nsec += 100 * 1000 * 1000;
+            until.tv_nsec += limit(100) * 1000000LL;
             until.tv_sec += until.tv_nsec / 1000000000, until.tv_nsec %= 1000000000;
             CHECK(pthread_timedjoin_np(thread, &result, &until) == ETIMEDOUT);
             CHECK(sendto(fd, "wake", 4, 0, (struct sockaddr *)&here, sizeof here) == 4);

@@ -10,6 +10,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "examples-c"))
 import demo  # noqa: E402
+from demo import limit  # noqa: E402, F401
 
 
 def on(host, body):
@@ -38,7 +39,7 @@ def enter(fd):
 
 
 def meet():
-    """Returns when client and server reach each other: the first question for a neighbour's address may take a second."""
+    """Returns when client and server reach each other: neighbor discovery may take a second."""
 
     def refused(family, server):
         deadline = time.monotonic() + demo.PATIENCE

@@ -23,6 +23,8 @@
 #include <tproxy.h>
 #include <unistd.h>
 
+#include "limit.h"
+
 static int listener;
 static uint32_t backend;
 static tp_rules *rules;
@@ -110,7 +112,7 @@ static void in_child(void (*body)(void))
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (pid == 0) {
-        alarm(20);
+        alarm((unsigned)limit(20000) / 1000);
         body();
         _exit(0);
     }
@@ -167,7 +169,7 @@ static void closed_and_reused(int flags)
             CHECK(errno == EBUSY && waiting == -1);
             waiting = fd;
         }
-    alarm(20);
+    alarm((unsigned)limit(20000) / 1000);
     FAILS(EBADF, stats());
     FAILS(EBADF, replace());
     FAILS(EBADF, update());

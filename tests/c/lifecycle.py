@@ -14,7 +14,7 @@ import sys
 import threading
 
 import hosts
-from hosts import demo, on
+from hosts import demo, limit, on
 
 SERVER = ("203.0.113.2", 80)
 PROXIED, PASSED, DROPPED = "proxied", "passed", "dropped"
@@ -60,7 +60,7 @@ def server():
 def ask():
     with socket.socket() as client:
         # Long enough for a connection that comes about, and for one retransmission of the first packet.
-        client.settimeout(demo.PATIENCE if expected_now != DROPPED else 2)
+        client.settimeout(demo.PATIENCE if expected_now != DROPPED else limit(2))
         try:
             client.connect(SERVER)
             return client.recv(100).decode()

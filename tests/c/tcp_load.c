@@ -14,7 +14,7 @@
  *     broken    ended before its time, and not as the header said: somebody was killed
  *     refused   no connection
  *     wrong     a byte that was not the expected one, or one too many
- *     stuck     nothing happened for 20 seconds
+ *     stuck     nothing happened for 20 seconds (limit.h)
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -34,7 +34,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PORT = 80, CHUNK = 64 * 1024, STUCK_MS = 20000, MAX_CLIENTS = 512 };
+#include "limit.h"
+
+enum { PORT = 80, CHUNK = 64 * 1024, MAX_CLIENTS = 512 };
 enum { NOBODY, CLIENT, SERVER };    /* who breaks it off */
 
 struct header {
@@ -101,7 +103,7 @@ static enum end converse(int fd, const struct header *header, uint32_t me)
             told = true;
         }
         struct pollfd poll_fd = { .fd = fd, .events = (short)((ended ? 0 : POLLIN) | (told ? 0 : POLLOUT)) };
-        int n = poll(&poll_fd, 1, told && ended ? 0 : STUCK_MS);
+        int n = poll(&poll_fd, 1, told && ended ? 0 : limit(20000));
         if (n == 0 && !(told && ended))
             return STUCK;
         if (poll_fd.revents & (POLLIN | POLLHUP | POLLERR) && !ended) {
@@ -145,7 +147,7 @@ static void *serve_one(void *argument)
 {
     int fd = (int)(intptr_t)argument;
     struct header header;
-    struct timeval patience = { .tv_sec = STUCK_MS / 1000 };
+    struct timeval patience = { .tv_sec = limit(20000) / 1000 };
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     if (recv(fd, &header, sizeof header, MSG_WAITALL) == sizeof header) {
         enum end end = converse(fd, &header, SERVER);
@@ -197,7 +199,7 @@ static void *ask(void *argument)
         header.slow = random % 16 == 0 ? 4 : 0;
         header.after = (uint32_t)(mixed(random) % (header.length[CLIENT] + header.length[SERVER] + 1));
         int fd = socket(server_addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        struct timeval patience = { .tv_sec = STUCK_MS / 1000 };
+        struct timeval patience = { .tv_sec = limit(20000) / 1000 };
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
         enum end end;
         if (fd < 0)

@@ -13,7 +13,7 @@ import subprocess
 import time
 
 import hosts
-from hosts import demo, on
+from hosts import demo, limit, on
 
 SERVER = ("203.0.113.2", 80)
 
@@ -42,7 +42,7 @@ def half_closed_and_stuck(listener, proxy):
     server.shutdown(socket.SHUT_WR)
     assert client.recv(1) == b""
     sent = 0
-    client.settimeout(0.5)
+    client.settimeout(limit(0.5))
     try:
         while sent < 200_000:
             sent += client.send(b"x" * 10_000)
@@ -64,9 +64,9 @@ def half_closed_and_stuck(listener, proxy):
 
 def few_descriptors(listener, programs):
     """More clients than the proxy has descriptors for: each is served in its turn, none is turned away."""
-    limit = 18
+    descriptors = 18
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    command = ["sh", "-c", f'ulimit -n {limit}; exec "$0" "$@"', os.path.join(programs, "tcp_proxy"), "3129", "80"]
+    command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$0" "$@"', os.path.join(programs, "tcp_proxy"), "3129", "80"]
     proxy = demo.Program("proxy", *command)
     assert proxy.expect("listening") != "nothing"
     assert (soft, hard) == resource.getrlimit(resource.RLIMIT_NOFILE)

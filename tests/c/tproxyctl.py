@@ -1,4 +1,5 @@
 """What tproxyctl prints and returns, in a network of its own (run.sh): every command, as text and as JSON."""
+import atexit
 import json
 import os
 import pty
@@ -9,6 +10,8 @@ import socket
 import subprocess
 import sys
 
+from hosts import limit
+
 stage = sys.argv[1]
 PROGRAM = stage + "/bin/tproxyctl"
 RULES = ["--listen", "[::]:3129", "--port", "80,8000-8010"]
@@ -16,7 +19,7 @@ IP_TRANSPARENT = 19
 
 
 def run(*args, status=0, env=None):
-    done = subprocess.run([PROGRAM, *args], capture_output=True, text=True, timeout=20, env=env)
+    done = subprocess.run([PROGRAM, *args], capture_output=True, text=True, timeout=limit(20), env=env)
     assert done.returncode == status, (args, done)
     return done
 
@@ -32,13 +35,15 @@ def tables():
 def start(*args):
     """Starts `install` and waits until it says so."""
     child = subprocess.Popen([PROGRAM, "install", *RULES, *args], stdout=subprocess.PIPE, text=True)
+    # If the test fails, too.
+    atexit.register(child.kill)
     return child, child.stdout.readline()
 
 
 def end(child, number):
     child.send_signal(number)
     rest = child.stdout.read()
-    assert child.wait(10) == 0, number
+    assert child.wait(limit(20)) == 0, number
     return rest
 
 
@@ -76,7 +81,7 @@ def colours():
 
     def on_terminal(*args, **env):
         master, slave = pty.openpty()
-        done = subprocess.run([PROGRAM, *args], stdout=slave, env={**os.environ, **env}, check=True, timeout=20)
+        done = subprocess.run([PROGRAM, *args], stdout=slave, env={**os.environ, **env}, check=True, timeout=limit(20))
         os.close(slave)
         text = os.read(master, 65536).decode()
         os.close(master)
@@ -136,6 +141,8 @@ def stats():
     probe.setblocking(False)
     subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
     probe.connect_ex(("203.0.113.1", 80))
+    # Closed, the socket does not send its first packet again.
+    probe.close()
     counted = json.loads(out("stats", "--json"))
     assert list(counted) == ["intercepted", "diverted", "dropped", "direct"]
     assert counted["dropped"]["packets"] == 1 and counted["dropped"]["bytes"] == 60, counted
@@ -185,7 +192,7 @@ def zsh_completed(lines):
     def heard(mark):
         text = ""
         while mark not in text:
-            assert select.select([terminal], [], [], 20)[0], (mark, text)
+            assert select.select([terminal], [], [], limit(20))[0], (mark, text)
             text += os.read(terminal, 65536).decode()
         return text
 

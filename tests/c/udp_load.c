@@ -26,8 +26,9 @@
 #include <sys/socket.h>
 #include <time.h>
 
+#include "limit.h"
+
 enum { CLIENTS = 1000, HOSTS = 50, PORTS = 20, FIRST_PORT = 5301, CLIENT_PORT = 4000, MAX_WINDOW = 1024, EVENTS = 256 };
-enum { PATIENCE_MS = 1000 };
 
 struct question {
     uint32_t client, service, slot, sequence;    /* service: the host and the port */
@@ -199,7 +200,7 @@ static int load(unsigned seconds, uint32_t window)
         struct sockaddr_in6 addr = client_address(client);
         sockets[client] = open_socket(&addr, client);
     }
-    uint64_t end = milliseconds() + seconds * 1000, next = 0;
+    uint64_t end = milliseconds() + seconds * 1000, next = 0, patience = (uint64_t)limit(1000);
     for (uint32_t at = 0; at < window; at++)
         ask(at);
     for (uint64_t now; (now = milliseconds()) < end;) {
@@ -212,7 +213,7 @@ static int load(unsigned seconds, uint32_t window)
             continue;
         next = now + 50;
         for (uint32_t at = 0; at < window; at++)
-            if (slots[at].asked + PATIENCE_MS < now) {
+            if (slots[at].asked + patience < now) {
                 lost++;
                 slots[at].again = false;
                 ask(at);

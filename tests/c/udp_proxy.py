@@ -129,13 +129,13 @@ def one_server_for_all(programs):
 
 
 def silence_ends_a_session(programs):
-    proxy = start(programs, "--idle", "1")
+    proxy = start(programs, "--idle", "3")
     _, addr, server_addr = demo.FETCHES[0]
     server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
-    # As long as somebody speaks, either of them, it goes on.
+    # The session lasts longer than the limit while one side sends.
     seen = exchange(client, server, server_addr, b"hello")
     for _ in range(4):
-        time.sleep(0.4)
+        time.sleep(0.9)
         server.sendto(b"still here", seen)
         assert heard(client) == (b"still here", (server_addr, PORT))
     assert statistics(proxy)["now"] == 1

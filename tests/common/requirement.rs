@@ -43,16 +43,24 @@ impl Requirement {
     }
 }
 
-/// Whether this machine meets a requirement. If not, the test (the place that calls this) counts as skipped, and leaves
-/// out what needs it.
-#[track_caller]
-pub fn provided(requirement: Requirement) -> bool {
+/// The reason why this machine does not meet a requirement.
+fn missing(requirement: Requirement) -> Option<String> {
     static LEGACY: LazyLock<Option<String>> = LazyLock::new(|| Requirement::LegacyIptables.missing());
-    let missing = match requirement {
+    match requirement {
         Requirement::LegacyIptables => LEGACY.clone(),
         Requirement::Sysctl(_) => requirement.missing(),
-    };
-    let Some(reason) = missing else { return true };
+    }
+}
+
+/// Whether this machine meets a requirement.
+pub fn is_met(requirement: Requirement) -> bool {
+    missing(requirement).is_none()
+}
+
+/// Whether this machine meets a requirement. If not, the test that asks counts as skipped, and leaves out what needs it.
+#[track_caller]
+pub fn provided(requirement: Requirement) -> bool {
+    let Some(reason) = missing(requirement) else { return true };
     // The runner names the thread of a test by the test.
     let thread = std::thread::current();
     let place = std::panic::Location::caller().to_string();

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{canonical, patience};
+use super::{canonical, eventually, patience};
 
 /// Accepts one connection, which must come.
 pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
@@ -66,4 +66,21 @@ pub fn while_answering<T>(listeners: &[(&TcpListener, &str)], body: impl FnOnce(
         stop.store(true, Ordering::Relaxed);
         outcome.unwrap_or_else(|panic| resume_unwind(panic))
     })
+}
+
+/// Closes a listener of this thread's namespace, and waits until none listens on its port. A child that another test is
+/// starting has a copy of the listener until it calls exec(2).
+pub fn close(listener: TcpListener) {
+    const LISTEN: &str = "0A";
+    let port = format!(":{:04X}", listener.local_addr().unwrap().port());
+    drop(listener);
+    let listens = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields[1].ends_with(&port) && fields[3] == LISTEN
+    };
+    eventually("the listener is closed", || {
+        let files =
+            ["tcp", "tcp6"].map(|file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap());
+        !files.iter().flat_map(|text| text.lines().skip(1)).any(listens)
+    });
 }

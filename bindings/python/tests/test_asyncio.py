@@ -23,7 +23,7 @@ from tproxy import RulesFlag, SocketFlag
 
 def start(net: Net, coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Running:
     """Runs a loop on a host, with asyncio's debug mode: a call that blocks, or is not awaited, is told."""
-    return net.start(lambda: asyncio.run(asyncio.wait_for(coroutine(), 20), debug=True))
+    return net.start(lambda: asyncio.run(asyncio.wait_for(coroutine(), PATIENCE), debug=True))
 
 
 def run(net: Net, coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -37,7 +37,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.write_eof()
 
 
-def test_a_proxy(lab: Lab, hosts: Hosts) -> None:
+def test_start_server_and_open_connection_from_proxy_many_connections(lab: Lab, hosts: Hosts) -> None:
     """start_server and open_connection_from, with several connections at a time."""
     connections = 8
     ready = threading.Event()
@@ -74,7 +74,7 @@ def test_a_proxy(lab: Lab, hosts: Hosts) -> None:
         assert server.result() == [hosts.client] * connections
 
 
-def test_a_handler_whose_client_has_said_all_is_kept(net: Net) -> None:
+def test_start_server_handler_is_kept_after_client_closed_its_direction(net: Net) -> None:
     """Nothing but its own future refers to it then: without care it would be collected in the middle."""
 
     async def main() -> bytes:
@@ -109,7 +109,7 @@ def test_a_handler_whose_client_has_said_all_is_kept(net: Net) -> None:
     assert run(net, main) == b"late"
 
 
-def test_a_handler_that_is_a_function_and_a_redirect_listener(lab: Lab) -> None:
+def test_start_server_with_redirect_listener_closes_direct_connection(lab: Lab) -> None:
     """An ordinary listener; and a connection that nobody intercepted is closed, and the loop told."""
     ready = threading.Event()
 
@@ -150,7 +150,7 @@ def test_a_handler_that_is_a_function_and_a_redirect_listener(lab: Lab) -> None:
     assert [type(complaint) for complaint in complaints] == [type(tproxy.Error(errno.ENOENT, ""))]
 
 
-def test_start_server_arguments(net: Net) -> None:
+def test_start_server_with_bad_arguments_is_refused(net: Net) -> None:
     async def main() -> None:
         def handle(*_: object) -> None:
             raise AssertionError("nobody connects")
@@ -170,7 +170,7 @@ def test_start_server_arguments(net: Net) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_open_connection_from_errors(net: Net, host: str) -> None:
+def test_open_connection_from_that_fails_leaves_no_descriptor(net: Net, host: str) -> None:
     async def main() -> None:
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(ConnectionRefusedError) as refused:
@@ -186,7 +186,7 @@ def test_open_connection_from_errors(net: Net, host: str) -> None:
     run(net, main)
 
 
-def test_a_connection_is_cancelled(lab: Lab, hosts: Hosts) -> None:
+def test_open_connection_from_cancelled_leaves_no_descriptor(lab: Lab, hosts: Hosts) -> None:
     """Nobody answers. The loop goes on meanwhile, and nothing is left."""
     lab.server.ip("route del default", "route del default via 2001:db8:2::1")
 
@@ -206,7 +206,7 @@ def test_a_connection_is_cancelled(lab: Lab, hosts: Hosts) -> None:
     run(lab.proxy, main)
 
 
-def test_cancelled_at_every_step(net: Net) -> None:
+def test_start_server_and_open_connection_from_cancelled_at_any_step_leave_nothing(net: Net) -> None:
     """However far it has come: nothing is left, and the loop does not take another socket for one that it had."""
 
     async def nothing(*_: object) -> None:
@@ -254,7 +254,7 @@ def test_cancelled_at_every_step(net: Net) -> None:
     run(net, main)
 
 
-def test_datagrams(lab: Lab, hosts: Hosts) -> None:
+def test_open_datagram_endpoint_replies_to_clients(lab: Lab, hosts: Hosts) -> None:
     """A whole conversation; the client's socket is connected, and hears the server alone."""
     ready = threading.Event()
 
@@ -282,7 +282,7 @@ def test_datagrams(lab: Lab, hosts: Hosts) -> None:
     assert echoing.result() == {(hosts.server, 53)}
 
 
-def test_a_datagram_endpoint_is_waited_for_cancelled_and_closed(net: Net) -> None:
+def test_datagram_endpoint_recv_cancelled_or_closed_loses_nothing(net: Net) -> None:
     async def main() -> None:
         before = len(os.listdir("/proc/self/fd"))
         endpoint = await tproxy.open_datagram_endpoint("127.0.0.1:0", batch=2, size=100)
@@ -320,7 +320,7 @@ def test_a_datagram_endpoint_is_waited_for_cancelled_and_closed(net: Net) -> Non
     run(net, main)
 
 
-def test_a_flood_leaves_others_their_turn(net: Net) -> None:
+def test_datagram_endpoint_recv_in_a_flood_lets_other_tasks_run(net: Net) -> None:
     async def main() -> int:
         endpoint = await tproxy.open_datagram_endpoint("127.0.0.1:0", batch=4)
         turns = 0
@@ -345,7 +345,7 @@ def test_a_flood_leaves_others_their_turn(net: Net) -> None:
     assert run(net, main) >= 25
 
 
-def test_replies_that_cannot_be_sent(net: Net) -> None:
+def test_datagram_endpoint_reply_that_fails_raises(net: Net) -> None:
     async def main() -> None:
         async with await tproxy.open_datagram_endpoint("127.0.0.1:0") as endpoint:
             with pytest.raises(tproxy.Error) as refused:

@@ -47,7 +47,7 @@ def local(net: Net, host: str) -> socket.socket:
 
 
 @pytest.mark.parametrize("dual", [False, True], ids=["of its family", "dual-stack"])
-def test_recvfrom_and_reply(lab: Lab, hosts: Hosts, dual: bool) -> None:
+def test_recvfrom_and_reply_reach_the_client(lab: Lab, hosts: Hosts, dual: bool) -> None:
     with receiver(lab, "::" if dual else hosts.any) as sock:
         asking = lab.client.start(lambda: udp_client(hosts.server, 53))
         data, client, to = tproxy.recvfrom(sock, 2048)
@@ -84,7 +84,7 @@ def by_the_library(sock: socket.socket, size: int, flags: int = 0) -> tuple[byte
     ("listen", "to"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1"), ("::", "::1")]
 )
 @pytest.mark.parametrize("extra", [False, True], ids=["", "with more control data"])
-def test_recvfrom_is_what_the_library_says(net: Net, listen: str, to: str, extra: bool) -> None:
+def test_recvfrom_equals_tp_recvfrom(net: Net, listen: str, to: str, extra: bool) -> None:
     """Python's recvmsg and tp_recvfrom: the same datagrams, the same answers."""
     with local(net, listen) as sock:
         if extra:
@@ -106,7 +106,7 @@ def test_recvfrom_is_what_the_library_says(net: Net, listen: str, to: str, extra
                 assert ours[2] == (host, port, 0, 0)[: len(ours[1])]
 
 
-def test_recvfrom_with_control_data_that_is_cut(net: Net) -> None:
+def test_recvfrom_with_truncated_control_data_has_no_original_destination(net: Net) -> None:
     """Half an address is none, and the datagram is not lost."""
 
     class Cut(socket.socket):
@@ -120,7 +120,7 @@ def test_recvfrom_with_control_data_that_is_cut(net: Net) -> None:
         assert tproxy.recvfrom(sock, 100) == (b"words", sock.getsockname(), None)
 
 
-def test_recvfrom_peek_and_dontwait(net: Net) -> None:
+def test_recvfrom_with_peek_and_dontwait_works(net: Net) -> None:
     with local(net, "127.0.0.1") as sock:
         with pytest.raises(BlockingIOError) as empty:
             tproxy.recvfrom(sock, 100, socket.MSG_DONTWAIT)
@@ -137,7 +137,7 @@ def test_recvfrom_peek_and_dontwait(net: Net) -> None:
             tproxy.recvfrom(sock, 100)
 
 
-def test_recvfrom_of_a_socket_that_does_not_report(net: Net) -> None:
+def test_recvfrom_on_plain_socket_has_no_original_destination(net: Net) -> None:
     """No original destination: None, and the flag in a batch."""
     with net.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
         sock.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def test_recvfrom_of_a_socket_that_does_not_report(net: Net) -> None:
         assert datagram.client == sock.getsockname()
 
 
-def test_recvfrom_errors(net: Net) -> None:
+def test_recvfrom_that_fails_raises_error_of_errno(net: Net) -> None:
     """The kernel's errno, of the right class: a pending ECONNREFUSED, a closed socket."""
     with local(net, "127.0.0.1") as sock:
         sock.connect(("127.0.0.1", 9))
@@ -166,7 +166,7 @@ def test_recvfrom_errors(net: Net) -> None:
     assert closed.value.errno == errno.EBADF
 
 
-def test_batches(lab: Lab, hosts: Hosts) -> None:
+def test_recv_datagrams_and_send_reuse_a_batch(lab: Lab, hosts: Hosts) -> None:
     """What waits comes at once, into the same memory again and again; and goes back from where it was sent to."""
     with receiver(lab) as sock, lab.proxy.run(Replier) as replier:
         batch = Batch(16, 512)
@@ -189,7 +189,7 @@ def test_batches(lab: Lab, hosts: Hosts) -> None:
         assert replier.stats().sent == 15
 
 
-def test_batch_cut_and_empty(net: Net) -> None:
+def test_recv_datagrams_marks_truncated_and_empty(net: Net) -> None:
     with local(net, "::1") as sock:
         for words in (b"", b"much too long", b"fits"):
             sock.sendto(words, sock.getsockname())
@@ -206,7 +206,7 @@ def test_batch_cut_and_empty(net: Net) -> None:
         Batch(1, -1)
 
 
-def test_batch_waits_as_the_timeout_says(net: Net) -> None:
+def test_recv_datagrams_waits_as_long_as_the_timeout(net: Net) -> None:
     batch = Batch(2, 100)
     with local(net, "127.0.0.1") as sock:
         sock.settimeout(0.05)
@@ -230,7 +230,7 @@ def test_batch_waits_as_the_timeout_says(net: Net) -> None:
 
 
 @pytest.mark.parametrize("call", ["recvfrom", "recv_datagrams"])
-def test_the_gil_is_released_while_it_waits(net: Net, call: str) -> None:
+def test_recvfrom_and_recv_datagrams_release_the_gil(net: Net, call: str) -> None:
     """A thread that waits in the kernel does not keep another from working, and be it what wakes it."""
     batch = Batch(1, 100)
     with local(net, "127.0.0.1") as sock:
@@ -247,7 +247,7 @@ def test_the_gil_is_released_while_it_waits(net: Net, call: str) -> None:
         assert waiting.result(PATIENCE) == b"wake"
 
 
-def test_gro_and_segments(net: Net) -> None:
+def test_recv_datagrams_with_gro_gives_segments(net: Net) -> None:
     """A batch of segments leaves as one, arrives as one with its segment length, and is taken apart."""
     with local(net, "127.0.0.1") as sock, net.run(Replier) as replier:
         sock.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
@@ -267,7 +267,7 @@ def test_gro_and_segments(net: Net) -> None:
         assert largest == 1000
 
 
-def test_replies_from_anybody(net: Net) -> None:
+def test_replier_replies_from_any_source(net: Net) -> None:
     """By themselves, as iterables, more than the kernel takes at once; one that cannot be sent keeps nobody from it."""
     with local(net, "127.0.0.1") as sock, net.run(Replier) as replier:
         to = sock.getsockname()
@@ -298,7 +298,7 @@ def test_replies_from_anybody(net: Net) -> None:
         assert (stats.sent, stats.errors) == (156, 5)
 
 
-def test_replier_flags(lab: Lab) -> None:
+def test_replier_with_raw_flag_sends_raw(lab: Lab) -> None:
     """RAW takes no port."""
     with receiver(lab) as sock:
         with lab.proxy.run(
@@ -318,7 +318,7 @@ def test_replier_flags(lab: Lab) -> None:
         Replier(max_sockets=1 << 32)
 
 
-def test_a_closed_replier(net: Net) -> None:
+def test_replier_closed_raises(net: Net) -> None:
     replier = net.run(Replier)
     replier.close()
     replier.close()
@@ -334,7 +334,7 @@ def test_a_closed_replier(net: Net) -> None:
         gc.collect()
 
 
-def test_udp_and_tcp_in_one_instance(lab: Lab, hosts: Hosts) -> None:
+def test_install_rules_for_udp_and_tcp_intercepts_both(lab: Lab, hosts: Hosts) -> None:
     def stream() -> socket.socket:
         return tproxy.listen("[::]:3053")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from net import limit
 
 from tproxy import _ctypes as c
 
@@ -30,8 +31,10 @@ def compiled(directory: Path, *statements: str) -> list[str]:
     source = directory / "probe.c"
     includes = ["#include <stdio.h>", "#include <stddef.h>", f'#include "{HEADER}"']
     source.write_text("\n".join([*includes, "int main(void) {", *statements, "return 0; }"]))
-    subprocess.run(["cc", "-std=c11", "-Wall", "-Werror", "-o", directory / "probe", source], check=True, timeout=60)
-    output = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True, timeout=60).stdout
+    subprocess.run(
+        ["cc", "-std=c11", "-Wall", "-Werror", "-o", directory / "probe", source], check=True, timeout=limit(60)
+    )
+    output = subprocess.run([directory / "probe"], check=True, capture_output=True, text=True, timeout=limit(60)).stdout
     return output.splitlines()
 
 
@@ -40,7 +43,7 @@ def raw_function(name: str) -> Any:
     return getattr(c, name + "_") if name in dict(STRUCTS) else getattr(c, name)
 
 
-def test_the_header_is_read_right() -> None:
+def test_header_patterns_find_known_names() -> None:
     """The patterns above find what a reader sees."""
     assert {"TP_NONBLOCK", "TP_FORMAT_IPTABLES"} <= set(CONSTANTS)
     assert fields(dict(STRUCTS)["tp_port_range"]) == ["first", "last"]
@@ -49,13 +52,13 @@ def test_the_header_is_read_right() -> None:
     assert sorted(name for _, name, _ in FUNCTIONS) == exported
 
 
-def test_constants(tmp_path: Path) -> None:
+def test_ctypes_constants_equal_header(tmp_path: Path) -> None:
     values = compiled(tmp_path, *(f'printf("%lld\\n", (long long)({name}));' for name in CONSTANTS))
     ours = {name: value for name, value in vars(c).items() if name.startswith("TP_")}
     assert ours == dict(zip(CONSTANTS, map(int, values)))
 
 
-def test_structs(tmp_path: Path) -> None:
+def test_ctypes_structs_equal_header(tmp_path: Path) -> None:
     """Every size, offset and width; and that there is none too few or too many."""
     names = {name: fields(body) for name, body in STRUCTS}
     names["sockaddr_storage"] = ["ss_family"]
@@ -100,7 +103,7 @@ MEMBERS: dict[str, Any] = {
 }
 
 
-def test_members(tmp_path: Path) -> None:
+def test_ctypes_members_equal_header(tmp_path: Path) -> None:
     """Their types: a sign or a pointee that is another has the same size."""
     generic = ", ".join(f'{kind}: "{kind}"' for kind in MEMBERS)
     places = [(struct, member) for struct, body in STRUCTS for member in fields(body)]
@@ -112,14 +115,14 @@ def test_members(tmp_path: Path) -> None:
         assert ours is MEMBERS[kind], f"{struct}.{member} is {kind}, and not {ours}"
 
 
-def test_the_callback(tmp_path: Path) -> None:
+def test_ctypes_callback_equals_header(tmp_path: Path) -> None:
     prototype = "void (*)(const struct tp_finding *, void *)"
     assert compiled(tmp_path, f'puts(_Generic((tp_finding_fn)0, {prototype}: "same", default: "other"));') == ["same"]
     assert c.tp_finding_fn._restype_ is None
     assert list(c.tp_finding_fn._argtypes_) == [ctypes.POINTER(c.tp_finding), ctypes.c_void_p]
 
 
-def test_the_names_of_constants_and_functions_are_all_there() -> None:
+def test_ctypes_names_equal_header() -> None:
     functions = {name for name, value in vars(c).items() if isinstance(value, ctypes._CFuncPtr)}  # type: ignore[attr-defined]
     in_c = {name + "_" if name in dict(STRUCTS) else name for _, name, _ in FUNCTIONS}
     assert functions == in_c
@@ -141,7 +144,7 @@ def c_type(text: str) -> str:
     ).strip()
 
 
-def test_prototypes(tmp_path: Path) -> None:
+def test_ctypes_prototypes_equal_header(tmp_path: Path) -> None:
     """Results and arguments, by the kind and width that the compiler says they have."""
     generic = ", ".join([*(f'{scalar}: "{scalar}"' for scalar in SCALARS), 'default: "pointer"'])
     statements, expected = [], []
@@ -181,7 +184,7 @@ def check_pointer(text: str, ours: Any) -> None:
     assert ours in exact[pointee], f"{text} is not {ours}"
 
 
-def test_rejects_what_differs(tmp_path: Path) -> None:
+def test_ctypes_comparison_rejects_difference(tmp_path: Path) -> None:
     """The comparison itself: a width that is wrong is seen."""
     with pytest.raises(AssertionError):
         check_pointer("struct tp_prefix *", ctypes.POINTER(c.tp_port_range))

@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import Any, Callable, TypeVar
 
 import pytest
-from net import Net
+from net import Net, limit
 
 import tproxy
 from tproxy import AddressSet, Batch, Datagram, Replier, RulesFlag
@@ -49,7 +49,7 @@ def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None
         after = (descriptors(), sys.getallocatedblocks(), len(gc.get_objects()), resident())
         return tuple(b - a for a, b in zip(before, after))  # type: ignore[return-value]
 
-    fds, blocks, objects, memory = net.start(repeat).result(300)
+    fds, blocks, objects, memory = net.start(repeat).result(limit(300))
     assert fds == 0, f"{fds} descriptors"
     # One lost at every call would be as many as there were calls; the test runner has a few.
     assert blocks < calls // 4, f"{blocks} blocks of memory"
@@ -81,7 +81,7 @@ def connected(net: Net, host: str) -> tuple[socket.socket, socket.socket, socket
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_orig_dst(net: Net, host: str) -> None:
+def test_orig_dst_leaks_nothing(net: Net, host: str) -> None:
     listener, client, accepted = connected(net, host)
     with listener, client, accepted:
         before = sys.getrefcount(accepted)
@@ -90,7 +90,7 @@ def test_orig_dst(net: Net, host: str) -> None:
         assert sys.getrefcount(accepted) == before
 
 
-def test_sockets(net: Net) -> None:
+def test_sockets_leak_nothing(net: Net) -> None:
     leaks_nothing(net, lambda: tproxy.socket(socket.AF_INET6, socket.SOCK_DGRAM).close())
     leaks_nothing(net, lambda: tproxy.listen("127.0.0.1:0").close())
     leaks_nothing(net, failing(lambda: tproxy.listen("127.0.0.1:0", flags=1 << 30)))
@@ -101,7 +101,7 @@ def test_sockets(net: Net) -> None:
         leaks_nothing(net, failing(lambda: tproxy.bind_nonlocal(sock, "[2001:db8::1]:80")))
 
 
-def test_connections(net: Net) -> None:
+def test_connect_from_leaks_nothing(net: Net) -> None:
     with net.run(lambda: tproxy.listen("[::1]:0", backlog=64)) as listener:
         to = listener.getsockname()
 
@@ -113,7 +113,7 @@ def test_connections(net: Net) -> None:
         leaks_nothing(net, connect)
 
 
-def test_datagrams(net: Net) -> None:
+def test_datagrams_leak_nothing(net: Net) -> None:
     def make() -> socket.socket:
         sock = tproxy.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("127.0.0.1", 0))
@@ -149,7 +149,7 @@ def test_datagrams(net: Net) -> None:
     leaks_nothing(net, lambda: Batch(2, 10), 2000)
 
 
-def test_asyncio(net: Net) -> None:
+def test_asyncio_leaks_nothing(net: Net) -> None:
     """Connections between a server and a client of ours, and datagrams there and back."""
 
     async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter, __: tproxy.SockAddr) -> None:
@@ -191,7 +191,7 @@ def test_asyncio(net: Net) -> None:
         net.run(lambda: in_loop(server.wait_closed()))
 
 
-def test_rules(net: Net) -> None:
+def test_rules_leak_nothing(net: Net) -> None:
     """Each costs the kernel a grace period or two: fewer of those that install."""
     config = tproxy.RulesConfig(listen_addr="[::]:3129", ports=[80, 443], dst=["10.0.0.0/8"], interfaces=["eth0"])
     with net.run(lambda: tproxy.install_rules(**config)) as rules:

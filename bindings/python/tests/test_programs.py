@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from net import PATIENCE, V4, V6, Hosts, Lab, Net, tcp_listener, udp_client
+from net import PATIENCE, V4, V6, Hosts, Lab, Net, limit, tcp_listener, udp_client
 
 import tproxy
 from tproxy import Finding, Severity, __main__, _library
@@ -37,7 +37,7 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=limit(120),
         cwd="/",
         env={**os.environ, **environment},
     )
@@ -46,13 +46,13 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
 # The command.
 
 
-def test_version() -> None:
+def test_command_version_prints_version() -> None:
     done = python("-m", "tproxy", "version")
     assert done.stdout.startswith(f"libtproxy {tproxy.version()} (")
     assert done.returncode == 0
 
 
-def test_render_by_command() -> None:
+def test_command_render_prints_script() -> None:
     options = [
         "--listen",
         "[::]:3129",
@@ -101,14 +101,14 @@ def test_render_by_command() -> None:
         (["purge", "no such/name"], 1, "name"),
     ],
 )
-def test_command_that_fails(arguments: list[str], status: int, words: str) -> None:
+def test_command_with_bad_arguments_fails(arguments: list[str], status: int, words: str) -> None:
     done = python("-m", "tproxy", *arguments)
     assert done.returncode == status
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_purge_by_command(net: Net) -> None:
+def test_command_purge_removes_stale_routing(net: Net) -> None:
     """The routing that a killed process left."""
     die = "import os, tproxy; rules = tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY); os._exit(0)"
     assert net.run(lambda: python("-c", die)).returncode == 0
@@ -144,7 +144,9 @@ def finds(found: Sequence[tuple[int, bytes, bytes, bytes, bytes]], result: int) 
     return ctypes.CFUNCTYPE(ctypes.c_int, c.tp_finding_fn, ctypes.c_void_p)(tp_check)
 
 
-def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_command_check_print_findings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(c, "tp_check", finds(FOUND, 1))
     assert tproxy.check()[1] == Finding(
         Severity.WARNING, "sysctl.rp_filter", "straße", "answers are dropped", "sysctl -w a=0\nsysctl -w b=0"
@@ -171,7 +173,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "\033" not in capsys.readouterr().out
 
 
-def test_check_with_the_library_that_is_there() -> None:
+def test_command_check_prints_json() -> None:
     done = python("-m", "tproxy", "check", "--json")
     assert done.returncode in (0, 1), done.stderr
     findings = json.loads(done.stdout)
@@ -189,17 +191,17 @@ def load(*statements: str, **environment: str) -> subprocess.CompletedProcess[st
 def compiled(directory: Path, source: str, name: str = "other.so", *options: str) -> str:
     path = directory / name
     command = ["cc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(path)]
-    subprocess.run(command, input=source, text=True, check=True, timeout=60)
+    subprocess.run(command, input=source, text=True, check=True, timeout=limit(60))
     return str(path)
 
 
-def test_the_library_beside_the_package_or_a_named_one(tmp_path: Path) -> None:
+def test_library_beside_package_or_in_environment_is_loaded(tmp_path: Path) -> None:
     assert load().stdout.strip() == str(LIBRARY)
     copy = shutil.copy(LIBRARY, tmp_path / "libmine.so")
     assert load(LIBTPROXY=str(copy)).stdout.strip() == str(copy)
 
 
-def test_isolated_python_ignores_the_environment() -> None:
+def test_library_in_environment_is_ignored_by_isolated_python() -> None:
     """A program with more rights than its user runs `python -I`: which library is loaded is not the user's choice."""
     package = str(LIBRARY.parent.parent)
     words = f"import sys; sys.path.insert(0, {package!r}); import tproxy._ctypes as c; print(c.library._name)"
@@ -207,7 +209,7 @@ def test_isolated_python_ignores_the_environment() -> None:
     assert done.stdout.strip() == str(LIBRARY), done.stderr
 
 
-def test_an_installed_library(tmp_path: Path) -> None:
+def test_library_installed_is_found(tmp_path: Path) -> None:
     """Without one beside the package, the loader's; without that, every place that was tried is told."""
     shutil.copytree(LIBRARY.parent, tmp_path / "tproxy", ignore=shutil.ignore_patterns("*.so*", "__pycache__"))
     # This package is not where its own path file or an editable install has it.
@@ -244,13 +246,13 @@ def test_an_installed_library(tmp_path: Path) -> None:
         ('const char *tp_version(void) { return "0.0.1"; }', "has no tp_socket: it is older"),
     ],
 )
-def test_a_library_that_does_not_fit(tmp_path: Path, source: str, words: str) -> None:
+def test_library_that_does_not_fit_is_refused(tmp_path: Path, source: str, words: str) -> None:
     done = load(LIBTPROXY=compiled(tmp_path, source))
     assert done.returncode == 1
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_a_named_library_that_is_not_there() -> None:
+def test_library_named_but_missing_is_refused() -> None:
     """Who names one means it: nothing else is taken."""
     done = load(LIBTPROXY="/nowhere/libtproxy.so")
     assert done.returncode == 1
@@ -301,7 +303,7 @@ def test_examples_are_short(name: str, lines: int) -> None:
     assert "PORT" in done.stderr
 
 
-def test_example_tcp_proxy(lab: Lab, hosts: Hosts) -> None:
+def test_example_tcp_proxy_proxies(lab: Lab, hosts: Hosts) -> None:
     before = lab.proxy.state()
     with Program(lab.proxy, EXAMPLES / "tcp_proxy.py", "3129", "80") as proxy:
         assert proxy.line() == "listening"
@@ -394,7 +396,7 @@ def dns_query(name: str, kind: int) -> bytes:
 
 
 @pytest.mark.parametrize("address", ["192.0.2.53", "2001:db8:53::53"])
-def test_example_dns_interceptor(lab: Lab, hosts: Hosts, address: str) -> None:
+def test_example_dns_interceptor_answers(lab: Lab, hosts: Hosts, address: str) -> None:
     """The client asks a server that does not exist, and hears it answer."""
     before = lab.proxy.state()
     arguments = ["3053", "intercepted.example", address]
@@ -425,7 +427,7 @@ def test_example_dns_interceptor(lab: Lab, hosts: Hosts, address: str) -> None:
 
 def silent(host: str, words: bytes) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(0.1)
+        sock.settimeout(limit(0.1))
         sock.connect((host, 53))
         sock.send(words)
         sock.recv(100)

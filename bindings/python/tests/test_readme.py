@@ -82,12 +82,12 @@ def whom_the_server_sees(lab: Lab, port: int) -> str:
             return plain(peer)[0]
 
 
-def test_every_block_is_run_below() -> None:
+def test_readme_blocks_are_all_tested() -> None:
     words = re.findall(r'Example\("(.*?)"', Path(__file__).read_text())
     assert [sum(word in block for word in words) for block in BLOCKS] == [1] * len(BLOCKS)
 
 
-def test_a_proxy(lab: Lab) -> None:
+def test_readme_proxy_intercepts(lab: Lab) -> None:
     example = Example("listener.accept()")
     with running(lab, example) as thread:
         assert whom_the_server_sees(lab, 8050) == V6.client
@@ -100,7 +100,7 @@ def test_a_proxy(lab: Lab) -> None:
         example.names[name].close()
 
 
-def test_rules(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_rules_print_and_leave_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     with lab.proxy.run(lambda: tproxy.listen("[::]:3053")) as tcp:
         with lab.proxy.run(lambda: tproxy.socket(socket.AF_INET6, socket.SOCK_DGRAM)) as udp:
             udp.bind(("::", 3053))
@@ -115,7 +115,7 @@ def test_rules(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_datagrams(lab: Lab) -> None:
+def test_readme_datagrams_reply(lab: Lab) -> None:
     with lab.proxy.run(lambda: tproxy.socket(socket.AF_INET6, socket.SOCK_DGRAM)) as sock:
         sock.bind(("::", 3053))
         sock.settimeout(PATIENCE)
@@ -126,7 +126,7 @@ def test_datagrams(lab: Lab) -> None:
             example.result()
 
 
-def test_asyncio_streams(lab: Lab) -> None:
+def test_readme_asyncio_streams_proxy(lab: Lab) -> None:
     example = Example("start_server")
     with running(lab, example) as thread:
         assert whom_the_server_sees(lab, 80) == V6.client
@@ -134,7 +134,7 @@ def test_asyncio_streams(lab: Lab) -> None:
         thread.result()
 
 
-def test_asyncio_datagrams(lab: Lab) -> None:
+def test_readme_asyncio_datagrams_reply(lab: Lab) -> None:
     example = Example("open_datagram_endpoint")
     with running(lab, example) as thread:
         for host in (V4.server, V6.server):
@@ -143,7 +143,7 @@ def test_asyncio_datagrams(lab: Lab) -> None:
         thread.result()
 
 
-def test_errors(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_errors_print_message(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     example = Example("except PermissionError")
 
     def powerless() -> None:

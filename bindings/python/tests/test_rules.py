@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from net import PATIENCE, V4, Hosts, Lab, Net, answer_one
+from net import PATIENCE, V4, Hosts, Lab, Net, answer_one, limit
 
 import tproxy
 from tproxy import AddressSet, Backend, Family, Format, Protocol, RulesFlag
@@ -68,7 +68,7 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def test_ports_destinations_sources(lab: Lab, hosts: Hosts) -> None:
+def test_install_rules_selects_ports_destinations_and_sources(lab: Lab, hosts: Hosts) -> None:
     """Everything that can be said of ports and prefixes, in each of the ways in which Python has them."""
     net = ipaddress.ip_network(hosts.server + ("/120" if ":" in hosts.server else "/24"), strict=False)
     chosen = {
@@ -87,7 +87,7 @@ def test_ports_destinations_sources(lab: Lab, hosts: Hosts) -> None:
         assert stats.dropped_packets == stats.direct_packets == 0
 
 
-def test_update(lab: Lab, hosts: Hosts) -> None:
+def test_update_rules_adds_and_removes_prefixes(lab: Lab, hosts: Hosts) -> None:
     """Sets of a living instance."""
     host = ipaddress.ip_address(hosts.server)
     with proxy(lab, ports=[80], dst=["192.0.2.0/24", "2001:db8:f::/48"]) as (rules, _):
@@ -106,7 +106,7 @@ def test_update(lab: Lab, hosts: Hosts) -> None:
         assert refused.value.errno == errno.EINVAL
 
 
-def test_replace(lab: Lab, hosts: Hosts) -> None:
+def test_replace_rules_changes_ports(lab: Lab, hosts: Hosts) -> None:
     with proxy(lab, ports=[81]) as (rules, listener):
         assert answer(lab, hosts.server, 80) == "server"
         lab.proxy.run(lambda: rules.replace(listeners=[listener], ports=[80]))
@@ -117,20 +117,20 @@ def test_replace(lab: Lab, hosts: Hosts) -> None:
         assert answer(lab, hosts.server, 80) == "proxy"
 
 
-def test_stats_of_what_is_dropped(lab: Lab) -> None:
+def test_rules_stats_count_dropped_and_direct_packets(lab: Lab) -> None:
     """No listener, no traffic; and straight to the listener is dropped."""
     listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
     with lab.proxy.run(lambda: tproxy.install_rules(listeners=[listener], ports=[80])) as rules:
         with pytest.raises(OSError, match="timed out"):
-            lab.client.run(lambda: socket.create_connection((V4.proxy, 3129), 0.3))
+            lab.client.run(lambda: socket.create_connection((V4.proxy, 3129), limit(0.3)))
         assert rules.stats().direct_packets >= 1
         listener.close()
         with pytest.raises(OSError, match="timed out"):
-            lab.client.run(lambda: socket.create_connection((V4.server, 80), 0.3))
+            lab.client.run(lambda: socket.create_connection((V4.server, 80), limit(0.3)))
         assert rules.stats().dropped_packets >= 1
 
 
-def test_stats_by_name(lab: Lab) -> None:
+def test_read_stats_by_name_reads_rules_of_any_process(lab: Lab) -> None:
     """What one process has installed, another can read; of a name that nobody has, FileNotFoundError."""
     with proxy(lab, ports=[80], name="mine") as (rules, _):
         before = lab.proxy.run(lambda: tproxy.read_stats("mine"))
@@ -156,7 +156,7 @@ def test_stats_by_name(lab: Lab) -> None:
         lab.proxy.run(lambda: tproxy.read_stats("mine"))
 
 
-def test_they_end_with_the_block(net: Net) -> None:
+def test_rules_end_with_the_block(net: Net) -> None:
     before = net.state()
     with net.run(lambda: tproxy.listen("[::]:3129")) as listener:
         with net.run(lambda: tproxy.install_rules(listeners=[listener.fileno()], ports=[80])) as rules:
@@ -177,7 +177,7 @@ def test_they_end_with_the_block(net: Net) -> None:
                 call()
 
 
-def test_dropped_without_removal(net: Net) -> None:
+def test_rules_not_removed_warn_and_are_removed(net: Net) -> None:
     """A ResourceWarning, and they are removed."""
     before = net.state()
 
@@ -190,7 +190,7 @@ def test_dropped_without_removal(net: Net) -> None:
     assert net.state() == before
 
 
-def test_a_forked_child_leaves_them_alone(net: Net) -> None:
+def test_rules_in_forked_child_are_left_alone(net: Net) -> None:
     with net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY)) as rules:
         there = net.state()
         with warnings.catch_warnings():
@@ -208,7 +208,7 @@ def test_a_forked_child_leaves_them_alone(net: Net) -> None:
         assert net.state() == there
 
 
-def test_persistent_rules(net: Net) -> None:
+def test_install_rules_persist_stay_until_purged(net: Net) -> None:
     """They stay when the handle goes, until they are purged."""
     before = net.state()
     with net.run(lambda: tproxy.listen("[::]:3129")) as listener:
@@ -264,12 +264,12 @@ def test_persistent_rules(net: Net) -> None:
         ({"listen_addr": "nowhere"}, ValueError),
     ],
 )
-def test_bad_configurations(net: Net, config: dict[str, object], error: type[Exception]) -> None:
+def test_install_rules_with_bad_config_raises(net: Net, config: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
         net.run(lambda: tproxy.install_rules(**config))  # type: ignore[arg-type]
 
 
-def test_what_the_library_refuses(net: Net) -> None:
+def test_install_rules_and_purge_rules_refused_raise_error_of_errno(net: Net) -> None:
     with pytest.raises(tproxy.Error, match="no listeners") as refused:
         net.run(lambda: tproxy.install_rules(ports=[80]))
     assert refused.value.errno == errno.EINVAL
@@ -285,7 +285,7 @@ def test_what_the_library_refuses(net: Net) -> None:
     assert refused.value.errno == errno.EINVAL
 
 
-def test_listener_of_another_process_and_numbers(net: Net) -> None:
+def test_install_rules_with_listen_addr_and_numbers_passes_them(net: Net) -> None:
     """What the fields of the struct say arrives."""
     with net.run(
         lambda: tproxy.install_rules(
@@ -307,7 +307,7 @@ def test_listener_of_another_process_and_numbers(net: Net) -> None:
         assert "0x40/0xc0" not in net.command("ip", "-4", "rule")
 
 
-def test_iptables(net: Net) -> None:
+def test_install_rules_with_iptables_makes_chains(net: Net) -> None:
     """Its programs run where the thread is that calls."""
 
     def inside() -> None:
@@ -320,7 +320,7 @@ def test_iptables(net: Net) -> None:
     assert "TPROXY" not in net.command("iptables-save")
 
 
-def test_render() -> None:
+def test_render_rules_gives_script() -> None:
     """A script, of either kind; with the ports, prefixes and names that were asked for. It needs no privilege."""
     config = tproxy.RulesConfig(
         listen_addr="[::]:3129", ports=[80, (8000, 8100)], dst=["10.0.0.0/8"], interfaces=["eth3"]
@@ -337,7 +337,7 @@ def test_render() -> None:
     assert refused.value.errno == errno.EINVAL
 
 
-def test_a_rendered_script_works(lab: Lab, hosts: Hosts) -> None:
+def test_render_rules_script_intercepts(lab: Lab, hosts: Hosts) -> None:
     listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
     script = tproxy.render_rules(listeners=[listener], ports=[80])
     lab.proxy.command("sh", "-e", "-s", text=script)
@@ -349,7 +349,7 @@ def test_a_rendered_script_works(lab: Lab, hosts: Hosts) -> None:
         connecting.result()
 
 
-def test_a_thread_that_removes_and_others_that_ask(net: Net) -> None:
+def test_rules_removed_while_other_threads_ask_raise(net: Net) -> None:
     """Nobody crashes; who comes too late is told so."""
     for _ in range(5):
         rules = net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY))

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn table_that_is_not_listed_to_its_end_counts_as_not_listed() {
+    fn saved_table_without_end_counts_as_not_listed() {
         assert_eq!(Saved::read(SAVE, "a").chains, [named("mangle", "tp-a-p")]);
         assert_eq!(Saved::read(SAVE, "a-b").chains, [named("mangle", "tp-a-b-p")]);
         let chains = [named("mangle", "tp-a-p"), named("nat", "tp-a-p")];
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_of_the_instances_chains() {
+    fn saved_counters_are_of_the_chains_of_the_instance() {
         let counter = Counter { part: "p".to_owned(), rule: "-p tcp -j DROP".to_owned(), packets: 1, bytes: 60 };
         assert_eq!(counters(SAVE, "a"), Some(vec![counter]));
         assert_eq!(counters(SAVE, "other"), Some(Vec::new()));
@@ -183,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_panics(text in "(\\*mangle\n|COMMIT\n|:tp-a-p|-A |tp-a-|\\[1:2\\] |libtproxy a|--comment \"| -j |\"|.|\n){0,40}") {
+        fn saved_of_any_text_does_not_panic(text in "(\\*mangle\n|COMMIT\n|:tp-a-p|-A |tp-a-|\\[1:2\\] |libtproxy a|--comment \"| -j |\"|.|\n){0,40}") {
             let saved = Saved::read(&text, "a");
             restore("a", &[], &saved);
             instances(&text);

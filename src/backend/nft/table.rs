@@ -189,25 +189,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn place_that_is_possible_is_read_back_as_it_was_written(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
+        fn slot_possible_is_read_back_from_comment(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
             let slot = RoutingSlot { priority, table };
             prop_assert_eq!(RoutingSlot::parse(&slot.to_string()), (!(253..=255).contains(&table)).then_some(slot));
         }
 
         #[test]
-        fn place_that_no_instance_can_have_is_none(priority in route::PRIORITY_MAX + 1.., table: u32) {
+        fn slot_impossible_is_none(priority in route::PRIORITY_MAX + 1.., table: u32) {
             prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority, table }.to_string()), None);
             prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority: 0, table }.to_string()), None);
             prop_assert_eq!(RoutingSlot::parse(&RoutingSlot { priority: 200, table: 0 }.to_string()), None);
         }
 
         #[test]
-        fn no_answer_panics(attrs in wire::odd::answer(0)) {
+        fn table_of_any_reply_does_not_panic(attrs in wire::odd::answer(0)) {
             parse(&attrs);
         }
 
         #[test]
-        fn no_comment_panics(comment: String) {
+        fn table_of_any_comment_does_not_panic(comment: String) {
             RoutingSlot::parse(&comment);
             RoutingSlot::parse(&format!("libtproxy: {comment}"));
         }

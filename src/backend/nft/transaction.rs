@@ -285,7 +285,7 @@ mod tests {
 
     /// The kernel points at the name attribute of an expression that it does not have.
     #[test]
-    fn a_missing_expression_is_named_with_its_module() {
+    fn refused_expression_is_named_with_its_module() {
         let plan = Plan {
             name: "t".to_owned(),
             mode: Mode::DivertOnly,
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_outside_any_expression_names_none() {
+    fn refused_offset_outside_expressions_names_none() {
         let mut batch = Buffer::default();
         Change::DeleteTable.encode(&mut batch, 1, 0, "t");
         let message = batch.message_at(0).unwrap();

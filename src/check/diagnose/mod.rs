@@ -368,7 +368,7 @@ mod tests {
 
         /// Whatever a host has, there is no panic, no end that does not come, and no fix with a gap in it.
         #[test]
-        fn every_host_can_be_judged(host in host()) {
+        fn diagnose_of_any_host_does_not_panic(host in host()) {
             for finding in diagnose(&host) {
                 prop_assert!(!finding.message.is_empty());
                 prop_assert!(!finding.fix.contains("{table}") && !finding.fix.contains("{flag}"), "{:?}", finding);
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn name_of_an_interface_is_one_word_of_the_command() {
+    fn fix_has_interface_name_as_one_word() {
         let fix = |name: &[u8]| {
             let interface = Interface {
                 index: 2,
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn name_of_a_chain_is_one_word_of_the_command() {
+    fn fix_has_chain_name_as_one_word() {
         let rule = Rule { handle: 7, number: 3, parts: Vec::new() };
         let removal = |origin, name: &[u8]| commands::removal(&chain_called(origin, "filter", &Name::new(name)), &rule);
         assert_eq!(removal(Origin::Nft, b"c"), "nft delete rule ip filter c handle 7");
@@ -448,7 +448,7 @@ mod tests {
 
     /// The kernel deletes the first rule that has what a command asks for.
     #[test]
-    fn rule_is_deleted_by_a_command_that_means_no_other() {
+    fn fix_deletes_exactly_one_routing_rule() {
         let rule = |others: &[(&'static str, &str)]| routing::Rule {
             family: Family::V4,
             priority: 150,
@@ -483,7 +483,7 @@ mod tests {
 
     /// What cannot be made in a network of our own, or not soon.
     #[test]
-    fn what_is_nearly_used_up_is_named() {
+    fn diagnose_names_resources_nearly_used_up() {
         let tracked = |count: &str| {
             let sysctls = [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "1000")];
             HostState {
@@ -549,13 +549,13 @@ mod tests {
     }
 
     #[test]
-    fn chains_in_a_circle_end() {
+    fn eval_of_circular_chains_ends() {
         let chains = vec![jumping("a", &["b"; 100], Some(INPUT)), jumping("b", &["a"; 100], None), recipes(1..2)];
         assert!(work(chains).0 < 10_000);
     }
 
     #[test]
-    fn work_of_nested_jumps_grows_with_their_number() {
+    fn eval_of_nested_jumps_does_linear_work() {
         let names: Vec<String> = (0..=16).map(|level| format!("c{level}")).collect();
         let level = |level: usize| {
             let to: &[&str] = if level < 16 { &[names[level + 1].as_str(); 2] } else { &[] };
@@ -571,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn work_of_many_rules_grows_with_their_number() {
+    fn eval_of_many_rules_does_linear_work() {
         let of = |count: u16| {
             let mut fw = jumping("fw", &[], Some(INPUT));
             for (port, number) in (0..count).zip(1..) {
@@ -592,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_beyond_what_can_be_followed_are_noted() {
+    fn eval_beyond_its_bound_is_noted_as_unseen() {
         let mut chains = vec![recipes(1..2000)];
         for number in 0..1000 {
             let mut chain = jumping(&format!("i{number}"), &[], Some(INPUT));
@@ -605,7 +605,7 @@ mod tests {
     }
 
     #[test]
-    fn findings_of_a_kind_are_as_many_as_can_be_read() {
+    fn findings_of_one_kind_are_bounded() {
         let chain = recipes(1..1001);
         let host = HostState {
             ruleset: Some(Ruleset { chains: vec![chain], port_sets: Vec::new() }),
@@ -620,7 +620,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_is_not_known_is_said_to_be_missing() {
+    fn diagnose_of_unknown_state_reports_nothing_as_missing() {
         let found = diagnose(&HostState::default());
         let said: Vec<&Finding> = found.iter().filter(|finding| finding.severity > Severity::Note).collect();
         assert!(said.is_empty(), "{said:?}");
@@ -628,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn owner_is_named_only_where_it_is_known() {
+    fn diagnose_names_owner_only_if_known() {
         let told = |holder| {
             let table = Table {
                 name: "libtproxy-tproxy".to_owned(),

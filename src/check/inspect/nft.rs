@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_rules_are_understood() {
+    fn nft_rules_of_the_library_are_understood() {
         let mark = Mark::DEFAULT;
         let rule = read_back(vec![
             Statement::Family(Family::V4),
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_become_ranges() {
+    fn nft_set_elements_become_ranges() {
         let ranges = |elements: &[(u16, bool)]| port_set(&elements_of(elements), true).ranges;
         assert_eq!(ranges(&[(443, false), (80, false)]), [(80, 80), (443, 443)]);
         let intervals = [(0, true), (80, false), (91, true), (91, false), (92, true), (9000, false)];
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn set_that_is_not_read_whole_is_not_taken_for_known() {
+    fn nft_set_not_read_whole_is_unknown() {
         let set = port_set(&elements_of(&[(0, true), (80, false), (91, true), (9000, false)]), false);
         assert_eq!([85, 9000].map(|port| set.contains(port)), [Some(true); 2]);
         assert_eq!([79, 91, 9001].map(|port| set.contains(port)), [None; 3]);
@@ -482,7 +482,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_dump_panics(payload in wire::odd::answer(4)) {
+        fn nft_dump_of_any_bytes_does_not_panic(payload in wire::odd::answer(4)) {
             parse_rule(&payload);
             parse_chain(&payload);
             parse_set(&payload);
@@ -490,7 +490,7 @@ mod tests {
         }
 
         #[test]
-        fn a_truncated_rule_is_read_as_far_as_it_goes(cut in 0..400usize) {
+        fn nft_rule_truncated_is_read_as_far_as_it_goes(cut in 0..400usize) {
             let statements = vec![Statement::MarkIs(Mark::DEFAULT), Statement::Tproxy { family: None, addr: None, port: 1 }];
             let object = Object::Rule { chain: "c", statements, comment: "" };
             let mut buffer = Buffer::default();

@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn switches_are_those_of_the_kernel() {
+    fn interface_sysctls_are_numbered_as_in_the_kernel() {
         let named = |number: u32| number * 0x0101_0101;
         let all =
             [("forwarding", 0), ("rp_filter", 7), ("accept_local", 22), ("src_valid_mark", 23), ("route_localnet", 25)];
@@ -329,14 +329,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_interface_is_read_as_far_as_it_goes(switches in 0..140usize, cut in 0..200usize) {
+        fn interface_truncated_is_read_as_far_as_it_goes(switches in 0..140usize, cut in 0..200usize) {
             let whole = interface(switches);
             let seen = parse_interface(whole.get(..cut.min(whole.len())).unwrap());
             prop_assert!(seen.is_none_or(|seen| seen.switches.len() <= SWITCHES.len()));
         }
 
         #[test]
-        fn no_dump_panics(payload in prop_oneof![wire::odd::answer(12), wire::odd::answer(16)]) {
+        fn routing_dump_of_any_bytes_does_not_panic(payload in prop_oneof![wire::odd::answer(12), wire::odd::answer(16)]) {
             for family in [Family::V4, Family::V6] {
                 parse_rule(family, &payload);
                 parse_route(family, &payload);

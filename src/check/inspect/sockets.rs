@@ -128,7 +128,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_panics(payload in wire::odd::answer(72)) {
+        fn socket_dump_of_any_bytes_does_not_panic(payload in wire::odd::answer(72)) {
             if let Some(listener) = parse(Protocol::Tcp, &payload) {
                 listener.serves(Family::V4);
             }

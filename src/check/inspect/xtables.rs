@@ -461,7 +461,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_extension_panics(info in proptest::collection::vec(any::<u8>(), 0..200), revision in 0..4u32) {
+        fn xtables_extension_of_any_bytes_does_not_panic(info in proptest::collection::vec(any::<u8>(), 0..200), revision in 0..4u32) {
             for name in ["mark", "addrtype", "tcp", "udp", "socket", "rpfilter", "conntrack", "state", "comment", "x"] {
                 matched(name, &info);
             }
@@ -471,7 +471,7 @@ mod tests {
         }
 
         #[test]
-        fn no_table_panics_or_loops(info in proptest::collection::vec(any::<u8>(), 0..90), blob in proptest::collection::vec(any::<u8>(), 0..900)) {
+        fn xtables_table_of_any_bytes_does_not_panic_or_loop(info in proptest::collection::vec(any::<u8>(), 0..90), blob in proptest::collection::vec(any::<u8>(), 0..900)) {
             for family in [Family::V4, Family::V6] {
                 parse_legacy(family, "mangle", &info, &blob);
             }
@@ -479,7 +479,7 @@ mod tests {
 
         /// Entries whose lengths make sense, and nothing else does.
         #[test]
-        fn no_entry_panics(fill: u8, target_offset in 0..400u16, next in 0..400u16) {
+        fn xtables_entry_of_any_bytes_does_not_panic(fill: u8, target_offset in 0..400u16, next in 0..400u16) {
             let mut blob = vec![fill; 800];
             blob[88..90].copy_from_slice(&target_offset.to_ne_bytes());
             blob[90..92].copy_from_slice(&next.to_ne_bytes());

@@ -117,7 +117,7 @@ fn each_message(mut attempt: impl FnMut(&Arc<AtomicUsize>) -> Result<()>) -> usi
 
 /// Asked for the rules of all families, the kernel says nothing of one that has none.
 #[test]
-fn a_family_without_a_single_rule_is_no_reason_to_fail() {
+fn install_in_family_without_routing_rules_works() {
     enter_own_network();
     run("ip -6 rule flush");
     run("ip -6 rule del pref 0");
@@ -139,7 +139,7 @@ fn a_family_without_a_single_rule_is_no_reason_to_fail() {
 }
 
 #[test]
-fn an_install_that_fails_at_any_message_leaves_nothing() {
+fn install_that_fails_at_any_message_leaves_nothing() {
     enter_own_network();
     let before = state();
     let redirect = Config { mode: Mode::Redirect, ..config() };
@@ -166,7 +166,7 @@ fn an_install_that_fails_at_any_message_leaves_nothing() {
 }
 
 #[test]
-fn a_replacement_that_fails_at_any_message_changes_nothing() {
+fn replace_that_fails_at_any_message_changes_nothing() {
     enter_own_network();
     for (from, to) in [(config(), full()), (full(), config())] {
         each_message(|left| {
@@ -193,7 +193,7 @@ fn sorted_state() -> Vec<String> {
 }
 
 #[test]
-fn an_update_that_fails_at_any_message_changes_nothing() {
+fn update_that_fails_at_any_message_changes_nothing() {
     enter_own_network();
     let prefix = |text: &str, len| Prefix::new(text.parse().unwrap(), len).unwrap();
     let hundred = |len: u8| (0..100).map(move |n| prefix(&format!("10.1.{n}.0"), len));

@@ -378,7 +378,7 @@ fn is_in(rule: &Rule, slots: &[(u64, u32)]) -> bool {
 
 proptest! {
     #[test]
-    fn sweep_removes_what_dead_instances_left_and_nothing_else(kernel in kernel()) {
+    fn sweep_removes_only_what_dead_instances_left(kernel in kernel()) {
         let before = (kernel.rules.clone(), spoken_for(&kernel.tables), kernel.tables.clone());
         let (kernel, mut nft, mut route) = connected(kernel);
         let outcome = remove_all_stale(&mut nft, &mut route);
@@ -401,7 +401,7 @@ proptest! {
     }
 
     #[test]
-    fn claim_comes_to_an_end_and_takes_a_place_that_is_free(
+    fn claim_ends_and_takes_a_free_slot(
         kernel in kernel(),
         persist: bool,
         wanted in proptest::option::of(table().prop_filter("as tp_install_rules takes it", |table| !is_system_table(*table))),
@@ -454,7 +454,7 @@ fn sweep_of_rules_that_come_back_ends() {
 
 /// What a dead instance left in a slot may lead to the routing table of a living one, whose routes stay.
 #[test]
-fn claim_of_a_place_with_leftovers_spares_tables_of_the_living() {
+fn claim_of_stale_slot_keeps_tables_of_the_living() {
     let table = |name: &str, comment: &str| NftTable {
         name: name.to_owned(),
         comment: comment.to_owned(),

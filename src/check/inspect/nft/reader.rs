@@ -335,7 +335,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_expression_panics(payload in wire::odd::answer(0)) {
+        fn nft_expression_of_any_bytes_does_not_panic(payload in wire::odd::answer(0)) {
             for name in ["immediate", "meta", "payload", "fib", "socket", "ct", "bitwise", "cmp", "range", "lookup", "tproxy", "redir", "nat", "match", "target"] {
                 let mut buffer = Buffer::default();
                 buffer.message(1, 0, 1, &[], |a| {
