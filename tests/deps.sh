@@ -27,7 +27,7 @@ setcap:libcap2-bin
 zsh:zsh
 mandoc:mandoc
 '
-# What `make bench` compares with, and counts by.
+# The programs that `make bench` compares with and measures with.
 [ "${1:-}" != bench ] || needed="$needed haproxy:haproxy valgrind:valgrind"
 
 PATH=$PATH:/usr/sbin:/sbin

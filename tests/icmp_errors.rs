@@ -16,14 +16,14 @@ const LEN: usize = 1 << 20;
 
 /// A host behind a router, by a link with a small MTU. The host itself has the full MTU on its end, and announces segments of
 /// full size.
-fn narrow(lab: &Lab, router: &Net, neighbour: [IpAddr; 2]) -> Net {
+fn narrow(lab: &Lab, router: &Net, neighbor: [IpAddr; 2]) -> Net {
     let far = Net::new();
     Net::link(
         (router, "narrow", &["192.0.2.1/24", "2001:db8:3::1/64"]),
         (&far, "eth0", &["192.0.2.2/24", "2001:db8:3::2/64"]),
     );
     router.ip("link set narrow mtu 1280");
-    for (here, (far_net, via)) in ["192.0.2.1", "2001:db8:3::1"].iter().zip(FAR_NETS.iter().zip(neighbour)) {
+    for (here, (far_net, via)) in ["192.0.2.1", "2001:db8:3::1"].iter().zip(FAR_NETS.iter().zip(neighbor)) {
         far.ip(&format!("route add default via {here}"));
         lab.proxy.ip(&format!("route add {far_net} via {via}"));
     }

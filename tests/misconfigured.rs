@@ -442,8 +442,8 @@ fn check_names_and_fixes_masquerading() {
             assert_ne!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
         }
         let found = lab.proxy.run(check);
-        let cures = found.iter().filter(|finding| finding.id == "filter.masquerade");
-        cures.for_each(|finding| lab.proxy.sh(&finding.fix));
+        let findings = found.iter().filter(|finding| finding.id == "filter.masquerade");
+        findings.for_each(|finding| lab.proxy.sh(&finding.fix));
         for (hosts, port) in [(v4(), 84), (v6(), 85)] {
             assert_eq!(seen_by_server(&lab, hosts, 0).ip(), hosts.client, "{spoil}");
             // Forwarded connections are still translated.

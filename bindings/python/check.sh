@@ -1,6 +1,6 @@
 #!/bin/bash
 # Checks the Python package: lints, types, packaging, and its tests with every
-# Python that there is. Prints what is not ok, and a line that counts.
+# Python that is installed. Prints a line for each check, and the totals.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -65,7 +65,7 @@ for version in $versions; do
     python=$work/$version/bin/python
     which=
     case $version in "$oldest" | "$newest") ;; *) which='not costly' ;; esac
-    # What is tested is what was built, and not the folder beside the tests.
+    # The tests use the installed wheel, not the folder beside them.
     (
         pip "$python" install --force-reinstall --no-deps "$wheel" &&
             cd / && timeout "$limit" "$python" -m pytest -q -rs -n 3 -m "$which" "$here/tests"

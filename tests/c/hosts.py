@@ -1,4 +1,4 @@
-"""The demo's hosts, for tests: things done on one of them, in a process of the test's own."""
+"""The demo's hosts for tests, which run functions on one of them in their own process."""
 
 import ctypes
 import os

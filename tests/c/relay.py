@@ -1,4 +1,4 @@
-"""What relay does for its clients and servers, on the demo's hosts.
+"""relay between clients and servers on the demo's hosts.
 
     relay.py DIRECTORY-OF-THE-PROGRAMS TCP-LOAD              each property, and a mixed load for a few seconds
     relay.py DIRECTORY-OF-THE-PROGRAMS TCP-LOAD SECONDS      the mixed load alone, as long as that
@@ -111,7 +111,7 @@ def is_reset(sock):
 
 
 def is_refused(family, server, port):
-    """Where nobody listens: the relay has taken the connection by then, so that a reset must tell."""
+    """Connects to a port without a server: the relay has accepted by then, and must reset the connection."""
 
     def refused():
         with socket.socket(family) as client:
@@ -286,7 +286,7 @@ def without_pipes_it_copies(programs):
 
 
 def stopping_is_no_gap(programs, load):
-    """Asked to stop under load, it finishes what it has; what comes after passes it by, and nobody notices."""
+    """Asked to stop under load, the relay finishes its connections; later ones are forwarded, and no client fails."""
     # What is forwarded and has the ports of one of the relay's own that ended less than a minute ago (TIME_WAIT) is
     # dropped by the kernel. So the relay's ports are not the clients'.
     for host, ports in (("client", "30000 65000"), ("proxy", "10000 29999")):
@@ -354,7 +354,7 @@ def soak(programs, load, seconds):
                     sums[name] = sums.get(name, 0) + value
             memory.append(relay.memory())
             if rounds == 1:
-                # No server was killed yet: nobody may have noticed anything.
+                # No server was killed yet: no client may have failed.
                 assert sums["broken"] == sums["refused"] == 0, sums
         counts = relay.wait_for(live=0)
         wrong += complaints(server)

@@ -1,4 +1,4 @@
-"""What tproxyctl prints and returns, in a network of its own (run.sh): every command, as text and as JSON."""
+"""The output and exit status of every command of tproxyctl, as text and as JSON, in a network of its own (run.sh)."""
 import atexit
 import json
 import os
@@ -76,7 +76,7 @@ def check():
     assert "0 failures" in out("check")
 
 
-def colours():
+def colors():
     assert "\033[" not in out("check") and "\033[36mnote" in out("check", "--color=always")
 
     def on_terminal(*args, **env):
@@ -136,7 +136,7 @@ def persist():
 def stats():
     assert "there are no rules of this name" in run("stats", status=3).stderr
     child, _ = start("--local-output")
-    # Nobody listens, and so it is dropped.
+    # There is no listener: the packet is dropped.
     probe = socket.socket()
     probe.setblocking(False)
     subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
@@ -184,7 +184,7 @@ def self_test():
 
 
 def zsh_completed(lines):
-    """What zsh makes of command lines when Tab is pressed behind them; Ctrl-X shows what the line has become."""
+    """Completes command lines by Tab in zsh; Ctrl-X shows the completed line."""
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "xterm"})
@@ -196,7 +196,7 @@ def zsh_completed(lines):
             text += os.read(terminal, 65536).decode()
         return text
 
-    # What is typed is echoed: the marks are put together first.
+    # The terminal echoes the input: the marks are split in it.
     setup = (f"fpath=({stage}/share/zsh/site-functions $fpath); autoload -Uz compinit; compinit -u -D; unsetopt beep;"
              " show() { print -r -- \"<<<\"$BUFFER\">>>\"; BUFFER= }; zle -N show; bindkey '^X' show; print REA''DY\n")
     os.write(terminal, setup.encode())
@@ -231,6 +231,6 @@ def completion():
     assert all(option in zsh and option in manual for option in options)
 
 
-for test in (usage, check, self_test, colours, render, install, persist, stats, completion):
+for test in (usage, check, self_test, colors, render, install, persist, stats, completion):
     test()
     print("ok", test.__name__)

@@ -39,7 +39,7 @@ class Watch:
 
 
 def load(programs, load_program, options, seconds, window, clients):
-    """What the clients counted, what the proxy counted, the most descriptors that it had and may have."""
+    """The counts of the clients and of the proxy, and the most descriptors that it had and may have."""
     command = [os.path.join(programs, "udp_proxy"), *options, "3129", "5301-5320"]
     proxy = demo.Program("proxy", "sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$0" "$@"', *command)
     bound = int(re.search(r"(\d+) descriptors", proxy.expect("listening"))[1])

@@ -1,4 +1,4 @@
-"""Networks for tests: namespaces joined by veth pairs, and what goes on in them."""
+"""Network namespaces joined by veth pairs, and what clients and servers do in them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _system(result: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """This thread's: what it may do from now on is what anybody may."""
+    """Drops the capabilities of this thread for good."""
     # capset(2), version 3: nothing effective, permitted or inheritable.
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     _system(_libc.capset(header, nothing))
 
 
 class Running(threading.Thread):
-    """Something that is done in a thread, and its result."""
+    """A function that runs in a thread, and its result."""
 
     def __init__(self, body: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -53,7 +53,7 @@ class Running(threading.Thread):
     def run(self) -> None:
         try:
             self._value = self._body()
-        except BaseException as error:  # It is raised where the result is wanted.
+        except BaseException as error:  # result() raises it.
             self._error = error
 
     def result(self, timeout: float | None = None) -> Any:
@@ -78,7 +78,7 @@ class Net:
             return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
         self._fd: int = Running(make).result()
-        # An address is to be had at once, not after a second of asking who else has it.
+        # Without duplicate address detection an address is usable at once.
         self.sysctl("ipv6/conf/default/accept_dad", "0")
         self.ip("link set lo up")
 
@@ -89,7 +89,7 @@ class Net:
         os.close(self._fd)
 
     def start(self, body: Callable[[], Any]) -> Running:
-        """Does something here, in a thread."""
+        """Runs a function in this namespace, in a thread."""
 
         def inside() -> Any:
             _system(_libc.setns(self._fd, CLONE_NEWNET))
@@ -98,7 +98,7 @@ class Net:
         return Running(inside)
 
     def run(self, body: Callable[[], T]) -> T:
-        """Does something here, and waits for it."""
+        """Runs a function in this namespace, and waits for its result."""
         result: T = self.start(body).result()
         return result
 
@@ -126,7 +126,7 @@ class Net:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def wait_for_ipv6(self, interface: str) -> None:
-        """Until its link-local address is there, an interface answers to none of its IPv6 addresses."""
+        """Waits until an interface has its link-local address: before that it answers to none of its IPv6 addresses."""
 
         def ready() -> bool:
             with open("/proc/thread-self/net/if_inet6", encoding="ascii") as file:
@@ -144,7 +144,7 @@ class Net:
         self.run(wait)
 
     def state(self) -> list[str]:
-        """Everything that rules could have changed here, but for routes that the kernel makes by itself."""
+        """Everything that rules could have changed here, except routes that the kernel adds by itself."""
         routes = [
             line
             for family in ("-4", "-6")
@@ -168,7 +168,7 @@ def link(a: Net, a_name: str, a_addrs: list[str], b: Net, b_name: str, b_addrs: 
         net.ip(
             *(f"addr add {addr} dev {name}" for addr in addrs),
             f"link set {name} up",
-            # The first question for a neighbour may take a second to be answered.
+            # Neighbor discovery may take a second.
             *(f"neigh add {other.split('/')[0]} lladdr {mac} dev {name}" for other in others),
         )
 
@@ -194,7 +194,7 @@ V6 = Hosts("2001:db8:1::2", "2001:db8:1::1", "2001:db8:2::2")
 
 
 class Lab:
-    """client --- proxy --- server; the proxy's host is a router: what it does not intercept goes through."""
+    """client --- proxy --- server. The proxy's host is a router, and forwards what it does not intercept."""
 
     def __init__(self) -> None:
         self.client, self.proxy, self.server = Net(), Net(), Net()
@@ -222,7 +222,7 @@ class Lab:
 
     @contextmanager
     def serving(self, port: int, connections: int = 1) -> Iterator[Running]:
-        """The server answers so many connections with whom it saw and what it heard; the result is those it saw."""
+        """The server answers so many connections, each with the client's address and words; the result is the addresses."""
         listener = self.server.run(lambda: tcp_listener(port))
 
         def serve() -> list[str]:
@@ -232,12 +232,12 @@ class Lab:
             yield Running(serve)
 
     def ask(self, host: str, port: int) -> Heard:
-        """The client connects, says something, and hears what becomes of it."""
+        """The client connects, sends a request and reads the reply."""
         return self.client.run(lambda: ask(host, port))
 
 
 class Heard(NamedTuple):
-    #: From where the client asked.
+    #: The address of the client's socket.
     client: tuple[str, int]
     answer: str
 
@@ -250,7 +250,7 @@ def tcp_listener(port: int) -> socket.socket:
 
 
 def plain(address: tproxy.SockAddr) -> tuple[str, int]:
-    """Host and port, an IPv4 address as such even if it came v4-mapped."""
+    """Host and port; an IPv4-mapped address as an IPv4 address."""
     host = address[0]
     return (host[len("::ffff:") :] if host.startswith("::ffff:") else host, address[1])
 
@@ -279,14 +279,14 @@ def ask(host: str, port: int, words: bytes = b"who am I?") -> Heard:
 
 
 def relay(client: socket.socket, server: socket.socket) -> None:
-    """What the client says to the server, all of it, and then the answer."""
+    """Sends the whole request of the client to the server, and then the whole reply back."""
     server.sendall(read_all(client))
     server.shutdown(socket.SHUT_WR)
     client.sendall(read_all(server))
 
 
 def udp_client(host: str, port: int, words: bytes = b"query", count: int = 1) -> list[bytes]:
-    """Sends datagrams from a connected socket, which takes answers from nobody else; gives the answers."""
+    """Sends datagrams from a connected socket, which receives only from its peer; gives the replies."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE)

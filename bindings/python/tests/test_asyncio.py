@@ -1,4 +1,4 @@
-"""asyncio: servers, connections and datagrams; cancelled, closed, and with many at once."""
+"""asyncio: servers, connections and datagrams, cancelled, closed, and many at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tproxy import RulesFlag, SocketFlag
 
 
 def start(net: Net, coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Running:
-    """Runs a loop on a host, with asyncio's debug mode: a call that blocks, or is not awaited, is told."""
+    """Runs a loop on a host in debug mode, which reports calls that block or are not awaited."""
     return net.start(lambda: asyncio.run(asyncio.wait_for(coroutine(), PATIENCE), debug=True))
 
 
@@ -75,7 +75,7 @@ def test_start_server_and_open_connection_from_proxy_many_connections(lab: Lab, 
 
 
 def test_start_server_handler_is_kept_after_client_closed_its_direction(net: Net) -> None:
-    """Nothing but its own future refers to it then: without care it would be collected in the middle."""
+    """Only its own future refers to the handler then; the garbage collector must not take it."""
 
     async def main() -> bytes:
         answer = asyncio.Event()
@@ -110,7 +110,7 @@ def test_start_server_handler_is_kept_after_client_closed_its_direction(net: Net
 
 
 def test_start_server_with_redirect_listener_closes_direct_connection(lab: Lab) -> None:
-    """An ordinary listener; and a connection that nobody intercepted is closed, and the loop told."""
+    """An ordinary listener. A connection that was not intercepted is closed, and reported to the loop."""
     ready = threading.Event()
 
     async def proxy() -> tuple[Any, list[Any]]:
@@ -187,7 +187,7 @@ def test_open_connection_from_that_fails_leaves_no_descriptor(net: Net, host: st
 
 
 def test_open_connection_from_cancelled_leaves_no_descriptor(lab: Lab, hosts: Hosts) -> None:
-    """Nobody answers. The loop goes on meanwhile, and nothing is left."""
+    """No host replies. The loop goes on meanwhile, and nothing is left."""
     lab.server.ip("route del default", "route del default via 2001:db8:2::1")
 
     async def main() -> None:
@@ -207,7 +207,7 @@ def test_open_connection_from_cancelled_leaves_no_descriptor(lab: Lab, hosts: Ho
 
 
 def test_start_server_and_open_connection_from_cancelled_at_any_step_leave_nothing(net: Net) -> None:
-    """However far it has come: nothing is left, and the loop does not take another socket for one that it had."""
+    """Nothing is left, and the loop does not confuse a new socket with a closed one of the same number."""
 
     async def nothing(*_: object) -> None:
         raise AssertionError("nobody connects")
@@ -235,19 +235,19 @@ def test_start_server_and_open_connection_from_cancelled_at_any_step_leave_nothi
         return done
 
     async def main() -> None:
-        # It accepts, and says nothing.
+        # A listener that accepts and sends nothing.
         with socket.create_server(("127.0.0.1", 0)) as silent:
             to = silent.getsockname()
             before = len(os.listdir("/proc/self/fd"))
             most = 0
             for steps in range(12):
                 most = max(most, await cancelled_after(steps, to))
-                # Sockets that have the numbers of those that were closed.
+                # New sockets get the numbers of the closed ones.
                 connections = [await tproxy.open_connection_from("127.0.0.1", to) for _ in range(3)]
                 for _, writer in connections:
                     writer.close()
                     await writer.wait_closed()
-            assert most == 2, "the handshake alone waits for good"
+            assert most == 2, "only the TLS handshake waits forever"
             await asyncio.sleep(0.01)
             assert len(os.listdir("/proc/self/fd")) == before
 
@@ -255,7 +255,7 @@ def test_start_server_and_open_connection_from_cancelled_at_any_step_leave_nothi
 
 
 def test_open_datagram_endpoint_replies_to_clients(lab: Lab, hosts: Hosts) -> None:
-    """A whole conversation; the client's socket is connected, and hears the server alone."""
+    """The client's socket is connected, and receives only from the server's address."""
     ready = threading.Event()
 
     async def echo() -> set[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Datagrams: original destinations, batches, and answers from any source."""
+"""Datagrams: original destinations, batches, and replies from any source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UDP_GRO = 104
 
 @contextmanager
 def receiver(lab: Lab, host: str = "::", port: int = 3053) -> Iterator[socket.socket]:
-    """A socket on the proxy's host that gets the datagrams to port 53."""
+    """A socket on the proxy's host for which datagrams to ports 53 and 54 are intercepted."""
 
     def make() -> socket.socket:
         sock = tproxy.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
@@ -85,7 +85,7 @@ def by_the_library(sock: socket.socket, size: int, flags: int = 0) -> tuple[byte
 )
 @pytest.mark.parametrize("extra", [False, True], ids=["", "with more control data"])
 def test_recvfrom_equals_tp_recvfrom(net: Net, listen: str, to: str, extra: bool) -> None:
-    """Python's recvmsg and tp_recvfrom: the same datagrams, the same answers."""
+    """The fast path with Python's recvmsg gives the same results as tp_recvfrom."""
     with local(net, listen) as sock:
         if extra:
             sock.setsockopt(socket.SOL_SOCKET, 29, 1)  # SO_TIMESTAMP
@@ -107,11 +107,11 @@ def test_recvfrom_equals_tp_recvfrom(net: Net, listen: str, to: str, extra: bool
 
 
 def test_recvfrom_with_truncated_control_data_has_no_original_destination(net: Net) -> None:
-    """Half an address is none, and the datagram is not lost."""
+    """A truncated address is dropped; the datagram is not lost."""
 
     class Cut(socket.socket):
         def recvmsg(self, bufsize: int, _: int = 0, flags: int = 0) -> Any:
-            # IP_PKTINFO, whole; of the other its header and 8 bytes.
+            # Room for IP_PKTINFO, and for the header and 8 bytes of the other message.
             return super().recvmsg(bufsize, socket.CMSG_SPACE(12) + 16 + 8, flags)
 
     with Cut(fileno=local(net, "127.0.0.1").detach()) as sock:
@@ -151,7 +151,7 @@ def test_recvfrom_on_plain_socket_has_no_original_destination(net: Net) -> None:
 
 
 def test_recvfrom_that_fails_raises_error_of_errno(net: Net) -> None:
-    """The kernel's errno, of the right class: a pending ECONNREFUSED, a closed socket."""
+    """A pending ECONNREFUSED and a closed socket raise the class of their errno."""
     with local(net, "127.0.0.1") as sock:
         sock.connect(("127.0.0.1", 9))
         sock.send(b"nobody is there")
@@ -167,7 +167,7 @@ def test_recvfrom_that_fails_raises_error_of_errno(net: Net) -> None:
 
 
 def test_recv_datagrams_and_send_reuse_a_batch(lab: Lab, hosts: Hosts) -> None:
-    """What waits comes at once, into the same memory again and again; and goes back from where it was sent to."""
+    """The same batch receives again and again; each reply comes from the address that the client asked."""
     with receiver(lab) as sock, lab.proxy.run(Replier) as replier:
         batch = Batch(16, 512)
         assert len(batch) == 16
@@ -231,7 +231,7 @@ def test_recv_datagrams_waits_as_long_as_the_timeout(net: Net) -> None:
 
 @pytest.mark.parametrize("call", ["recvfrom", "recv_datagrams"])
 def test_recvfrom_and_recv_datagrams_release_the_gil(net: Net, call: str) -> None:
-    """A thread that waits in the kernel does not keep another from working, and be it what wakes it."""
+    """While a thread waits in the kernel, another thread runs and sends what wakes it."""
     batch = Batch(1, 100)
     with local(net, "127.0.0.1") as sock:
         sock.setblocking(True)
@@ -248,7 +248,7 @@ def test_recvfrom_and_recv_datagrams_release_the_gil(net: Net, call: str) -> Non
 
 
 def test_recv_datagrams_with_gro_gives_segments(net: Net) -> None:
-    """A batch of segments leaves as one, arrives as one with its segment length, and is taken apart."""
+    """A GSO batch arrives as one element with its segment length, and is split into segments."""
     with local(net, "127.0.0.1") as sock, net.run(Replier) as replier:
         sock.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
         source = ("192.0.2.9", 53)
@@ -268,7 +268,7 @@ def test_recv_datagrams_with_gro_gives_segments(net: Net) -> None:
 
 
 def test_replier_replies_from_any_source(net: Net) -> None:
-    """By themselves, as iterables, more than the kernel takes at once; one that cannot be sent keeps nobody from it."""
+    """Single replies, and iterables longer than a system call takes. A reply that fails does not stop the others."""
     with local(net, "127.0.0.1") as sock, net.run(Replier) as replier:
         to = sock.getsockname()
         good = [Datagram(f"{at}".encode(), to, (f"192.0.2.{at % 8 + 1}", 5300 + at % 4)) for at in range(150)]
@@ -289,7 +289,7 @@ def test_replier_replies_from_any_source(net: Net) -> None:
             with pytest.raises(tproxy.Error) as refused:
                 net.run(call)
             assert refused.value.errno == number
-        # Any buffer, of items of any size.
+        # Any buffer, with items of any size.
         for data in (bytearray(b"four"), memoryview(b"four"), memoryview(b"four").cast("H")):
             net.run(lambda data=data: replier.reply(data, to, "192.0.2.1:53"))  # type: ignore[misc]
             net.run(lambda data=data: replier.send([Datagram(data, to, "192.0.2.1:53")]))  # type: ignore[misc]
@@ -299,7 +299,7 @@ def test_replier_replies_from_any_source(net: Net) -> None:
 
 
 def test_replier_with_raw_flag_sends_raw(lab: Lab) -> None:
-    """RAW takes no port."""
+    """RAW binds no port."""
     with receiver(lab) as sock:
         with lab.proxy.run(
             lambda: Replier(flags=ReplierFlag.RAW | ReplierFlag.NONBLOCK, max_sockets=4, idle_ms=10)

@@ -1,4 +1,4 @@
-"""The raw layer is what the C compiler makes of the header."""
+"""The ctypes layer agrees with the header as the C compiler reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from net import limit
 from tproxy import _ctypes as c
 
 HEADER = Path(__file__).parents[3] / "include" / "tproxy.h"
-# Comments say names too.
+# Comments contain names too.
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
 
 CONSTANTS = re.findall(r"^#define (TP_\w+) ", TEXT, re.MULTILINE)
@@ -27,7 +27,7 @@ def fields(body: str) -> list[str]:
 
 
 def compiled(directory: Path, *statements: str) -> list[str]:
-    """What a C program prints that does this."""
+    """Compiles a C program with these statements; gives the lines that it prints."""
     source = directory / "probe.c"
     includes = ["#include <stdio.h>", "#include <stddef.h>", f'#include "{HEADER}"']
     source.write_text("\n".join([*includes, "int main(void) {", *statements, "return 0; }"]))
@@ -44,7 +44,7 @@ def raw_function(name: str) -> Any:
 
 
 def test_header_patterns_find_known_names() -> None:
-    """The patterns above find what a reader sees."""
+    """The patterns above find names that the header has."""
     assert {"TP_NONBLOCK", "TP_FORMAT_IPTABLES"} <= set(CONSTANTS)
     assert fields(dict(STRUCTS)["tp_port_range"]) == ["first", "last"]
     assert fields(dict(STRUCTS)["tp_prefix"]) == ["family", "len", "reserved", "addr"]
@@ -59,7 +59,7 @@ def test_ctypes_constants_equal_header(tmp_path: Path) -> None:
 
 
 def test_ctypes_structs_equal_header(tmp_path: Path) -> None:
-    """Every size, offset and width; and that there is none too few or too many."""
+    """Every size, offset and width; and no struct or member too few or too many."""
     names = {name: fields(body) for name, body in STRUCTS}
     names["sockaddr_storage"] = ["ss_family"]
     statements = []
@@ -84,7 +84,7 @@ def test_ctypes_structs_equal_header(tmp_path: Path) -> None:
         assert [field[0] for field in cls._fields_] == names[name], name
 
 
-# What a member of a struct is, for each type that the header uses; an array is seen as a pointer.
+# The ctypes type for each type of a struct member in the header; arrays appear as pointers.
 MEMBERS: dict[str, Any] = {
     "unsigned char": ctypes.c_uint8,
     "unsigned char *": ctypes.c_uint8,
@@ -104,7 +104,7 @@ MEMBERS: dict[str, Any] = {
 
 
 def test_ctypes_members_equal_header(tmp_path: Path) -> None:
-    """Their types: a sign or a pointee that is another has the same size."""
+    """The types of the members: another sign or another pointee would have the same size."""
     generic = ", ".join(f'{kind}: "{kind}"' for kind in MEMBERS)
     places = [(struct, member) for struct, body in STRUCTS for member in fields(body)]
     kinds = compiled(tmp_path, *(f"puts(_Generic(((struct {s} *)0)->{m}, {generic}));" for s, m in places))
@@ -128,7 +128,7 @@ def test_ctypes_names_equal_header() -> None:
     assert functions == in_c
 
 
-# What _Generic has to say of a type, for each ctypes type that the raw layer uses.
+# The ctypes type for each type that _Generic can name.
 SCALARS = {
     "int": ctypes.c_int,
     "unsigned int": ctypes.c_uint32,
@@ -145,7 +145,7 @@ def c_type(text: str) -> str:
 
 
 def test_ctypes_prototypes_equal_header(tmp_path: Path) -> None:
-    """Results and arguments, by the kind and width that the compiler says they have."""
+    """Results and arguments, by the kind and width that the compiler reports."""
     generic = ", ".join([*(f'{scalar}: "{scalar}"' for scalar in SCALARS), 'default: "pointer"'])
     statements, expected = [], []
     for result, name, arguments in FUNCTIONS:
@@ -167,7 +167,7 @@ def test_ctypes_prototypes_equal_header(tmp_path: Path) -> None:
 
 
 def check_pointer(text: str, ours: Any) -> None:
-    """A pointer of a kind that can be told is declared as that; bytes, addresses and handles as c_void_p."""
+    """A pointer to a known type is declared as such; bytes, addresses and handles are c_void_p."""
     pointee = text.replace("const ", "").replace("struct ", "").replace(" ", "")
     exact: dict[str, Any] = {
         "char*": (ctypes.c_char_p, ctypes.c_void_p),
@@ -185,7 +185,7 @@ def check_pointer(text: str, ours: Any) -> None:
 
 
 def test_ctypes_comparison_rejects_difference(tmp_path: Path) -> None:
-    """The comparison itself: a width that is wrong is seen."""
+    """The comparison itself notices a wrong width."""
     with pytest.raises(AssertionError):
         check_pointer("struct tp_prefix *", ctypes.POINTER(c.tp_port_range))
     assert compiled(tmp_path, 'puts(_Generic((uint32_t)0, unsigned int: "u32", default: "other"));') == ["u32"]

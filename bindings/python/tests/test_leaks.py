@@ -1,4 +1,4 @@
-"""Nothing is left behind: 10,000 calls of each kind, those that fail among them."""
+"""10,000 calls of each kind, including calls that fail, leave nothing."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def descriptors() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """The resident memory of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None:
-    """Descriptors, Python's objects and blocks of memory, and C's."""
+    """Asserts that calls leave no descriptors, objects and memory, neither in Python nor in C."""
 
     def repeat() -> tuple[int, int, int, int]:
-        # The first calls fill what is remembered on purpose.
+        # The first calls fill caches.
         for _ in range(100):
             call()
         gc.collect()
@@ -51,10 +51,10 @@ def leaks_nothing(net: Net, call: Callable[[], Any], calls: int = CALLS) -> None
 
     fds, blocks, objects, memory = net.start(repeat).result(limit(300))
     assert fds == 0, f"{fds} descriptors"
-    # One lost at every call would be as many as there were calls; the test runner has a few.
+    # A leak would be one for each call; the test runner itself makes a few.
     assert blocks < calls // 4, f"{blocks} blocks of memory"
     assert objects < calls // 4, f"{objects} objects"
-    # 100 bytes a call, in C's memory too.
+    # 100 bytes for each call, which includes memory of C.
     assert memory < 100 * CALLS, f"{memory} bytes"
 
 
@@ -62,7 +62,7 @@ def failing(call: Callable[[], Any]) -> Callable[[], None]:
     def expect() -> None:
         with contextlib.suppress(tproxy.Error):
             call()
-            raise AssertionError("it did not fail")
+            raise AssertionError("the call did not fail")
 
     return expect
 

@@ -109,7 +109,7 @@ def test_command_with_bad_arguments_fails(arguments: list[str], status: int, wor
 
 
 def test_command_purge_removes_stale_routing(net: Net) -> None:
-    """The routing that a killed process left."""
+    """A killed process has left its routing."""
     die = "import os, tproxy; rules = tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY); os._exit(0)"
     assert net.run(lambda: python("-c", die)).returncode == 0
     assert "7470" in net.command("ip", "rule")
@@ -118,7 +118,7 @@ def test_command_purge_removes_stale_routing(net: Net) -> None:
     assert "7470" not in net.command("ip", "rule")
 
 
-# The check. Its findings are the library's; what Python makes of them is looked at with findings of our own.
+# The check. The findings come from the library; these tests replace them to test what Python makes of them.
 
 FOUND = [
     (0, b"kernel.nf_tables", b"nf_tables is there", b"", b""),
@@ -134,7 +134,7 @@ FOUND = [
 
 
 def finds(found: Sequence[tuple[int, bytes, bytes, bytes, bytes]], result: int) -> Any:
-    """In place of the library's call: calls back as it does."""
+    """A replacement for the library's call, with the same callbacks."""
 
     def tp_check(report: Any, context: Any) -> int:
         for finding in found:
@@ -253,7 +253,7 @@ def test_library_that_does_not_fit_is_refused(tmp_path: Path, source: str, words
 
 
 def test_library_named_but_missing_is_refused() -> None:
-    """Who names one means it: nothing else is taken."""
+    """A library that is named is not replaced by another one."""
     done = load(LIBTPROXY="/nowhere/libtproxy.so")
     assert done.returncode == 1
     assert "/nowhere/libtproxy.so" in done.stderr
@@ -263,7 +263,7 @@ def test_library_named_but_missing_is_refused() -> None:
 
 
 class Program:
-    """An example that runs on a host, and the lines that it prints. It ends with the block, if not before."""
+    """An example that runs on a host, and the lines that it prints. It is killed at the end of the block."""
 
     def __init__(self, net: Net, *arguments: str | Path) -> None:
         command = [sys.executable, "-W", "error", *arguments]
@@ -314,7 +314,7 @@ def test_example_tcp_proxy_proxies(lab: Lab, hosts: Hosts) -> None:
                 way = f"{hosts.client} port {heard.client[1]} -> {mapped(hosts.server)} port 80"
                 assert proxy.line().endswith(way)
             assert server.result() == [hosts.client] * 2
-        # The server is gone: the client's connection ends.
+        # The server has ended: the proxy closes the client's connection.
         assert lab.client.run(lambda: hear(hosts.server, 80)) == b""
         # It does not wait for connections that are open.
         with lab.server.run(lambda: tcp_listener(80)) as listener:
@@ -397,7 +397,7 @@ def dns_query(name: str, kind: int) -> bytes:
 
 @pytest.mark.parametrize("address", ["192.0.2.53", "2001:db8:53::53"])
 def test_example_dns_interceptor_answers(lab: Lab, hosts: Hosts, address: str) -> None:
-    """The client asks a server that does not exist, and hears it answer."""
+    """The client asks a server that does not exist, and gets a reply from its address."""
     before = lab.proxy.state()
     arguments = ["3053", "intercepted.example", address]
     with Program(lab.proxy, EXAMPLES / "dns_interceptor.py", *arguments) as interceptor:
@@ -416,7 +416,7 @@ def test_example_dns_interceptor_answers(lab: Lab, hosts: Hosts, address: str) -
         assert answer.endswith(socket.inet_pton(family, address))
         assert struct.unpack("!5H", ask(dns_query("intercepted.example", other))[2:12]) == (0x8400, 1, 0, 0, 0)
         assert struct.unpack("!5H", ask(dns_query("elsewhere.example", kind))[2:12]) == (0x8403, 1, 0, 0, 0)
-        # What is no query is passed over, and the next one answered.
+        # Datagrams that are not queries are ignored, and the next query is answered.
         for nonsense in (b"", b"\0" * 5, query[:20], b"\xff" * 40):
             with pytest.raises(socket.timeout):
                 lab.client.run(lambda nonsense=nonsense: silent(hosts.server, nonsense))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The README's examples do what it says: each is run on the proxy's host, with traffic."""
+"""Every example of the README runs on the proxy's host, with traffic."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def answer(data: bytes | memoryview) -> bytes:
-    """What the examples answer."""
+    """The reply of the examples."""
     return bytes(data).upper()
 
 
 class Example:
-    """A block, the one that has these words; what it takes for granted; and what it made."""
+    """The block with these words, the names that it expects, and the names that it defines."""
 
     def __init__(self, words: str, **given: Any) -> None:
         (self.text,) = (block for block in BLOCKS if words in block)
@@ -39,13 +39,13 @@ class Example:
         self.stopped = threading.Event()
 
     def install_rules(self, **config: Any) -> tproxy.Rules:
-        """In place of the package's: the test learns that they are there."""
+        """A replacement for the package's function, which tells the test that the rules are installed."""
         rules = install_rules(**config)
         self.installed.set()
         return rules
 
     def run(self) -> None:
-        """To its end; one of asyncio is cancelled when the test has stopped it."""
+        """Runs the block to its end; a block of asyncio is cancelled when the test stops it."""
         code = compile(self.text, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         result = eval(code, self.names)
         if inspect.iscoroutine(result):
@@ -62,7 +62,7 @@ class Example:
 
 @contextlib.contextmanager
 def running(lab: Lab, example: Example) -> Iterator[Running]:
-    """While the block runs, from when its rules are there; they are gone at its end."""
+    """Runs the example, with its rules installed during the block and removed at its end."""
     before = lab.proxy.state()
     with mock.patch.object(tproxy, "install_rules", example.install_rules):
         thread = lab.proxy.start(example.run)
@@ -72,7 +72,7 @@ def running(lab: Lab, example: Example) -> Iterator[Running]:
 
 
 def whom_the_server_sees(lab: Lab, port: int) -> str:
-    """When the client connects to it; and that the client was intercepted."""
+    """The address that the server sees when the client connects and is intercepted."""
     with lab.server.run(lambda: socket.create_server(("::", port), family=socket.AF_INET6)) as listener:
         listener.settimeout(PATIENCE)
         with lab.client.run(lambda: socket.create_connection((V6.server, port), PATIENCE)):
@@ -91,7 +91,7 @@ def test_readme_proxy_intercepts(lab: Lab) -> None:
     example = Example("listener.accept()")
     with running(lab, example) as thread:
         assert whom_the_server_sees(lab, 8050) == V6.client
-        # Nobody stops it otherwise: accept() fails.
+        # Only a failing accept() ends the example.
         example.names["listener"].shutdown(socket.SHUT_RDWR)
         with pytest.raises(OSError, match="Invalid argument"):
             thread.result()

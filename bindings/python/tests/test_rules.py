@@ -1,4 +1,4 @@
-"""Rules: what they take, what they do, and when they end."""
+"""Rules: their configuration, their effect and their end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tproxy import AddressSet, Backend, Family, Format, Protocol, RulesFlag
 
 @contextmanager
 def proxy(lab: Lab, **config: object) -> Iterator[tuple[tproxy.Rules, socket.socket]]:
-    """A listener on the proxy's host that answers whom it intercepts, and its rules."""
+    """Rules, and a listener on the proxy's host that answers every intercepted connection."""
     listener = lab.proxy.run(lambda: tproxy.listen("[::]:3129"))
     listener.settimeout(0.2)
     enough = threading.Event()
@@ -50,7 +50,7 @@ def proxy(lab: Lab, **config: object) -> Iterator[tuple[tproxy.Rules, socket.soc
 
 
 def answer(lab: Lab, host: str, port: int) -> str:
-    """Who answers: the proxy, or the server."""
+    """The host that answers: the proxy or the server."""
     with lab.server.run(lambda: socket.create_server((host, port), family=family_of(host))) as server:
         server.settimeout(PATIENCE)
         serving = lab.server.start(lambda: answer_one(server))
@@ -58,7 +58,7 @@ def answer(lab: Lab, host: str, port: int) -> str:
         if heard.startswith("seen"):
             serving.result()
             return "server"
-        # It waits still: let it go.
+        # The server still waits for a connection.
         lab.server.run(lambda: socket.create_connection((host, port), PATIENCE).close())
         serving.join()
         return heard.replace("intercepted", "proxy")
@@ -69,7 +69,7 @@ def family_of(host: str) -> socket.AddressFamily:
 
 
 def test_install_rules_selects_ports_destinations_and_sources(lab: Lab, hosts: Hosts) -> None:
-    """Everything that can be said of ports and prefixes, in each of the ways in which Python has them."""
+    """Ports and prefixes in every form that Python has for them."""
     net = ipaddress.ip_network(hosts.server + ("/120" if ":" in hosts.server else "/24"), strict=False)
     chosen = {
         "ports": [80, (8000, 8010), range(9000, 9002)],
@@ -88,7 +88,7 @@ def test_install_rules_selects_ports_destinations_and_sources(lab: Lab, hosts: H
 
 
 def test_update_rules_adds_and_removes_prefixes(lab: Lab, hosts: Hosts) -> None:
-    """Sets of a living instance."""
+    """The sets of rules that are installed."""
     host = ipaddress.ip_address(hosts.server)
     with proxy(lab, ports=[80], dst=["192.0.2.0/24", "2001:db8:f::/48"]) as (rules, _):
         assert answer(lab, hosts.server, 80) == "server"
@@ -131,7 +131,7 @@ def test_rules_stats_count_dropped_and_direct_packets(lab: Lab) -> None:
 
 
 def test_read_stats_by_name_reads_rules_of_any_process(lab: Lab) -> None:
-    """What one process has installed, another can read; of a name that nobody has, FileNotFoundError."""
+    """Another process can read the counters. A name without rules is FileNotFoundError."""
     with proxy(lab, ports=[80], name="mine") as (rules, _):
         before = lab.proxy.run(lambda: tproxy.read_stats("mine"))
         assert before.intercepted_packets == 0
@@ -178,7 +178,7 @@ def test_rules_end_with_the_block(net: Net) -> None:
 
 
 def test_rules_not_removed_warn_and_are_removed(net: Net) -> None:
-    """A ResourceWarning, and they are removed."""
+    """A ResourceWarning is issued, and the rules are removed."""
     before = net.state()
 
     def install_and_forget() -> None:
@@ -194,7 +194,7 @@ def test_rules_in_forked_child_are_left_alone(net: Net) -> None:
     with net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY)) as rules:
         there = net.state()
         with warnings.catch_warnings():
-            # That this process has threads, which are not looked at.
+            # fork() warns that this process has threads.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -209,7 +209,7 @@ def test_rules_in_forked_child_are_left_alone(net: Net) -> None:
 
 
 def test_install_rules_persist_stay_until_purged(net: Net) -> None:
-    """They stay when the handle goes, until they are purged."""
+    """The rules outlive their handle until they are purged."""
     before = net.state()
     with net.run(lambda: tproxy.listen("[::]:3129")) as listener:
 
@@ -229,7 +229,7 @@ def test_install_rules_persist_stay_until_purged(net: Net) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)
             net.run(install_and_end)
         assert net.state() != before
-        # The kernel lets go of a dead process's table when it gets round to it.
+        # The kernel releases the table of a dead process some time later.
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -286,7 +286,7 @@ def test_install_rules_and_purge_rules_refused_raise_error_of_errno(net: Net) ->
 
 
 def test_install_rules_with_listen_addr_and_numbers_passes_them(net: Net) -> None:
-    """What the fields of the struct say arrives."""
+    """The numbers arrive in the fields of the struct."""
     with net.run(
         lambda: tproxy.install_rules(
             listen_addr=("::1", 3129),
@@ -308,7 +308,7 @@ def test_install_rules_with_listen_addr_and_numbers_passes_them(net: Net) -> Non
 
 
 def test_install_rules_with_iptables_makes_chains(net: Net) -> None:
-    """Its programs run where the thread is that calls."""
+    """The programs of iptables run in the namespace of the calling thread."""
 
     def inside() -> None:
         with tproxy.listen("[::]:3129") as listener:
@@ -321,7 +321,7 @@ def test_install_rules_with_iptables_makes_chains(net: Net) -> None:
 
 
 def test_render_rules_gives_script() -> None:
-    """A script, of either kind; with the ports, prefixes and names that were asked for. It needs no privilege."""
+    """A script of either format has the ports, prefixes and names. It needs no privilege."""
     config = tproxy.RulesConfig(
         listen_addr="[::]:3129", ports=[80, (8000, 8100)], dst=["10.0.0.0/8"], interfaces=["eth3"]
     )
@@ -350,7 +350,7 @@ def test_render_rules_script_intercepts(lab: Lab, hosts: Hosts) -> None:
 
 
 def test_rules_removed_while_other_threads_ask_raise(net: Net) -> None:
-    """Nobody crashes; who comes too late is told so."""
+    """No thread crashes; a call after the removal raises ValueError."""
     for _ in range(5):
         rules = net.run(lambda: tproxy.install_rules(flags=RulesFlag.DIVERT_ONLY))
         at_work = threading.Barrier(4)

@@ -1,4 +1,4 @@
-"""tproxy.self_test(): probes through rules, in a network that nobody else has."""
+"""tproxy.self_test(): probes through rules in a temporary network namespace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def state(net: Net) -> list[str]:
 
 
 def test_self_test_of_working_config_is_delivered(net: Net) -> None:
-    """A connection and a datagram of each family; nothing of it is seen in the caller's network."""
+    """A connection and a datagram for each family; the caller's network is unchanged."""
     before, descriptors = state(net), len(os.listdir("/proc/self/fd"))
     findings = net.run(lambda: tproxy.self_test(listen_addr="[::]:3129", ports=[80, (8000, 8100)], protocols=BOTH))
     assert {finding.severity for finding in findings} == {Severity.OK}
@@ -49,7 +49,7 @@ def test_self_test_reports_what_it_skips(net: Net) -> None:
 
 
 def test_self_test_of_lost_probe_releases_the_gil(net: Net) -> None:
-    """What is translated to an address of loopback is a martian. The GIL is free while the probes are waited for."""
+    """Packets that are translated to loopback are martians. Other threads run while the call waits."""
     config = tproxy.RulesConfig(
         listen_addr="127.0.0.1:3129", flags=RulesFlag.REDIRECT | RulesFlag.LOCAL_OUTPUT, protocols=Protocol.TCP
     )

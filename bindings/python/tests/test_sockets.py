@@ -1,4 +1,4 @@
-"""Stream sockets: foreign addresses, original destinations, connections from anybody."""
+"""Stream sockets: foreign addresses, original destinations, connections from foreign addresses."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize(("given", "meant"), ADDRESSES)
 def test_addresses_are_encoded_and_decoded(given: tproxy.Address, meant: tproxy.SockAddr) -> None:
-    """There and back; and as Python's own sockets have them."""
+    """An encoded address is decoded in the form of Python's own sockets."""
     from tproxy._address import decode, encode
 
     place, size = encode(given)
@@ -141,7 +141,7 @@ def test_listen_on_non_address_is_type_error(net: Net, bad: tproxy.Address) -> N
 
 
 def test_interception_proxies_with_port_of_client(lab: Lab, hosts: Hosts) -> None:
-    """The whole path: intercepted, original destination, onward as the client, with its own port."""
+    """Intercepts, reads the original destination, and connects with the client's address and port."""
 
     def proxy() -> tuple[tproxy.SockAddr, tproxy.SockAddr]:
         with tproxy.listen("[::]:3129") as listener, tproxy.install_rules(listeners=[listener], ports=[80]):
@@ -165,7 +165,7 @@ def test_interception_proxies_with_port_of_client(lab: Lab, hosts: Hosts) -> Non
     assert server.result() == [hosts.client]
     assert plain(source) == heard.client
     assert plain(to) == (hosts.server, 80)
-    # Of the listener's family: v4-mapped, as accept() gives the client's.
+    # Both addresses have the listener's family: IPv4-mapped, as accept() gives the client's.
     assert len(source) == len(to) == 4
 
 
@@ -175,7 +175,7 @@ def test_orig_dst_of_ipv4_listener_is_ipv4(lab: Lab) -> None:
             ready.set()
             listener.settimeout(PATIENCE)
             with listener.accept()[0] as client:
-                # Until the client has gone by itself.
+                # Wait until the client closes.
                 assert client.recv(1) == b""
                 return tproxy.orig_dst(client)
 
@@ -188,7 +188,7 @@ def test_orig_dst_of_ipv4_listener_is_ipv4(lab: Lab) -> None:
 
 @pytest.mark.parametrize("dual", [False, True], ids=["of its family", "dual-stack"])
 def test_orig_dst_of_redirected_connection_equals_tp_orig_dst(lab: Lab, hosts: Hosts, dual: bool) -> None:
-    """An ordinary listener; connection tracking knows. And the fast path says what the library says."""
+    """An ordinary listener: connection tracking has the destination. The fast path equals tp_orig_dst."""
     family, any_host = (socket.AF_INET6, "::") if dual else (hosts.family, hosts.any)
 
     def proxy() -> list[tproxy.SockAddr]:
@@ -233,7 +233,7 @@ def by_the_library(sock: socket.socket) -> tproxy.SockAddr:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_orig_dst_that_fails_equals_tp_orig_dst(net: Net, host: str) -> None:
-    """The fast path fails as the library does: same errno, same sentence, whatever the socket."""
+    """The fast path fails with the errno and the message of tp_orig_dst, for every kind of socket."""
     with net.run(lambda: socket.create_server((host, 0), family=family_of(host))) as listener:
         client = net.run(lambda: socket.create_connection(listener.getsockname()[:2]))
         accepted, _ = listener.accept()
@@ -260,14 +260,14 @@ def test_orig_dst_that_fails_equals_tp_orig_dst(net: Net, host: str) -> None:
             assert fast.value.errno == expected
         with pytest.raises(FileNotFoundError, match="not intercepted"):
             tproxy.orig_dst(accepted)
-        # A transparent socket on an address: both say that.
+        # A transparent socket on an address: both give that address.
         assert tproxy.orig_dst(transparent) == by_the_library(transparent) == transparent.getsockname()
         for sock in (client, accepted, wild, transparent, fresh, left, right):
             sock.close()
 
 
 def test_connect_from_foreign_address_gets_replies(lab: Lab, hosts: Hosts) -> None:
-    """From a foreign address that nobody intercepts: the divert rule brings the answers."""
+    """Without interception, the divert rule delivers the replies."""
     with lab.serving(80) as server:
 
         def connect() -> str:
@@ -322,7 +322,7 @@ def test_connect_from_refused_raises(net: Net, host: str, timeout: float | None)
 
 
 def test_connect_from_times_out_raises(lab: Lab, hosts: Hosts) -> None:
-    """Nobody answers: the server's host has no way back to this source."""
+    """The server's host has no route back to this source."""
     lab.server.ip("route del default", "route del default via 2001:db8:2::1")
     began = time.monotonic()
     with pytest.raises(socket.timeout):
@@ -346,7 +346,7 @@ def test_flags_out_of_range_are_value_error(net: Net, flags: int) -> None:
 
 
 def test_error_has_class_of_oserror_and_pickles() -> None:
-    """Every errno has the class that OSError gives it, and travels."""
+    """Every errno has the class that OSError gives it, and the error can be pickled."""
     for number in errno.errorcode:
         error = tproxy.Error(number, "a sentence")
         assert isinstance(error, type(OSError(number, "")))
@@ -371,7 +371,7 @@ def test_errors_have_errno_and_message(net: Net) -> None:
 
 
 def test_calls_without_privilege_raise_permission_error(net: Net) -> None:
-    """What an ordinary user gets: PermissionError, with a fix."""
+    """An ordinary user gets PermissionError, with a fix."""
 
     def powerless() -> None:
         drop_capabilities()
@@ -393,7 +393,7 @@ def test_calls_without_privilege_raise_permission_error(net: Net) -> None:
 
 
 def test_connect_from_releases_the_gil_and_runs_signal_handlers(lab: Lab) -> None:
-    """While a connect waits in C, other threads run; a handler that returns does not end it."""
+    """While connect waits in C, other threads run; a signal handler that returns does not end the wait."""
     lab.server.ip("route del default", "route del default via 2001:db8:2::1")
     lab.proxy.sysctl("ipv4/tcp_syn_retries", "1")
     seen = []
@@ -416,7 +416,7 @@ def test_connect_from_releases_the_gil_and_runs_signal_handlers(lab: Lab) -> Non
             time.sleep(0.01)
         waited = connecting.result()
         assert waited > 0.5
-        # One or two, if this thread had waited with the other.
+        # With the GIL held this thread would have had one turn or two.
         assert turns > 20
         assert seen
     finally:
@@ -424,6 +424,6 @@ def test_connect_from_releases_the_gil_and_runs_signal_handlers(lab: Lab) -> Non
 
 
 def test_udp_client_helper_takes_replies_of_its_server_only(net: Net) -> None:
-    """The helper of these tests: a connected socket, so that an answer from a wrong source is not heard."""
+    """The helper uses a connected socket, which does not receive replies from other sources."""
     with pytest.raises(ConnectionRefusedError):
         net.run(lambda: udp_client("127.0.0.1", 9))
