@@ -95,9 +95,14 @@
  * Fork. Rules belong to the process that installed them. While it lives, calls
  * on a forked child's copy of the handle fail with EBUSY, and tp_remove_rules
  * there frees the copy and removes nothing; tp_read_stats reads the counters
- * from any process. After the installer has ended, a child may use its copy,
- * one child at a time; the first that calls tp_remove_rules removes the rules
- * for all. The kernel keeps the table as long as any process has the sockets:
+ * from any process. After the installer has ended, executed another program or
+ * closed its descriptors, a child may use its copy, one child at a time. The
+ * first child that calls tp_remove_rules removes the rules for all; calls on
+ * the other copies then fail with ENOENT, and tp_remove_rules there does nothing,
+ * also if there are new rules of the same name. A copy knows the sets as they
+ * were at the fork: if another process has changed the rules since,
+ * tp_update_rules fails with ESTALE until tp_replace_rules was called. The
+ * kernel keeps the table as long as any process has the sockets:
  * a worker that shall not keep it calls tp_forget_rules first of all, or
  * executes another program (the sockets are close-on-exec). A child may be
  * forked while another thread is in a call. After vfork(2) only execve(2) and
@@ -109,7 +114,8 @@
  * (closefrom(3), close_range(2)) are lost: install rules and open repliers
  * after that. A call on a handle whose descriptors were closed, or have become
  * something else, fails with EBADF; it neither writes to them nor closes them.
- * A replier does not look: close it first. chroot(2) may come at any time,
+ * tp_reply does not look: after that, a replier can only be closed, which
+ * closes nothing but its own sockets. chroot(2) may come at any time,
  * except with the iptables backend, whose programs have to be found then too.
  *
  * Privileges. After setuid(2), or when capabilities are dropped, the rules and
@@ -1180,7 +1186,8 @@ int tp_install_rules(const struct tp_rules_config *config, size_t size, struct t
  * In a forked child of the process that installed the rules, while that
  * process lives, it removes nothing (as tp_forget_rules) and returns 0. After
  * that process has ended, the first child that calls it removes the rules for
- * all.
+ * all. If another process has removed the rules already, it does nothing and
+ * returns 0; it does nothing to another instance that has their name now.
  *
  * Returns 0, or -1 with errno if something could not be removed, which
  * tp_last_error names. EBADF: the program has closed the descriptors of the
@@ -1261,6 +1268,8 @@ int tp_purge_rules(const char *name);
  * EMSGSIZE: a larger change than one transaction may be here (some 10,000
  * prefixes with the default net.core.wmem_max, any number as root of the host).
  * EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
+ * ESTALE: another process has changed the rules since this one was forked, so
+ * that the sets are not known here; call tp_replace_rules first.
  */
 int tp_update_rules(struct tp_rules *rules,
                     uint32_t set,

@@ -101,7 +101,8 @@ pub unsafe extern "C" fn tp_install_rules(
 /// In a forked child of the process that installed the rules, while that
 /// process lives, it removes nothing (as tp_forget_rules) and returns 0. After
 /// that process has ended, the first child that calls it removes the rules for
-/// all.
+/// all. If another process has removed the rules already, it does nothing and
+/// returns 0; it does nothing to another instance that has their name now.
 ///
 /// Returns 0, or -1 with errno if something could not be removed, which
 /// tp_last_error names. EBADF: the program has closed the descriptors of the
@@ -211,6 +212,8 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
 /// EMSGSIZE: a larger change than one transaction may be here (some 10,000
 /// prefixes with the default net.core.wmem_max, any number as root of the host).
 /// EBADF, EBUSY, EDEADLK: as tp_rules_stats. ENOENT also if the table is gone.
+/// ESTALE: another process has changed the rules since this one was forked, so
+/// that the sets are not known here; call tp_replace_rules first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_update_rules(
     rules: *mut tp_rules,

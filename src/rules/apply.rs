@@ -18,6 +18,7 @@ use crate::backend::route::{self, FoundRule, Routing};
 use crate::error::{Error, Result};
 use crate::model::{Backend, Families, Mode, Plan};
 use crate::netlink::Channel;
+use crate::process::{Revision, generation};
 
 use super::config::Config;
 use super::plan;
@@ -35,6 +36,25 @@ pub struct Instance {
     routing: Routing,
     /// The rules are in iptables, and the table holds but the name and the slot.
     by_iptables: bool,
+    /// The table belongs to the channel's socket. It does not on a host without nf_tables, where there is none.
+    claimed: bool,
+    ownership: Ownership,
+}
+
+/// Who of the processes that have a copy of an instance knows what the kernel holds.
+struct Ownership {
+    /// The generation of the process that used the channels last.
+    user: u64,
+    /// What is in the kernel, and what this copy knows of: others if another process has changed the rules since the fork.
+    revision: Revision,
+    known: u64,
+}
+
+impl Ownership {
+    fn new() -> Result<Ownership> {
+        let revision = Revision::first().map_err(|e| Error::io(format_args!("mmap"), e))?;
+        Ok(Ownership { user: generation(), known: revision.get(), revision })
+    }
 }
 
 /// Packets and bytes since the rules were installed.
@@ -93,6 +113,7 @@ impl Instance {
     }
 
     fn install_over(config: &Config, mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
+        let ownership = Ownership::new()?;
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
         if !shows_later {
@@ -122,24 +143,28 @@ impl Instance {
                 }
             }
         };
-        let mut rules = Instance { nft, route, table, plan, variant, routing, by_iptables: false };
+        let mut rules =
+            Instance { nft, route, table, plan, variant, routing, by_iptables: false, claimed: true, ownership };
         if adopted {
-            rules.take_over()?;
+            rules.take_over(rules.plan.clone())?;
         }
         Ok(rules)
     }
 
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
+        self.require_table()?;
         if self.by_iptables {
             return self.counted();
         }
-        self.require_table()?;
         counted(&mut self.nft, &self.table)
     }
 
     /// Refuses to speak for a table that is gone, or that another socket has made since.
     fn require_table(&mut self) -> Result<()> {
+        if !self.claimed {
+            return Ok(());
+        }
         let port = self.nft.port();
         match table::find(&mut self.nft, &self.table)? {
             Some(found) if port == 0 || found.owner_port == Some(port) => Ok(()),
@@ -152,6 +177,27 @@ impl Instance {
                 ),
             )),
         }
+    }
+
+    /// Makes the channels those of this process: a parent that used them may have been killed while it waited for answers.
+    pub fn take_channels(&mut self) {
+        if std::mem::replace(&mut self.ownership.user, generation()) != generation() {
+            self.nft.discard();
+            self.route.discard();
+        }
+    }
+
+    /// No other process has changed the rules since this one was forked.
+    fn is_current(&self) -> bool {
+        self.ownership.revision.get() == self.ownership.known
+    }
+
+    /// Does something that changes the rules, so that other processes know that they do not know them.
+    fn changing(&mut self, change: impl FnOnce(&mut Instance) -> Result<()>) -> Result<()> {
+        self.ownership.revision.begin();
+        let done = change(self);
+        self.ownership.known = self.ownership.revision.finish();
+        done
     }
 
     /// The sockets that it works by are still those that it opened.
@@ -176,8 +222,18 @@ impl Instance {
     ///
     /// The routing goes first, while the table still holds its slot against
     /// others: for that moment the packets that would be intercepted are dropped.
+    ///
+    /// If they were removed already, by another process that has a copy, nothing is: the name and the slot may be
+    /// those of another instance by now.
     pub fn remove(mut self) -> Result<()> {
-        self.undo()
+        match self.require_table() {
+            Err(error) if error.errno() == libc::ENOENT => return Ok(()),
+            found => found?,
+        }
+        let current = self.is_current();
+        let removed = self.undo();
+        // Another process has added routing that this one does not know of.
+        if current { removed } else { removed.and(slot::remove_all_stale(&mut self.nft, &mut self.route)) }
     }
 
     fn undo(&mut self) -> Result<()> {

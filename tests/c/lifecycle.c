@@ -205,13 +205,16 @@ static void in_child(void (*body)(void))
     CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
-/* In a child, until the installing process has ended: it has ended a moment after its children have another parent. */
-static void wait_for_end_of_installer(void)
+/* In a child, until the installing process has ended: it has ended a moment after its children have another parent. Gives
+ * what the first call after that gives. */
+static int wait_for_end_of_installer(void)
 {
+    int found = -1;
     while (getppid() != 1)
         usleep(1000);
-    for (int i = 0; i < 5000 && stats() == -1 && errno == EBUSY; i++)
+    for (int i = 0; i < 5000 && (found = stats()) == -1 && errno == EBUSY && strstr(tp_last_error(), "lives") != NULL; i++)
         usleep(1000);
+    return found;
 }
 
 static int descriptors(void)
@@ -249,10 +252,8 @@ static void parent_exit_handler(void)
         say("ready");
         wait_for_end_of_installer();
         FAILS_SAYING(ENOENT, "gone", stats());
-        if (backend == TP_BACKEND_NFT) {
-            FAILS(ENOENT, update());
-            FAILS(ENOENT, replace());
-        }
+        FAILS_SAYING(ENOENT, "gone", update());
+        FAILS_SAYING(ENOENT, "gone", replace());
         CHECK(tp_remove_rules(rules) == 0);
         done();
         return;
@@ -340,6 +341,128 @@ static void prefork_forgets(void)
     raise(SIGKILL);
 }
 
+/* The master changes the rules after the fork: its worker knows the sets of before only. */
+static void prefork_master_changes(void)
+{
+    if (forked() == 0) {
+        serve_in_background();
+        say("ready");
+        CHECK(wait_for_end_of_installer() == 0);
+        FAILS_SAYING(ESTALE, "tp_replace_rules", update());
+        CHECK(replace() == 0);
+        all_calls_work();
+        done();
+        return;
+    }
+    wait_for_line();
+    CHECK(update() == 0 && replace() == 0 && update() == 0);
+    raise(SIGKILL);
+}
+
+/* Of two workers of a killed master, one removes the rules, and installs new ones of the same name. The other's handle is
+ * one of rules that are gone, and does nothing to the new ones. */
+static void siblings(void)
+{
+    int removed[2], tried[2];
+    char byte = 0;
+    CHECK(pipe(removed) == 0 && pipe(tried) == 0);
+    if (forked() == 0) {
+        alarm(60);
+        CHECK(read(removed[0], &byte, 1) == 1);
+        FAILS_SAYING(ENOENT, "gone", stats());
+        FAILS_SAYING(ENOENT, "gone", update());
+        FAILS_SAYING(ENOENT, "gone", replace());
+        CHECK(tp_remove_rules(rules) == 0 && write(tried[1], &byte, 1) == 1);
+        _exit(0);
+    }
+    if (forked() == 0) {
+        close(tried[1]);
+        serve_in_background();
+        say("ready");
+        CHECK(wait_for_end_of_installer() == 0 && tp_remove_rules(rules) == 0);
+        install();
+        CHECK(write(removed[1], &byte, 1) == 1 && read(tried[0], &byte, 1) == 1);
+        CHECK(stats() == 0 && update() == 0 && replace() == 0);
+        done();
+        return;
+    }
+    wait_for_line();
+    raise(SIGKILL);
+}
+
+static void *keep_asking(void *unused)
+{
+    for (;;)
+        stats();
+    return unused;
+}
+
+static void *keep_changing(void *unused)
+{
+    for (;;)
+        if (update() == 0)
+            replace();
+    return unused;
+}
+
+/* A master is killed while it waits for answers, or has made half of a change. Its worker gets its own answers. */
+static void killed_in_call(void)
+{
+    CHECK(tp_remove_rules(rules) == 0);
+    say("ready");
+    wait_for_line();
+    for (int i = 0; i < (backend == TP_BACKEND_NFT ? 100 : 5); i++) {
+        int well[2];
+        char byte = 0;
+        CHECK(pipe(well) == 0);
+        pid_t master = forked();
+        if (master == 0) {
+            close(well[0]);
+            install();
+            if (forked() == 0) {
+                alarm(60);
+                CHECK(wait_for_end_of_installer() == 0);
+                CHECK(update() == 0 || errno == ESTALE);
+                CHECK(replace() == 0);
+                all_calls_work();
+                CHECK(write(well[1], &byte, 1) == 1);
+                _exit(0);
+            }
+            pthread_t thread;
+            /* A program of iptables would go on after its parent was killed. */
+            int changing = i % 2 == 1 && backend == TP_BACKEND_NFT;
+            CHECK(pthread_create(&thread, NULL, changing ? keep_changing : keep_asking, NULL) == 0);
+            usleep(1000 + i * 100);
+            raise(SIGKILL);
+        }
+        close(well[1]);
+        CHECK(read(well[0], &byte, 1) == 1);
+        close(well[0]);
+        CHECK(waitpid(master, NULL, 0) == master);
+        FAILS(ENOENT, read_stats());
+    }
+    done();
+}
+
+/* The installer lives on, and has the rules no more: it closes its descriptors. A restart names the worker. */
+static void parent_closes(void)
+{
+    if (forked() == 0) {
+        serve_in_background();
+        say("ready");
+        for (int i = 0; i < 5000 && stats() == -1 && errno == EBUSY; i++)
+            usleep(1000);
+        CHECK(update() == 0 && replace() == 0);
+        done();
+        CHECK(tp_remove_rules(rules) == 0);
+        return;
+    }
+    wait_for_line();
+    for (int fd = 3; fd < 200; fd++)
+        close(fd);
+    pause();
+}
+
 static void exec_itself(void)
 {
     if (getenv("AGAIN") == NULL) {
@@ -424,13 +547,6 @@ static void worker_forgets(void)
 
 /* Forked while other threads are in calls. */
 
-static void *keep_asking(void *unused)
-{
-    for (;;)
-        stats();
-    return unused;
-}
-
 static void report(const struct tp_finding *finding, void *context)
 {
     (void)finding, (void)context;
@@ -487,7 +603,7 @@ static void in_turn(const int *turns, void (*body)(void))
 static void orphan_of_threads(void)
 {
     if (stats() != 0)
-        CHECK(errno == EDEADLK || errno == ENOENT || errno == EBUSY);
+        CHECK(errno == EDEADLK || errno == ENOENT);
     CHECK(tp_remove_rules(rules) == 0);
 }
 
@@ -650,8 +766,18 @@ static void network_is_gone(void)
 
 /* Descriptors that the program closes. */
 
+static tp_replier *replier;
+
+/* Those of a replier are among them. */
 static void close_descriptors(void)
 {
+    struct sockaddr_in here = { .sin_family = AF_INET, .sin_port = htons(9) };
+    struct tp_datagram datagram = { .data = "", .len = 1 };
+    here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(tp_replier_open(NULL, 0, &replier) == 0);
+    memcpy(&datagram.client, &here, sizeof here);
+    memcpy(&datagram.orig_dst, &here, sizeof here);
+    CHECK(tp_reply(replier, &datagram, 1) == 1);
     stop_serving();
     for (int fd = 3; fd < 200; fd++)
         close(fd);
@@ -664,6 +790,7 @@ static void calls_fail_with_ebadf(void)
     FAILS_SAYING(EBADF, "closed", replace());
     FAILS_SAYING(EBADF, "closed", update());
     FAILS_SAYING(EBADF, "closed", tp_remove_rules(rules));
+    tp_replier_close(replier);
     alarm(0);
 }
 
@@ -778,6 +905,10 @@ static const struct {
     { "double-fork", double_fork },
     { "prefork", prefork },
     { "prefork-forgets", prefork_forgets },
+    { "prefork-master-changes", prefork_master_changes },
+    { "siblings", siblings },
+    { "parent-closes", parent_closes },
+    { "killed-in-call", killed_in_call },
     { "exec", exec_itself },
     { "shared", shared },
     { "shared-across-pid-namespaces", shared_across_pid_namespaces },
