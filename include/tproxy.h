@@ -97,9 +97,14 @@
  * Fork. Rules belong to the process that installed them. While it runs, calls on
  * a forked child's copy of the handle fail with EBUSY, and tp_remove_rules()
  * there frees the copy and removes nothing; tp_read_stats() reads the counters
- * from any process. After the installing process has ended, a child may use its
- * copy, one child at a time. The first child that calls tp_remove_rules()
- * removes the rules for all. The kernel keeps the table as long as any process
+ * from any process. After the installing process has ended, executed another
+ * program or closed its descriptors, a child may use its copy, one child at a
+ * time. The first child that calls tp_remove_rules() removes the rules for all.
+ * Calls on the other copies then fail with ENOENT, and tp_remove_rules() there
+ * removes nothing, even if new rules have the same name. A copy knows the sets as
+ * they were when the process forked: if another process has changed the rules
+ * since, tp_update_rules() fails with ESTALE until tp_replace_rules() is called.
+ * The kernel keeps the table as long as any process
  * has the sockets. A worker process that should not keep it calls
  * tp_forget_rules() first, or executes another program (the sockets are
  * close-on-exec). A process may fork while another of its threads is in a call.
@@ -110,9 +115,10 @@
  * remain and belong to the daemon. closefrom(3) and close_range(2) close the
  * descriptors of the library: install rules and open repliers after calling
  * them. A call on a rules handle whose descriptors were closed or replaced fails
- * with EBADF, and neither writes to them nor closes them. A replier does not
- * check this: close it first. chroot(2) may be called at any time, except with
- * the iptables backend, whose programs must then be found in the new root.
+ * with EBADF, and neither writes to them nor closes them. tp_reply() does not
+ * check this: afterwards a replier may only be closed, which closes only its own
+ * sockets. chroot(2) may be called at any time, except with the iptables
+ * backend, whose programs must then be found in the new root.
  *
  * Privileges. After setuid(2), or after capabilities are dropped, existing rules
  * and transparent sockets keep working. Later calls need:
@@ -1263,7 +1269,8 @@ int tp_install_rules(const struct tp_rules_config *config,
  *
  * In a forked child of the process that installed the rules, while that process lives, it removes nothing
  * (like tp_forget_rules()) and returns 0. After that process has ended, the first child that calls it
- * removes the rules for all processes.
+ * removes the rules for all processes. If another process has already removed the rules, it removes nothing
+ * and returns 0, even if another instance now has their name.
  *
  * @param rules  handle, or NULL, which does nothing. The handle is freed whatever is returned.
  * @return 0, or -1 with errno if something could not be removed, which tp_last_error() names:
@@ -1380,6 +1387,8 @@ int tp_purge_rules(const char *name);
  *   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
  *   EBUSY     this is a forked child, and the process that installed the rules is running
  *   EDEADLK   another thread was in a call on the handle when this process was forked
+ *   ESTALE    another process has changed the rules since this process was forked, so the sets are not known
+ *             here: call tp_replace_rules() first
  *
  * Thread-safe.
  *

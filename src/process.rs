@@ -1,5 +1,6 @@
 //! Which process this is, across fork: what a parent holds is not its child's to change while the parent lives.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
@@ -35,13 +36,66 @@ pub(crate) fn generation() -> u64 {
     }
 }
 
+/// A number that a process and its forked children share: which revision of something is in the kernel, which they share,
+/// too. It is odd while a change is being made.
+#[derive(Debug)]
+pub(crate) struct Revision(*mut AtomicU64);
+
+// SAFETY: an atomic number, which every thread and process may use.
+#[allow(unsafe_code)]
+unsafe impl Send for Revision {}
+
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Revision {}
+
+impl Revision {
+    pub fn first() -> sys::Result<Revision> {
+        sys::memory_shared_with_children().map(Revision)
+    }
+
+    fn cell(&self) -> &AtomicU64 {
+        // SAFETY: mapped, zero-filled and aligned to a page until the value is dropped.
+        #[allow(unsafe_code)]
+        unsafe {
+            &*self.0
+        }
+    }
+
+    pub fn get(&self) -> u64 {
+        self.cell().load(Ordering::Acquire)
+    }
+
+    /// A change begins.
+    pub fn begin(&self) {
+        self.cell().fetch_or(1, Ordering::AcqRel);
+    }
+
+    /// It has come to its end; gives the revision that there is now.
+    pub fn finish(&self) -> u64 {
+        let next = (self.get() | 1).wrapping_add(1);
+        self.cell().store(next, Ordering::Release);
+        next
+    }
+}
+
+impl Drop for Revision {
+    fn drop(&mut self) {
+        // SAFETY: it came from there, and ends here.
+        #[allow(unsafe_code)]
+        unsafe {
+            sys::unmap_shared(self.0);
+        }
+    }
+}
+
 /// What this process is to the one that made something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Relation {
     Itself,
     /// A child of it, or of a child, while it lives.
     ChildOfLiving,
-    /// The same, after it has ended.
+    /// The same, after it has ended, executed another program, or given up what it had made.
     ChildOfEnded,
 }
 
@@ -50,26 +104,28 @@ pub(crate) enum Relation {
 pub(crate) struct Maker {
     pub pid: u32,
     generation: u64,
-    /// Readable once the process has ended. `None`: the kernel gives none (before Linux 5.3, or in a sandbox).
-    pidfd: Option<Held>,
+    /// A file that the process has locked as long as it lives. (A pidfd would tell that, too. But before Linux 6.9 all of
+    /// them have one inode, in common with epoll instances and others: it could not be told whether the program has closed
+    /// it and opened another.) `None`: the kernel gives none, as in a sandbox.
+    lock: Option<Held>,
 }
 
 impl Maker {
     /// This process.
     pub fn new() -> Maker {
-        let pidfd = sys::pidfd_of_this_process().ok().map(Held::new);
-        Maker { pid: std::process::id(), generation: generation(), pidfd }
+        let lock = sys::file_locked_by_this_process().ok().map(Held::new);
+        Maker { pid: std::process::id(), generation: generation(), lock }
     }
 
     pub fn relation(&self) -> Relation {
         if self.generation == generation() {
             return Relation::Itself;
         }
-        let ended = match self.pidfd.as_ref().and_then(Held::get) {
-            Some(pidfd) => sys::is_readable(pidfd),
-            None => !sys::process_exists(self.pid),
+        let lives = match self.lock.as_ref().and_then(Held::get) {
+            Some(lock) => sys::is_locked_by_another(lock),
+            None => sys::process_exists(self.pid),
         };
-        if ended { Relation::ChildOfEnded } else { Relation::ChildOfLiving }
+        if lives { Relation::ChildOfLiving } else { Relation::ChildOfEnded }
     }
 }
 
@@ -77,37 +133,37 @@ impl Maker {
 /// and opened something else under its number.
 #[derive(Debug)]
 pub(crate) struct Held {
-    fd: Option<OwnedFd>,
+    fd: ManuallyDrop<OwnedFd>,
     identity: Option<Identity>,
 }
 
 impl Held {
     pub fn new(fd: impl Into<OwnedFd>) -> Held {
         let fd = fd.into();
-        Held { identity: sys::identity_of(fd.as_fd()), fd: Some(fd) }
+        Held { identity: sys::identity_of(fd.as_fd()), fd: ManuallyDrop::new(fd) }
     }
 
     /// The descriptor, if it is still the same.
     pub fn get(&self) -> Option<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd).filter(|fd| self.identity.is_some() && sys::identity_of(*fd) == self.identity)
+        Some(self.fd.as_fd()).filter(|fd| self.identity.is_some() && sys::identity_of(*fd) == self.identity)
     }
-}
 
-impl Held {
     /// The descriptor, whatever it may be by now: within the call that opened it, or that has asked [`Held::get`].
-    pub fn get_unchecked(&self) -> Option<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd)
+    #[inline(always)]
+    pub fn get_unchecked(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let intact = self.get().is_some();
-        if let Some(fd) = self.fd.take()
-            && !intact
-        {
-            // Not ours to close.
-            std::mem::forget(fd);
+        // What else has its number by now is not ours to close.
+        if self.get().is_some() {
+            // SAFETY: it is not used after this.
+            #[allow(unsafe_code)]
+            unsafe {
+                ManuallyDrop::drop(&mut self.fd);
+            }
         }
     }
 }
@@ -266,6 +322,37 @@ mod tests {
         let mut said = Vec::new();
         std::io::Read::read_to_end(&mut &reader, &mut said).unwrap();
         assert_eq!(said, [1]);
+    }
+
+    #[test]
+    fn revision_changed_in_child_is_seen_by_parent_and_odd_meanwhile() {
+        let revision = Revision::first().unwrap();
+        let before = revision.get();
+        assert!(in_child(|| {
+            revision.begin();
+            true
+        }));
+        assert!(!revision.get().is_multiple_of(2));
+        // The next change begins where that one was left.
+        revision.begin();
+        let after = revision.finish();
+        assert!(after == revision.get() && after != before && after.is_multiple_of(2));
+    }
+
+    /// Epoll instances, and descriptors of processes before Linux 6.9, all have one inode.
+    #[test]
+    fn maker_with_replaced_file_does_not_close_the_other() {
+        let maker = Maker::new();
+        let number = maker.lock.as_ref().and_then(Held::get).unwrap().as_raw_fd();
+        // SAFETY: plain system calls on descriptors of this test.
+        #[allow(unsafe_code)]
+        let reused = unsafe {
+            let other = OwnedFd::from_raw_fd(libc::epoll_create1(0));
+            assert_eq!(libc::dup2(other.as_raw_fd(), number), number);
+            OwnedFd::from_raw_fd(number)
+        };
+        drop(maker);
+        assert!(sys::identity_of(reused.as_fd()).is_some(), "it was closed");
     }
 
     #[test]

@@ -62,9 +62,11 @@ pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
     }
 }
 
+/// The kernel rounds it up to what the machine has.
+const PAGE: usize = 4096;
+
 /// A word in a page of its own that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
 pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64> {
-    const PAGE: usize = 4096;
     // SAFETY: a new private mapping, which is given back if the kernel does not do what it is for.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -80,19 +82,52 @@ pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64
     }
 }
 
-/// `pidfd_open(2)`, Linux 5.3: readable when this process has ended.
-pub(crate) fn pidfd_of_this_process() -> Result<OwnedFd> {
-    // SAFETY: a plain system call that gives a new descriptor (close-on-exec), or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(libc::getpid()), 0 as libc::c_long) };
-    // SAFETY: it is ours alone.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }) } else { Err(Errno::last()) }
+/// A word, 0 at first, in a page of its own that forked children share with this process (`MAP_SHARED`).
+pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::AtomicU64> {
+    // SAFETY: a new mapping.
+    unsafe {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if page == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(page.cast()) }
+    }
 }
 
-/// Whether `poll(2)` says so, without waiting.
-pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one struct, valid for reads and writes.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
+/// Ends this process's part in such memory.
+///
+/// # Safety
+/// It came from [`memory_shared_with_children`], and this process does not use it again.
+pub(crate) unsafe fn unmap_shared(word: *mut std::sync::atomic::AtomicU64) {
+    // SAFETY: by the caller's word.
+    unsafe { libc::munmap(word.cast(), PAGE) };
+}
+
+/// A file without a name that this process has locked (`fcntl(F_SETLK)`). A forked child has the file and not the lock. The
+/// lock ends with the last thread of this process, when it executes a program, and when it closes the file.
+pub(crate) fn file_locked_by_this_process() -> Result<OwnedFd> {
+    // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
+    let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(Errno::last());
+    }
+    // SAFETY: it is ours alone.
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    lock_command(file.as_fd(), libc::F_SETLK).map(|_| file)
+}
+
+/// Whether another process has locked such a file.
+pub(crate) fn is_locked_by_another(file: BorrowedFd<'_>) -> bool {
+    lock_command(file, libc::F_GETLK).is_ok_and(|found| i32::from(found.l_type) != libc::F_UNLCK)
+}
+
+/// Sets a write lock on all of a file, or asks what is in its way.
+fn lock_command(file: BorrowedFd<'_>, command: i32) -> Result<libc::flock> {
+    // SAFETY: a struct of integers, for which all zero is valid, of the kind that the command takes.
+    unsafe {
+        let mut lock: libc::flock = std::mem::zeroed();
+        lock.l_type = libc::F_WRLCK as libc::c_short;
+        lock.l_whence = libc::SEEK_SET as libc::c_short;
+        if libc::fcntl(file.as_raw_fd(), command, &raw mut lock) == 0 { Ok(lock) } else { Err(Errno::last()) }
+    }
 }
 
 /// Whether there is a process of this number, whether or not it may be signalled.

@@ -90,7 +90,7 @@ pub(crate) fn described(port: u32, opener: u32) -> String {
         return holder.to_string();
     }
     format!(
-        "{holder}, forked from process {opener}, which installed them and has ended (a forked child keeps the rules of its \
+        "{holder}, forked from process {opener}, which installed them and has ended or closed its descriptors (a forked child keeps the rules of its \
          parent until it calls tp_forget_rules, executes a program or ends),"
     )
 }

@@ -110,7 +110,8 @@ pub unsafe extern "C" fn tp_install_rules(
 ///
 /// In a forked child of the process that installed the rules, while that process lives, it removes nothing
 /// (like tp_forget_rules()) and returns 0. After that process has ended, the first child that calls it
-/// removes the rules for all processes.
+/// removes the rules for all processes. If another process has already removed the rules, it removes nothing
+/// and returns 0, even if another instance now has their name.
 ///
 /// @param rules  handle, or NULL, which does nothing. The handle is freed whatever is returned.
 /// @return 0, or -1 with errno if something could not be removed, which tp_last_error() names:
@@ -254,6 +255,8 @@ pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
 ///   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
 ///   EBUSY     this is a forked child, and the process that installed the rules is running
 ///   EDEADLK   another thread was in a call on the handle when this process was forked
+///   ESTALE    another process has changed the rules since this process was forked, so the sets are not known
+///             here: call tp_replace_rules() first
 ///
 /// Thread-safe.
 ///

@@ -70,11 +70,11 @@ impl Transport for Socket {
 /// program to the next asks [`Channel::descriptor`] first whether it is still there.
 impl Transport for Held {
     fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
-        send_to(&SockRef::from(&self.get_unchecked().ok_or(sys::Errno(libc::EBADF))?), bytes)
+        send_to(&SockRef::from(&self.get_unchecked()), bytes)
     }
 
     fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
-        sys::receive(self.get_unchecked().ok_or(sys::Errno(libc::EBADF))?, buffer)
+        sys::receive(self.get_unchecked(), buffer)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -359,6 +359,19 @@ impl Channel {
             Some(0) => Ok(Some((objects, true))),
             Some(errno) => Err(sys::Errno(errno)),
             None => Err(sys::Errno(libc::EPROTO)),
+        }
+    }
+
+    /// Drops what there is to be received: answers to a process that was ended while it asked. Until they are read, the
+    /// kernel begins no other dump on the socket (EBUSY, `__netlink_dump_start`).
+    pub fn discard(&mut self) {
+        const PARTS_MAX: usize = DUMP_MAX / RECEIVE_BUFFER;
+        for _ in 0..PARTS_MAX {
+            match self.transport.receive(&mut self.received) {
+                // What was lost for want of room (ENOBUFS) is of no interest either.
+                Ok(()) | Err(sys::Errno(libc::EINTR | libc::ENOBUFS)) => {}
+                Err(_) => return,
+            }
         }
     }
 

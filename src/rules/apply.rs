@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::{Backend, Families, Mode};
 use crate::netlink::Channel;
 use crate::plan::Plan;
+use crate::process::{Revision, generation};
 
 use super::config::Config;
 use super::plan;
@@ -36,6 +37,9 @@ pub struct Instance {
     variant: Variant,
     routing: Routing,
     installed: Installed,
+    /// The table belongs to the channel's socket. It does not on a host without nf_tables, where there is none.
+    claimed: bool,
+    ownership: Ownership,
 }
 
 /// Where the rules are.
@@ -45,6 +49,23 @@ enum Installed {
     Nft,
     /// In chains of iptables; the table holds only the name and the slot.
     Iptables,
+}
+
+/// Which of the processes that have a copy of an instance knows what the kernel holds.
+struct Ownership {
+    /// The generation of the process that used the channels last.
+    user: u64,
+    /// The revision in the kernel, and the one that this copy knows. They differ if another process has changed the rules
+    /// since the fork.
+    revision: Revision,
+    known: u64,
+}
+
+impl Ownership {
+    fn new() -> Result<Ownership> {
+        let revision = Revision::first().map_err(|e| Error::io(format_args!("mmap"), e))?;
+        Ok(Ownership { user: generation(), known: revision.get(), revision })
+    }
 }
 
 /// Packets and bytes since the rules were installed.
@@ -103,6 +124,7 @@ impl Instance {
     }
 
     fn install_by_nft(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
+        let ownership = Ownership::new()?;
         // That there is no IPv6 shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
         if !shows_later {
@@ -132,26 +154,28 @@ impl Instance {
                 }
             }
         };
-        let mut rules = Instance { nft, route, table, plan, variant, routing, installed: Installed::Nft };
+        let installed = Installed::Nft;
+        let mut rules = Instance { nft, route, table, plan, variant, routing, installed, claimed: true, ownership };
         if adopted {
-            rules.take_over()?;
+            rules.take_over(rules.plan.clone())?;
         }
         Ok(rules)
     }
 
     /// What the rules have done so far.
     pub fn stats(&mut self) -> Result<Stats> {
+        self.require_table()?;
         match self.installed {
             Installed::Iptables => self.counted(),
-            Installed::Nft => {
-                self.require_table()?;
-                counted(&mut self.nft, &self.table)
-            }
+            Installed::Nft => counted(&mut self.nft, &self.table),
         }
     }
 
     /// Refuses to speak for a table that is gone, or that another socket has made since.
     fn require_table(&mut self) -> Result<()> {
+        if !self.claimed {
+            return Ok(());
+        }
         let port = self.nft.port();
         match table::find(&mut self.nft, &self.table)? {
             Some(found) if port == 0 || found.owner_port == Some(port) => Ok(()),
@@ -164,6 +188,27 @@ impl Instance {
                 ),
             )),
         }
+    }
+
+    /// Makes the channels those of this process: a parent that used them may have been killed while it waited for answers.
+    pub fn take_channels(&mut self) {
+        if std::mem::replace(&mut self.ownership.user, generation()) != generation() {
+            self.nft.discard();
+            self.route.discard();
+        }
+    }
+
+    /// No other process has changed the rules since this one was forked.
+    fn is_current(&self) -> bool {
+        self.ownership.revision.get() == self.ownership.known
+    }
+
+    /// Does something that changes the rules, so that other processes know that they do not know them.
+    fn changing(&mut self, change: impl FnOnce(&mut Instance) -> Result<()>) -> Result<()> {
+        self.ownership.revision.begin();
+        let done = change(self);
+        self.ownership.known = self.ownership.revision.finish();
+        done
     }
 
     /// The sockets that it works by are still those that it opened.
@@ -188,8 +233,18 @@ impl Instance {
     ///
     /// The routing goes first, while the table still holds its slot against
     /// others: for that moment the packets that would be intercepted are dropped.
+    ///
+    /// If they were removed already, by another process that has a copy, nothing is: the name and the slot may be
+    /// those of another instance by now.
     pub fn remove(mut self) -> Result<()> {
-        self.undo()
+        match self.require_table() {
+            Err(error) if error.errno() == libc::ENOENT => return Ok(()),
+            found => found?,
+        }
+        let current = self.is_current();
+        let removed = self.undo();
+        // Another process has added routing that this one does not know of.
+        if current { removed } else { removed.and(slot::remove_all_stale(&mut self.nft, &mut self.route)) }
     }
 
     fn undo(&mut self) -> Result<()> {

@@ -13,8 +13,9 @@ use crate::process::{Descriptor, ForkGuard, ForkMutex, LockedAtFork, Maker, Rela
 /// (unless they persist), or with the process, whichever comes first.
 ///
 /// Several threads may use one value. A forked child gets a copy: while the process that installed the rules lives, the
-/// copy's methods fail with EBUSY, and dropping or removing it removes nothing. After that process has ended a child may
-/// use the copy, but no two children at the same time.
+/// copy's methods fail with EBUSY, and dropping or removing it removes nothing. After that process has ended, executed
+/// another program or closed its descriptors, a child may use the copy, but no two children at the same time. If another
+/// process has changed the rules since the fork, [`Rules::update`] fails with ESTALE until [`Rules::replace`] was called.
 pub struct Rules {
     installer: Maker,
     /// The sockets of the instance: to be closed where it cannot be touched.
@@ -98,7 +99,7 @@ impl Rules {
             ));
         }
         let locked = self.instance.as_ref().map(ForkMutex::lock);
-        let Some(Ok(instance)) = locked else {
+        let Some(Ok(mut instance)) = locked else {
             return Err(Error::new(
                 libc::EDEADLK,
                 "another thread was using the rules when this process was forked, so that their state is not known here: \
@@ -108,6 +109,7 @@ impl Rules {
         if !instance.has_its_sockets() {
             return Err(closed(instance.name()));
         }
+        instance.take_channels();
         Ok(instance)
     }
 
@@ -115,12 +117,15 @@ impl Rules {
     fn end(&mut self, even_if_persistent: bool) -> Result<()> {
         let Some(instance) = self.instance.take() else { return Ok(()) };
         let may_remove = self.installer.relation() != Relation::ChildOfLiving;
-        let Ok(instance) = instance.into_inner() else {
+        let Ok(mut instance) = instance.into_inner() else {
             self.close_sockets();
             return Ok(());
         };
         match may_remove && (even_if_persistent || !instance.persists()) {
-            true if instance.has_its_sockets() => instance.remove(),
+            true if instance.has_its_sockets() => {
+                instance.take_channels();
+                instance.remove()
+            }
             true => Err(closed(instance.name())),
             false => Ok(()),
         }

@@ -23,6 +23,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::error::{Endpoints, Error, Result, SocketOp};
+use crate::process::Held;
 use crate::socket::{bind, make_transparent, open};
 use crate::sys;
 
@@ -78,7 +79,7 @@ pub(super) enum Egress<'a> {
 struct PoolEntry {
     key: Key,
     /// `None`: it is taken.
-    socket: Option<Socket>,
+    socket: Option<Held>,
     /// What it sends may be df_cleared on its way.
     df_cleared: bool,
     /// When this was found out.
@@ -106,7 +107,7 @@ pub(super) struct Counts {
 pub(super) struct SocketPool {
     /// In the order of their keys.
     ports: Vec<PoolEntry>,
-    raw: [Option<Socket>; 2],
+    raw: [Option<Held>; 2],
     limit: usize,
     idle_ms: u64,
     /// Never a socket of a port.
@@ -166,12 +167,12 @@ impl SocketPool {
             }
         };
         (source.used, source.turn) = (now, turn);
-        let Some(socket) = &source.socket else { return Ok(Egress::Raw) };
+        let Some(socket) = source.socket.as_ref().map(Held::get_unchecked) else { return Ok(Egress::Raw) };
         if longest > MAX_WITHOUT_PMTUD && !source.df_cleared {
-            clear_df(socket.as_fd())?;
+            clear_df(socket)?;
             source.df_cleared = true;
         }
-        Ok(Egress::Port(socket.as_fd()))
+        Ok(Egress::Port(socket))
     }
 
     /// Where a port is, or would be.
@@ -198,24 +199,24 @@ impl SocketPool {
     /// The raw socket of a family.
     pub(super) fn raw(&mut self, v6: bool) -> Result<BorrowedFd<'_>> {
         let place = &mut self.raw[usize::from(v6)];
-        let socket: &Socket = match place {
+        let socket: &Held = match place {
             Some(socket) => socket,
-            None => place.insert(raw_socket(v6)?),
+            None => place.insert(Held::new(raw_socket(v6)?)),
         };
-        Ok(socket.as_fd())
+        Ok(socket.get_unchecked())
     }
 
     /// A socket of a port, or `None` if it is another's.
-    fn open_port(&mut self, key: Key) -> Result<Option<Socket>> {
+    fn open_port(&mut self, key: Key) -> Result<Option<Held>> {
         let refused = match port_socket(key) {
-            Ok(socket) => return Ok(Some(socket)),
+            Ok(socket) => return Ok(Some(Held::new(socket))),
             Err(refused) => refused,
         };
         match refused.errno() {
             // Another's, or (below 1024) not permitted.
             libc::EADDRINUSE | libc::EACCES => Ok(None),
             // No descriptor left: one that we have not used for long is as good as new.
-            libc::EMFILE | libc::ENFILE if self.evict() => port_socket(key).map(Some),
+            libc::EMFILE | libc::ENFILE if self.evict() => port_socket(key).map(Held::new).map(Some),
             _ => Err(refused),
         }
     }

@@ -1,7 +1,8 @@
 /* pthread_cancel of a thread that is in a call of the library: the call ends as it would have, the thread at its next
  * cancellation point, and the program lives. Run in a network namespace of its own.
  *
- *     cancel CALL...: each in a thread that is cancelled while it is in the call */
+ *     cancel CALL...: each in a thread that is cancelled while it is in the call
+ *     cancel: every call, in a thread that was cancelled before; prints the names of the calls */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -91,9 +92,100 @@ static void *body(void *fd)
     return NULL;
 }
 
+/* The calls that were made. To print them at once would be a cancellation point. */
+static const char *made[64];
+static int n_made;
+
+/* The thread is cancelled already: whatever cancellation point is in the call would act on it. Each is made so that it
+ * succeeds, and so that it fails, which makes a sentence. */
+static void make_each_call(const int *stream)
+{
+    struct sockaddr *sa = (struct sockaddr *)&here, *bad = (struct sockaddr *)&(struct sockaddr){ .sa_family = AF_UNIX };
+    struct sockaddr_storage addr;
+    socklen_t len = sizeof addr;
+    char buffer[100];
+    struct msghdr msg = { 0 };
+    struct tp_datagram datagram = { .data = buffer, .capacity = sizeof buffer };
+    struct tp_port_range http = { 80, 80 };
+    struct tp_rules_config config = { .listen_addr = sa, .listen_addrlen = sizeof here, .ports = &http, .n_ports = 1 };
+    struct tp_prefix prefix = { .family = AF_INET, .len = 32, .addr = { 192, 0, 2, 99 } };
+    struct tp_rules_stats counted;
+    struct tp_replier_stats replied;
+    tp_rules *rules;
+    tp_replier *replier;
+    size_t size = 0;
+    int fd;
+#define WORKS(name, condition) \
+    do { \
+        call = name; \
+        CHECK(condition); \
+        made[n_made++] = name; \
+    } while (0)
+    WORKS("tp_version", tp_version() != NULL);
+    WORKS("tp_socket", (fd = tp_socket(AF_INET, SOCK_DGRAM, 0)) >= 0 && tp_socket(AF_INET, SOCK_DGRAM, 1U << 31) == -1);
+    WORKS("tp_last_error", *tp_last_error() != 0);
+    WORKS("tp_set_transparent", tp_set_transparent(fd) == 0 && tp_set_transparent(-1) == -1);
+    WORKS("tp_bind_nonlocal", tp_bind_nonlocal(fd, sa, sizeof here) == 0 && tp_bind_nonlocal(fd, sa, sizeof here) == -1);
+    WORKS("tp_recvfrom", tp_recvfrom(fd, buffer, sizeof buffer, MSG_DONTWAIT, NULL, NULL, NULL, NULL) == -1);
+    WORKS("tp_recv_datagrams", tp_recv_datagrams(fd, &datagram, 1, MSG_DONTWAIT) == -1 && tp_recv_datagrams(-1, &datagram, 1, 0) == -1);
+    WORKS("tp_msg_orig_dst", tp_msg_orig_dst(&msg, (struct sockaddr *)&addr, &len) == -1 && tp_msg_orig_dst(NULL, NULL, NULL) == -1);
+    WORKS("tp_listen", tp_listen(sa, sizeof here, -1, 0) >= 0 && tp_listen(sa, sizeof here, -1, 0) == -1 && tp_listen(bad, sizeof *bad, -1, 0) == -1);
+    WORKS("tp_connect_from", tp_connect_from(sa, sizeof here, sa, sizeof here, 0) >= 0 && tp_connect_from(bad, sizeof *bad, sa, sizeof here, 0) == -1);
+    WORKS("tp_orig_dst", tp_orig_dst(*stream, (struct sockaddr *)&addr, &len) == -1 && tp_orig_dst(-1, (struct sockaddr *)&addr, &len) == -1);
+    WORKS("tp_replier_open", tp_replier_open(NULL, 0, &replier) == 0 && tp_replier_open(NULL, 0, NULL) == -1);
+    memcpy(&datagram.client, &here, sizeof here);
+    memcpy(&datagram.orig_dst, &here, sizeof here);
+    datagram.len = 4;
+    WORKS("tp_reply", tp_reply(replier, &datagram, 1) == 1 && tp_reply(NULL, &datagram, 1) == -1);
+    WORKS("tp_replier_stats", tp_replier_stats(replier, &replied, sizeof replied) == 0 && replied.sent == 1);
+    WORKS("tp_replier_close", (tp_replier_close(replier), 1));
+    for (int i = 0; i < 2; i++) {
+        config.backend = i == 0 ? TP_BACKEND_NFT : TP_BACKEND_IPTABLES;
+        WORKS("tp_install_rules", tp_install_rules(&config, sizeof config, &rules) == 0 && tp_install_rules(&config, sizeof config, &rules) == -1);
+        WORKS("tp_update_rules", tp_update_rules(rules, TP_SET_BYPASS, &prefix, 1, NULL, 0) == 0 && tp_update_rules(rules, 99, NULL, 0, NULL, 0) == -1);
+        WORKS("tp_replace_rules", tp_replace_rules(rules, &config, sizeof config) == 0 && tp_replace_rules(rules, &config, 1) == -1);
+        WORKS("tp_rules_stats", tp_rules_stats(rules, &counted, sizeof counted) == 0 && tp_rules_stats(NULL, NULL, 0) == -1);
+        WORKS("tp_read_stats", tp_read_stats(NULL, &counted, sizeof counted) == 0 && tp_read_stats("none", &counted, sizeof counted) == -1);
+        WORKS("tp_purge_rules", tp_purge_rules(NULL) == 0 && tp_purge_rules("tproxy") == -1);
+        WORKS("tp_self_test", tp_self_test(&config, sizeof config, report, NULL) >= 0 && tp_self_test(NULL, 0, report, NULL) == -1);
+        WORKS("tp_remove_rules", tp_remove_rules(rules) == 0);
+    }
+    config.backend = TP_BACKEND_NFT;
+    CHECK(tp_install_rules(&config, sizeof config, &rules) == 0);
+    WORKS("tp_forget_rules", (tp_forget_rules(rules), 1));
+    WORKS("tp_purge_rules", tp_purge_rules(NULL) == 0);
+    WORKS("tp_check", tp_check(report, NULL) >= 0 && tp_check(NULL, NULL) == -1);
+    WORKS("tp_render_rules", tp_render_rules(&config, sizeof config, TP_FORMAT_NFT, NULL, &size) == 0 && tp_render_rules(NULL, 0, 0, NULL, NULL) == -1);
+}
+
+static void *cancelled_before(void *stream)
+{
+    pthread_cleanup_push(clean_up, NULL);
+    CHECK(pthread_cancel(pthread_self()) == 0);
+    make_each_call(stream);
+    calls = 1;
+    pthread_testcancel();
+    pthread_cleanup_pop(1);
+    return NULL;
+}
+
+static void each_call_after_cancellation(void)
+{
+    int stream = socket(AF_INET, SOCK_STREAM, 0);
+    pthread_t thread;
+    void *result;
+    here.sin_port = htons(4000);
+    CHECK(stream >= 0 && pthread_create(&thread, NULL, cancelled_before, &stream) == 0);
+    CHECK(pthread_join(thread, &result) == 0 && result == PTHREAD_CANCELED && cleaned && calls == 1);
+    for (int i = 0; i < n_made; i++)
+        puts(made[i]);
+}
+
 int main(int argc, char **argv)
 {
     here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (argc == 1)
+        each_call_after_cancellation();
     for (int i = 1; i < argc; i++) {
         call = argv[i];
         cleaned = calls = 0;

@@ -179,9 +179,11 @@ expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags t
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"
 expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams connect socket-error \
     reply install iptables purge check self_test
+is_no_cancellation_point() { alone "$work/cancel" > "$work/made" && sort -u "$work/made" | diff - <(sort "$here/symbols.txt"); }
+expect "pthread_cancel: no exported call is a cancellation point" is_no_cancellation_point
 expect "lifecycle: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/lifecycle.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/lifecycle"
-expect "lifecycle: fork, daemon, exec, exit, closefrom, chroot, capabilities, threads" \
+expect "lifecycle: fork, daemon, exec, exit, closefrom, chroot, users, capabilities, networks, threads" \
     python3 "$here/lifecycle.py" "$root/build/examples" "$work/lifecycle"
 
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -10,18 +10,20 @@ impl Instance {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
     pub(super) fn install_by_iptables(mut plan: Plan) -> Result<Instance> {
         iptables::check(&plan)?;
+        let ownership = Ownership::new()?;
         let (mut nft, mut route) = channels()?;
         drop_ipv6_if_unavailable(&mut plan, &mut route)?;
-        let claim = match slot::claim(&plan, &mut nft, &mut route, &[]) {
-            Err(error) if error.errno() == libc::EOPNOTSUPP => slot::pick_unclaimed(&plan, &mut route)?,
-            claimed => claimed?,
+        let (claim, claimed) = match slot::claim(&plan, &mut nft, &mut route, &[]) {
+            Err(error) if error.errno() == libc::EOPNOTSUPP => (slot::pick_unclaimed(&plan, &mut route)?, false),
+            claim => (claim?, true),
         };
         let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.slot));
         if let Err(error) = route::add(&mut route, &routing) {
             return Err(error.after(unclaim(&mut nft, &table)));
         }
         let variant = Variant::default();
-        let mut rules = Instance { nft, route, table, plan, variant, routing, installed: Installed::Iptables };
+        let installed = Installed::Iptables;
+        let mut rules = Instance { nft, route, table, plan, variant, routing, installed, claimed, ownership };
         match enforce(&rules.plan) {
             Ok(()) => Ok(rules),
             Err(error) => Err(error.after(rules.undo())),
@@ -41,26 +43,29 @@ impl Instance {
     /// Runs programs in the network namespace that the rules are in. They work in that of the thread that starts them,
     /// which may have moved to another since the rules were installed.
     fn in_its_network<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let failed = |what: &str, e: sys::Errno| {
+        let failed = |what: &str, needed: &str, e: sys::Errno| {
+            let needed = if e.0 == libc::EPERM { needed } else { "" };
             Error::with(
                 e.0,
-                format_args!(
-                    "{what} the network namespace in which the rules were installed: {e}; call from a thread that is in \
-                     that namespace"
-                ),
+                format_args!("{what} the network namespace in which the rules were installed: {e}{needed}"),
             )
         };
+        let finding = |e| failed("finding", "; that needs CAP_NET_ADMIN in the user namespace that owns it", e);
+        let entering = |e| {
+            let needed = "; that needs CAP_SYS_ADMIN here and in the user namespace that owns it: or call from a thread \
+                          that is in that network namespace";
+            failed("entering", needed, e)
+        };
         let gone = sys::Errno(libc::EBADF);
-        let network =
-            self.route.descriptor().ok_or(gone).and_then(sys::network_of).map_err(|e| failed("finding", e))?;
+        let network = self.route.descriptor().ok_or(gone).and_then(sys::network_of).map_err(finding)?;
         let here = Channel::socket(libc::NETLINK_ROUTE);
-        let here = here.and_then(|socket| sys::network_of(socket.as_fd())).map_err(|e| failed("finding", e))?;
+        let here = here.and_then(|socket| sys::network_of(socket.as_fd())).map_err(finding)?;
         if sys::identity_of(here.as_fd()) == sys::identity_of(network.as_fd()) {
             return body();
         }
         // A namespace is a thread's. This thread is the caller's, and stays where it is.
         let elsewhere = || {
-            sys::enter_network(network.as_fd()).map_err(|e| failed("entering", e))?;
+            sys::enter_network(network.as_fd()).map_err(entering)?;
             body()
         };
         let outcome = sys::without_signals(|| sys::in_a_thread("tp_rules", elsewhere));
@@ -74,10 +79,10 @@ impl Instance {
         let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
-        if let Err(error) = self.in_its_network(|| enforce(&plan)) {
-            let before = &self.plan;
-            let undone = self.in_its_network(|| enforce(before));
-            return Err(error.after(undone.and(route::delete_entries(&mut self.route, &added))));
+        let before_plan = &self.plan;
+        let enforced = self.in_its_network(|| enforce(&plan).map_err(|error| error.after(enforce(before_plan))));
+        if let Err(error) = enforced {
+            return Err(error.after(route::delete_entries(&mut self.route, &added)));
         }
         (self.plan, self.routing) = (plan, routing);
         self.delete_surplus(&before);

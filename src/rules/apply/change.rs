@@ -21,14 +21,18 @@ impl Instance {
         if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
+        self.require_table()?;
         drop_ipv6_if_unavailable(&mut plan, &mut self.route)?;
-        self.replace_plan(plan)
+        let current = self.is_current();
+        self.changing(|rules| rules.replace_plan(plan, current))
     }
 
-    fn replace_plan(&mut self, plan: Plan) -> Result<()> {
+    /// `current`: this process knows what is in the table.
+    fn replace_plan(&mut self, plan: Plan, current: bool) -> Result<()> {
         match self.installed {
             Installed::Iptables => self.replace_in_iptables(plan),
-            Installed::Nft => self.swap_for(plan),
+            Installed::Nft if current => self.swap_for(plan),
+            Installed::Nft => self.take_over(plan),
         }
     }
 
@@ -40,6 +44,14 @@ impl Instance {
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Instance::replace`]: when so many
     /// prefixes of a length have come that they get a set of their own.
     pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
+        self.require_table()?;
+        if !self.is_current() {
+            return Err(Error::new(
+                libc::ESTALE,
+                "the process that installed the rules has changed them since this process was forked, so that the sets are \
+                 not known here: call tp_replace_rules first",
+            ));
+        }
         let missing = |name: &str| {
             Error::invalid_with(format_args!(
                 "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
@@ -57,12 +69,16 @@ impl Instance {
         if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
             return Err(Error::invalid_with(format_args!("prefix {prefix}: these rules do not serve its family")));
         }
+        self.changing(|rules| rules.update_known(which, add, remove))
+    }
+
+    fn update_known(&mut self, which: PrefixList, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         // The rules do not ask for a set of bypasses before there is one.
         let first = prefixes_of(&mut self.plan, which).is_none();
         if self.installed == Installed::Iptables || first {
             let mut plan = self.plan.clone();
             prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
-            return self.replace_plan(plan);
+            return self.replace_plan(plan, true);
         }
         // In slot: to copy a large set takes longer than to change it.
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
@@ -108,12 +124,12 @@ impl Instance {
         let _ = route::delete_routes_without(&mut self.route, &routing);
     }
 
-    /// Makes an adopted table hold the plan, whatever it held.
-    pub(super) fn take_over(&mut self) -> Result<()> {
+    /// Makes a table hold a plan, whatever another process has put there.
+    pub(super) fn take_over(&mut self, plan: Plan) -> Result<()> {
         let contents = table::contents(&mut self.nft, &self.table)?;
         let old = self.without_idle_sets(contents)?;
         self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
-        self.swap(self.plan.clone(), &old)
+        self.swap(plan, &old)
     }
 
     /// The process before may have died between filling new sets and turning to them: only one variant is in use.
