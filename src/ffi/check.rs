@@ -92,10 +92,12 @@ pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -
 ///   EFAULT  config or report is NULL
 ///   EPERM   CAP_SYS_ADMIN is missing, which is needed to create a network namespace (an unprivileged user
 ///           has it in `unshare -r`)
+///   ETIMEDOUT
+///           the veth pair of the test carried no packet within 10 seconds
 ///   EINVAL, E2BIG, EOPNOTSUPP
 ///           as for tp_install_rules(); its other errors are possible too
 ///
-/// Usually takes milliseconds, up to three seconds if a probe is lost. Starts a thread, because a network
+/// Usually takes milliseconds, up to six seconds if a probe is lost. Starts a thread, because a network
 /// namespace belongs to a thread. The thread receives no signals and has ended when the call returns.
 ///
 /// Thread-safe.

@@ -58,8 +58,11 @@ impl Network {
     /// The kernel takes a moment to notice that a link's other end is up (`linkwatch_event`), and drops till then what is
     /// sent, without a word. So: until both have heard each other.
     fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
-        const PATIENCE: u64 = 500; // ms
-        let failed = |e: sys::Errno| Error::io(format_args!("a veth pair that was just made"), e);
+        // Longer than a second: `linkwatch_event` runs once a second at most, and later while another process holds the RTNL lock.
+        const PATIENCE: u64 = 10_000; // ms
+        let failed = |e: sys::Errno| {
+            Error::io(format_args!("veth pair of the self-test, which is to carry packets within 10 seconds"), e)
+        };
         let open = |own: IpAddr| -> sys::Result<(UdpSocket, SocketAddr)> {
             let socket = UdpSocket::bind((own, 0))?;
             socket.set_nonblocking(true)?;

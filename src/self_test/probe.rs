@@ -20,8 +20,8 @@ use crate::self_test::trace::{Step, Tracer};
 use crate::socket::{self, ListenOptions};
 use crate::sys;
 
-/// In milliseconds. The first packet of a connection is sent again after a second.
-const PATIENCE: u64 = 1300;
+/// In milliseconds. A SYN that is lost is sent again after a second (TCP_TIMEOUT_INIT); the rest is for a busy machine.
+const PATIENCE: u64 = 2500;
 /// A datagram is sent again by nobody else.
 const REPEAT: u64 = 300;
 const PAUSE: Duration = Duration::from_millis(2);
