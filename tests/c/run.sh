@@ -52,8 +52,9 @@ expect "link-time optimisation" test "$(stat -c %s "$stage/lib/libtproxy.a")" -l
 needed_ok() { ! readelf -d "$library" | grep NEEDED | grep -vF -e '[libc.so.6]' -e '[libgcc_s.so.1]'; }
 expect "needs the C library and libgcc only" needed_ok
 # With the standard library's backtraces it would be 1.3 MB. What a feature adds should be worth what it weighs.
-is_small() { strip -o "$work/stripped.so" "$library" && stat -c '%s bytes' "$work/stripped.so" && test "$(stat -c %s "$work/stripped.so")" -le $((720 * 1024)); }
-expect "at most 720 KiB" is_small
+is_small() { strip -o "$work/stripped.so" "$library" && stat -c '%s bytes' "$work/stripped.so" && test "$(stat -c %s "$work/stripped.so")" -le $((740 * 1024)); }
+# A budget: 20 KiB of it are what tells a forked child's copy of a handle from the installer's.
+expect "at most 740 KiB" is_small
 
 # make install into a DESTDIR and make uninstall: nothing more, nothing left.
 installs_cleanly() {

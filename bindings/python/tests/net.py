@@ -222,7 +222,7 @@ class Lab:
 
     @contextmanager
     def serving(self, port: int, connections: int = 1) -> Iterator[Running]:
-        """The server answers so many connections, each with the client's address and words; the result is the addresses."""
+        """The server answers this many connections with the client's address; the result is the addresses."""
         listener = self.server.run(lambda: tcp_listener(port))
 
         def serve() -> list[str]:
