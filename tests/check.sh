@@ -107,14 +107,18 @@ if [ -n "$root" ]; then
     nobody='setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all'
     say 'as an ordinary user: namespace tests, demo'
     cp -r build/examples build/stage examples-c "$work"
+    # Where cargo has them: the tests in a directory beside that of the examples.
+    mkdir "$work/deps"
+    cp target/debug/examples/proxy "$work/examples"
+    # Those that compare the source tree with what is generated from it do not run here.
     cargo test --no-run --message-format=json 2> /dev/null |
         sed -n 's/.*"kind":\["test"\].*"name":"\([^"]*\)".*"executable":"\([^"]*\)".*/\1 \2/p' |
         while read -r name path; do
-            [ "$name" = header ] || [ "$name" = man ] || [ "$name" = troubleshooting ] || cp "$path" "$work/test-$name"
+            [ "$name" = header ] || [ "$name" = man ] || cp "$path" "$work/deps/$name"
         done
     as_nobody() {
         local test
-        for test in "$work"/test-*; do
+        for test in "$work"/deps/*; do
             (cd / && $nobody unshare --map-root-user --net --mount "$test") || return 1
         done
     }
