@@ -34,11 +34,7 @@ async fn main() -> Result<(), Anything> {
     let options = ListenOptions { nonblocking: true, ..ListenOptions::default() };
     let listener = tproxy::socket::listen(SocketAddr::new([0u16; 8].into(), listen), -1, options)?;
     let listener = TcpListener::from_std(listener.into())?;
-    let rules = Rules::install(&Config {
-        listeners: vec![Listener::from_fd(&listener, Mode::Tproxy)?],
-        ports: vec![port.into()],
-        ..Config::default()
-    })?;
+    let rules = Rules::install(&Config::new([Listener::from_fd(&listener, Mode::Tproxy)?]).ports([port]))?;
     println!("listening");
 
     let places = Arc::new(Semaphore::new(CONNECTIONS));

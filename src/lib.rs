@@ -9,11 +9,7 @@
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let listener: TcpListener = tproxy::socket::listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
-//!     let rules = Rules::install(&Config {
-//!         listeners: vec![Listener::from_fd(&listener, Mode::Tproxy)?],
-//!         ports: vec![80.into(), (8000..=8100).into()],
-//!         ..Config::default()
-//!     })?;
+//!     let rules = Rules::install(&Config::new([Listener::from_fd(&listener, Mode::Tproxy)?]).ports([80]))?;
 //!     for client in listener.incoming() {
 //!         let client = client?;
 //!         let server = tproxy::orig_dst(&client)?;

@@ -63,6 +63,10 @@ impl fmt::Display for Family {
 }
 
 impl Families {
+    /// Only IPv4.
+    pub const V4: Families = Families { v4: true, v6: false };
+    /// Only IPv6.
+    pub const V6: Families = Families { v4: false, v6: true };
     /// Both.
     pub const ALL: Families = Families { v4: true, v6: true };
 
@@ -103,6 +107,7 @@ impl Families {
 
 /// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Protocol {
     /// TCP.
     Tcp,
@@ -130,6 +135,7 @@ impl fmt::Display for Protocol {
 
 /// A set of transport protocols.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Protocols {
     /// TCP.
     pub tcp: bool,
@@ -138,6 +144,13 @@ pub struct Protocols {
 }
 
 impl Protocols {
+    /// Only TCP.
+    pub const TCP: Protocols = Protocols { tcp: true, udp: false };
+    /// Only UDP.
+    pub const UDP: Protocols = Protocols { tcp: false, udp: true };
+    /// TCP and UDP.
+    pub const ALL: Protocols = Protocols { tcp: true, udp: true };
+
     pub(crate) fn is_empty(self) -> bool {
         !self.tcp && !self.udp
     }
@@ -166,6 +179,7 @@ impl Protocols {
 
 /// What the kernel is told the rules by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Backend {
     /// nf_tables if the kernel has what is needed, else iptables.
     #[default]
@@ -178,6 +192,7 @@ pub enum Backend {
 
 /// How packets reach the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Mode {
     /// TPROXY: unchanged, to a transparent listener.
     #[default]
@@ -226,6 +241,13 @@ impl fmt::Display for PortRange {
 }
 
 /// The bits of a packet's mark that say that the packet is for a local socket.
+///
+/// ```
+/// use tproxy::rules::Mark;
+///
+/// assert_eq!(Mark::from(0x10), Mark { value: 0x10, mask: 0xffff_ffff });
+/// assert_eq!(Mark::DEFAULT.to_string(), "0x2000/0x3000");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mark {
     /// What our bits are set to.
@@ -247,6 +269,13 @@ impl Mark {
     /// 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers (1, 2, 0x10).
     /// That leaves bit 13, and bit 12 where Cilium does not encrypt.
     pub const DEFAULT: Mark = Mark { value: 0x2000, mask: 0x3000 };
+}
+
+impl From<u32> for Mark {
+    /// A value of all 32 bits.
+    fn from(value: u32) -> Mark {
+        Mark { value, mask: u32::MAX }
+    }
 }
 
 impl fmt::Display for Mark {

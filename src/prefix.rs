@@ -60,7 +60,6 @@ impl Prefix {
     }
 }
 
-/// As derived, but by numbers: long lists are put in their order.
 impl From<IpAddr> for Prefix {
     /// A single address.
     fn from(addr: IpAddr) -> Prefix {
@@ -99,6 +98,7 @@ impl FromStr for Prefix {
     }
 }
 
+/// As derived, but by numbers: long lists are put in their order.
 impl Ord for Prefix {
     fn cmp(&self, other: &Prefix) -> Ordering {
         let order = |prefix: &Prefix| (prefix.addr.is_ipv6(), number(prefix.addr), prefix.len);

@@ -43,7 +43,7 @@ impl Rules {
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
     ///
-    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
+    /// The set must be there: `dst` and `src` are if the config has them, empty or not, `bypass` always is (but not with
     /// [`Mode::DivertOnly`](super::Mode::DivertOnly)).
     ///
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Rules::replace`]: when so many
