@@ -8,12 +8,12 @@
 //! use tproxy::socket::{ConnectOptions, ListenOptions};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let listener: TcpListener = tproxy::socket::listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
+//!     let listener: TcpListener = tproxy::socket::listen("[::]:3129".parse()?, ListenOptions::new())?.into();
 //!     let rules = Rules::install(&Config::new([Listener::from_fd(&listener, Mode::Tproxy)?]).ports([80]))?;
 //!     for client in listener.incoming() {
 //!         let client = client?;
 //!         let server = tproxy::orig_dst(&client)?;
-//!         let server = tproxy::socket::connect_from(client.peer_addr()?, server, ConnectOptions::default())?;
+//!         let server = tproxy::socket::connect_from(client.peer_addr()?, server, ConnectOptions::new())?;
 //!         relay(client, server.into());
 //!     }
 //!     Ok(rules.remove()?)

@@ -2,6 +2,10 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::name;
 
 /// A set of address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -228,6 +232,31 @@ impl From<RangeInclusive<u16>> for PortRange {
     /// ```
     fn from(ports: RangeInclusive<u16>) -> PortRange {
         PortRange { first: *ports.start(), last: *ports.end() }
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = Error;
+
+    /// `PORT`, or `FIRST-LAST`.
+    ///
+    /// ```
+    /// use tproxy::rules::PortRange;
+    ///
+    /// assert_eq!("80".parse::<PortRange>()?, PortRange::from(80));
+    /// assert_eq!("8000-8100".parse::<PortRange>()?, PortRange::from(8000..=8100));
+    /// assert!("8100-8000".parse::<PortRange>().is_err());
+    /// # Ok::<(), tproxy::Error>(())
+    /// ```
+    fn from_str(text: &str) -> Result<PortRange> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let port = |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+        match (port(first), port(last)) {
+            (Some(first), Some(last)) if 1 <= first && first <= last => Ok(PortRange { first, last }),
+            _ => {
+                Err(Error::invalid_with(format_args!("{} is neither a port nor a range of ports", name::quoted(text))))
+            }
+        }
     }
 }
 

@@ -227,7 +227,7 @@ impl Listener {
     /// use tproxy::rules::{Listener, Mode};
     /// use tproxy::socket::{ListenOptions, listen};
     ///
-    /// let socket = listen("[::]:3129".parse()?, -1, ListenOptions::default())?;
+    /// let socket = listen("[::]:3129".parse()?, ListenOptions::new())?;
     /// let listener = Listener::from_fd(&socket, Mode::Tproxy)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

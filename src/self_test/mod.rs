@@ -35,6 +35,18 @@ fn interface(interfaces: Option<&Interfaces>) -> String {
 }
 
 /// Sends a connection and a datagram of each family, as far as the config asks for them, through its rules.
+///
+/// Does so in a network namespace that exists only during the call, and gives a finding for each.
+///
+/// ```no_run
+/// use tproxy::rules::{Config, Listener, Protocol};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// for finding in tproxy::self_test(&Config::new([listener]).ports([80]))? {
+///     println!("{:?} {}", finding.severity, finding.message);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     let plan = plan::make(config)?;
     let worker = || -> Result<Vec<Finding>> {
