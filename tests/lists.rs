@@ -135,6 +135,25 @@ fn update_rules_of_null_list_is_einval() {
     });
 }
 
+/// Rules that intercept nothing are as they should be.
+#[test]
+fn check_of_rules_with_empty_list_gives_no_warning() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    for backend in BACKENDS {
+        for flags in [0, TP_RULES_LOCAL_OUTPUT] {
+            for (name, empty) in EMPTY_LISTS {
+                let config = empty(RulesConfig::of(&listener).backend(backend).flags(flags));
+                let rules = lab.proxy.run(|| config.install()).unwrap();
+                let found = lab.proxy.run(check);
+                let case = format!("{name} flags {flags:#x} backend {backend}");
+                assert_eq!(troubles(&found), [] as [&Found; 0], "{case}");
+                lab.proxy.run(|| rules.remove()).unwrap();
+            }
+        }
+    }
+}
+
 /// Rules that bypass nothing look for no replies, and so do not switch connection tracking on.
 #[test]
 fn render_rules_of_empty_list_has_no_rule_for_it() {
