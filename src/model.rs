@@ -209,6 +209,7 @@ pub enum Mode {
 
 /// A range of ports, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PortRange {
     /// The lowest.
     pub first: u16,

@@ -23,6 +23,7 @@ use crate::sys;
 /// # let _ = options;
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed options"]
 pub struct ListenOptions {
     pub(crate) nonblocking: bool,
     pub(crate) reuse_port: bool,
@@ -64,6 +65,7 @@ impl ListenOptions {
 /// # let _ = options;
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed options"]
 pub struct ConnectOptions {
     pub(crate) nonblocking: bool,
     pub(crate) keep_port: bool,

@@ -31,6 +31,7 @@ use crate::sys;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed config"]
 pub struct Config {
     pub(crate) name: Option<String>,
     pub(crate) listeners: Vec<Listener>,

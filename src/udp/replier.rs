@@ -22,6 +22,7 @@ use crate::sys::{self, Errno};
 /// # let _ = options;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "each method returns the changed options"]
 pub struct ReplierOptions {
     pub(crate) max_sockets: usize,
     pub(crate) idle: Duration,
