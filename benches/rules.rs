@@ -305,6 +305,7 @@ fn install_and_remove(listener: &TcpListener, destinations: &[tp_prefix]) -> Vec
     vec![time, kernel, timed(|| rules.unwrap().remove().unwrap())]
 }
 
+/// Rules for these destinations; for every destination if there are none.
 fn install(listeners: &[c_int], destinations: &[tp_prefix]) -> Rules {
     let http = tp_port_range { first: 80, last: 80 };
     Rules::install(&tp_rules_config {
@@ -312,7 +313,7 @@ fn install(listeners: &[c_int], destinations: &[tp_prefix]) -> Rules {
         n_listeners: listeners.len(),
         ports: &raw const http,
         n_ports: 1,
-        dst: destinations.as_ptr(),
+        dst: if destinations.is_empty() { std::ptr::null() } else { destinations.as_ptr() },
         n_dst: destinations.len(),
         ..config()
     })

@@ -655,6 +655,7 @@ static uint16_t parse_options(int argc, char **argv, struct tp_rules_config *con
             if (config->n_dst == MAX_RANGES)
                 errx(2, "more than %d destinations", MAX_RANGES);
             dst[config->n_dst++] = parse_prefix(optarg);
+            config->dst = dst;
             break;
         case 't': parse_to(optarg); break;
         case 'x':
@@ -670,7 +671,6 @@ static uint16_t parse_options(int argc, char **argv, struct tp_rules_config *con
         errx(2, "usage: udp_proxy [--dst ADDR/LEN]... [--to ADDR:PORT]... [--sessions N] [--idle SECONDS] [--deny ADDR/LEN]... "
                 "[--verbose] "
                 "LISTEN-PORT PORT[-PORT]...");
-    config->dst = dst;
     config->ports = ports, config->n_ports = parse_ports(argv + optind + 1, ports);
     if (to[0].sin6_family != AF_UNSPEC)
         config->families |= TP_FAMILY_IPV4;

@@ -31,14 +31,10 @@ async fn main() -> Result<(), Anything> {
     };
     let (listen, port) = (listen?, port?);
 
-    let options = ListenOptions { nonblocking: true, ..ListenOptions::default() };
-    let listener = tproxy::socket::listen(SocketAddr::new([0u16; 8].into(), listen), -1, options)?;
+    let listener =
+        tproxy::socket::listen(SocketAddr::new([0u16; 8].into(), listen), ListenOptions::new().nonblocking(true))?;
     let listener = TcpListener::from_std(listener.into())?;
-    let rules = Rules::install(&Config {
-        listeners: vec![Listener::from_fd(&listener, Mode::Tproxy)?],
-        ports: vec![port.into()],
-        ..Config::default()
-    })?;
+    let rules = Rules::install(&Config::new([Listener::from_fd(&listener, Mode::Tproxy)?]).ports([port]))?;
     println!("listening");
 
     let places = Arc::new(Semaphore::new(CONNECTIONS));
@@ -75,7 +71,7 @@ async fn relay(mut client: TcpStream, from: SocketAddr) -> Result<(), Anything> 
     if must_not_be_called(to.ip().to_canonical()) {
         return Err(format!("{to} is not to be called").into());
     }
-    let options = ConnectOptions { nonblocking: true, ..ConnectOptions::default() };
+    let options = ConnectOptions::new().nonblocking(true);
     let mut server = TcpStream::from_std(tproxy::socket::connect_from(from, to, options)?.into())?;
     timeout(CONNECT, server.writable()).await??;
     if let Some(error) = server.take_error()? {

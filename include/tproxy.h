@@ -260,8 +260,8 @@ typedef struct tp_replier tp_replier;
  * Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
  * (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
  *
- * Replies of this host's own TCP services are not intercepted. If the port selection could match them (no
- * ports, or one above 1023), connection tracking is used to recognize them, which enables it on this
+ * Replies of this host's own TCP services are not intercepted. If the port selection could match them (ports
+ * is NULL, or includes one above 1023), connection tracking is used to recognize them, which enables it on this
  * host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
  * src.
  */
@@ -541,12 +541,19 @@ struct tp_prefix {
  * Selects the traffic to intercept and the listeners that receive it.
  *
  * Set the struct to zero (`= {0}`), then set the fields that are needed. A field that is 0 or NULL selects
- * its default. The struct and all data it points to belong to the caller and are read only during the
+ * its default.
+ *
+ * A list that is NULL does not restrict the selection. A list that is not NULL and has 0 elements is an empty
+ * set: with an empty ports, dst, src or interfaces nothing is intercepted, except that interfaces does not
+ * restrict what this host sends (TP_RULES_LOCAL_OUTPUT). A NULL list with a number above 0 is EFAULT. Use
+ * tp_update_rules() to add prefixes to an empty dst or src.
+ *
+ * The struct and all data it points to belong to the caller and are read only during the
  * call.
  */
 struct tp_rules_config {
     /**
-     * Name of the instance: at most 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+     * Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
      * network namespace can have several instances with different names.
      */
     const char *name;
@@ -609,37 +616,37 @@ struct tp_rules_config {
      */
     uint32_t priority;
     /**
-     * Destination ports to intercept, in any order; ranges may overlap.
+     * Destination ports to intercept, in any order; ranges may overlap. NULL: all ports.
      */
     const struct tp_port_range *ports;
     /**
-     * Number of ranges. 0: all ports.
+     * Number of ranges.
      */
     size_t n_ports;
     /**
      * Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
      * if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
-     * intercepted only with TP_RULES_LOCAL_OUTPUT.
+     * intercepted only with TP_RULES_LOCAL_OUTPUT. NULL: all destinations except this host's own addresses,
+     * loopback, broadcast and multicast.
      */
     const struct tp_prefix *dst;
     /**
-     * Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
-     * multicast.
+     * Number of prefixes.
      */
     size_t n_dst;
     /**
-     * Sources to intercept.
+     * Sources to intercept. NULL: all sources.
      */
     const struct tp_prefix *src;
     /**
-     * Number of prefixes. 0: all sources.
+     * Number of prefixes.
      */
     size_t n_src;
     /**
      * Destinations that are never intercepted; takes precedence over dst.
      *
-     * Their replies are not intercepted either. If the selection could match replies (ports is empty or
-     * includes one above 1023, and interfaces is empty), connection tracking is used, even with
+     * Their replies are not intercepted either. If the selection could match replies (ports is NULL or
+     * includes one above 1023, and interfaces is NULL), connection tracking is used, even with
      * TP_RULES_NOTRACK, for traffic from these prefixes.
      */
     const struct tp_prefix *bypass;
@@ -648,7 +655,7 @@ struct tp_rules_config {
      */
     size_t n_bypass;
     /**
-     * Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
+     * Names of the interfaces on which forwarded traffic arrives. "lo" has no effect. NULL: all interfaces.
      *
      * They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
      * "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
@@ -656,7 +663,7 @@ struct tp_rules_config {
      */
     const char *const *interfaces;
     /**
-     * Number of names. 0: all interfaces.
+     * Number of names.
      */
     size_t n_interfaces;
 };

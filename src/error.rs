@@ -130,6 +130,12 @@ impl Error {
     }
 
     /// The errno value, as in `errno(3)`.
+    ///
+    /// ```
+    /// let error = "192.0.2.0/33".parse::<tproxy::rules::Prefix>().unwrap_err();
+    /// assert_eq!(error.errno(), 22); // EINVAL
+    /// println!("{error}");
+    /// ```
     pub fn errno(&self) -> i32 {
         match self.0 {
             Repr::Sentence { errno, .. } | Repr::Socket { errno, .. } => errno,
@@ -169,8 +175,16 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
+    /// The same errno, as [`io::Error::raw_os_error`]. The message is lost: an `io::Error` has either.
+    ///
+    /// ```
+    /// let error = tproxy::rules::Listener::at("[::]:0".parse()?, tproxy::rules::Protocol::Tcp).unwrap_err();
+    /// assert!(error.to_string().contains("no port"));
+    /// assert_eq!(std::io::Error::from(error).raw_os_error(), Some(22)); // EINVAL
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     fn from(error: Error) -> io::Error {
-        io::Error::new(io::Error::from_raw_os_error(error.errno()).kind(), error)
+        io::Error::from_raw_os_error(error.errno())
     }
 }
 
@@ -269,9 +283,9 @@ mod tests {
     }
 
     #[test]
-    fn io_error_keeps_kind_and_message() {
+    fn io_error_keeps_errno_and_kind() {
         let error = io::Error::from(Error::new(libc::EADDRINUSE, "taken"));
+        assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-        assert_eq!(error.to_string(), "taken");
     }
 }

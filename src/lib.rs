@@ -8,16 +8,12 @@
 //! use tproxy::socket::{ConnectOptions, ListenOptions};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let listener: TcpListener = tproxy::socket::listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
-//!     let rules = Rules::install(&Config {
-//!         listeners: vec![Listener::from_fd(&listener, Mode::Tproxy)?],
-//!         ports: vec![80.into(), (8000..=8100).into()],
-//!         ..Config::default()
-//!     })?;
+//!     let listener: TcpListener = tproxy::socket::listen("[::]:3129".parse()?, ListenOptions::new())?.into();
+//!     let rules = Rules::install(&Config::new([Listener::from_fd(&listener, Mode::Tproxy)?]).ports([80]))?;
 //!     for client in listener.incoming() {
 //!         let client = client?;
 //!         let server = tproxy::orig_dst(&client)?;
-//!         let server = tproxy::socket::connect_from(client.peer_addr()?, server, ConnectOptions::default())?;
+//!         let server = tproxy::socket::connect_from(client.peer_addr()?, server, ConnectOptions::new())?;
 //!         relay(client, server.into());
 //!     }
 //!     Ok(rules.remove()?)
@@ -25,23 +21,49 @@
 //! # fn relay(client: TcpStream, server: TcpStream) {}
 //! ```
 //!
-//! It needs CAP_NET_ADMIN in the user namespace that owns the network namespace; `unshare -rn` gives that to anybody.
+//! It needs CAP_NET_ADMIN in the user namespace that owns the network namespace; `unshare -rn` gives it to any user.
 //! `examples/proxy.rs` is such a proxy with tokio.
 //!
-//! * [`socket`]: sockets that bind, listen on and connect from addresses that
-//!   the host does not own.
-//! * [`orig_dst()`]: where an intercepted connection was going.
-//! * [`rules`]: the nf_tables rules and the policy routing that bring the
-//!   packets to such sockets.
-//! * [`udp`]: datagrams with their original destinations, and replies from
-//!   any source.
-//! * [`check`]: what on this host breaks all that, and what fixes it.
-//! * [`self_test()`]: whether rules work here, by probes through a network of their own.
-//! * [`ffi`]: the same as a C library, `include/tproxy.h`.
+//! Datagrams, each with its original destination, and replies that come from there:
 //!
-//! Arrows run one way: `ffi` decodes what C gave into the types of the modules
-//! above; `rules` turns a validated config into a plan, `backend` turns the plan
-//! into messages, `netlink` sends them. Whatever fails is one [`Error`].
+//! ```no_run
+//! use tproxy::rules::{Config, Listener, Mode, Rules};
+//! use tproxy::socket2::{Domain, Type};
+//! use tproxy::udp::{Datagram, Replier, ReplierOptions};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let socket = tproxy::socket::socket(Domain::IPV6, Type::DGRAM, None)?;
+//!     socket.bind(&"[::]:3053".parse::<std::net::SocketAddr>()?.into())?;
+//!     let _rules = Rules::install(&Config::new([Listener::from_fd(&socket, Mode::Tproxy)?]).ports([53]))?;
+//!     let mut memory = vec![[0; 2048]; 64];
+//!     let mut datagrams: Vec<Datagram<'_>> = memory.iter_mut().map(|bytes| Datagram::new(bytes)).collect();
+//!     let mut replier = Replier::new(ReplierOptions::new())?;
+//!     loop {
+//!         let received = tproxy::udp::receive(&socket, &mut datagrams, 0)?;
+//!         for datagram in &mut datagrams[..received] {
+//!             println!("{:?} asks {:?}", datagram.client(), datagram.orig_dst());
+//!         }
+//!         replier.reply(&mut datagrams[..received]); // an echo
+//!     }
+//! }
+//! ```
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`socket`] | sockets that bind, listen on and connect from addresses that this host does not own |
+//! | [`orig_dst()`] | the destination of an intercepted connection |
+//! | [`rules`] | the nf_tables rules and the policy routing that bring the packets to such sockets |
+//! | [`udp`] | datagrams with their original destinations, and replies from any source |
+//! | [`check`] | what on this host breaks transparent proxying, and what fixes it |
+//! | [`self_test()`] | whether rules work on this kernel, by probes through a temporary network |
+//! | [`ffi`] | the functions of the C library, `include/tproxy.h` |
+//!
+//! A call that fails returns an [`Error`] with an errno and a message, and leaves nothing behind: no descriptor, rule or
+//! route. Functions take any descriptor ([`AsFd`](std::os::fd::AsFd)) and return [`socket2::Socket`], which converts into
+//! the types of [`std::net`]. Values of [`Rules`](rules::Rules) may be used by several threads at a time.
+//!
+//! Modules depend on each other in one direction: `ffi` decodes C values into the types of the modules above; `rules` turns
+//! a config into a plan, `backend` turns the plan into messages, `netlink` sends them.
 
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]

@@ -2,6 +2,10 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::name;
 
 /// A set of address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,6 +67,10 @@ impl fmt::Display for Family {
 }
 
 impl Families {
+    /// Only IPv4.
+    pub const V4: Families = Families { v4: true, v6: false };
+    /// Only IPv6.
+    pub const V6: Families = Families { v4: false, v6: true };
     /// Both.
     pub const ALL: Families = Families { v4: true, v6: true };
 
@@ -103,6 +111,7 @@ impl Families {
 
 /// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Protocol {
     /// TCP.
     Tcp,
@@ -130,6 +139,7 @@ impl fmt::Display for Protocol {
 
 /// A set of transport protocols.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Protocols {
     /// TCP.
     pub tcp: bool,
@@ -138,6 +148,13 @@ pub struct Protocols {
 }
 
 impl Protocols {
+    /// Only TCP.
+    pub const TCP: Protocols = Protocols { tcp: true, udp: false };
+    /// Only UDP.
+    pub const UDP: Protocols = Protocols { tcp: false, udp: true };
+    /// TCP and UDP.
+    pub const ALL: Protocols = Protocols { tcp: true, udp: true };
+
     pub(crate) fn is_empty(self) -> bool {
         !self.tcp && !self.udp
     }
@@ -166,6 +183,7 @@ impl Protocols {
 
 /// What the kernel is told the rules by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Backend {
     /// nf_tables if the kernel has what is needed, else iptables.
     #[default]
@@ -178,6 +196,7 @@ pub enum Backend {
 
 /// How packets reach the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Mode {
     /// TPROXY: unchanged, to a transparent listener.
     #[default]
@@ -190,6 +209,7 @@ pub enum Mode {
 
 /// A range of ports, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PortRange {
     /// The lowest.
     pub first: u16,
@@ -216,6 +236,31 @@ impl From<RangeInclusive<u16>> for PortRange {
     }
 }
 
+impl FromStr for PortRange {
+    type Err = Error;
+
+    /// `PORT`, or `FIRST-LAST`.
+    ///
+    /// ```
+    /// use tproxy::rules::PortRange;
+    ///
+    /// assert_eq!("80".parse::<PortRange>()?, PortRange::from(80));
+    /// assert_eq!("8000-8100".parse::<PortRange>()?, PortRange::from(8000..=8100));
+    /// assert!("8100-8000".parse::<PortRange>().is_err());
+    /// # Ok::<(), tproxy::Error>(())
+    /// ```
+    fn from_str(text: &str) -> Result<PortRange> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let port = |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+        match (port(first), port(last)) {
+            (Some(first), Some(last)) if 1 <= first && first <= last => Ok(PortRange { first, last }),
+            _ => {
+                Err(Error::invalid_with(format_args!("{} is neither a port nor a range of ports", name::quoted(text))))
+            }
+        }
+    }
+}
+
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -226,6 +271,13 @@ impl fmt::Display for PortRange {
 }
 
 /// The bits of a packet's mark that say that the packet is for a local socket.
+///
+/// ```
+/// use tproxy::rules::Mark;
+///
+/// assert_eq!(Mark::from(0x10), Mark { value: 0x10, mask: 0xffff_ffff });
+/// assert_eq!(Mark::DEFAULT.to_string(), "0x2000/0x3000");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mark {
     /// What our bits are set to.
@@ -247,6 +299,13 @@ impl Mark {
     /// 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers (1, 2, 0x10).
     /// That leaves bit 13, and bit 12 where Cilium does not encrypt.
     pub const DEFAULT: Mark = Mark { value: 0x2000, mask: 0x3000 };
+}
+
+impl From<u32> for Mark {
+    /// A value of all 32 bits.
+    fn from(value: u32) -> Mark {
+        Mark { value, mask: u32::MAX }
+    }
 }
 
 impl fmt::Display for Mark {

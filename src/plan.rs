@@ -28,16 +28,16 @@ pub(crate) struct Plan {
     pub notrack: bool,
     /// The rules outlive the process.
     pub persist: bool,
-    /// Sorted and apart from each other; none: all.
-    pub ports: Vec<PortRange>,
+    /// Sorted and apart from each other. `None`: every port; empty: none.
+    pub ports: Option<Vec<PortRange>>,
     /// `None`: every destination but those that are the host's own, or nobody's.
     pub dst: Option<PrefixSet>,
     /// `None`: every source.
     pub src: Option<PrefixSet>,
-    /// `None`: nobody has asked for any.
+    /// `None`: there are none, and the rules do not look for any.
     pub bypass: Option<PrefixSet>,
-    /// Where forwarded traffic comes in; none: everywhere.
-    pub interfaces: Interfaces,
+    /// Where forwarded traffic comes in. `None`: by every interface; empty: by none.
+    pub interfaces: Option<Interfaces>,
     /// `None`: whatever is free.
     pub table: Option<u32>,
     pub priority: Option<u32>,
@@ -48,12 +48,6 @@ pub(crate) struct Plan {
 pub(crate) struct Interfaces {
     pub names: Vec<String>,
     pub prefixes: Vec<String>,
-}
-
-impl Interfaces {
-    pub fn is_empty(&self) -> bool {
-        self.names.is_empty() && self.prefixes.is_empty()
-    }
 }
 
 /// A listener, for one family or for both.
@@ -78,7 +72,7 @@ impl Plan {
     ///
     /// Not where interfaces are named, those of clients: answers come in by others.
     pub fn needs_reply_exemption(&self) -> bool {
-        self.bypass.is_some() && self.interfaces.is_empty() && self.matches_ephemeral_ports()
+        self.bypass.is_some() && self.interfaces.is_none() && self.matches_ephemeral_ports()
     }
 
     /// What this host answers to others may be chosen, along with its own connections.
@@ -92,7 +86,7 @@ impl Plan {
     /// one with NAT, which looks at the first packets of connections alone.
     fn matches_ephemeral_ports(&self) -> bool {
         const FIRST_OF_CLIENTS: u16 = 1024;
-        let ports = self.ports.is_empty() || self.ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS);
+        let ports = self.ports.as_ref().is_none_or(|ports| ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS));
         self.mode == Mode::Tproxy && ports
     }
 

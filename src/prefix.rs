@@ -25,6 +25,14 @@ pub struct Prefix {
 
 impl Prefix {
     /// A prefix; bits of the address behind its length do not count.
+    ///
+    /// ```
+    /// use tproxy::rules::Prefix;
+    ///
+    /// let network = Prefix::new("192.0.2.7".parse()?, 24)?;
+    /// assert_eq!((network.addr().to_string().as_str(), network.prefix_len()), ("192.0.2.0", 24));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new(addr: IpAddr, len: u8) -> Result<Prefix> {
         let family = Prefix { addr, len }.family();
         let bits = bits(family);
@@ -32,6 +40,16 @@ impl Prefix {
             return Err(Error::invalid_with(format_args!("prefix {addr}/{len}: the length is at most {bits}")));
         }
         Ok(Prefix { addr: address(family, number(addr) & !host_mask(family, len)), len })
+    }
+
+    /// Its first address.
+    pub fn addr(&self) -> IpAddr {
+        self.addr
+    }
+
+    /// Its length in bits.
+    pub fn prefix_len(&self) -> u8 {
+        self.len
     }
 
     /// The family of its address.
@@ -60,11 +78,24 @@ impl Prefix {
     }
 }
 
-/// As derived, but by numbers: long lists are put in their order.
 impl From<IpAddr> for Prefix {
     /// A single address.
     fn from(addr: IpAddr) -> Prefix {
         Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } }
+    }
+}
+
+impl From<Ipv4Addr> for Prefix {
+    /// A single address.
+    fn from(addr: Ipv4Addr) -> Prefix {
+        IpAddr::from(addr).into()
+    }
+}
+
+impl From<Ipv6Addr> for Prefix {
+    /// A single address.
+    fn from(addr: Ipv6Addr) -> Prefix {
+        IpAddr::from(addr).into()
     }
 }
 
@@ -99,6 +130,7 @@ impl FromStr for Prefix {
     }
 }
 
+/// As derived, but by numbers: long lists are put in their order.
 impl Ord for Prefix {
     fn cmp(&self, other: &Prefix) -> Ordering {
         let order = |prefix: &Prefix| (prefix.addr.is_ipv6(), number(prefix.addr), prefix.len);

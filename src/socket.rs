@@ -14,26 +14,94 @@ use crate::address::KernelAddr;
 use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys;
 
-/// How [`listen`] makes its socket.
+/// How [`listen`] makes its socket. Each method changes one option and returns the options.
+///
+/// ```
+/// use tproxy::socket::ListenOptions;
+///
+/// let options = ListenOptions::new().nonblocking(true).reuse_port(true);
+/// # let _ = options;
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed options"]
 pub struct ListenOptions {
-    /// The listening socket is non-blocking.
-    pub nonblocking: bool,
-    /// SO_REUSEPORT: several listeners share the port, the kernel spreads the connections.
-    pub reuse_port: bool,
+    pub(crate) nonblocking: bool,
+    pub(crate) reuse_port: bool,
+    pub(crate) backlog: Option<u32>,
 }
 
-/// How [`connect_from`] connects.
+impl ListenOptions {
+    /// A blocking socket that has its port to itself.
+    pub fn new() -> ListenOptions {
+        ListenOptions::default()
+    }
+
+    /// Makes the listening socket non-blocking.
+    pub fn nonblocking(mut self, yes: bool) -> ListenOptions {
+        self.nonblocking = yes;
+        self
+    }
+
+    /// Lets several listeners share the port (SO_REUSEPORT); the kernel spreads the connections.
+    pub fn reuse_port(mut self, yes: bool) -> ListenOptions {
+        self.reuse_port = yes;
+        self
+    }
+
+    /// Sets the number of connections that may wait to be accepted; by default as many as the system allows
+    /// (net.core.somaxconn).
+    pub fn backlog(mut self, connections: u32) -> ListenOptions {
+        self.backlog = Some(connections);
+        self
+    }
+}
+
+/// How [`connect_from`] connects. Each method changes one option and returns the options.
+///
+/// ```
+/// use tproxy::socket::ConnectOptions;
+///
+/// let options = ConnectOptions::new().nonblocking(true).keep_port(true);
+/// # let _ = options;
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed options"]
 pub struct ConnectOptions {
-    /// The socket is non-blocking, and the connection may still be under way when it is returned.
-    pub nonblocking: bool,
-    /// Try the source's own port first; only then any other.
-    pub keep_port: bool,
-    /// A datagram socket, connected to the destination: it receives from there alone.
-    pub datagram: bool,
-    /// What there is to send is there already: the acknowledgement that ends the handshake leaves with it.
-    pub data_follows: bool,
+    pub(crate) nonblocking: bool,
+    pub(crate) keep_port: bool,
+    pub(crate) datagram: bool,
+    pub(crate) data_follows: bool,
+}
+
+impl ConnectOptions {
+    /// A blocking stream socket, from any port of the source.
+    pub fn new() -> ConnectOptions {
+        ConnectOptions::default()
+    }
+
+    /// Makes the socket non-blocking: the connection may still be in progress when the socket is returned.
+    pub fn nonblocking(mut self, yes: bool) -> ConnectOptions {
+        self.nonblocking = yes;
+        self
+    }
+
+    /// Tries the source's own port first, and another port if that one is in use or not permitted.
+    pub fn keep_port(mut self, yes: bool) -> ConnectOptions {
+        self.keep_port = yes;
+        self
+    }
+
+    /// Makes a UDP socket that is connected to the destination, and receives only from there.
+    pub fn datagram(mut self, yes: bool) -> ConnectOptions {
+        self.datagram = yes;
+        self
+    }
+
+    /// Says that the caller will send at once: the final ACK of the handshake is delayed, to carry the data.
+    pub fn data_follows(mut self, yes: bool) -> ConnectOptions {
+        self.data_follows = yes;
+        self
+    }
 }
 
 /// `socket(2)`, transparent and close-on-exec.
@@ -134,16 +202,15 @@ pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
 /// A listening transparent stream socket.
 ///
 /// An IPv6 socket is dual-stack. SO_REUSEADDR is set, so that a restarted
-/// program need not wait for its old connections to end. A negative `backlog`
-/// asks for the largest that the system allows.
+/// program need not wait for its old connections to end.
 ///
 /// ```no_run
 /// use tproxy::socket::{ListenOptions, listen};
 ///
-/// let listener: std::net::TcpListener = listen("[::]:3129".parse()?, -1, ListenOptions::default())?.into();
+/// let listener: std::net::TcpListener = listen("[::]:3129".parse()?, ListenOptions::new())?.into();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<Socket> {
+pub fn listen(addr: SocketAddr, options: ListenOptions) -> Result<Socket> {
     let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
     let addr = KernelAddr::from(addr);
     let ends = Endpoints { local: Some(addr), remote: None };
@@ -152,6 +219,8 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
         socket.set_reuse_port(true).map_err(|e| Error::socket(SocketOp::ReusePort, ends, e))?;
     }
     bind(&socket, &addr)?;
+    // The kernel takes the backlog for an unsigned number, and no more than net.core.somaxconn (`__sys_listen`).
+    let backlog = options.backlog.map_or(-1, |backlog| i32::try_from(backlog).unwrap_or(i32::MAX));
     socket.listen(backlog).map_err(|e| Error::socket(SocketOp::Listen, ends, e))?;
     Ok(socket)
 }
@@ -165,7 +234,7 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
 /// ```no_run
 /// use tproxy::socket::{ConnectOptions, connect_from};
 ///
-/// let options = ConnectOptions { keep_port: true, ..ConnectOptions::default() };
+/// let options = ConnectOptions::new().keep_port(true);
 /// let server = connect_from("192.0.2.7:40000".parse()?, "198.51.100.2:80".parse()?, options)?;
 /// let server = std::net::TcpStream::from(server);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

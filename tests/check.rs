@@ -70,6 +70,19 @@ fn check_listener_bound_to_interface_of_rules_gives_no_warning() {
     assert_eq!(troubles(&lab.proxy.run(check)), [] as [&Found; 0]);
 }
 
+/// The routing rule for this host's own packets belongs to the instance.
+#[test]
+fn check_of_rules_for_local_output_gives_no_warning() {
+    let lab = Lab::new();
+    let listener = lab.proxy.run(|| listen("[::]:3129".parse().unwrap(), 0)).unwrap();
+    for backend in [TP_BACKEND_NFT, TP_BACKEND_IPTABLES] {
+        let config = RulesConfig::of(&listener).ports(&[80]).flags(TP_RULES_LOCAL_OUTPUT).backend(backend);
+        let rules = lab.proxy.run(|| config.install()).unwrap();
+        assert_eq!(troubles(&lab.proxy.run(check)), [] as [&Found; 0], "backend {backend}");
+        lab.proxy.run(|| rules.remove()).unwrap();
+    }
+}
+
 /// nf_tables sends no event, and its generation stays the same.
 #[test]
 fn check_trial_transaction_is_not_committed() {

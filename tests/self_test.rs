@@ -86,6 +86,20 @@ fn self_test_of_working_config_delivers_and_answers() {
     assert_served(&all.backend(TP_BACKEND_IPTABLES), true, true, true);
 }
 
+/// No probe is sent that the rules would not intercept.
+#[test]
+fn self_test_of_empty_list_sends_no_probe() {
+    let config = || at_addr("[::]:3129");
+    let nothing: [&str; 0] = [];
+    assert_served(&config().ports(&[]), false, false, false);
+    assert_served(&config().dst(nothing), false, false, false);
+    assert_served(&config().src(nothing), false, false, false);
+    assert_served(&config().interfaces(&nothing), false, false, false);
+    assert_served(&config().bypass(nothing), true, true, false);
+    assert_served(&config().src(["10.0.0.0/8"]), true, false, false);
+    assert_served(&config().dst(["2001:db8:77::/48"]), false, true, false);
+}
+
 #[test]
 fn self_test_of_divert_only_delivers_to_foreign_addresses() {
     assert_served(&RulesConfig::new().flags(TP_RULES_DIVERT_ONLY).protocols(BOTH), true, true, true);

@@ -30,7 +30,7 @@ const PREFIXES_MAX: usize = 1000;
 pub(crate) fn check(plan: &Plan) -> Result<()> {
     let unsupported = |what: &str| Err(Error::with(libc::EOPNOTSUPP, format_args!("the iptables backend {what}")));
     let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
-    if let Some(name) = plan.interfaces.names.iter().find(|name| name.ends_with('+')) {
+    if let Some(name) = plan.interfaces.iter().flat_map(|i| &i.names).find(|name| name.ends_with('+')) {
         return Err(Error::with(
             libc::EOPNOTSUPP,
             format_args!(
@@ -125,10 +125,10 @@ impl Builder<'_> {
 
     /// A rule for each range of ports: what matches it, and what is to be matched before and behind.
     fn by_ports(&self, chain: &mut Chain, before: &str, protocol: Protocol, behind: &str) {
-        if self.plan.ports.is_empty() {
-            chain.rule(format_args!("{before}-p {protocol} {behind}"));
-        }
-        for PortRange { first, last } in &self.plan.ports {
+        let Some(ports) = &self.plan.ports else {
+            return chain.rule(format_args!("{before}-p {protocol} {behind}"));
+        };
+        for PortRange { first, last } in ports {
             chain.rule(format_args!("{before}-p {protocol} --dport {first}:{last} {behind}"));
         }
     }
@@ -241,11 +241,11 @@ impl Builder<'_> {
 
     fn candidates(&self, chain: &mut Chain, protocol: Protocol, then: &str) {
         let jump = self.jump(then);
-        if self.plan.interfaces.is_empty() {
-            self.by_ports(chain, "", protocol, &jump);
-        }
-        let patterns = self.plan.interfaces.prefixes.iter().map(|prefix| format!("{prefix}+"));
-        for name in self.plan.interfaces.names.iter().cloned().chain(patterns) {
+        let Some(interfaces) = &self.plan.interfaces else {
+            return self.by_ports(chain, "", protocol, &jump);
+        };
+        let patterns = interfaces.prefixes.iter().map(|prefix| format!("{prefix}+"));
+        for name in interfaces.names.iter().cloned().chain(patterns) {
             self.by_ports(chain, &format!("-i {name} "), protocol, &jump);
         }
     }

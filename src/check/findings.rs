@@ -4,6 +4,7 @@ use std::fmt::{self, Write};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Severity {
     /// As it should be.
     Ok,
@@ -17,6 +18,7 @@ pub enum Severity {
 
 /// One thing that can be found, whatever the particulars.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Kind {
     /// Stable: programs may depend on it.
     pub id: &'static str,
@@ -36,6 +38,7 @@ impl Eq for Kind {}
 
 /// One finding.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Finding {
     /// What it is.
     pub kind: &'static Kind,

@@ -107,9 +107,9 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
             slot,
             owner: table.owner_port.map(|port| holders.get(&port).cloned().unwrap_or(Holder::Unknown)),
             families: families(own),
-            mark: mark_in(&["divert", "d"]),
-            output_mark: mark_in(&["loop", "l"]),
-            notrack: own.iter().any(|chain| chain.name == "untrack"),
+            mark: mark_in(&[ruleset::DIVERT, "d"]),
+            output_mark: mark_in(&[ruleset::REROUTE, "l"]),
+            notrack: own.iter().any(|chain| chain.name == ruleset::UNTRACK),
             origin: by_iptables.or(own.first()).map(|chain| chain.origin),
         })
     };
@@ -134,7 +134,7 @@ fn families(own: &[&Chain]) -> Families {
                     Condition::Family(only) => Some(*only),
                     _ => None,
                 });
-                chain.name != "defragment" && only.is_none_or(|only| only == family)
+                chain.name != ruleset::DEFRAGMENT && only.is_none_or(|only| only == family)
             };
             if chain.rules.iter().any(|rule| for_family(&rule) && !rule.parts.is_empty() && chain.hook.is_some())
                 || chain.origin != Origin::Nft && !chain.rules.is_empty()
@@ -194,7 +194,7 @@ pub(super) fn interceptions(ruleset: &Ruleset) -> Vec<Interception<'_>> {
         ports.insert(name, all);
     }
     let mut found = Vec::new();
-    for chain in chains.iter().filter(|chain| chain.name != "defragment") {
+    for chain in chains.iter().filter(|chain| chain.name != ruleset::DEFRAGMENT) {
         let instance = owner_of(chain);
         for rule in &chain.rules {
             let target = rule.parts.iter().find_map(|part| match part {

@@ -262,7 +262,19 @@ pub(super) unsafe fn array<'a, T>(what: &str, items: *const T, len: usize) -> Re
     unsafe { slice(items, len) }.ok_or_else(|| no_array(what, items, len))
 }
 
-/// The same; `None`: [`no_array`] says why.
+/// An array, which may be empty; `None`: it is NULL, and `len` is 0.
+///
+/// # Safety
+/// As for [`array()`].
+pub(super) unsafe fn list<'a, T>(what: &str, items: *const T, len: usize) -> Result<Option<&'a [T]>> {
+    if items.is_null() && len == 0 {
+        return Ok(None);
+    }
+    // SAFETY: by the caller's word.
+    unsafe { array(what, items, len) }.map(Some)
+}
+
+/// The same as [`array()`]; `None`: [`no_array`] says why.
 ///
 /// # Safety
 /// As for [`array()`].

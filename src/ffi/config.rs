@@ -9,7 +9,7 @@ use libc::{sockaddr, socklen_t};
 use super::arg;
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::rules::{Backend, Config, Families, Listener, Mode, PortRange, Prefix, Protocol, Protocols};
+use crate::rules::{Backend, Config, Families, Listener, Mark, Mode, PortRange, Prefix, Protocol, Protocols};
 
 /// Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
 /// own, and connections from such addresses. Nothing is intercepted; listeners may be empty.
@@ -25,8 +25,8 @@ pub const TP_RULES_REDIRECT: u32 = 0x2;
 /// Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
 /// (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
 ///
-/// Replies of this host's own TCP services are not intercepted. If the port selection could match them (no
-/// ports, or one above 1023), connection tracking is used to recognize them, which enables it on this
+/// Replies of this host's own TCP services are not intercepted. If the port selection could match them (ports
+/// is NULL, or includes one above 1023), connection tracking is used to recognize them, which enables it on this
 /// host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
 /// src.
 pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
@@ -122,12 +122,19 @@ pub struct tp_port_range {
 /// Selects the traffic to intercept and the listeners that receive it.
 ///
 /// Set the struct to zero (`= {0}`), then set the fields that are needed. A field that is 0 or NULL selects
-/// its default. The struct and all data it points to belong to the caller and are read only during the
+/// its default.
+///
+/// A list that is NULL does not restrict the selection. A list that is not NULL and has 0 elements is an empty
+/// set: with an empty ports, dst, src or interfaces nothing is intercepted, except that interfaces does not
+/// restrict what this host sends (TP_RULES_LOCAL_OUTPUT). A NULL list with a number above 0 is EFAULT. Use
+/// tp_update_rules() to add prefixes to an empty dst or src.
+///
+/// The struct and all data it points to belong to the caller and are read only during the
 /// call.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_rules_config {
-    /// Name of the instance: at most 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+    /// Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
     /// network namespace can have several instances with different names.
     pub name: *const c_char,
     /// Descriptors of the listening sockets that receive intercepted traffic.
@@ -164,36 +171,36 @@ pub struct tp_rules_config {
     pub table: u32,
     /// Priority of the first of four routing policy rules, at most 32762. 0: four free priorities, from 200.
     pub priority: u32,
-    /// Destination ports to intercept, in any order; ranges may overlap.
+    /// Destination ports to intercept, in any order; ranges may overlap. NULL: all ports.
     pub ports: *const tp_port_range,
-    /// Number of ranges. 0: all ports.
+    /// Number of ranges.
     pub n_ports: usize,
     /// Destinations to intercept, in any order; prefixes may overlap. Listed destinations are intercepted even
     /// if they are this host's own addresses. Traffic that this host sends to itself (interface "lo") is
-    /// intercepted only with TP_RULES_LOCAL_OUTPUT.
+    /// intercepted only with TP_RULES_LOCAL_OUTPUT. NULL: all destinations except this host's own addresses,
+    /// loopback, broadcast and multicast.
     pub dst: *const tp_prefix,
-    /// Number of prefixes. 0: all destinations except this host's own addresses, loopback, broadcast and
-    /// multicast.
+    /// Number of prefixes.
     pub n_dst: usize,
-    /// Sources to intercept.
+    /// Sources to intercept. NULL: all sources.
     pub src: *const tp_prefix,
-    /// Number of prefixes. 0: all sources.
+    /// Number of prefixes.
     pub n_src: usize,
     /// Destinations that are never intercepted; takes precedence over dst.
     ///
-    /// Their replies are not intercepted either. If the selection could match replies (ports is empty or
-    /// includes one above 1023, and interfaces is empty), connection tracking is used, even with
+    /// Their replies are not intercepted either. If the selection could match replies (ports is NULL or
+    /// includes one above 1023, and interfaces is NULL), connection tracking is used, even with
     /// TP_RULES_NOTRACK, for traffic from these prefixes.
     pub bypass: *const tp_prefix,
     /// Number of prefixes.
     pub n_bypass: usize,
-    /// Names of the interfaces on which forwarded traffic arrives. "lo" has no effect.
+    /// Names of the interfaces on which forwarded traffic arrives. "lo" has no effect. NULL: all interfaces.
     ///
     /// They need not exist yet. With both backends, a trailing '*' makes a name a pattern: "ppp*" matches
     /// "ppp", "ppp0" and "ppp10". A '*' elsewhere is EINVAL. A name that ends with '+' is EOPNOTSUPP with
     /// iptables, where it would be a pattern.
     pub interfaces: *const *const c_char,
-    /// Number of names. 0: all interfaces.
+    /// Number of names.
     pub n_interfaces: usize,
 }
 
@@ -239,21 +246,29 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         (true, false) => Mode::DivertOnly,
         (true, true) => return Err(Error::invalid("TP_RULES_DIVERT_ONLY with TP_RULES_REDIRECT: one or the other")),
     };
-    let protocols = Protocols { tcp: config.protocols & TP_PROTO_TCP != 0, udp: config.protocols & TP_PROTO_UDP != 0 };
+    let protocols = match config.protocols {
+        0 => None,
+        given => Some(Protocols { tcp: given & TP_PROTO_TCP != 0, udp: given & TP_PROTO_UDP != 0 }),
+    };
+    let families = match config.families {
+        0 => None,
+        given => Some(Families { v4: given & TP_FAMILY_IPV4 != 0, v6: given & TP_FAMILY_IPV6 != 0 }),
+    };
+    let number = |number: u32| (number != 0).then_some(number);
     // SAFETY: each by the caller's word.
     let (name, ports, dst, src, bypass, interfaces, listeners) = unsafe {
         (
-            arg::text("name", config.name)?.unwrap_or_default(),
-            arg::array("ports", config.ports, config.n_ports)?,
-            prefixes("dst", config.dst, config.n_dst)?,
-            prefixes("src", config.src, config.n_src)?,
-            prefixes("bypass", config.bypass, config.n_bypass)?,
+            arg::text("name", config.name)?,
+            arg::list("ports", config.ports, config.n_ports)?,
+            prefix_list("dst", config.dst, config.n_dst)?,
+            prefix_list("src", config.src, config.n_src)?,
+            prefix_list("bypass", config.bypass, config.n_bypass)?,
             names("interfaces", config.interfaces, config.n_interfaces)?,
             listeners(config, mode, protocols)?,
         )
     };
     Ok(Config {
-        name: name.to_owned(),
+        name: name.map(str::to_owned),
         listeners,
         mode,
         backend: match config.backend {
@@ -268,12 +283,11 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         notrack: has(TP_RULES_NOTRACK),
         persist: has(TP_RULES_PERSIST),
         protocols,
-        families: Families { v4: config.families & TP_FAMILY_IPV4 != 0, v6: config.families & TP_FAMILY_IPV6 != 0 },
-        mark: config.mark,
-        mark_mask: config.mark_mask,
-        table: config.table,
-        priority: config.priority,
-        ports: memory::collect(ports.iter().map(|range| Ok(PortRange { first: range.first, last: range.last })))?,
+        families,
+        mark: mark(config.mark, config.mark_mask)?,
+        table: number(config.table),
+        priority: number(config.priority),
+        ports: ports.map(port_ranges).transpose()?,
         dst,
         src,
         bypass,
@@ -285,7 +299,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
 ///
 /// # Safety
 /// As for [`decode`].
-unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) -> Result<Vec<Listener>> {
+unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Option<Protocols>) -> Result<Vec<Listener>> {
     // SAFETY: by the caller's word.
     let fds = unsafe { arg::array("listeners", config.listeners, config.n_listeners) }?;
     if config.listen_addr.is_null() && config.listen_addrlen == 0 {
@@ -301,8 +315,7 @@ unsafe fn listeners(config: &tp_rules_config, mode: Mode, protocols: Protocols) 
     }
     // SAFETY: by the caller's word.
     let addr = unsafe { arg::address("listen_addr", config.listen_addr, config.listen_addrlen) }?;
-    let tcp_alone = Protocols { tcp: true, udp: false };
-    let protocols = if protocols == Protocols::default() { tcp_alone } else { protocols };
+    let protocols = protocols.unwrap_or(Protocols::TCP);
     let asked = [(protocols.tcp, Protocol::Tcp), (protocols.udp, Protocol::Udp)];
     asked.into_iter().filter(|(asked, _)| *asked).map(|(_, protocol)| Listener::at(addr, protocol)).collect()
 }
@@ -334,20 +347,43 @@ pub(super) unsafe fn prefixes(what: &str, items: *const tp_prefix, len: usize) -
     memory::collect(items.iter().enumerate().map(prefix))
 }
 
+/// A list of prefixes that restricts the selection; `None`: NULL, it does not.
+///
+/// # Safety
+/// As for [`prefixes()`].
+unsafe fn prefix_list(what: &str, items: *const tp_prefix, len: usize) -> Result<Option<Vec<Prefix>>> {
+    if items.is_null() && len == 0 {
+        return Ok(None);
+    }
+    // SAFETY: by the caller's word.
+    unsafe { prefixes(what, items, len) }.map(Some)
+}
+
+fn port_ranges(ranges: &[tp_port_range]) -> Result<Vec<PortRange>> {
+    memory::collect(ranges.iter().map(|range| Ok(PortRange { first: range.first, last: range.last })))
+}
+
+/// The mark that a caller gives by a value and a mask, of which 0 stands for the default.
+fn mark(value: u32, mask: u32) -> Result<Option<Mark>> {
+    match (value, mask) {
+        (0, 0) => Ok(None),
+        (0, _) => Err(Error::invalid("mark_mask without mark: say which of its bits mean \"ours\"")),
+        (value, 0) => Ok(Some(value.into())),
+        (value, mask) => Ok(Some(Mark { value, mask })),
+    }
+}
+
 /// # Safety
 /// `items` is NULL or valid for reads of `len` pointers, each to a NUL-terminated string.
-unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<Vec<String>> {
+unsafe fn names(what: &str, items: *const *const c_char, len: usize) -> Result<Option<Vec<String>>> {
     // SAFETY: by the caller's word.
-    let items = unsafe { arg::array(what, items, len) }?;
-    if items.is_empty() {
-        return Ok(Vec::new());
-    }
+    let Some(items) = unsafe { arg::list(what, items, len) }? else { return Ok(None) };
     let name = |item: &*const c_char| {
         // SAFETY: by the caller's word.
         let name = unsafe { arg::text(what, *item) }?;
         Ok(name.ok_or_else(|| arg::null(what))?.to_owned())
     };
-    memory::collect(items.iter().map(name))
+    memory::collect(items.iter().map(name)).map(Some)
 }
 
 /// Refuses values that mean nothing, and what this version cannot do.

@@ -2,6 +2,7 @@
 //! source.
 
 use std::ffi::c_int;
+use std::time::Duration;
 
 use libc::{msghdr, sockaddr, socklen_t, ssize_t};
 
@@ -11,7 +12,7 @@ use super::sockets::TP_NONBLOCK;
 use crate::address::KernelAddr;
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::udp::{self, ControlRoom, Datagram, Options, Replier};
+use crate::udp::{self, ControlRoom, Datagram, Replier, ReplierOptions};
 
 /// The datagram was truncated: len equals capacity and the rest was discarded. In tp_datagram.flags.
 pub const TP_DGRAM_TRUNC: u32 = 0x1;
@@ -296,7 +297,7 @@ pub unsafe extern "C" fn tp_replier_open(
         if replier.is_null() {
             return Err(arg::null("replier"));
         }
-        let mut options = Options::default();
+        let mut options = ReplierOptions::new();
         if !(config.is_null() && size == 0) {
             // SAFETY: by the caller's word.
             let config = unsafe { arg::sized("config", config, size, FIRST_CONFIG) }?;
@@ -316,7 +317,7 @@ pub unsafe extern "C" fn tp_replier_open(
                 options.max_sockets = config.max_sockets as usize;
             }
             if config.idle_ms != 0 {
-                options.idle_ms = config.idle_ms.into();
+                options.idle = Duration::from_millis(config.idle_ms.into());
             }
         }
         let made = tp_replier { replier: Replier::new(options)? };

@@ -6,6 +6,7 @@ use super::arg::{self, SizedOut};
 use super::config::*;
 use super::guard::guard;
 use crate::error::{Error, Result};
+use crate::rules::plan::DEFAULT_NAME;
 use crate::rules::{self, Rules};
 use crate::sys;
 
@@ -337,7 +338,7 @@ pub unsafe extern "C" fn tp_read_stats(name: *const c_char, stats: *mut tp_rules
     guard(|| {
         let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
         // SAFETY: by the caller's word.
-        let found = rules::stats_of(unsafe { arg::text("name", name) }?.unwrap_or_default())?;
+        let found = rules::stats_of(unsafe { arg::text("name", name) }?.unwrap_or(DEFAULT_NAME))?;
         // SAFETY: by the caller's word.
         unsafe { out.write(as_c(&found)) };
         Ok(0)

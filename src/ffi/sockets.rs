@@ -157,9 +157,12 @@ pub unsafe extern "C" fn tp_listen(addr: *const sockaddr, addrlen: socklen_t, ba
         let flags = arg::flags(flags, TP_NONBLOCK | TP_LISTEN_REUSEPORT)?;
         // SAFETY: by the caller's word.
         let addr = unsafe { arg::address("addr", addr, addrlen) }?;
-        let options =
-            ListenOptions { nonblocking: flags & TP_NONBLOCK != 0, reuse_port: flags & TP_LISTEN_REUSEPORT != 0 };
-        Ok(socket::listen(addr, backlog, options)?.into_raw_fd())
+        let options = ListenOptions {
+            nonblocking: flags & TP_NONBLOCK != 0,
+            reuse_port: flags & TP_LISTEN_REUSEPORT != 0,
+            backlog: u32::try_from(backlog).ok(),
+        };
+        Ok(socket::listen(addr, options)?.into_raw_fd())
     })
 }
 

@@ -70,6 +70,7 @@ impl Ownership {
 
 /// Packets and bytes since the rules were installed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Given to a listener.
     pub intercepted: Count,
@@ -83,6 +84,7 @@ pub struct Stats {
 
 /// Packets, and their bytes from the IP header on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Count {
     /// Packets.
     pub packets: u64,
@@ -92,6 +94,7 @@ pub struct Count {
 
 /// A set of prefixes that can be changed while the rules are installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Set {
     /// Destinations to intercept.
     Dst,
@@ -268,7 +271,7 @@ impl Instance {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn stats_of(name: &str) -> Result<Stats> {
-    let name = plan::name(name)?;
+    let name = plan::name(Some(name))?;
     let (mut nft, _) = channels()?;
     let table = table::name_of(&name);
     let (_, tables) = table::list(&mut nft)?;
@@ -307,7 +310,7 @@ fn counted(nft: &mut Channel, table: &str) -> Result<Stats> {
 /// ```
 pub fn purge(name: Option<&str>) -> Result<()> {
     let (mut nft, mut route) = channels()?;
-    let name = name.map(plan::name).transpose()?;
+    let name = name.map(|name| plan::name(Some(name))).transpose()?;
     let wanted = name.as_deref().map(table::name_of);
     let (_, tables) = table::list(&mut nft)?;
     for table in &tables {

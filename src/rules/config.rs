@@ -1,4 +1,4 @@
-//! What a caller config for, in values that cannot be misread.
+//! What a caller asks for, in values that cannot be misread.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -7,59 +7,206 @@ use std::os::fd::AsFd;
 use socket2::{Domain, SockRef, Type};
 
 use crate::error::{Endpoints, Error, Result, SocketOp};
-use crate::model::{Backend, Families, Mode, PortRange, Protocol, Protocols};
+use crate::model::{Backend, Families, Mark, Mode, PortRange, Protocol, Protocols};
 use crate::prefix::Prefix;
 use crate::sys;
 
-/// The config: what to intercept, and for whom. A default value asks for what most want.
+/// Selects the traffic to intercept and the listeners that receive it.
+///
+/// [`Config::new`] intercepts TCP or UDP on every port, as the listeners are. Each method changes one setting and returns
+/// the config. Lists narrow the selection: a list that is not set does not restrict anything, and an empty list selects
+/// nothing.
+///
+/// ```
+/// use tproxy::rules::{Backend, Config, Listener, Protocol};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// let config = Config::new([listener])
+///     .name("web")
+///     .backend(Backend::Nft)
+///     .ports([80, 443])
+///     .dst(["192.0.2.0/24".parse()?, "2001:db8::/32".parse()?])
+///     .bypass(["192.0.2.1".parse()?]);
+/// # let _ = config;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[must_use = "each method returns the changed config"]
 pub struct Config {
-    /// The instance; empty: "tproxy". Its table is called "libtproxy-" and this.
-    pub name: String,
-    /// The listeners that get what is intercepted.
-    pub listeners: Vec<Listener>,
-    /// How they get it.
-    pub mode: Mode,
-    /// What the kernel is told it by.
-    pub backend: Backend,
-    /// Intercept the host's own traffic too. What comes from transparent sockets is exempt, so that a proxy whose
-    /// upstream sockets are transparent never intercepts itself.
-    pub local_output: bool,
-    /// Without a listener let traffic pass by, instead of dropping it.
-    pub fail_open: bool,
-    /// Leave connections alone that are made straight to the listener, instead of dropping them.
-    pub allow_direct: bool,
-    /// Keep what is intercepted out of connection tracking.
-    pub notrack: bool,
-    /// The rules outlive the process.
-    pub persist: bool,
-    /// Only these protocols; both `false`: those of the listeners.
-    pub protocols: Protocols,
-    /// Only these families; both `false`: those of the listeners.
-    pub families: Families,
-    /// The bits of a packet's mark that say "ours"; 0: [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
-    pub mark: u32,
-    /// The bits of the mark that are ours to set; 0: all, or with a default mark those of
-    /// [`Mark::DEFAULT`](crate::model::Mark::DEFAULT).
-    pub mark_mask: u32,
-    /// The routing table; 0: one that is free.
-    pub table: u32,
-    /// The preference of the first of four routing policy rules; 0: one that is free.
-    pub priority: u32,
-    /// Destination ports to intercept; none: all.
-    pub ports: Vec<PortRange>,
-    /// Destinations to intercept; none: all but those that are the host's own, or nobody's.
-    pub dst: Vec<Prefix>,
-    /// Sources to intercept; none: all.
-    pub src: Vec<Prefix>,
-    /// Destinations never to intercept.
-    pub bypass: Vec<Prefix>,
-    /// Names of the interfaces by which forwarded traffic comes in; none: all.
-    pub interfaces: Vec<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) mode: Mode,
+    pub(crate) backend: Backend,
+    pub(crate) local_output: bool,
+    pub(crate) fail_open: bool,
+    pub(crate) allow_direct: bool,
+    pub(crate) notrack: bool,
+    pub(crate) persist: bool,
+    pub(crate) protocols: Option<Protocols>,
+    pub(crate) families: Option<Families>,
+    pub(crate) mark: Option<Mark>,
+    pub(crate) table: Option<u32>,
+    pub(crate) priority: Option<u32>,
+    pub(crate) ports: Option<Vec<PortRange>>,
+    pub(crate) dst: Option<Vec<Prefix>>,
+    pub(crate) src: Option<Vec<Prefix>>,
+    pub(crate) bypass: Option<Vec<Prefix>>,
+    pub(crate) interfaces: Option<Vec<String>>,
+}
+
+impl Config {
+    /// Intercepts for these listeners; only [`Mode::DivertOnly`] can do without any.
+    pub fn new(listeners: impl IntoIterator<Item = Listener>) -> Config {
+        Config { listeners: listeners.into_iter().collect(), ..Config::default() }
+    }
+
+    /// Only delivers packets to existing transparent sockets, and intercepts nothing.
+    ///
+    /// ```no_run
+    /// use tproxy::rules::{Config, Rules};
+    ///
+    /// let rules = Rules::install(&Config::divert_only())?;
+    /// # Ok::<(), tproxy::Error>(())
+    /// ```
+    pub fn divert_only() -> Config {
+        Config { mode: Mode::DivertOnly, ..Config::default() }
+    }
+
+    /// Sets the name of the instance, "tproxy" by default. Its table is called "libtproxy-" and this name.
+    ///
+    /// A name has 1 to 20 letters, digits, '_', '.' and '-' ('-' not first).
+    pub fn name(mut self, name: impl Into<String>) -> Config {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Sets how packets reach the listeners, [`Mode::Tproxy`] by default.
+    pub fn mode(mut self, mode: Mode) -> Config {
+        self.mode = mode;
+        self
+    }
+
+    /// Sets the backend, [`Backend::Auto`] by default.
+    pub fn backend(mut self, backend: Backend) -> Config {
+        self.backend = backend;
+        self
+    }
+
+    /// Also intercepts traffic that this host sends.
+    ///
+    /// Packets from transparent sockets are exempt, so that a proxy whose upstream sockets are transparent never
+    /// intercepts its own connections.
+    pub fn local_output(mut self, yes: bool) -> Config {
+        self.local_output = yes;
+        self
+    }
+
+    /// Forwards traffic normally while no listener exists; by default it is dropped.
+    pub fn fail_open(mut self, yes: bool) -> Config {
+        self.fail_open = yes;
+        self
+    }
+
+    /// Accepts packets addressed directly to a listener's address and port; by default they are dropped.
+    pub fn allow_direct(mut self, yes: bool) -> Config {
+        self.allow_direct = yes;
+        self
+    }
+
+    /// Exempts intercepted packets from connection tracking.
+    pub fn notrack(mut self, yes: bool) -> Config {
+        self.notrack = yes;
+        self
+    }
+
+    /// Keeps the rules when the process ends.
+    pub fn persist(mut self, yes: bool) -> Config {
+        self.persist = yes;
+        self
+    }
+
+    /// Intercepts only these protocols; by default those of the listeners.
+    pub fn protocols(mut self, protocols: Protocols) -> Config {
+        self.protocols = Some(protocols);
+        self
+    }
+
+    /// Intercepts only these families.
+    ///
+    /// By default those of the listeners are intercepted, and only IPv4 on a host that has no IPv6 address.
+    pub fn families(mut self, families: Families) -> Config {
+        self.families = Some(families);
+        self
+    }
+
+    /// Sets the packet mark that routes a packet to a local socket, [`Mark::DEFAULT`] by default.
+    ///
+    /// A number stands for a mark of all 32 bits. With [`Config::local_output`] the mask must have a bit that the value
+    /// does not have.
+    pub fn mark(mut self, mark: impl Into<Mark>) -> Config {
+        self.mark = Some(mark.into());
+        self
+    }
+
+    /// Sets the number of the routing table that delivers packets to local sockets; by default a free table is used.
+    pub fn table(mut self, table: u32) -> Config {
+        self.table = Some(table);
+        self
+    }
+
+    /// Sets the priority of the first of four routing policy rules, from 1 to 32762; by default free priorities are used.
+    pub fn priority(mut self, priority: u32) -> Config {
+        self.priority = Some(priority);
+        self
+    }
+
+    /// Intercepts only these destination ports: numbers, or ranges such as `8000..=8100`, in any order.
+    ///
+    /// ```
+    /// use tproxy::rules::{Config, PortRange};
+    ///
+    /// let config = Config::new([]).ports([80, 443]);
+    /// let config = config.ports([PortRange::from(80), PortRange::from(8000..=8100)]);
+    /// # let _ = config;
+    /// ```
+    pub fn ports(mut self, ports: impl IntoIterator<Item = impl Into<PortRange>>) -> Config {
+        self.ports = Some(ports.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Intercepts only these destinations, even if they are this host's own addresses.
+    ///
+    /// By default every destination is intercepted except this host's own addresses, loopback, broadcast and multicast.
+    pub fn dst(mut self, dst: impl IntoIterator<Item = Prefix>) -> Config {
+        self.dst = Some(dst.into_iter().collect());
+        self
+    }
+
+    /// Intercepts only packets from these sources.
+    pub fn src(mut self, src: impl IntoIterator<Item = Prefix>) -> Config {
+        self.src = Some(src.into_iter().collect());
+        self
+    }
+
+    /// Never intercepts these destinations, whatever [`Config::dst`] has, nor their replies.
+    pub fn bypass(mut self, bypass: impl IntoIterator<Item = Prefix>) -> Config {
+        self.bypass = Some(bypass.into_iter().collect());
+        self
+    }
+
+    /// Intercepts forwarded traffic only if it arrives by an interface of one of these names.
+    ///
+    /// A trailing `*` makes a name a pattern: "ppp*" matches "ppp", "ppp0" and "ppp10". An empty list, with
+    /// [`Config::local_output`], intercepts only what this host sends.
+    pub fn interfaces(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Config {
+        self.interfaces = Some(names.into_iter().map(Into::into).collect());
+        self
+    }
 }
 
 /// A listening socket, as far as rules need to know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Listener {
     /// What it listens for.
     pub protocol: Protocol,
@@ -76,6 +223,15 @@ impl Listener {
     ///
     /// The socket must be a TCP or UDP socket of IPv4 or IPv6 that is bound to a port, listens if it is TCP, and is
     /// transparent unless the mode is [`Mode::Redirect`]; else the error says which of these it is not.
+    ///
+    /// ```no_run
+    /// use tproxy::rules::{Listener, Mode};
+    /// use tproxy::socket::{ListenOptions, listen};
+    ///
+    /// let socket = listen("[::]:3129".parse()?, ListenOptions::new())?;
+    /// let listener = Listener::from_fd(&socket, Mode::Tproxy)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn from_fd(fd: impl AsFd, mode: Mode) -> Result<Listener> {
         let fd = fd.as_fd();
         let failed = |e| Error::socket(SocketOp::Inspect, Endpoints::default(), e);
@@ -117,6 +273,14 @@ impl Listener {
     }
 
     /// A listener in another process; `[::]` serves both families.
+    ///
+    /// ```
+    /// use tproxy::rules::{Families, Listener, Protocol};
+    ///
+    /// let listener = Listener::at("[::]:3129".parse()?, Protocol::Udp)?;
+    /// assert_eq!((listener.families, listener.port), (Families::ALL, 3129));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn at(addr: SocketAddr, protocol: Protocol) -> Result<Listener> {
         if addr.port() == 0 {
             return Err(Error::invalid("listen_addr: it has no port"));

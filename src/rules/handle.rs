@@ -27,7 +27,16 @@ pub struct Rules {
 impl Rules {
     /// Makes the kernel deliver to the listeners what the config asks for.
     ///
-    /// On failure nothing is left. The crate's first page has an example.
+    /// On failure nothing is left.
+    ///
+    /// ```no_run
+    /// use tproxy::rules::{Config, Listener, Protocol, Rules};
+    ///
+    /// // A listener in another process.
+    /// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+    /// let rules = Rules::install(&Config::new([listener]).ports([80, 443]).interfaces(["eth0"]))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn install(config: &Config) -> Result<Rules> {
         let instance = Instance::install(config)?;
         let sockets = instance.sockets().filter_map(Descriptor::of).collect();
@@ -37,13 +46,21 @@ impl Rules {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
+    ///
+    /// ```no_run
+    /// use tproxy::rules::{Config, Listener, Rules};
+    /// # fn example(rules: &Rules, listener: Listener) -> Result<(), tproxy::Error> {
+    /// rules.replace(&Config::new([listener]).ports([80, 443, 8080]))?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn replace(&self, config: &Config) -> Result<()> {
         self.lock()?.replace(config)
     }
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
     ///
-    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
+    /// The set must be there: `dst` and `src` are if the config has them, empty or not, `bypass` always is (but not with
     /// [`Mode::DivertOnly`](super::Mode::DivertOnly)).
     ///
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Rules::replace`]: when so many
@@ -61,6 +78,14 @@ impl Rules {
     }
 
     /// What the rules have done so far.
+    ///
+    /// ```no_run
+    /// # fn example(rules: &tproxy::rules::Rules) -> Result<(), tproxy::Error> {
+    /// let stats = rules.stats()?;
+    /// println!("{} packets intercepted, {} dropped", stats.intercepted.packets, stats.dropped.packets);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stats(&self) -> Result<Stats> {
         self.lock()?.stats()
     }
@@ -70,6 +95,13 @@ impl Rules {
     /// The routing goes first, while the table still holds its place against others: for that moment the packets that
     /// would be intercepted are dropped. In a child of the process that installed them, while that lives, nothing is
     /// removed.
+    ///
+    /// ```no_run
+    /// # fn example(rules: tproxy::rules::Rules) -> Result<(), tproxy::Error> {
+    /// rules.remove()?; // Dropping the value removes them too, but does not say whether that failed.
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn remove(mut self) -> Result<()> {
         self.end(true)
     }

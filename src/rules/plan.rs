@@ -15,6 +15,9 @@ use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
 
+/// The name of an instance that is given none.
+pub(crate) const DEFAULT_NAME: &str = "tproxy";
+
 /// Checks a config and fills in its defaults.
 pub(crate) fn make(config: &Config) -> Result<Plan> {
     refuse_contradictions(config)?;
@@ -28,29 +31,30 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
             v6: all.v6 || listener.families.v6,
         })
     };
-    let mark = mark(config.mark, config.mark_mask)?;
+    let mark = mark(config.mark)?;
     let output_mark = if config.local_output { Some(output_mark(mark)?) } else { None };
-    let prefixes = config.dst.len() + config.src.len() + config.bypass.len();
+    let prefixes = [&config.dst, &config.src, &config.bypass].into_iter().flatten().map(Vec::len).sum::<usize>();
     memory::require(prefixes.saturating_mul(BYTES_EACH))?;
-    let set = |prefixes: &[Prefix]| (!prefixes.is_empty()).then(|| PrefixSet::new(prefixes));
+    let set = |prefixes: &Option<Vec<Prefix>>| prefixes.as_ref().map(|prefixes| PrefixSet::new(prefixes));
     Ok(Plan {
-        name: name(&config.name)?,
+        name: name(config.name.as_deref())?,
         mode: config.mode,
         mark,
         output_mark,
         families: families(config.families, served)?,
-        families_are_default: config.families.is_empty(),
+        families_are_default: config.families.is_none(),
         protocols,
         intercepts,
         guard: !config.allow_direct,
         fail_open: config.fail_open,
         notrack: config.notrack,
         persist: config.persist,
-        ports: merge_ports(&config.ports)?,
+        ports: config.ports.as_deref().map(merge_ports).transpose()?,
         dst: set(&config.dst),
         src: set(&config.src),
-        bypass: set(&config.bypass),
-        interfaces: interfaces(&config.interfaces)?,
+        // No exemption and an empty one are the same. Without one, packets need no look-up and no connection tracking.
+        bypass: set(&config.bypass).filter(|bypass| bypass.len() > 0),
+        interfaces: config.interfaces.as_deref().map(interfaces).transpose()?,
         table: table(config.table)?,
         priority: priority(config.priority)?,
     })
@@ -58,11 +62,11 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
 
 /// What cannot go together, or cannot be done.
 fn refuse_contradictions(config: &Config) -> Result<()> {
-    let selective = !config.ports.is_empty()
-        || !config.dst.is_empty()
-        || !config.src.is_empty()
-        || !config.bypass.is_empty()
-        || !config.interfaces.is_empty();
+    let selective = config.ports.is_some()
+        || config.dst.is_some()
+        || config.src.is_some()
+        || config.bypass.as_ref().is_some_and(|bypass| !bypass.is_empty())
+        || config.interfaces.is_some();
     if config.mode == Mode::DivertOnly && (selective || config.local_output || config.fail_open) {
         return Err(Error::invalid(
             "TP_RULES_DIVERT_ONLY with ports, dst, src, bypass, interfaces, TP_RULES_LOCAL_OUTPUT or \
@@ -90,7 +94,9 @@ fn refuse_contradictions(config: &Config) -> Result<()> {
             "TP_RULES_REDIRECT with TP_RULES_NOTRACK: redirection is connection tracking's work",
         ));
     }
-    if config.protocols.udp || config.listeners.iter().any(|listener| listener.protocol == Protocol::Udp) {
+    if config.protocols.is_some_and(|protocols| protocols.udp)
+        || config.listeners.iter().any(|listener| listener.protocol == Protocol::Udp)
+    {
         return Err(Error::new(
             libc::EOPNOTSUPP,
             "TP_RULES_REDIRECT for UDP: the original destination of a datagram would be lost; use TPROXY",
@@ -109,16 +115,18 @@ fn refuse_contradictions(config: &Config) -> Result<()> {
 fn protocols(config: &Config) -> Result<Protocols> {
     let served = |protocol| config.listeners.iter().any(|listener| listener.protocol == protocol);
     let of_listeners = Protocols { tcp: served(Protocol::Tcp), udp: served(Protocol::Udp) };
-    if config.protocols.is_empty() {
-        let tcp_alone = Protocols { tcp: true, udp: false };
-        return Ok(if of_listeners.is_empty() { tcp_alone } else { of_listeners });
+    let Some(wanted) = config.protocols else {
+        return Ok(if of_listeners.is_empty() { Protocols::TCP } else { of_listeners });
+    };
+    if wanted.is_empty() {
+        return Err(Error::invalid("protocols: neither TCP nor UDP is given"));
     }
-    let unserved = config.protocols.iter().find(|protocol| !of_listeners.contains(*protocol));
+    let unserved = wanted.iter().find(|protocol| !of_listeners.contains(*protocol));
     match unserved {
         Some(protocol) if config.mode != Mode::DivertOnly => {
             Err(Error::invalid_with(format_args!("protocols asks for {protocol}, but no listener serves it")))
         }
-        _ => Ok(config.protocols),
+        _ => Ok(wanted),
     }
 }
 
@@ -163,37 +171,36 @@ fn interfaces(names: &[String]) -> Result<Interfaces> {
     Ok(found)
 }
 
-pub(super) fn name(name: &str) -> Result<String> {
-    let name = if name.is_empty() { "tproxy" } else { name };
-    let fits = name.len() <= NAME_MAX
+pub(super) fn name(name: Option<&str>) -> Result<String> {
+    let name = name.unwrap_or(DEFAULT_NAME);
+    let fits = (1..=NAME_MAX).contains(&name.len())
         && !name.starts_with('-')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
     if fits {
         Ok(name.to_owned())
     } else {
         Err(Error::invalid_with(format_args!(
-            "name {}: at most {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)",
+            "name {}: 1 to {NAME_MAX} letters, digits, '_', '.' and, not first, '-' (it becomes part of a table's name)",
             name::quoted(name)
         )))
     }
 }
 
-fn mark(value: u32, mask: u32) -> Result<Mark> {
-    let mark = match (value, mask) {
-        (0, 0) => Mark::DEFAULT,
-        (0, _) => return Err(Error::invalid("mark_mask without mark: say which of its bits mean \"ours\"")),
-        (value, 0) => Mark { value, mask: u32::MAX },
-        (value, mask) => Mark { value, mask },
-    };
+fn mark(wanted: Option<Mark>) -> Result<Mark> {
+    let mark = wanted.unwrap_or(Mark::DEFAULT);
+    if mark.value == 0 {
+        return Err(Error::invalid("mark 0: packets without a mark have it too"));
+    }
     if mark.value & !mark.mask != 0 {
         return Err(Error::invalid_with(format_args!("mark {mark} has bits that its mask has not")));
     }
     Ok(mark)
 }
 
-fn families(wanted: Families, served: Families) -> Result<Families> {
+fn families(wanted: Option<Families>, served: Families) -> Result<Families> {
+    let Some(wanted) = wanted else { return Ok(served) };
     if wanted.is_empty() {
-        return Ok(served);
+        return Err(Error::invalid("families: neither IPv4 nor IPv6 is given"));
     }
     match wanted.iter().find(|family| !served.contains(*family)) {
         Some(family) => Err(Error::invalid_with(format_args!(
@@ -203,22 +210,24 @@ fn families(wanted: Families, served: Families) -> Result<Families> {
     }
 }
 
-fn table(table: u32) -> Result<Option<u32>> {
-    if table != 0 && is_system_table(table) {
-        return Err(Error::invalid_with(format_args!(
+fn table(table: Option<u32>) -> Result<Option<u32>> {
+    match table {
+        Some(0) => Err(Error::invalid("table 0 is no routing table: choose another")),
+        Some(table) if is_system_table(table) => Err(Error::invalid_with(format_args!(
             "table {table} is the system's own (local, main or default): choose another"
-        )));
+        ))),
+        table => Ok(table),
     }
-    Ok((table != 0).then_some(table))
 }
 
-fn priority(priority: u32) -> Result<Option<u32>> {
-    if priority > PRIORITY_MAX {
-        return Err(Error::invalid_with(format_args!(
+fn priority(priority: Option<u32>) -> Result<Option<u32>> {
+    match priority {
+        Some(0) => Err(Error::invalid("priority 0 is that of the local table's rule: choose another")),
+        Some(priority) if priority > PRIORITY_MAX => Err(Error::invalid_with(format_args!(
             "priority {priority}: at most {PRIORITY_MAX}, so that all four rules come before the main table's"
-        )));
+        ))),
+        priority => Ok(priority),
     }
-    Ok((priority != 0).then_some(priority))
 }
 
 /// One listener for each family and protocol; the same one twice (SO_REUSEPORT) is one.
@@ -231,7 +240,7 @@ fn intercepts(config: &Config, protocols: Protocols) -> Result<Vec<Intercept>> {
     let mut found: Vec<(Family, &Listener)> = Vec::new();
     for listener in &config.listeners {
         for family in listener.families.iter() {
-            let wanted = (config.families.is_empty() || config.families.contains(family))
+            let wanted = config.families.is_none_or(|families| families.contains(family))
                 && protocols.contains(listener.protocol);
             match found.iter().find(|(f, other)| *f == family && other.protocol == listener.protocol) {
                 Some((_, other)) if (other.addr, other.port) != (listener.addr, listener.port) => {
@@ -311,7 +320,7 @@ mod tests {
     }
 
     fn config(listeners: &[Listener]) -> Config {
-        Config { listeners: listeners.to_vec(), ..Config::default() }
+        Config::new(listeners.to_vec())
     }
 
     fn refusal(config: &Config) -> String {
@@ -342,7 +351,7 @@ mod tests {
     #[test]
     fn plan_families_narrow_dual_stack_listener() {
         let mut config = config(&[listener(true, true, None, 3129)]);
-        config.families = Families { v4: false, v6: true };
+        config.families = Some(Families::V6);
         let plan = make(&config).unwrap();
         assert_eq!(plan.families.only(), Some(Family::V6));
         assert_eq!(plan.intercepts[0].family, Some(Family::V6));
@@ -366,32 +375,34 @@ mod tests {
             assert!(sentence.contains(words), "{sentence}");
         };
         check(&|c| c.listeners.clear(), "no listeners");
-        check(
-            &|c| (c.mode, c.ports) = (Mode::DivertOnly, vec![PortRange { first: 1, last: 1 }]),
-            "nothing is intercepted",
-        );
-        check(&|c| c.name = "a b".into(), "letters, digits");
-        check(&|c| c.name = "x".repeat(21), "at most 20");
-        check(&|c| c.mark_mask = 1, "mark_mask without mark");
-        check(&|c| (c.mark, c.mark_mask) = (3, 1), "0x3/0x1");
-        check(&|c| c.table = 254, "the system's own");
-        check(&|c| c.priority = 32_763, "at most 32762");
-        check(&|c| c.families.v6 = true, "asks for IPv6");
-        check(&|c| c.ports = vec![PortRange { first: 2, last: 1 }], "ports 2-1");
-        check(&|c| c.protocols.udp = true, "asks for udp");
-        check(&|c| (c.local_output, c.mark, c.mark_mask) = (true, 4, 4), "no bit left");
+        check(&|c| (c.mode, c.ports) = (Mode::DivertOnly, Some(vec![1.into()])), "nothing is intercepted");
+        check(&|c| c.name = Some("a b".into()), "letters, digits");
+        check(&|c| c.name = Some("x".repeat(21)), "1 to 20");
+        check(&|c| c.name = Some(String::new()), "1 to 20");
+        check(&|c| c.mark = Some(Mark { value: 0, mask: 1 }), "mark 0");
+        check(&|c| c.mark = Some(Mark { value: 3, mask: 1 }), "0x3/0x1");
+        check(&|c| c.table = Some(254), "the system's own");
+        check(&|c| c.priority = Some(32_763), "at most 32762");
+        check(&|c| c.table = Some(0), "table 0");
+        check(&|c| c.priority = Some(0), "priority 0");
+        check(&|c| c.families = Some(Families::default()), "neither IPv4 nor IPv6");
+        check(&|c| c.protocols = Some(Protocols::default()), "neither TCP nor UDP");
+        check(&|c| c.families = Some(Families::V6), "asks for IPv6");
+        check(&|c| c.ports = Some(vec![PortRange { first: 2, last: 1 }]), "ports 2-1");
+        check(&|c| c.protocols = Some(Protocols::ALL), "asks for udp");
+        check(&|c| (c.local_output, c.mark) = (true, Some(Mark { value: 4, mask: 4 })), "no bit left");
         for bad in
             ["", "a-name-of-16-chr", "*", "a-name-of-16-chr*", "e*h0", "eth**", "a b", "eth0,eth1 ", ".", "a\u{1b}"]
         {
-            check(&|c| c.interfaces = vec![bad.into()], "is neither the name of an interface");
+            check(&|c| c.interfaces = Some(vec![bad.into()]), "is neither the name of an interface");
         }
         check(&|c| (c.mode, c.notrack) = (Mode::Redirect, true), "connection tracking's work");
-        check(&|c| c.ports = vec![PortRange { first: 0, last: 1 }], "at least 1");
+        check(&|c| c.ports = Some(vec![PortRange { first: 0, last: 1 }]), "at least 1");
     }
 
     #[test]
     fn plan_divert_only_needs_no_listener() {
-        let plan = make(&Config { mode: Mode::DivertOnly, ..Config::default() }).unwrap();
+        let plan = make(&Config::divert_only()).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert!(plan.intercepts.is_empty());
     }

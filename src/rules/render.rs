@@ -21,7 +21,7 @@ use crate::plan::Plan;
 /// use tproxy::rules::{Config, Listener, Protocol, render_nft};
 ///
 /// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
-/// let script = render_nft(&Config { listeners: vec![listener], ports: vec![80.into()], ..Config::default() })?;
+/// let script = render_nft(&Config::new([listener]).ports([80]))?;
 /// assert!(script.starts_with("#!/bin/sh\n") && script.contains("tproxy to :3129"));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -39,6 +39,15 @@ pub fn render_nft(config: &Config) -> Result<String> {
 }
 
 /// The same, of `ip` and `iptables-restore` commands.
+///
+/// ```
+/// use tproxy::rules::{Config, Listener, Protocol, render_iptables};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// let script = render_iptables(&Config::new([listener]).ports([80]))?;
+/// assert!(script.contains("-j TPROXY --on-port 3129"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn render_iptables(config: &Config) -> Result<String> {
     let plan = plan::make(config)?;
     iptables::check(&plan)?;

@@ -23,8 +23,9 @@ use crate::sys;
 use probe::{Probe, ProbeResult};
 
 /// A name that the configuration chooses.
-fn interface(interfaces: &Interfaces) -> String {
-    match (interfaces.names.first(), interfaces.prefixes.first()) {
+fn interface(interfaces: Option<&Interfaces>) -> String {
+    let first = |list: fn(&Interfaces) -> &Vec<String>| interfaces.and_then(|interfaces| list(interfaces).first());
+    match (first(|interfaces| &interfaces.names), first(|interfaces| &interfaces.prefixes)) {
         (Some(name), _) => name.clone(),
         // "ppp*" is "ppp" too, which must do where there is no room for more.
         (None, Some(prefix)) if prefix.len() + 1 < libc::IFNAMSIZ => format!("{prefix}0"),
@@ -34,10 +35,22 @@ fn interface(interfaces: &Interfaces) -> String {
 }
 
 /// Sends a connection and a datagram of each family, as far as the config asks for them, through its rules.
+///
+/// Does so in a network namespace that exists only during the call, and gives a finding for each.
+///
+/// ```no_run
+/// use tproxy::rules::{Config, Listener, Protocol};
+///
+/// let listener = Listener::at("[::]:3129".parse()?, Protocol::Tcp)?;
+/// for finding in tproxy::self_test(&Config::new([listener]).ports([80]))? {
+///     println!("{:?} {}", finding.severity, finding.message);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
     let plan = plan::make(config)?;
     let worker = || -> Result<Vec<Finding>> {
-        let network = network::Network::new(&interface(&plan.interfaces))?;
+        let network = network::Network::new(&interface(plan.interfaces.as_ref()))?;
         let mut found = Findings::default();
         probe::run(config, &plan, &network)?.iter().for_each(|probe| report(probe, &mut found));
         skipped(config, &plan, &mut found);
@@ -72,7 +85,7 @@ fn skipped(config: &Config, plan: &crate::plan::Plan, found: &mut Findings) {
         found.push(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
     };
     for family in [Family::V4, Family::V6] {
-        if !plan.families.contains(family) || probe::destination(config, family).is_none() {
+        if !plan.families.contains(family) || !probe::intercepts(config, family) {
             skip(&family);
         }
     }

@@ -10,7 +10,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::network::Network;
 use crate::address::canonical;
 use crate::error::{Error, Result};
-use crate::model::{Families, Family, Mode, Protocol};
+use crate::model::{Family, Mode, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
 use crate::plan::Plan;
@@ -85,12 +85,29 @@ impl Probe {
     }
 }
 
-/// Whom a probe of a family asks; `None`: the config leaves nobody.
-pub(super) fn destination(config: &Config, family: Family) -> Option<IpAddr> {
-    let listed: Vec<IpAddr> = of_family(&config.dst, family).map(Prefix::sample).collect();
-    let candidates = if config.dst.is_empty() { vec![sample(SERVERS, family)] } else { listed };
-    let more = config.dst.is_empty().then(|| sample(ELSEWHERE, family));
-    candidates.into_iter().chain(more).find(|addr| !config.bypass.iter().any(|prefix| prefix.covers(*addr)))
+/// The config can intercept a probe of this family: none of its lists is empty.
+pub(super) fn intercepts(config: &Config, family: Family) -> bool {
+    let any_port = config.ports.as_ref().is_none_or(|ports| !ports.is_empty());
+    let any_interface = config.interfaces.as_ref().is_none_or(|names| !names.is_empty());
+    any_port && any_interface && client(config, family).is_some() && destination(config, family).is_some()
+}
+
+/// The address that sends the probes of a family; `None`: the config leaves none.
+fn client(config: &Config, family: Family) -> Option<IpAddr> {
+    match &config.src {
+        Some(src) => of_family(src, family).map(Prefix::sample).next(),
+        None => Some(sample(CLIENTS, family)),
+    }
+}
+
+/// The address that the probes of a family are sent to; `None`: the config leaves none.
+fn destination(config: &Config, family: Family) -> Option<IpAddr> {
+    let candidates: Vec<IpAddr> = match &config.dst {
+        Some(dst) => of_family(dst, family).map(Prefix::sample).collect(),
+        None => vec![sample(SERVERS, family), sample(ELSEWHERE, family)],
+    };
+    let bypassed = |addr: &IpAddr| config.bypass.iter().flatten().any(|prefix| prefix.covers(*addr));
+    candidates.into_iter().find(|addr| !bypassed(addr))
 }
 
 fn of_family(prefixes: &[Prefix], family: Family) -> impl Iterator<Item = &Prefix> {
@@ -108,11 +125,11 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     config.persist = false;
     let mut families = plan.families;
     for family in plan.families.iter() {
-        let client = of_family(&config.src, family).map(Prefix::sample).next().unwrap_or(sample(CLIENTS, family));
-        match network.connect(client, sample(GATEWAYS, family)) {
+        let Some(from) = client(&config, family) else { continue };
+        match network.connect(from, sample(GATEWAYS, family)) {
             Ok(()) => {}
             // A kernel without this family; rules for both do without it, too.
-            Err(_) if config.families == Families::default() && family == Family::V6 => families.v6 = false,
+            Err(_) if config.families.is_none() && family == Family::V6 => families.v6 = false,
             Err(e) => return Err(e),
         }
     }
@@ -120,7 +137,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     for family in families.iter() {
         for protocol in plan.protocols.iter() {
             let Some(to) = target(&mut config, plan, family, protocol) else { continue };
-            let from = of_family(&config.src, family).map(Prefix::sample).next().unwrap_or(sample(CLIENTS, family));
+            let Some(from) = client(&config, family) else { continue };
             probes.push(Probe {
                 family,
                 protocol,
@@ -167,7 +184,10 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
 /// Where a probe goes. With nothing to intercept it goes to a listener's own foreign address, which is made if there is none.
 fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) -> Option<SocketAddr> {
     if plan.mode != Mode::DivertOnly {
-        let port = plan.ports.first().map_or(PORT, |range| range.first);
+        let port = plan.ports.as_ref().map_or(Some(PORT), |ports| ports.first().map(|range| range.first))?;
+        if !intercepts(config, family) {
+            return None;
+        }
         let served = config.listeners.iter().any(|l| l.protocol == protocol && l.families.contains(family));
         return destination(config, family).filter(|_| served).map(|addr| SocketAddr::new(addr, port));
     }
@@ -198,7 +218,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
                 }
                 ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), e))?
             }
-            (_, Protocol::Tcp) => socket::listen(addr, -1, ListenOptions { nonblocking: true, reuse_port: false })?,
+            (_, Protocol::Tcp) => socket::listen(addr, ListenOptions::new().nonblocking(true))?,
             (_, Protocol::Udp) => {
                 let socket = socket::socket(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
                 socket::bind_nonlocal(socket.as_fd(), addr)?;

@@ -17,6 +17,7 @@ const fn align(len: usize) -> usize {
 
 /// What control data say of a datagram.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Control {
     /// `IP_ORIGDSTADDR`, `IPV6_ORIGDSTADDR`.
     pub(crate) orig_dst: KernelAddr,
@@ -28,6 +29,12 @@ pub struct Control {
 impl Control {
     /// Reads control data as `recvmsg(2)` gives them. Any bytes are fine: what
     /// is cut short or makes no sense is passed over.
+    ///
+    /// ```
+    /// use tproxy::udp::Control;
+    ///
+    /// assert_eq!(Control::parse(&[]).orig_dst(), None);
+    /// ```
     pub fn parse(data: &[u8]) -> Control {
         let mut control = Control::default();
         control.read(data);

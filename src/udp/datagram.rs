@@ -49,6 +49,17 @@ pub(crate) const NO_ORIG_DST: u32 = 0x4;
 impl<'a> Datagram<'a> {
     /// A datagram whose bytes are in `memory`: room for what is received. To
     /// send what is there already, [`set_len`](Self::set_len).
+    ///
+    /// ```
+    /// use tproxy::udp::Datagram;
+    ///
+    /// let mut memory = *b"pong";
+    /// let mut datagram = Datagram::new(&mut memory);
+    /// datagram.set_len(4);
+    /// datagram.set_client("192.0.2.7:40000".parse()?);
+    /// assert_eq!((datagram.data(), datagram.orig_dst()), (&b"pong"[..], None));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new(memory: &'a mut [u8]) -> Datagram<'a> {
         Datagram {
             data: memory.as_mut_ptr().cast(),

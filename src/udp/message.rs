@@ -250,6 +250,9 @@ struct Raw {
 // SAFETY: memory that is uninitialised until it is written, whatever it holds.
 unsafe impl Zeroed for SendBuffers {}
 
+// SAFETY: its pointers are read only while a SendBatch borrows it, which has written them.
+unsafe impl Send for SendBuffers {}
+
 /// Where the messages of an [`SendBatch`] are. Only what is used of it is written.
 pub(super) struct SendBuffers {
     headers: [MaybeUninit<mmsghdr>; BATCH],

@@ -26,7 +26,7 @@ pub use datagram::Datagram;
 pub(crate) use message::ControlRoom;
 pub(crate) use receive::receive_one;
 pub use receive::{Received, receive, receive_from};
-pub use replier::{Options, Replier, Stats};
+pub use replier::{Replier, ReplierOptions, ReplierStats};
 
 /// How many datagrams a system call takes at most. With more, the call's own
 /// cost is no longer to be seen in a datagram's.

@@ -12,6 +12,7 @@ use crate::error::{Endpoints, Error, Result, SocketOp};
 
 /// What [`receive_from`] says of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Received {
     /// The bytes received; with `MSG_TRUNC` asked for, the bytes that there were.
     pub len: usize,
@@ -22,6 +23,16 @@ pub struct Received {
 }
 
 /// `recvfrom(2)` with the original destination, in one system call.
+///
+/// ```no_run
+/// use std::mem::MaybeUninit;
+/// # let socket = std::net::UdpSocket::bind("[::]:3053")?;
+/// tproxy::socket::set_transparent(&socket)?;
+/// let mut buffer = [MaybeUninit::uninit(); 2048];
+/// let received = tproxy::udp::receive_from(&socket, &mut buffer, 0)?;
+/// println!("{:?} sent {} bytes to {:?}", received.source, received.len, received.orig_dst);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn receive_from(fd: impl AsFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
     let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
     let (len, orig_dst) = receive_one(fd.as_fd(), buffer, flags, &mut source, &mut control)?;
@@ -48,11 +59,11 @@ pub(crate) fn receive_one<'c>(
 /// `recvmmsg(2)`, which waits for the first alone. Gives their number.
 ///
 /// ```no_run
-/// use tproxy::udp::{Datagram, Options, Replier, receive};
+/// use tproxy::udp::{Datagram, Replier, ReplierOptions, receive};
 /// # let socket = std::net::UdpSocket::bind("[::]:3053")?;
 /// let mut memory = vec![[0; 2048]; 64];
 /// let mut datagrams: Vec<Datagram<'_>> = memory.iter_mut().map(|bytes| Datagram::new(bytes)).collect();
-/// let mut replier = Replier::new(Options::default())?;
+/// let mut replier = Replier::new(ReplierOptions::new())?;
 /// loop {
 ///     let received = receive(&socket, &mut datagrams, 0)?;
 ///     // Each goes back to its client, from where it was going: an echo.

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use super::datagram::Datagram;
 use super::message::{ArrayVec, Flow, MAX_GSO, MAX_SEGMENTS, Message, SendBatch, SendBuffers, zeroed_box};
@@ -11,28 +12,65 @@ use crate::address::KernelAddr;
 use crate::error::{Error, Result};
 use crate::sys::{self, Errno};
 
-/// How a [`Replier`] works.
+/// How a [`Replier`] works. Each method changes one option and returns the options.
+///
+/// ```
+/// use std::time::Duration;
+/// use tproxy::udp::ReplierOptions;
+///
+/// let options = ReplierOptions::new().max_sockets(1024).idle(Duration::from_secs(10)).nonblocking(true);
+/// # let _ = options;
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
-    /// How many sockets of source ports it has at most; at least 1.
-    pub max_sockets: usize,
-    /// How long a socket may be unused, in milliseconds.
-    pub idle_ms: u64,
-    /// A datagram for which there is no room at once is EAGAIN.
-    pub nonblocking: bool,
-    /// Never takes a port: all replies are sent by raw sockets.
-    pub raw: bool,
+#[must_use = "each method returns the changed options"]
+pub struct ReplierOptions {
+    pub(crate) max_sockets: usize,
+    pub(crate) idle: Duration,
+    pub(crate) nonblocking: bool,
+    pub(crate) raw: bool,
 }
 
-impl Default for Options {
-    fn default() -> Options {
-        Options { max_sockets: 256, idle_ms: 60_000, nonblocking: false, raw: false }
+impl ReplierOptions {
+    /// At most 256 sockets, of which those that are unused for a minute are closed.
+    pub fn new() -> ReplierOptions {
+        ReplierOptions { max_sockets: 256, idle: Duration::from_secs(60), nonblocking: false, raw: false }
+    }
+
+    /// Sets how many sockets, one for each source port, may be open at the same time. 0 is the same as 1.
+    pub fn max_sockets(mut self, sockets: usize) -> ReplierOptions {
+        self.max_sockets = sockets;
+        self
+    }
+
+    /// Sets after which time an unused socket is closed.
+    pub fn idle(mut self, time: Duration) -> ReplierOptions {
+        self.idle = time;
+        self
+    }
+
+    /// Refuses a datagram with EAGAIN if the socket's buffer is full; by default the call waits.
+    pub fn nonblocking(mut self, yes: bool) -> ReplierOptions {
+        self.nonblocking = yes;
+        self
+    }
+
+    /// Sends all replies through raw sockets, and binds no port.
+    pub fn raw(mut self, yes: bool) -> ReplierOptions {
+        self.raw = yes;
+        self
+    }
+}
+
+impl Default for ReplierOptions {
+    fn default() -> ReplierOptions {
+        ReplierOptions::new()
     }
 }
 
 /// What a [`Replier`] has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
+#[non_exhaustive]
+pub struct ReplierStats {
     /// Sockets that are open now, raw ones among them.
     pub sockets: u64,
     /// Groups of datagrams of one source port for which there was a socket, or for which it was known that there is none.
@@ -199,12 +237,13 @@ fn from_item(items: &[Pending], first: u16) -> impl Iterator<Item = &Pending> {
 
 impl Replier {
     /// A replier without a socket yet. Says already whether the privilege is there.
-    pub fn new(options: Options) -> Result<Replier> {
+    pub fn new(options: ReplierOptions) -> Result<Replier> {
         pool::check_privilege()?;
         let scratch = || sys::Result::Ok(Scratch { batch: Batch::new()?, room: zeroed_box()?, spare: zeroed_box()? });
         let scratch = scratch().map_err(|_| Error::no_memory())?;
+        let idle_ms = u64::try_from(options.idle.as_millis()).unwrap_or(u64::MAX);
         Ok(Replier {
-            sources: SocketPool::new(options.max_sockets, options.idle_ms, options.raw)?,
+            sources: SocketPool::new(options.max_sockets.max(1), idle_ms, options.raw)?,
             scratch,
             flags: if options.nonblocking { libc::MSG_DONTWAIT } else { 0 },
             raw: 0,
@@ -216,6 +255,21 @@ impl Replier {
     /// Sends each datagram from its `orig_dst` to its `client`, and gives how
     /// many were sent; the others have an error. Datagrams of one flow keep
     /// their order.
+    ///
+    /// ```no_run
+    /// use tproxy::udp::{Datagram, Replier, ReplierOptions};
+    ///
+    /// let mut answer = *b"pong";
+    /// let mut datagram = Datagram::new(&mut answer);
+    /// datagram.set_len(4);
+    /// datagram.set_orig_dst("203.0.113.2:53".parse()?);
+    /// datagram.set_client("192.0.2.7:40000".parse()?);
+    /// let mut replier = Replier::new(ReplierOptions::new())?;
+    /// if replier.reply(&mut [datagram]) == 0 {
+    ///     eprintln!("the reply was not sent");
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn reply(&mut self, datagrams: &mut [Datagram<'_>]) -> usize {
         let now = sys::coarse_ms();
         self.sources.sweep(now);
@@ -230,9 +284,9 @@ impl Replier {
     }
 
     /// What has been done so far.
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> ReplierStats {
         let counts = self.sources.counts;
-        Stats {
+        ReplierStats {
             sockets: self.sources.open() as u64,
             hits: counts.hits,
             misses: counts.misses,

@@ -6,7 +6,11 @@ use std::ptr;
 
 use libc::sockaddr_storage;
 
+use super::datagram::Datagram;
 use crate::address::KernelAddr;
+
+// SAFETY: it has its memory to itself, by an exclusive borrow or by a C caller's word, as if it were that borrow.
+unsafe impl Send for Datagram<'_> {}
 
 /// No address: AF_UNSPEC.
 // SAFETY: integers, for which all zero is valid.

@@ -53,8 +53,8 @@ def usage():
         assert re.search(rf"^  {command}\b", text, re.M), command
     assert re.fullmatch(r"tproxyctl \d+\.\d+\.\d+\n", out("--version"))
     for args in ([], ["nonsense"], ["--nonsense"], ["check", "more"], ["purge", "a", "b"], ["install", "--port", "0x"],
-                 ["install", "--port", "70000"], ["install", "--dst", "192.0.2.0/33"], ["install", "--listen", "x:1"],
-                 ["render", "--format", "c"], ["stats", "--watch=0"]):
+                 ["install", "--port", "70000"], ["install", "--port", ","], ["install", "--dst", "192.0.2.0/33"],
+                 ["install", "--listen", "x:1"], ["render", "--format", "c"], ["stats", "--watch=0"]):
         done = run(*args, status=2)
         assert done.stdout == "" and "tproxyctl" in done.stderr, (args, done)
 

@@ -30,6 +30,7 @@ static unsigned long number(const char *what, const char *text, unsigned long mo
 /* 80, 8000-8010, or several of them with commas between. */
 static void add_ports(struct options *options, char *text)
 {
+    size_t before = options->config.n_ports;
     for (char *one = strtok(text, ","); one; one = strtok(NULL, ",")) {
         char *dash = strchr(one, '-');
         if (dash)
@@ -40,6 +41,8 @@ static void add_ports(struct options *options, char *text)
         uint16_t last = dash ? (uint16_t)number("--port", dash, 65535) : first;
         options->ports[options->config.n_ports++] = (struct tp_port_range){ first, last };
     }
+    if (options->config.n_ports == before)
+        usage_error("--port: no port given");
     options->config.ports = options->ports;
 }
 

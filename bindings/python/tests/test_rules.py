@@ -106,6 +106,22 @@ def test_update_rules_adds_and_removes_prefixes(lab: Lab, hosts: Hosts) -> None:
         assert refused.value.errno == errno.EINVAL
 
 
+def test_install_rules_with_empty_list_intercepts_nothing(lab: Lab, hosts: Hosts) -> None:
+    """None is the same as no list; prefixes can be added to an empty one."""
+    unrestricted = {"ports": None, "dst": None, "src": None, "bypass": None, "interfaces": None}
+    with proxy(lab, **unrestricted):
+        assert answer(lab, hosts.server, 80) == "proxy"
+    for name in ("ports", "dst", "src", "interfaces"):
+        with proxy(lab, **{name: []}):
+            assert answer(lab, hosts.server, 80) == "server"
+    for which, name, prefix in ((AddressSet.DST, "dst", hosts.server), (AddressSet.SRC, "src", hosts.client)):
+        with proxy(lab, bypass=[], **{name: ()}) as (rules, _):
+            rules.update(which, add=[prefix])
+            assert answer(lab, hosts.server, 80) == "proxy"
+            rules.update(which, remove=[prefix])
+            assert answer(lab, hosts.server, 80) == "server"
+
+
 def test_replace_rules_changes_ports(lab: Lab, hosts: Hosts) -> None:
     with proxy(lab, ports=[81]) as (rules, listener):
         assert answer(lab, hosts.server, 80) == "server"

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import byref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 class RulesConfig(TypedDict, total=False):
     """What to intercept, for whom: the keywords of :func:`install_rules` and its kin. All may be left out.
+
+    ``None`` is the same as leaving a keyword out. A list that is left out restricts nothing; an empty ``ports``,
+    ``dst``, ``src`` or ``interfaces`` selects nothing.
 
     ====================  ============================================================================
     ``name``              the instance's; "tproxy". One network can have several
@@ -52,11 +55,11 @@ class RulesConfig(TypedDict, total=False):
     mark_mask: int
     table: int
     priority: int
-    ports: Iterable[PortRange]
-    dst: Iterable[Prefix]
-    src: Iterable[Prefix]
-    bypass: Iterable[Prefix]
-    interfaces: Iterable[str]
+    ports: Iterable[PortRange] | None
+    dst: Iterable[Prefix] | None
+    src: Iterable[Prefix] | None
+    bypass: Iterable[Prefix] | None
+    interfaces: Iterable[str] | None
 
 
 _NUMBERS = ("flags", "backend", "protocols", "families", "mark", "mark_mask", "table", "priority")
@@ -71,6 +74,14 @@ def _text(what: str, text: str) -> bytes:
 
 def _name(name: str | None) -> bytes | None:
     return None if name is None else _text("name", name)
+
+
+def _names(names: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    """An array of the names of interfaces."""
+    if isinstance(names, str):
+        raise TypeError(f"interfaces: {names!r}: a list of names is needed, not one")
+    encoded = [_text("interfaces", name) for name in names]
+    return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
 def config_struct(given: RulesConfig) -> c.tp_rules_config:
@@ -90,22 +101,21 @@ def config_struct(given: RulesConfig) -> c.tp_rules_config:
         place, config.listen_addrlen = encode(listen_addr)
         config.listen_addr = ctypes.pointer(place)
     descriptors = [descriptor(sock) for sock in given.get("listeners", ())]
-    interfaces = given.get("interfaces", ())
-    if isinstance(interfaces, str):
-        raise TypeError(f"interfaces: {interfaces!r}: a list of names is needed, not one")
-    names = [_text("interfaces", name) for name in interfaces]
-    arrays: dict[str, ctypes.Array[Any]] = {
-        "listeners": (ctypes.c_int * len(descriptors))(*descriptors),
-        "ports": ports(given.get("ports", ())),
-        "dst": prefixes(given.get("dst", ())),
-        "src": prefixes(given.get("src", ())),
-        "bypass": prefixes(given.get("bypass", ())),
-        "interfaces": (ctypes.c_char_p * len(names))(*names),
+    lists: dict[str, Callable[[Any], ctypes.Array[Any]]] = {
+        "ports": ports,
+        "dst": prefixes,
+        "src": prefixes,
+        "bypass": prefixes,
+        "interfaces": _names,
     }
+    arrays: dict[str, ctypes.Array[Any]] = {"listeners": (ctypes.c_int * len(descriptors))(*descriptors)}
+    for what, array_of in lists.items():
+        # NULL restricts nothing. The pointer to an array of length 0 is not NULL, and selects nothing.
+        if (items := cast("dict[str, Any]", given).get(what)) is not None:
+            arrays[what] = array_of(items)
     for what, array in arrays.items():
-        if len(array):
-            setattr(config, what, array)
-            setattr(config, "n_" + what, len(array))
+        setattr(config, what, array)
+        setattr(config, "n_" + what, len(array))
     return config
 
 
@@ -168,7 +178,7 @@ class Rules:
         """Adds prefixes to a set and removes others, in one transaction, while the rules work.
 
         ``AddressSet.DST`` and ``SRC`` can be changed if the rules were given
-        some, ``BYPASS`` always. FileNotFoundError: one to be removed is not there.
+        a list of them, empty or not, ``BYPASS`` always. FileNotFoundError: one to be removed is not there.
         """
         added, removed = prefixes(add), prefixes(remove)
         with self._lock:

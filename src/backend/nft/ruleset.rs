@@ -27,15 +27,15 @@ use crate::model::{Families, Family, Mode, PortRange, Protocol};
 use crate::plan::{Intercept, Plan};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
-const DIVERT: &str = "divert";
+pub(crate) const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
 const DIRECT_CHAIN: &str = "direct";
 const VET: &str = "vet";
 const RESERVED: &str = "reserved";
 const RESERVED_BY_LO: &str = "reserved-by-lo";
-const REROUTE: &str = "reroute";
-const UNTRACK: &str = "untrack";
-const DEFRAGMENT: &str = "defragment";
+pub(crate) const REROUTE: &str = "reroute";
+pub(crate) const UNTRACK: &str = "untrack";
+pub(crate) const DEFRAGMENT: &str = "defragment";
 const SELECT: &str = "select";
 const SELECT_LOCAL: &str = "select-local";
 const SELECT_RAW: &str = "select-raw";
@@ -513,10 +513,13 @@ impl Ruleset<'_> {
         selection: &Selection,
     ) {
         let plan = self.plan;
-        let ports = match (plan.ports.as_slice(), one_port(plan)) {
-            ([], _) => None,
-            (_, Some(port)) => Some(Statement::DestinationPort(port)),
-            _ => Some(Statement::DestinationPortIn(self.set(PORTS))),
+        let ports = match plan.ports.as_deref() {
+            None => None,
+            Some([]) => return,
+            Some(_) => Some(match one_port(plan) {
+                Some(port) => Statement::DestinationPort(port),
+                None => Statement::DestinationPortIn(self.set(PORTS)),
+            }),
         };
         let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
         let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
@@ -540,12 +543,11 @@ impl Ruleset<'_> {
         }
     }
 
-    /// One statement for all names, and one for each pattern; `None`: packets of every interface.
+    /// One statement for all names, and one for each pattern; `None`: packets of every interface. No packet is chosen if
+    /// there is neither.
     fn interfaces(&self, incoming: bool) -> Vec<Option<Statement>> {
-        let interfaces = &self.plan.interfaces;
-        if !incoming || interfaces.is_empty() {
-            return vec![None];
-        }
+        let interfaces = self.plan.interfaces.as_ref().filter(|_| incoming);
+        let Some(interfaces) = interfaces else { return vec![None] };
         let names = (!interfaces.names.is_empty()).then_some(Statement::InterfaceIn(self.set(INTERFACES)));
         let like = |prefix: &String| Statement::InterfaceLike(InterfacePrefix::new(prefix));
         names.into_iter().chain(interfaces.prefixes.iter().map(like)).map(Some).collect::<Vec<_>>()
@@ -554,15 +556,17 @@ impl Ruleset<'_> {
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
     fn sets(&mut self) -> Result<()> {
         let plan = self.plan;
-        if !plan.ports.is_empty() && one_port(plan).is_none() {
+        let ports = plan.ports.as_deref().unwrap_or_default();
+        if !ports.is_empty() && one_port(plan).is_none() {
             let set = self.empty_set(self.set(PORTS), Key::Port);
-            for piece in plan.ports.chunks(IN_A_MESSAGE) {
+            for piece in ports.chunks(IN_A_MESSAGE) {
                 self.objects.push(Object::Elements { set, elements: Elements::Ports(piece.to_vec()) });
             }
         }
-        if !plan.interfaces.names.is_empty() {
+        let names = plan.interfaces.as_ref().map(|interfaces| interfaces.names.as_slice()).unwrap_or_default();
+        if !names.is_empty() {
             let set = self.empty_set(self.set(INTERFACES), Key::Interface);
-            for piece in plan.interfaces.names.chunks(IN_A_MESSAGE) {
+            for piece in names.chunks(IN_A_MESSAGE) {
                 self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
             }
         }
@@ -603,8 +607,8 @@ fn each(prefixes: &Option<PrefixSet>, families: Families) -> impl Iterator<Item 
 
 /// The port, if there is but one: it needs no set.
 fn one_port(plan: &Plan) -> Option<u16> {
-    match plan.ports[..] {
-        [PortRange { first, last }] if first == last => Some(first),
+    match plan.ports.as_deref() {
+        Some([PortRange { first, last }]) if first == last => Some(*first),
         _ => None,
     }
 }

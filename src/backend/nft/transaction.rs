@@ -299,11 +299,11 @@ mod tests {
             fail_open: false,
             notrack: false,
             persist: false,
-            ports: Vec::new(),
+            ports: None,
             dst: None,
             src: None,
             bypass: None,
-            interfaces: Default::default(),
+            interfaces: None,
             table: None,
             priority: None,
         };

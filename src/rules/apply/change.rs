@@ -38,7 +38,7 @@ impl Instance {
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
     ///
-    /// The set must be there: `dst` and `src` are if they were given at the start, `bypass` always is (but not with
+    /// The set must be there: `dst` and `src` are if the config has them, empty or not, `bypass` always is (but not with
     /// [`Mode::DivertOnly`]).
     ///
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Instance::replace`]: when so many
@@ -54,13 +54,15 @@ impl Instance {
         }
         let missing = |name: &str| {
             Error::invalid_with(format_args!(
-                "there is no {name} set to update: with none given every address is meant; tp_replace_rules gives one"
+                "there is no {name} set to update: the rules were installed with {name} NULL, which restricts nothing; tp_replace_rules can give one"
             ))
         };
+        if self.plan.mode == Mode::DivertOnly {
+            return Err(Error::invalid("TP_RULES_DIVERT_ONLY intercepts nothing, and has no set to update"));
+        }
         let which = match set {
             Set::Dst if self.plan.dst.is_none() => return Err(missing("dst")),
             Set::Src if self.plan.src.is_none() => return Err(missing("src")),
-            Set::Bypass if self.plan.mode == Mode::DivertOnly => return Err(missing("bypass")),
             Set::Dst => PrefixList::Dst,
             Set::Src => PrefixList::Src,
             Set::Bypass => PrefixList::Bypass,

@@ -9,7 +9,7 @@ use socket2::Socket;
 use super::*;
 use crate::netlink::Transport;
 use crate::prefix::Prefix;
-use crate::rules::{Listener, PortRange, Protocol};
+use crate::rules::{Listener, Protocol};
 use crate::sys;
 
 /// A transport to the kernel that spoils one message: the kernel gets one of a type that it does not know.
@@ -83,19 +83,17 @@ fn state() -> String {
 fn config() -> Config {
     let families = Families::ALL;
     let listener = Listener { protocol: Protocol::Tcp, families, addr: None, port: 3129 };
-    Config { listeners: vec![listener], ports: vec![PortRange { first: 80, last: 80 }], ..Config::default() }
+    Config::new([listener]).ports([80])
 }
 
 fn full() -> Config {
     let prefix = |text: &str, len| Prefix::new(text.parse().unwrap(), len).unwrap();
-    Config {
-        dst: vec![prefix("192.0.2.0", 24), prefix("2001:db8::", 32)],
-        src: vec![prefix("10.0.0.0", 8)],
-        interfaces: vec!["eth0".to_owned()],
-        local_output: true,
-        notrack: true,
-        ..config()
-    }
+    config()
+        .dst([prefix("192.0.2.0", 24), prefix("2001:db8::", 32)])
+        .src([prefix("10.0.0.0", 8)])
+        .interfaces(["eth0"])
+        .local_output(true)
+        .notrack(true)
 }
 
 /// Spoils the first message, then the second, and so on, until there is none left to spoil. Gives how many there were.
@@ -142,8 +140,8 @@ fn install_in_family_without_routing_rules_works() {
 fn install_that_fails_at_any_message_leaves_nothing() {
     enter_own_network();
     let before = state();
-    let redirect = Config { mode: Mode::Redirect, ..config() };
-    let divert = Config { mode: Mode::DivertOnly, ..Config::default() };
+    let redirect = config().mode(Mode::Redirect);
+    let divert = Config::divert_only();
     for config in [config(), full(), redirect, divert] {
         let undisturbed = Instance::install(&config).unwrap();
         let installed = state();
@@ -198,7 +196,7 @@ fn update_that_fails_at_any_message_changes_nothing() {
     let prefix = |text: &str, len| Prefix::new(text.parse().unwrap(), len).unwrap();
     let hundred = |len: u8| (0..100).map(move |n| prefix(&format!("10.1.{n}.0"), len));
     let mut many = full();
-    many.dst.extend(hundred(24));
+    many.dst.as_mut().unwrap().extend(hundred(24));
     let networks: Vec<Prefix> = hundred(25).collect();
     let updates: [(Config, &[Prefix], &[Prefix]); 4] = [
         // Of ranges; of ranges and of a set of one length; to a new such set; the first bypass.

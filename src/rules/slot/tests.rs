@@ -351,11 +351,11 @@ fn plan(persist: bool, table: Option<u32>, priority: Option<u32>) -> Plan {
         fail_open: false,
         notrack: false,
         persist,
-        ports: Vec::new(),
+        ports: None,
         dst: None,
         src: None,
         bypass: None,
-        interfaces: Default::default(),
+        interfaces: None,
         table,
         priority,
     }
