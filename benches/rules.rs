@@ -203,7 +203,7 @@ impl Router {
             .map(|(net, port)| net.run(|| UdpSocket::bind(at(ip("0.0.0.0"), port)).unwrap()));
         // The smallest buffer: it is full soon, and dropping further datagrams costs little.
         SockRef::from(&sink).set_recv_buffer_size(0).unwrap();
-        sink.set_read_timeout(Some(PATIENCE)).unwrap();
+        sink.set_read_timeout(Some(patience())).unwrap();
         let size = if destinations.is_empty() { many() } else { destinations.len() as u32 };
         let all_over = |odd| {
             let spread = |n| (u64::from(n) * u64::from(size) / u64::from(Router::ADDRESSES)) as u32;

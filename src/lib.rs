@@ -90,6 +90,10 @@ mod self_test;
 pub mod socket;
 #[allow(unsafe_code)]
 mod sys;
+#[cfg(test)]
+#[allow(dead_code)]
+#[path = "../tests/common/time.rs"]
+mod test_time;
 pub mod udp;
 
 pub use error::{Error, Result};

@@ -273,6 +273,8 @@ impl<T> Drop for ForkGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_time::limit;
+    use std::time::Instant;
 
     /// Runs something in a forked child; gives its exit status.
     #[allow(unsafe_code)]
@@ -305,15 +307,17 @@ mod tests {
         assert!(in_child(|| maker.relation() == Relation::ChildOfLiving));
         // A grandchild outlives its parent, which made something.
         let (reader, writer) = std::io::pipe().unwrap();
+        let deadline = Instant::now() + limit(10_000);
         assert!(in_child(|| {
             let maker = Maker::new();
             #[allow(unsafe_code)]
             // SAFETY: as in in_child().
             if unsafe { libc::fork() } == 0 {
-                let ended = (0..2000).any(|_| {
+                let mut ended = false;
+                while !ended && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(5));
-                    maker.relation() == Relation::ChildOfEnded
-                });
+                    ended = maker.relation() == Relation::ChildOfEnded;
+                }
                 let _ = std::io::Write::write_all(&mut &writer, &[u8::from(ended)]);
             }
             true

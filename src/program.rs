@@ -184,11 +184,14 @@ fn receive(pipe: &mut Option<PipeReader>, received: &mut Vec<u8>) -> Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_time::limit;
 
-    const PATIENCE: Duration = Duration::from_secs(60);
+    fn patience() -> Duration {
+        limit(60_000)
+    }
 
     fn shell(script: &str, input: &str) -> Outcome {
-        run("sh", &["-c", script], input, PATIENCE).unwrap()
+        run("sh", &["-c", script], input, patience()).unwrap()
     }
 
     #[test]
@@ -214,7 +217,7 @@ mod tests {
 
     #[test]
     fn program_with_too_much_output_is_killed() {
-        assert_eq!(run("sh", &["-c", "exec cat /dev/zero"], "", PATIENCE).err(), Some(Errno(libc::EFBIG)));
+        assert_eq!(run("sh", &["-c", "exec cat /dev/zero"], "", patience()).err(), Some(Errno(libc::EFBIG)));
         assert_eq!(shell("head -c 1000000 /dev/zero >&2", "").errors.len(), ERRORS_MAX);
     }
 
@@ -224,7 +227,8 @@ mod tests {
         let name = format!("{}/libtproxy-program-test-{}", std::env::temp_dir().display(), std::process::id());
         let script = format!("echo $$ > {name}; exec sleep 1000");
         assert_eq!(run("sh", &["-c", &script], "", Duration::from_secs(1)).err(), Some(Errno(libc::ETIMEDOUT)));
-        assert!((1..30).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+        let elapsed = begin.elapsed();
+        assert!(elapsed >= Duration::from_secs(1) && elapsed < limit(30_000), "{elapsed:?}");
         let pid = std::fs::read_to_string(&name).unwrap();
         std::fs::remove_file(&name).unwrap();
         assert!(!std::path::Path::new(&format!("/proc/{}", pid.trim())).exists(), "it is there still");
@@ -233,15 +237,15 @@ mod tests {
     #[test]
     fn program_whose_child_keeps_the_pipes_is_not_waited_for() {
         let begin = Instant::now();
-        let outcome = shell("sleep 20 & echo words; exit 1", "");
+        let outcome = shell(&format!("sleep {} & echo words; exit 1", limit(20_000).as_secs()), "");
         assert_eq!((outcome.end, outcome.output), (End::Exited(1), b"words\n".into()));
-        assert!(begin.elapsed() < Duration::from_secs(15));
+        assert!(begin.elapsed() < limit(15_000));
     }
 
     #[test]
     fn program_missing_is_not_found() {
         for name in ["no-such-program-anywhere", "../sbin/no-such-program"] {
-            assert_eq!(run(name, &[], "", PATIENCE).err(), Some(Errno(libc::ENOENT)));
+            assert_eq!(run(name, &[], "", patience()).err(), Some(Errno(libc::ENOENT)));
         }
     }
 

@@ -109,17 +109,26 @@ impl Instance {
     ///
     /// On failure nothing is left.
     pub fn install(config: &Config) -> Result<Instance> {
+        Instance::install_over(config, &channels)
+    }
+
+    /// The same, over channels that `open` opens: to nf_tables and to routing.
+    fn install_over(config: &Config, open: &dyn Fn() -> Result<(Channel, Channel)>) -> Result<Instance> {
         let plan = plan::make(config)?;
-        let by_nft = |plan| channels().and_then(|(nft, route)| Instance::install_by_nft(plan, nft, route));
+        let by_nft = |plan| open().and_then(|(nft, route)| Instance::install_by_nft(plan, nft, route));
+        let by_iptables = |plan| {
+            iptables::check(&plan)?;
+            open().and_then(|(nft, route)| Instance::install_by_iptables(plan, nft, route))
+        };
         match config.backend {
             Backend::Nft => by_nft(plan),
-            Backend::Iptables => Instance::install_by_iptables(plan),
+            Backend::Iptables => by_iptables(plan),
             Backend::Auto => by_nft(plan).or_else(|error| {
                 let plan = plan::make(config)?;
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }
-                Instance::install_by_iptables(plan).map_err(|other| {
+                by_iptables(plan).map_err(|other| {
                     Error::with(other.errno(), format_args!("{error}; and by iptables instead: {other}"))
                 })
             }),

@@ -16,7 +16,7 @@ import threading
 import time
 
 import hosts
-from hosts import demo, on
+from hosts import demo, limit, on
 
 SERVER = ("203.0.113.2", 80)
 SERVER6 = ("2001:db8:2::2", 80)
@@ -55,12 +55,12 @@ class Proxy:
     """A proxy on its host, with so many descriptors."""
 
     def __init__(self, program, *args, descriptors=None):
-        def limit():
+        def set_descriptors():
             if descriptors is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
         self.process = on("proxy", lambda: subprocess.Popen([program, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                                            text=True, preexec_fn=limit))
+                                                            text=True, preexec_fn=set_descriptors))
         assert self.process.stdout.readline().startswith("listening"), f"{program} did not start"
         threading.Thread(target=lambda: [None for _ in self.process.stdout], daemon=True).start()
 
@@ -69,7 +69,7 @@ class Proxy:
 
     def __exit__(self, *_):
         self.process.terminate()
-        assert self.process.wait(demo.PATIENCE + 35) == 0
+        assert self.process.wait(demo.PATIENCE + limit(35)) == 0
 
     def cpu_seconds(self):
         with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as stat:
@@ -89,7 +89,7 @@ def served(address=SERVER, patience=demo.PATIENCE):
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         try:
-            with call(address, 2) as client:
+            with call(address, limit(2)) as client:
                 if client.recv(100) == b"served":
                     return True
         except OSError:
@@ -105,15 +105,15 @@ def few_descriptors(program, *options):
             clients = []
             for _ in range(40):
                 try:
-                    clients.append(on("client", lambda: call(patience=1)))
+                    clients.append(on("client", lambda: call(patience=limit(1))))
                 except OSError:
                     break
             time.sleep(1.2)
             before = proxy.cpu_seconds()
-            time.sleep(1.5)
+            time.sleep(limit(1.5))
             spent = proxy.cpu_seconds() - before
             # A loop that does not wait takes all of it, or half where another program wants the processor too.
-            assert spent < 0.5, f"{program} with {descriptors} descriptors was busy for {spent:.2f} of 1.5 s"
+            assert spent < limit(0.5), f"{program} with {descriptors} descriptors was busy for {spent:.2f} of {limit(1.5)} s"
             assert on("client", served), f"{program} with {descriptors} descriptors serves nobody else"
             for client in clients:
                 client.close()
@@ -166,7 +166,7 @@ def denied(program, option):
 def denied_datagrams(program):
     def ask(address):
         with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(1)
+            client.settimeout(limit(1))
             client.sendto(b"question", address)
             try:
                 return client.recv(100)
@@ -201,7 +201,7 @@ def room_at_the_limit(program):
     """At the limit of connections a new client waits until one has been silent for ten seconds, and is served then."""
     with Proxy(program, "-c", "20", "3129", "80"):
         clients = [on("client", call) for _ in range(25)]
-        assert on("client", lambda: served(patience=60)), f"{program}: silent clients keep others out"
+        assert on("client", lambda: served(patience=limit(60))), f"{program}: silent clients keep others out"
         for client in clients:
             client.close()
 
@@ -244,7 +244,7 @@ def forwarded_to_itself(program, *options):
     with Proxy(program, *options, "3129", "80"):
         for address in (SERVER, SERVER6):
             try:
-                client = on("client", lambda host=address[0]: call((host, 4129), 5))
+                client = on("client", lambda host=address[0]: call((host, 4129), limit(5)))
             except ConnectionError:
                 continue
             assert is_reset(client), f"{program} dials itself"

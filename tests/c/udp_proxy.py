@@ -6,6 +6,7 @@ Runs itself in namespaces of its own, as the demo does. Exits non-zero with a
 sentence if something is not as it should be.
 """
 
+import math
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import subprocess
 import time
 
 import hosts
-from hosts import demo, on
+from hosts import demo, limit, on
 
 SOL_UDP, UDP_SEGMENT = 17, 103
 PORT = 5353
@@ -129,13 +130,13 @@ def one_server_for_all(programs):
 
 
 def silence_ends_a_session(programs):
-    proxy = start(programs, "--idle", "3")
+    proxy = start(programs, "--idle", str(math.ceil(limit(3))))
     _, addr, server_addr = demo.FETCHES[0]
     server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
     # The session lasts longer than the limit while one side sends.
     seen = exchange(client, server, server_addr, b"hello")
     for _ in range(4):
-        time.sleep(0.9)
+        time.sleep(limit(0.9))
         server.sendto(b"still here", seen)
         assert heard(client) == (b"still here", (server_addr, PORT))
     assert statistics(proxy)["now"] == 1

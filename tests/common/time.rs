@@ -1,6 +1,6 @@
 //! Time limits and waiting.
 //!
-//! Every time limit of the Rust tests comes from [`limit`]. The environment variable TPROXY_TEST_TIME_FACTOR stretches all
+//! Every time limit of the Rust tests, those in `src` too, comes from [`limit`]. The environment variable TPROXY_TEST_TIME_FACTOR stretches all
 //! of them, for slow or emulated machines.
 
 use std::sync::LazyLock;
@@ -50,8 +50,3 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     wait_for(what, || holds().then_some(()));
 }
-
-/// The names of before. They are not stretched: use [`patience`] and [`silence`].
-pub const PATIENCE: Duration = Duration::from_secs(20);
-pub const NEVER: Duration = Duration::from_millis(800);
-pub const SOON: Duration = Duration::from_millis(900);

@@ -95,7 +95,7 @@ def test_sockets_leak_nothing(net: Net) -> None:
     leaks_nothing(net, lambda: tproxy.listen("127.0.0.1:0").close())
     leaks_nothing(net, failing(lambda: tproxy.listen("127.0.0.1:0", flags=1 << 30)))
     leaks_nothing(net, failing(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9")))
-    leaks_nothing(net, failing(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9", timeout=1)))
+    leaks_nothing(net, failing(lambda: tproxy.connect_from("127.0.0.1", "127.0.0.1:9", timeout=limit(1))))
     with net.run(lambda: socket.socket()) as sock:
         leaks_nothing(net, lambda: tproxy.set_transparent(sock))
         leaks_nothing(net, failing(lambda: tproxy.bind_nonlocal(sock, "[2001:db8::1]:80")))

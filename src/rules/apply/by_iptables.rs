@@ -8,10 +8,8 @@ use std::os::fd::AsFd;
 
 impl Instance {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
-    pub(super) fn install_by_iptables(mut plan: Plan) -> Result<Instance> {
-        iptables::check(&plan)?;
+    pub(super) fn install_by_iptables(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         let ownership = Ownership::new()?;
-        let (mut nft, mut route) = channels()?;
         drop_ipv6_if_unavailable(&mut plan, &mut route)?;
         let (claim, claimed) = match slot::claim(&plan, &mut nft, &mut route, &[]) {
             Err(error) if error.errno() == libc::EOPNOTSUPP => (slot::pick_unclaimed(&plan, &mut route)?, false),

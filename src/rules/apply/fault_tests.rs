@@ -54,11 +54,21 @@ fn spoiling(left: &Arc<AtomicUsize>) -> (Channel, Channel) {
 }
 
 /// A network namespace for this thread.
-#[allow(unsafe_code)]
 fn enter_own_network() {
-    // SAFETY: a plain system call, which changes this thread alone.
-    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", sys::Errno::last());
+    enter_own(libc::CLONE_NEWNET);
     run("ip link set lo up");
+}
+
+/// A mount namespace for this thread, with an empty /run, where the legacy iptables has its lock.
+fn enter_own_mounts() {
+    enter_own(libc::CLONE_NEWNS);
+    run("mount -t tmpfs tmpfs /run");
+}
+
+#[allow(unsafe_code)]
+fn enter_own(namespace: i32) {
+    // SAFETY: a plain system call, which changes this thread alone.
+    assert_eq!(unsafe { libc::unshare(namespace) }, 0, "{}", sys::Errno::last());
 }
 
 fn run(command: &str) -> String {
@@ -223,4 +233,147 @@ fn update_that_fails_at_any_message_changes_nothing() {
             outcome
         });
     }
+}
+
+/// A transport to a kernel without nf_tables: it asks for a subsystem that no kernel has, which is answered alike.
+struct WithoutNfTables(Socket);
+
+impl Transport for WithoutNfTables {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
+        /// No message can be for a subsystem that is beyond NFNL_SUBSYS_COUNT, and no batch for NFNL_SUBSYS_NONE.
+        const NO_SUBSYSTEM: u8 = 255;
+        const NONE: [u8; 2] = [0, 0];
+        const BATCH_BEGIN: u16 = 0x10;
+        let mut bytes = bytes.to_vec();
+        let mut at = 0;
+        while at < bytes.len() {
+            let len = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+            match u16::from_ne_bytes(bytes[at + 4..at + 6].try_into().unwrap()) {
+                // The subsystem is the upper byte of a message's type, and the `res_id` of a batch.
+                BATCH_BEGIN => bytes[at + 18..at + 20].copy_from_slice(&NONE),
+                kind if kind >> 8 != 0 => bytes[at + 5] = NO_SUBSYSTEM,
+                _ => {}
+            }
+            at += len.next_multiple_of(4);
+        }
+        Transport::send(&mut self.0, &bytes)
+    }
+
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+        Transport::receive(&mut self.0, buffer)
+    }
+}
+
+fn channels_without_nf_tables() -> Result<(Channel, Channel)> {
+    let nft = WithoutNfTables(Channel::socket(libc::NETLINK_NETFILTER).unwrap());
+    Ok((Channel::over(Box::new(nft)), Channel::open(libc::NETLINK_ROUTE).unwrap()))
+}
+
+/// The library's chains in the tables of both families, as the programs of this host list them.
+fn chains() -> String {
+    let saved = ["iptables-save", "ip6tables-save"].map(run).concat();
+    saved.lines().filter(|line| line.contains("tp-")).collect::<Vec<_>>().join("\n")
+}
+
+/// The host's own connections, so that one network is enough: without interception they go to where nobody answers.
+fn own_connections() -> Config {
+    Config { local_output: true, backend: Backend::Auto, ..config() }
+}
+
+#[test]
+fn install_without_nf_tables_intercepts_by_iptables() {
+    enter_own_network();
+    enter_own_mounts();
+    run("ip link add void type veth peer name nowhere");
+    run("ip link set nowhere up");
+    run("ip addr add 198.51.100.1/24 dev void");
+    run("ip -6 addr add 2001:db8::1/64 dev void nodad");
+    run("ip link set void up");
+    // Without interception a connection fails after some seconds.
+    std::fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "2").unwrap();
+    // Another program has a rule in the first slot. A dead process has left one in the second.
+    run("ip rule add pref 202 fwmark 7 lookup main");
+    let before = state();
+    run("ip rule add pref 205 fwmark 0x2000/0x3000 lookup 7471 protocol 116");
+    run("ip route add local default dev lo table 7499 protocol 116");
+
+    let listener = crate::socket::listen("[::]:3129".parse().unwrap(), 16, Default::default()).unwrap();
+    let listener = std::net::TcpListener::from(listener);
+    let mut rules = Instance::install_over(&own_connections(), &channels_without_nf_tables).unwrap();
+    assert_eq!((rules.installed, rules.claimed), (Installed::Iptables, false));
+    assert_eq!((rules.routing.priority, rules.routing.table), (204, 7471));
+    let chains_of_80 = chains();
+    assert!(chains_of_80.contains("--dport 80"), "{chains_of_80}");
+    let (mut nft, mut route) = channels().unwrap();
+    assert_eq!(table::list(&mut nft).unwrap().1, []);
+    let found = route::rules(&mut route, Families::ALL).unwrap();
+    assert_eq!(found.iter().filter(|rule| rule.ours).count(), 8, "{found:?}");
+
+    for destination in ["198.51.100.9:80", "[2001:db8::9]:80"] {
+        let destination = destination.parse().unwrap();
+        let client = std::net::TcpStream::connect::<std::net::SocketAddr>(destination).unwrap();
+        let (accepted, from) = listener.accept().unwrap();
+        let canonical = |addr: std::net::SocketAddr| std::net::SocketAddr::new(addr.ip().to_canonical(), addr.port());
+        assert_eq!(canonical(accepted.local_addr().unwrap()), destination);
+        assert_eq!(canonical(from), client.local_addr().unwrap());
+    }
+    assert!(rules.stats().unwrap().intercepted.packets >= 2, "{:?}", rules.stats());
+
+    let other_port = vec![PortRange { first: 81, last: 81 }];
+    rules.replace(&Config { ports: other_port, ..own_connections() }).unwrap();
+    assert!(chains().contains("--dport 81"), "{}", chains());
+    rules.remove().unwrap();
+    assert_eq!(chains(), "");
+    run("ip route del local default dev lo table 7499 protocol 116");
+    assert_eq!(state_without_iptables(&state()), state_without_iptables(&before));
+}
+
+/// Tables that the programs of iptables have made stay, and are empty.
+fn state_without_iptables(state: &str) -> String {
+    let (tables, routing) = state.split_once("--\n").unwrap();
+    assert!(!tables.contains("tp-"), "{tables}");
+    routing.to_owned()
+}
+
+#[test]
+fn install_without_nf_tables_of_what_iptables_cannot_do_is_eopnotsupp() {
+    enter_own_network();
+    let before = state();
+    for config in [
+        Config { fail_open: true, local_output: false, ..own_connections() },
+        Config { persist: true, ..own_connections() },
+        Config { backend: Backend::Nft, ..own_connections() },
+    ] {
+        let error = Instance::install_over(&config, &channels_without_nf_tables).err().unwrap();
+        assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
+        let sentence = error.to_string();
+        assert!(sentence.contains("CONFIG_NF_TABLES") && !sentence.contains("iptables"), "{sentence}");
+        assert_eq!(state(), before);
+    }
+}
+
+#[test]
+fn install_without_nf_tables_that_fails_by_iptables_names_both_failures() {
+    enter_own_network();
+    enter_own_mounts();
+    run("ip route add local default dev lo table 7480");
+    let before = state();
+    let config = Config { table: 7480, ..own_connections() };
+    let error = Instance::install_over(&config, &channels_without_nf_tables).err().unwrap();
+    let sentence = error.to_string();
+    assert_eq!(error.errno(), libc::EEXIST, "{sentence}");
+    assert!(sentence.contains("CONFIG_NF_TABLES") && sentence.contains("; and by iptables instead: "), "{sentence}");
+    assert_eq!(state(), before);
+}
+
+/// Only where nf_tables is missing are the rules made by iptables.
+#[test]
+fn install_of_name_in_use_does_not_fall_back_to_iptables() {
+    enter_own_network();
+    let rules = Instance::install(&own_connections()).unwrap();
+    let before = state();
+    assert_eq!(Instance::install(&own_connections()).err().unwrap().errno(), libc::EBUSY);
+    assert_eq!(state(), before);
+    assert_eq!(rules.installed, Installed::Nft);
+    rules.remove().unwrap();
 }
