@@ -89,6 +89,20 @@ fn rules_are_used_by_several_threads_at_a_time() {
     assert!(!net.command("nft", &["list", "tables"]).contains("libtproxy"));
 }
 
+/// The second number of `ss` is the length of the queue.
+#[test]
+fn listen_backlog_is_as_given_or_the_largest() {
+    let net = Net::new();
+    let queue = |options: ListenOptions| {
+        let _listener = net.run(|| listen(at(common::ip("::"), 3129), options)).unwrap();
+        net.command("ss", &["-Hltn"]).split_whitespace().nth(2).unwrap().to_owned()
+    };
+    let largest = net.command("cat", &["/proc/sys/net/core/somaxconn"]);
+    assert_eq!(queue(ListenOptions::new()), largest.trim());
+    assert_eq!(queue(ListenOptions::new().backlog(u32::MAX)), largest.trim());
+    assert_eq!(queue(ListenOptions::new().backlog(7)), "7");
+}
+
 /// A connection from the client's address, and an errno that a program can match on.
 #[test]
 fn connect_from_gives_socket_or_errno() {
