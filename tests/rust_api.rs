@@ -93,14 +93,16 @@ fn rules_are_used_by_several_threads_at_a_time() {
 #[test]
 fn listen_backlog_is_as_given_or_the_largest() {
     let net = Net::new();
-    let queue = |options: ListenOptions| {
-        let _listener = net.run(|| listen(at(common::ip("::"), 3129), options)).unwrap();
-        net.command("ss", &["-Hltn"]).split_whitespace().nth(2).unwrap().to_owned()
+    // A child that another test is starting may still hold a closed listener: each has a port of its own.
+    let queue = |port: u16, options: ListenOptions| {
+        let _listener = net.run(|| listen(at(common::ip("::"), port), options)).unwrap();
+        let listeners = net.command("ss", &["-Hltn", &format!("sport = {port}")]);
+        listeners.split_whitespace().nth(2).unwrap().to_owned()
     };
     let largest = net.command("cat", &["/proc/sys/net/core/somaxconn"]);
-    assert_eq!(queue(ListenOptions::new()), largest.trim());
-    assert_eq!(queue(ListenOptions::new().backlog(u32::MAX)), largest.trim());
-    assert_eq!(queue(ListenOptions::new().backlog(7)), "7");
+    assert_eq!(queue(1, ListenOptions::new()), largest.trim());
+    assert_eq!(queue(2, ListenOptions::new().backlog(u32::MAX)), largest.trim());
+    assert_eq!(queue(3, ListenOptions::new().backlog(7)), "7");
 }
 
 /// A connection from the client's address, and an errno that a program can match on.
