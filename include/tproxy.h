@@ -548,12 +548,11 @@ struct tp_prefix {
  * restrict what this host sends (TP_RULES_LOCAL_OUTPUT). A NULL list with a number above 0 is EFAULT. Use
  * tp_update_rules() to add prefixes to an empty dst or src.
  *
- * The struct and all data it points to belong to the caller and are read only during the
- * call.
+ * The struct and all data it points to belong to the caller and are read only during the call.
  */
 struct tp_rules_config {
     /**
-     * Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+     * Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL or empty: "tproxy". A
      * network namespace can have several instances with different names.
      */
     const char *name;
@@ -1435,7 +1434,7 @@ int tp_rules_stats(const struct tp_rules *rules,
 /**
  * Reads the counters of an instance by name, whichever process owns it.
  *
- * @param name   name of the instance. NULL: "tproxy".
+ * @param name   name of the instance. NULL or empty: "tproxy".
  * @param stats  receives the counters.
  * @param size   sizeof(struct tp_rules_stats).
  * @return 0, or -1 with errno:

@@ -172,6 +172,21 @@ fn render_rules_of_empty_list_has_no_rule_for_it() {
     }
 }
 
+/// An empty name is that of the default instance, as NULL is; it does not stand for every instance.
+#[test]
+fn empty_name_is_default_instance() {
+    Net::new().run(|| {
+        let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let config = || RulesConfig::of(&listener).ports(&[80]).flags(TP_RULES_PERSIST);
+        config().name("").install().unwrap().abandon();
+        config().name("other").listeners(&[]).listen_addr("[::]:3130".parse().unwrap()).install().unwrap().abandon();
+        assert_eq!(config().name("tproxy").render(TP_FORMAT_NFT), config().name("").render(TP_FORMAT_NFT));
+        purge(Some("")).unwrap();
+        let tables = std::process::Command::new("nft").args(["list", "tables"]).output().unwrap().stdout;
+        assert_eq!(String::from_utf8(tables).unwrap(), "table inet libtproxy-other\n");
+    });
+}
+
 #[test]
 fn rules_config_with_null_list_of_some_length_is_efault() {
     let addr = socket2::SockAddr::from("[::]:3129".parse::<std::net::SocketAddr>().unwrap());

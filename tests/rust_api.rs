@@ -89,6 +89,22 @@ fn rules_are_used_by_several_threads_at_a_time() {
     assert!(!net.command("nft", &["list", "tables"]).contains("libtproxy"));
 }
 
+/// The second number of `ss` is the length of the queue.
+#[test]
+fn listen_backlog_is_as_given_or_the_largest() {
+    let net = Net::new();
+    // A child that another test is starting may still hold a closed listener: each has a port of its own.
+    let queue = |port: u16, options: ListenOptions| {
+        let _listener = net.run(|| listen(at(common::ip("::"), port), options)).unwrap();
+        let listeners = net.command("ss", &["-Hltn", &format!("sport = {port}")]);
+        listeners.split_whitespace().nth(2).unwrap().to_owned()
+    };
+    let largest = net.command("cat", &["/proc/sys/net/core/somaxconn"]);
+    assert_eq!(queue(1, ListenOptions::new()), largest.trim());
+    assert_eq!(queue(2, ListenOptions::new().backlog(u32::MAX)), largest.trim());
+    assert_eq!(queue(3, ListenOptions::new().backlog(7)), "7");
+}
+
 /// A connection from the client's address, and an errno that a program can match on.
 #[test]
 fn connect_from_gives_socket_or_errno() {

@@ -9,6 +9,7 @@ use libc::{sockaddr, socklen_t};
 use super::arg;
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::rules::plan::DEFAULT_NAME;
 use crate::rules::{Backend, Config, Families, Listener, Mark, Mode, PortRange, Prefix, Protocol, Protocols};
 
 /// Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
@@ -129,12 +130,11 @@ pub struct tp_port_range {
 /// restrict what this host sends (TP_RULES_LOCAL_OUTPUT). A NULL list with a number above 0 is EFAULT. Use
 /// tp_update_rules() to add prefixes to an empty dst or src.
 ///
-/// The struct and all data it points to belong to the caller and are read only during the
-/// call.
+/// The struct and all data it points to belong to the caller and are read only during the call.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tp_rules_config {
-    /// Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL: "tproxy". A
+    /// Name of the instance: 1 to 20 letters, digits, '_', '.' and '-' ('-' not first). NULL or empty: "tproxy". A
     /// network namespace can have several instances with different names.
     pub name: *const c_char,
     /// Descriptors of the listening sockets that receive intercepted traffic.
@@ -258,7 +258,7 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
     // SAFETY: each by the caller's word.
     let (name, ports, dst, src, bypass, interfaces, listeners) = unsafe {
         (
-            arg::text("name", config.name)?,
+            instance_name(config.name)?,
             arg::list("ports", config.ports, config.n_ports)?,
             prefix_list("dst", config.dst, config.n_dst)?,
             prefix_list("src", config.src, config.n_src)?,
@@ -357,6 +357,16 @@ unsafe fn prefix_list(what: &str, items: *const tp_prefix, len: usize) -> Result
     }
     // SAFETY: by the caller's word.
     unsafe { prefixes(what, items, len) }.map(Some)
+}
+
+/// The name of an instance, of which an empty one stands for the default.
+///
+/// # Safety
+/// `name` is NULL or NUL-terminated.
+pub(super) unsafe fn instance_name<'a>(name: *const c_char) -> Result<Option<&'a str>> {
+    // SAFETY: by the caller's word.
+    let name = unsafe { arg::text("name", name) }?;
+    Ok(name.map(|name| if name.is_empty() { DEFAULT_NAME } else { name }))
 }
 
 fn port_ranges(ranges: &[tp_port_range]) -> Result<Vec<PortRange>> {

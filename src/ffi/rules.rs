@@ -223,7 +223,7 @@ pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const t
 pub unsafe extern "C" fn tp_purge_rules(name: *const c_char) -> c_int {
     guard(|| {
         // SAFETY: by the caller's word.
-        rules::purge(unsafe { arg::text("name", name) }?)?;
+        rules::purge(unsafe { instance_name(name) }?)?;
         Ok(0)
     })
 }
@@ -320,7 +320,7 @@ pub unsafe extern "C" fn tp_rules_stats(rules: *const tp_rules, stats: *mut tp_r
 
 /// Reads the counters of an instance by name, whichever process owns it.
 ///
-/// @param name   name of the instance. NULL: "tproxy".
+/// @param name   name of the instance. NULL or empty: "tproxy".
 /// @param stats  receives the counters.
 /// @param size   sizeof(struct tp_rules_stats).
 /// @return 0, or -1 with errno:
@@ -338,7 +338,7 @@ pub unsafe extern "C" fn tp_read_stats(name: *const c_char, stats: *mut tp_rules
     guard(|| {
         let out = SizedOut::new("stats", stats, size, FIRST_STATS)?;
         // SAFETY: by the caller's word.
-        let found = rules::stats_of(unsafe { arg::text("name", name) }?.unwrap_or(DEFAULT_NAME))?;
+        let found = rules::stats_of(unsafe { instance_name(name) }?.unwrap_or(DEFAULT_NAME))?;
         // SAFETY: by the caller's word.
         unsafe { out.write(as_c(&found)) };
         Ok(0)

@@ -297,7 +297,7 @@ fn install_without_nf_tables_intercepts_by_iptables() {
     run("ip rule add pref 205 fwmark 0x2000/0x3000 lookup 7471 protocol 116");
     run("ip route add local default dev lo table 7499 protocol 116");
 
-    let listener = crate::socket::listen("[::]:3129".parse().unwrap(), 16, Default::default()).unwrap();
+    let listener = crate::socket::listen("[::]:3129".parse().unwrap(), Default::default()).unwrap();
     let listener = std::net::TcpListener::from(listener);
     let mut rules = Instance::install_over(&own_connections(), &channels_without_nf_tables).unwrap();
     assert_eq!((rules.installed, rules.claimed), (Installed::Iptables, false));
@@ -319,8 +319,7 @@ fn install_without_nf_tables_intercepts_by_iptables() {
     }
     assert!(rules.stats().unwrap().intercepted.packets >= 2, "{:?}", rules.stats());
 
-    let other_port = vec![PortRange { first: 81, last: 81 }];
-    rules.replace(&Config { ports: other_port, ..own_connections() }).unwrap();
+    rules.replace(&own_connections().ports([81])).unwrap();
     assert!(chains().contains("--dport 81"), "{}", chains());
     rules.remove().unwrap();
     assert_eq!(chains(), "");
@@ -340,9 +339,9 @@ fn install_without_nf_tables_of_what_iptables_cannot_do_is_eopnotsupp() {
     enter_own_network();
     let before = state();
     for config in [
-        Config { fail_open: true, local_output: false, ..own_connections() },
-        Config { persist: true, ..own_connections() },
-        Config { backend: Backend::Nft, ..own_connections() },
+        own_connections().fail_open(true).local_output(false),
+        own_connections().persist(true),
+        own_connections().backend(Backend::Nft),
     ] {
         let error = Instance::install_over(&config, &channels_without_nf_tables).err().unwrap();
         assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
@@ -358,7 +357,7 @@ fn install_without_nf_tables_that_fails_by_iptables_names_both_failures() {
     enter_own_mounts();
     run("ip route add local default dev lo table 7480");
     let before = state();
-    let config = Config { table: 7480, ..own_connections() };
+    let config = own_connections().table(7480);
     let error = Instance::install_over(&config, &channels_without_nf_tables).err().unwrap();
     let sentence = error.to_string();
     assert_eq!(error.errno(), libc::EEXIST, "{sentence}");
