@@ -30,7 +30,7 @@
 //!
 //! * [`socket`]: sockets that bind, listen on and connect from addresses that
 //!   the host does not own.
-//! * [`orig_dst()`]: where an intercepted connection was going.
+//! * [`orig_dst()`]: where an intercepted connection was going; [`accept`] tells it along with the connection.
 //! * [`rules`]: the nf_tables rules and the policy routing that bring the
 //!   packets to such sockets.
 //! * [`udp`]: datagrams with their original destinations, and replies from
@@ -46,6 +46,7 @@
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
 
+mod accept;
 mod address;
 mod backend;
 pub mod check;
@@ -70,6 +71,8 @@ pub mod socket;
 mod sys;
 pub mod udp;
 
+pub use accept::{AcceptOptions, Accepted, accept};
+pub use address::unmap_addr;
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
 pub use self_test::self_test;

@@ -198,7 +198,9 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
                 }
                 ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), e))?
             }
-            (_, Protocol::Tcp) => socket::listen(addr, -1, ListenOptions { nonblocking: true, reuse_port: false })?,
+            (_, Protocol::Tcp) => {
+                socket::listen(addr, -1, ListenOptions { nonblocking: true, ..ListenOptions::default() })?
+            }
             (_, Protocol::Udp) => {
                 let socket = socket::socket(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
                 socket::bind_nonlocal(socket.as_fd(), addr)?;

@@ -172,7 +172,7 @@ static void streams(void)
     addresses(-1, connect_to_it);
     v4.sin_port = htons(1);
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_LISTEN_REUSEPORT));
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x20));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x400));
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_DATA_FOLLOWS));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT));
     EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
