@@ -65,7 +65,13 @@ pub enum SourcePort {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
-    make(domain, kind, protocol, false)
+    make_once(domain, kind, protocol, false)
+}
+
+/// As [`make`], as one function for callers to whom its time does not matter.
+#[inline(never)]
+fn make_once(domain: Domain, kind: Type, protocol: Option<Protocol>, only_v6: bool) -> Result<Socket> {
+    make(domain, kind, protocol, only_v6)
 }
 
 /// As [`socket()`], for the caller to whom its time matters.
@@ -166,7 +172,7 @@ pub fn listen(addr: SocketAddr, backlog: i32, options: ListenOptions) -> Result<
             "a socket that serves IPv6 only cannot listen on an IPv4 address, nor on a v4-mapped address",
         ));
     }
-    let socket = make(Domain::for_address(addr), stream_type(options.nonblocking), None, options.only_v6)?;
+    let socket = make_once(Domain::for_address(addr), stream_type(options.nonblocking), None, options.only_v6)?;
     let addr = KernelAddr::from(addr);
     let ends = Endpoints { local: Some(addr), remote: None };
     reuse_address(&socket, &addr)?;
