@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{Lab, Net, at, limit, said, v4, v6, while_answering};
 use tproxy::rules::{Backend, Config, Listener, Mark, Mode, PortRange, Prefix, Protocols, Rules, Set, purge, stats_of};
-use tproxy::socket::{ConnectOptions, ListenOptions, connect_from, listen};
+use tproxy::socket::{ConnectOptions, ListenOptions, SourcePort, connect_from, listen};
 use tproxy::udp::{Datagram, Replier, ReplierOptions};
 
 const fn is_send<T: Send>() {}
@@ -93,14 +93,16 @@ fn rules_are_used_by_several_threads_at_a_time() {
 #[test]
 fn listen_backlog_is_as_given_or_the_largest() {
     let net = Net::new();
-    let queue = |options: ListenOptions| {
-        let _listener = net.run(|| listen(at(common::ip("::"), 3129), options)).unwrap();
-        net.command("ss", &["-Hltn"]).split_whitespace().nth(2).unwrap().to_owned()
+    // A child that another test is starting may still hold a closed listener: each has a port of its own.
+    let queue = |port: u16, options: ListenOptions| {
+        let _listener = net.run(|| listen(at(common::ip("::"), port), options)).unwrap();
+        let listeners = net.command("ss", &["-Hltn", &format!("sport = {port}")]);
+        listeners.split_whitespace().nth(2).unwrap().to_owned()
     };
     let largest = net.command("cat", &["/proc/sys/net/core/somaxconn"]);
-    assert_eq!(queue(ListenOptions::new()), largest.trim());
-    assert_eq!(queue(ListenOptions::new().backlog(u32::MAX)), largest.trim());
-    assert_eq!(queue(ListenOptions::new().backlog(7)), "7");
+    assert_eq!(queue(1, ListenOptions::new()), largest.trim());
+    assert_eq!(queue(2, ListenOptions::new().backlog(u32::MAX)), largest.trim());
+    assert_eq!(queue(3, ListenOptions::new().backlog(7)), "7");
 }
 
 /// A connection from the client's address, and an errno that a program can match on.
@@ -109,7 +111,7 @@ fn connect_from_gives_socket_or_errno() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let _rules = lab.proxy.run(|| Rules::install(&Config::divert_only())).unwrap();
-    let options = ConnectOptions::new().keep_port(true);
+    let options = ConnectOptions::new().port(SourcePort::Keep);
     let stream = lab.proxy.run(|| connect_from(at(v4().client, 40_000), at(v4().server, 80), options)).unwrap();
     let (_accepted, from) = server.accept().unwrap();
     assert_eq!(common::canonical(from), at(v4().client, 40_000));
