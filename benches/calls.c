@@ -3,8 +3,9 @@
  * counted. It is built twice: against the library, and against equivalent C
  * code (raw/tproxy.h).
  *
- *     calls socket|connect|orig_dst|recvfrom|msg_orig_dst|datagrams COUNT
+ *     calls socket|connect|accept|orig_dst|recvfrom|msg_orig_dst|datagrams COUNT
  *
+ * With "accept" each connection is made before it is accepted.
  * With "datagrams" each call receives DATAGRAMS datagrams.
  */
 #define _GNU_SOURCE
@@ -83,7 +84,15 @@ int main(int argc, char **argv)
             result = fd = tp_socket(AF_INET, SOCK_STREAM, 0);
         else if (argv[1][0] == 'c')
             result = fd = tp_connect_from(sa(&from), sizeof from, sa(&to), sizeof to, TP_NONBLOCK);
-        else
+        else if (argv[1][0] == 'a') {
+            struct sockaddr_storage peer;
+            socklen_t peer_len = sizeof peer;
+            int one = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+            if (connect(one, sa(&to), sizeof to) != 0)
+                err(1, "connect");
+            result = fd = tp_accept(listener, sa(&peer), &peer_len, sa(&place), &len, TP_ACCEPT_TPROXY | TP_NONBLOCK);
+            close(one);
+        } else
             result = tp_orig_dst(accepted, (struct sockaddr *)&place, &len);
         if (result < 0)
             errx(1, "%s", tp_last_error());

@@ -28,6 +28,7 @@ EQUIVALENT_C = "relay with equivalent C code"
 CALLS = (
     ("tp_socket", "socket", 1),
     ("tp_connect_from", "connect", 1),
+    ("tp_accept", "accept", 1),
     ("tp_orig_dst", "orig_dst", 1),
     ("tp_recvfrom", "recvfrom", 1),
     ("tp_msg_orig_dst", "msg_orig_dst", 1),
@@ -311,12 +312,13 @@ def instructions(command, name, count):
 
 
 def system_calls(command, count):
-    """The system calls of one iteration, without its close(2) and sendto(2)."""
+    """The system calls of one iteration, without its close(2) and sendto(2), and without the client of tp_accept()."""
 
     def total(n):
         output = subprocess.run(isolated(["strace", "-c", *command, str(n)]), capture_output=True, text=True, check=True).stderr
         calls = {line.split()[-1]: int(line.split()[3]) for line in output.splitlines() if re.match(r"\s*\d+[.,]\d+ ", line)}
-        return sum(value for key, value in calls.items() if key not in ("close", "sendto", "total"))
+        client = ("socket", "connect") if "accept" in command else ()
+        return sum(value for key, value in calls.items() if key not in ("close", "sendto", "total", *client))
 
     return (total(count) - total(0)) / count
 

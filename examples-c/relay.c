@@ -529,13 +529,14 @@ static bool accept_one(struct worker *worker)
 {
     struct sockaddr_storage from, to;
     socklen_t from_len = sizeof from, to_len = sizeof to;
-    int client = accept4(worker->listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    int client = tp_accept(worker->listener, (struct sockaddr *)&from, &from_len, (struct sockaddr *)&to, &to_len,
+                           TP_ACCEPT_TPROXY | TP_NONBLOCK);
     if (client < 0) {
         int error = errno;
         if (error == EAGAIN || error == EINTR || error == ECONNABORTED)
             return error == ECONNABORTED;
         /* Whatever it is, it may last, and the listener stays ready. */
-        complain(worker, strerror(error));
+        complain(worker, tp_last_error());
         if (!is_shortage(error) || !make_room(worker))
             accept_more(worker, false);
         return false;
@@ -544,13 +545,11 @@ static bool accept_one(struct worker *worker)
 
     int server = -1;
     const char *refusal = NULL;
-    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0) {
-        if (refused(&to, to_len))
-            refusal = "refused: a destination that is denied, or the relay itself";
-        else
-            server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
-                                     TP_NONBLOCK | TP_CONNECT_DATA_FOLLOWS);
-    }
+    if (refused(&to, to_len))
+        refusal = "refused: a destination that is denied, or the relay itself";
+    else
+        server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len,
+                                 TP_NONBLOCK | TP_CONNECT_DATA_FOLLOWS);
     struct connection *connection = server < 0 ? NULL : allocate(worker);
     if (connection != NULL) {
         connection->client = (struct end){ .fd = client, .writable = true, .writes = 2 };

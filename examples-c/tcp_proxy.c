@@ -282,13 +282,14 @@ static bool accept_one(void)
 {
     struct sockaddr_storage from, to;
     socklen_t from_len = sizeof from, to_len = sizeof to;
-    int client = accept4(listener, (struct sockaddr *)&from, &from_len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    int client = tp_accept(listener, (struct sockaddr *)&from, &from_len, (struct sockaddr *)&to, &to_len,
+                           TP_ACCEPT_TPROXY | TP_NONBLOCK);
     if (client < 0) {
         int error = errno;
         if (error == EAGAIN || error == EINTR || error == ECONNABORTED)
             return error != EAGAIN;
         /* Whatever it is, it may last, and the listener stays ready. */
-        complain(strerror(error));
+        complain(tp_last_error());
         if (!is_shortage(error) || !make_room())
             paused_at = now;
         refill();
@@ -298,8 +299,8 @@ static bool accept_one(void)
     close(spare_fd);
     spare_fd = -1;
     int server = -1;
-    const char *refusal = NULL;
-    if (tp_orig_dst(client, (struct sockaddr *)&to, &to_len) == 0 && (refusal = refused(&to, to_len)) == NULL)
+    const char *refusal = refused(&to, to_len);
+    if (refusal == NULL)
         do {
             server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
         } while (server < 0 && is_shortage(errno) && make_room());

@@ -17,8 +17,8 @@
  *     if (tp_install_rules(&config, sizeof config, &rules) != 0)
  *         errx(1, "%s", tp_last_error());
  *
- *     int client = accept(listener, (struct sockaddr *)&from, &fromlen);
- *     tp_orig_dst(client, (struct sockaddr *)&to, &tolen);
+ *     int client = tp_accept(listener, (struct sockaddr *)&from, &fromlen,
+ *                            (struct sockaddr *)&to, &tolen, TP_ACCEPT_TPROXY);
  *     int server = tp_connect_from((struct sockaddr *)&from, fromlen,
  *                                  (struct sockaddr *)&to, tolen, 0);
  *     ... relay, then tp_remove_rules(rules) ...
@@ -123,12 +123,13 @@
  * Privileges. After setuid(2), or after capabilities are dropped, existing rules
  * and transparent sockets keep working. Later calls need:
  *   tp_socket, tp_set_transparent, tp_bind_nonlocal, tp_listen,
- *   tp_connect_from, tp_replier_open, tp_reply   CAP_NET_RAW or CAP_NET_ADMIN
+ *   tp_connect_from, tp_connect_socket, tp_replier_open, tp_reply
+ *                                                CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
  *   tp_rules_stats, tp_read_stats, tp_purge_rules                CAP_NET_ADMIN
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
- *   tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
- *   tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
+ *   tp_accept, tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
+ *   tp_unmap_addr, tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
  * Without CAP_NET_ADMIN tp_remove_rules() fails with EPERM, and the kernel
  * removes the table when the process ends. A set-user-ID program may use the
  * library: environment variables do not affect it, and programs are run by
@@ -152,8 +153,9 @@
  * tp_recv_datagrams() uses 3 KB plus 100 bytes per datagram that it may receive.
  * Calls on rules, tp_check() and tp_self_test() use at most 16 KB.
  *
- * Memory. tp_socket(), tp_connect_from(), tp_orig_dst(), tp_msg_orig_dst(),
- * tp_recvfrom(), tp_recv_datagrams() and tp_reply() allocate nothing on success.
+ * Memory. tp_socket(), tp_connect_from(), tp_connect_socket(), tp_accept(),
+ * tp_orig_dst(), tp_unmap_addr(), tp_msg_orig_dst(), tp_recvfrom(),
+ * tp_recv_datagrams() and tp_reply() allocate nothing on success.
  * For memory whose size depends on input from the caller, the kernel or other
  * programs (arrays, sets, messages, scripts, listings), a failed allocation is
  * ENOMEM. In calls on rules, tp_check() and tp_self_test(), a failed allocation
@@ -173,13 +175,18 @@
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/types.h>
+
+/* Version of this header. tp_version() returns the version of the library that the program runs with. */
+#define TP_VERSION_MAJOR 0
+#define TP_VERSION_MINOR 1
+#define TP_VERSION_PATCH 0
 /* Handles are opaque. */
 typedef struct tp_rules tp_rules;
 typedef struct tp_replier tp_replier;
 
 
 /**
- * Makes the new socket non-blocking (O_NONBLOCK). Flag of tp_listen() and tp_connect_from().
+ * Makes the new socket non-blocking (O_NONBLOCK). Flag of tp_listen(), tp_connect_from() and tp_accept().
  */
 #define TP_NONBLOCK 1
 
@@ -190,7 +197,8 @@ typedef struct tp_replier tp_replier;
 #define TP_LISTEN_REUSEPORT 2
 
 /**
- * Connects from the port in src if it is available, otherwise from any port. Flag of tp_connect_from().
+ * Connects from the port in src if it is available, otherwise from any port. Flag of tp_connect_from() and
+ * tp_connect_socket().
  */
 #define TP_CONNECT_KEEP_PORT 4
 
@@ -201,9 +209,27 @@ typedef struct tp_replier tp_replier;
 
 /**
  * The caller will send data immediately: delays the final ACK of the handshake so that it carries the
- * data. Flag of tp_connect_from().
+ * data. Flag of tp_connect_from() and tp_connect_socket().
  */
 #define TP_CONNECT_DATA_FOLLOWS 16
+
+/**
+ * The listener serves IPv6 only (IPV6_V6ONLY), so that another socket can serve IPv4 on the same port. Flag
+ * of tp_listen().
+ */
+#define TP_LISTEN_V6ONLY 32
+
+/**
+ * Connects from the port in src, or fails with EADDRINUSE. Flag of tp_connect_from() and
+ * tp_connect_socket().
+ */
+#define TP_CONNECT_SAME_PORT 64
+
+/**
+ * The listener is transparent: its connections were intercepted by TPROXY, and tp_accept() does not ask the
+ * socket. Flag of tp_accept().
+ */
+#define TP_ACCEPT_TPROXY 128
 
 /**
  * The datagram was truncated: len equals capacity and the rest was discarded. In tp_datagram.flags.
@@ -753,7 +779,8 @@ extern "C" {
  *
  * Works like socket(2) and sets IP_TRANSPARENT (ip(7)), so that the socket can bind to, listen on and
  * send from addresses that this host does not own. An AF_INET6 socket is dual-stack (IPV6_V6ONLY is
- * off): it also handles IPv4, as v4-mapped addresses. A SOCK_DGRAM socket also reports the original
+ * off): it also handles IPv4, as v4-mapped addresses. To serve IPv6 only, set IPV6_V6ONLY before bind(2),
+ * or use tp_listen() with TP_LISTEN_V6ONLY. A SOCK_DGRAM socket also reports the original
  * destination of each datagram (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR). The descriptor is
  * close-on-exec.
  *
@@ -838,17 +865,18 @@ int tp_bind_nonlocal(int fd,
  * not own.
  *
  * The socket is meant to be passed to tp_install_rules(). A listener on 0.0.0.0 serves IPv4; one on ::
- * serves IPv6 and IPv4; one on 127.0.0.1 or ::1 is reached only by interception. SO_REUSEADDR is set, so
+ * serves IPv6 and IPv4, or with TP_LISTEN_V6ONLY only IPv6; one on 127.0.0.1 or ::1 is reached only by interception. SO_REUSEADDR is set, so
  * that a program can be restarted at once.
  *
  * @param addr     struct sockaddr_in or sockaddr_in6, in network byte order. With port 0 the kernel
  *                 chooses a port, which getsockname(2) reports.
  * @param addrlen  size of addr in bytes.
  * @param backlog  as for listen(2); if negative, the system's maximum (net.core.somaxconn) is used.
- * @param flags    TP_NONBLOCK and TP_LISTEN_REUSEPORT, or 0.
+ * @param flags    TP_NONBLOCK, TP_LISTEN_REUSEPORT and TP_LISTEN_V6ONLY, or 0.
  * @return descriptor, which the caller closes, or -1 with errno:
  *   EFAULT           addr is NULL
  *   EINVAL           addrlen does not fit the address family, or flags has an unknown bit
+ *   EINVAL           TP_LISTEN_V6ONLY is given, and addr is an IPv4 address or v4-mapped
  *   EAFNOSUPPORT     the family is neither AF_INET nor AF_INET6, or the kernel lacks it
  *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
  *   EACCES           the port is below 1024, without CAP_NET_BIND_SERVICE
@@ -874,9 +902,10 @@ int tp_listen(const struct sockaddr *addr,
  * the socket through the divert rule of tp_install_rules() (not with TP_RULES_REDIRECT). The same applies
  * to ICMP errors about its packets (packet too big, port unreachable).
  *
- * Source port: without TP_CONNECT_KEEP_PORT, any port that is free for this destination; the port in src
- * is ignored. With TP_CONNECT_KEEP_PORT, the port in src, unless it is 0, in use (EADDRINUSE or
- * EADDRNOTAVAIL) or not permitted (below 1024 without CAP_NET_BIND_SERVICE); then any port.
+ * Source port: without TP_CONNECT_KEEP_PORT and TP_CONNECT_SAME_PORT, any port that is free for this
+ * destination; the port in src is ignored. With TP_CONNECT_KEEP_PORT, the port in src, unless it is 0, in
+ * use (EADDRINUSE or EADDRNOTAVAIL) or not permitted (below 1024 without CAP_NET_BIND_SERVICE); then any
+ * port. With TP_CONNECT_SAME_PORT, the port in src and no other.
  *
  * TP_NONBLOCK: the connection may still be in progress when the call returns. Wait until the socket is
  * writable, then read SO_ERROR. Without TP_NONBLOCK the call blocks, at most as long as the kernel
@@ -900,17 +929,23 @@ int tp_listen(const struct sockaddr *addr,
  * @param srclen  size of src in bytes.
  * @param dst     address to connect to, of the same family as src, in the same form.
  * @param dstlen  size of dst in bytes.
- * @param flags   TP_CONNECT_KEEP_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM and TP_CONNECT_DATA_FOLLOWS, or 0.
+ * @param flags   TP_CONNECT_KEEP_PORT or TP_CONNECT_SAME_PORT, TP_NONBLOCK, TP_CONNECT_DGRAM and
+ *                TP_CONNECT_DATA_FOLLOWS, or 0.
  * @return connected socket, which the caller closes, or -1 with errno:
  *   EFAULT           src or dst is NULL
  *   EINVAL           srclen or dstlen does not fit its address family
  *   EINVAL           flags has an unknown bit
  *   EINVAL           TP_CONNECT_DATA_FOLLOWS is given together with TP_CONNECT_DGRAM
+ *   EINVAL           TP_CONNECT_SAME_PORT is given together with TP_CONNECT_KEEP_PORT, or the port in src
+ *                    is 0
  *   EINVAL           src is multicast or 255.255.255.255 (the broadcast address of a subnet is not refused)
  *   EINVAL           src or dst is unspecified (0.0.0.0, ::, ::ffff:0.0.0.0): the kernel would use an
  *                    address of this host, or connect to this host
  *   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
  *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EADDRINUSE       with TP_CONNECT_SAME_PORT: another socket has the address and port of src, or the
+ *                    addresses and ports of src and dst have a connection (or one in TIME_WAIT)
+ *   EACCES           with TP_CONNECT_SAME_PORT: the port is below 1024, without CAP_NET_BIND_SERVICE
  *   EADDRNOTAVAIL    no port of src is free for dst
  *   EINTR            a signal interrupted the wait
  *   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH
@@ -922,7 +957,7 @@ int tp_listen(const struct sockaddr *addr,
  * On failure no descriptor is left open.
  *
  * System calls: socket, setsockopt(IP_TRANSPARENT), setsockopt(IP_BIND_ADDRESS_NO_PORT), bind, connect.
- * With TP_CONNECT_KEEP_PORT, SO_REUSEADDR is set in place of IP_BIND_ADDRESS_NO_PORT. With
+ * With TP_CONNECT_KEEP_PORT or TP_CONNECT_SAME_PORT, SO_REUSEADDR is set in place of IP_BIND_ADDRESS_NO_PORT. With
  * TP_CONNECT_DGRAM, IP_BIND_ADDRESS_NO_PORT is never set, and a recv at the end discards datagrams
  * that arrived from others before the connect. TP_CONNECT_DATA_FOLLOWS adds one setsockopt.
  *
@@ -935,6 +970,140 @@ int tp_connect_from(const struct sockaddr *src,
                     const struct sockaddr *dst,
                     socklen_t dstlen,
                     uint32_t flags);
+
+/**
+ * Connects a socket of the caller's to dst with src as the source address, which this host need not own.
+ *
+ * Does with an existing socket what tp_connect_from() does with a new one, so that options can be set
+ * before: SO_MARK, SO_BINDTODEVICE, SO_RCVBUF, IP_TOS, TCP_FASTOPEN_CONNECT, TCP_CONGESTION, Multipath TCP
+ * (IPPROTO_MPTCP). The socket is made transparent; it need not come from tp_socket(). It is a stream or
+ * datagram socket on which bind(2), listen(2) and connect(2) were not called. An AF_INET socket takes IPv4
+ * addresses, also v4-mapped. An AF_INET6 socket takes IPv6 addresses, and also IPv4 addresses unless it is
+ * IPv6-only (IPV6_V6ONLY).
+ *
+ * Whether the call waits for the connection is decided by the socket (O_NONBLOCK). If the socket is
+ * non-blocking, the connection may still be in progress when the call returns 0: wait until the socket is
+ * writable, then read SO_ERROR. With TCP_FASTOPEN_CONNECT, the connection may begin with the first data.
+ * Replies, ICMP errors and datagrams of third parties are as described in tp_connect_from(3).
+ *
+ * @param fd      the caller's socket, which stays the caller's, also if the call fails.
+ * @param src     struct sockaddr_in or sockaddr_in6, in network byte order, as for tp_connect_from().
+ * @param srclen  size of src in bytes.
+ * @param dst     address to connect to, of the same family as src, in the same form.
+ * @param dstlen  size of dst in bytes.
+ * @param flags   TP_CONNECT_KEEP_PORT or TP_CONNECT_SAME_PORT, and TP_CONNECT_DATA_FOLLOWS (stream sockets
+ *                only), or 0.
+ * @return 0, or -1 with errno:
+ *   EFAULT           src or dst is NULL
+ *   EINVAL           srclen or dstlen does not fit its address family
+ *   EINVAL           flags has an unknown bit, or TP_NONBLOCK or TP_CONNECT_DGRAM
+ *   EINVAL           TP_CONNECT_DATA_FOLLOWS is given, and the socket is a datagram socket
+ *   EINVAL           TP_CONNECT_SAME_PORT is given together with TP_CONNECT_KEEP_PORT, or the port in src
+ *                    is 0
+ *   EINVAL           src is multicast or 255.255.255.255, or src or dst is unspecified
+ *   EINVAL           the socket is bound already, listens, or is connecting
+ *   EISCONN          the socket is connected already
+ *   EAFNOSUPPORT     a family is neither AF_INET nor AF_INET6, or src and dst differ in family
+ *   EAFNOSUPPORT     the addresses are IPv6 and the socket is AF_INET, or they are IPv4 and the socket is
+ *                    IPv6-only
+ *   ESOCKTNOSUPPORT  the socket is neither a stream socket nor a datagram socket
+ *   EBADF            fd is not an open descriptor
+ *   ENOTSOCK         fd is not a socket
+ *   EPERM            neither CAP_NET_RAW nor CAP_NET_ADMIN
+ *   EADDRINUSE       with TP_CONNECT_SAME_PORT: another socket has the address and port of src
+ *   EADDRINUSE       with TP_CONNECT_SAME_PORT or TP_CONNECT_KEEP_PORT: the addresses and ports of src and
+ *                    dst have a connection (or one in TIME_WAIT)
+ *   EACCES           with TP_CONNECT_SAME_PORT: the port is below 1024, without CAP_NET_BIND_SERVICE
+ *   EADDRNOTAVAIL    no port of src is free for dst
+ *   EINTR            a signal interrupted the wait; the kernel goes on connecting, as after connect(2)
+ *   EINPROGRESS      the socket is blocking, and its SO_SNDTIMEO has passed; the kernel goes on connecting
+ *   ECONNREFUSED, ETIMEDOUT, ENETUNREACH, EHOSTUNREACH
+ *                    as for connect(2); its other errors, and those of bind(2), are possible too
+ *
+ * State after a failure: if the call fails before connect(2), the socket is as it was, including
+ * IP_TRANSPARENT. After connect(2) has failed (EADDRNOTAVAIL, EADDRINUSE of a connection, EINTR,
+ * EINPROGRESS, ECONNREFUSED and the errors named beside it), the socket stays transparent and bound to src.
+ * A program may call connect(2) again, from the same source; tp_connect_socket() then fails with EINVAL. For
+ * another source, close the socket and create another.
+ *
+ * TP_CONNECT_KEEP_PORT: a bound socket cannot change its port. Where tp_connect_from() connects from another
+ * port because src and dst have a connection already, this call fails with EADDRINUSE. Call it again with a
+ * new socket and without the flag.
+ *
+ * System calls: getsockname; getsockopt(SO_TYPE); getsockopt and setsockopt of IP_TRANSPARENT, of
+ * IP_BIND_ADDRESS_NO_PORT (stream sockets; with a source port SO_REUSEADDR) and with
+ * TP_CONNECT_DATA_FOLLOWS of TCP_QUICKACK, where setsockopt is left out if the option is set; bind; connect.
+ * getsockopt(IPV6_V6ONLY) if an AF_INET6 socket connects to an IPv4 address; fcntl if the connection is in
+ * progress; a recv for a datagram socket.
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_connect_socket(int fd,
+                      const struct sockaddr *src,
+                      socklen_t srclen,
+                      const struct sockaddr *dst,
+                      socklen_t dstlen,
+                      uint32_t flags);
+
+/**
+ * Accepts a connection, and returns the client's address and the original destination.
+ *
+ * Does what accept4(2) and tp_orig_dst() do, in one call. Both addresses are of the listener's family: an
+ * IPv4 connection of an AF_INET6 listener is reported v4-mapped (tp_unmap_addr() converts it).
+ *
+ * TP_ACCEPT_TPROXY: the listener is transparent (tp_listen(), tp_set_transparent()), so the accepted socket
+ * has the original destination as its local address, and is not asked whether it is transparent. Do not use
+ * this flag with TP_RULES_REDIRECT: the result would be the listener's own address.
+ *
+ * A connection that was accepted and whose original destination cannot be found is closed. A client can
+ * cause this only with a listener that is not transparent, by connecting to it directly (ENOENT): a program
+ * that gets ENOENT calls tp_accept() again.
+ *
+ * @param listener     listening stream socket of family AF_INET or AF_INET6.
+ * @param client       buffer for the client's address, in network byte order, or NULL.
+ * @param clientlen    size of client in bytes; on success the size of the address. Ignored if client is
+ *                     NULL.
+ * @param orig_dst     buffer for the original destination, in network byte order.
+ * @param orig_dstlen  size of orig_dst in bytes; on success the size of the address. A short buffer is
+ *                     EINVAL; an address is never truncated. A struct sockaddr_storage is always enough.
+ * @param flags        TP_ACCEPT_TPROXY and TP_NONBLOCK, or 0.
+ * @return descriptor of the connection, close-on-exec, which the caller closes, or -1 with errno and with
+ *         the buffers and sizes unchanged:
+ *   EFAULT        orig_dst or orig_dstlen is NULL, or clientlen is NULL and client is not
+ *   EINVAL        flags has an unknown bit, or the socket does not listen
+ *   EINVAL        a buffer is too small: a connection is accepted and closed, unless the buffer is too small
+ *                 for an IPv4 address
+ *   EBADF         listener is not an open descriptor
+ *   ENOTSOCK      listener is not a socket
+ *   EOPNOTSUPP    listener is not a stream socket
+ *   EAGAIN        the listener is non-blocking, and no connection waits
+ *   EINTR         a signal interrupted the wait
+ *   ECONNABORTED  the connection ended before it was accepted
+ *   EMFILE        the descriptor limit of the process is reached
+ *   ENFILE        the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM
+ *                 not enough memory
+ *   ENOENT        the connection was not intercepted: its socket is not transparent, and connection
+ *                 tracking has no REDIRECT or DNAT of it; the connection is closed
+ *   EAFNOSUPPORT  the listener's family is neither AF_INET nor AF_INET6; the connection is closed
+ *
+ * Other errors of accept(2) are possible too.
+ *
+ * System calls: accept4 and getsockname with TP_ACCEPT_TPROXY; otherwise accept4, getsockopt and
+ * getsockname, and one more getsockopt if the socket is not transparent.
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_accept(int listener,
+              struct sockaddr *client,
+              socklen_t *clientlen,
+              struct sockaddr *orig_dst,
+              socklen_t *orig_dstlen,
+              uint32_t flags);
 
 /**
  * Returns the destination that an accepted connection had before it was intercepted.
@@ -968,6 +1137,30 @@ int tp_connect_from(const struct sockaddr *src,
 int tp_orig_dst(int fd,
                 struct sockaddr *addr,
                 socklen_t *addrlen);
+
+/**
+ * Converts a v4-mapped address to the IPv4 address that it stands for.
+ *
+ * ::ffff:a.b.c.d in a struct sockaddr_in6 becomes a.b.c.d in a struct sockaddr_in, in place, with the same
+ * port. The bytes after it are set to zero, up to the size that the struct sockaddr_in6 had. Any other IPv4
+ * or IPv6 address is unchanged. AF_INET6 sockets that also serve IPv4 report v4-mapped addresses
+ * (tp_accept(), tp_orig_dst(), tp_recv_datagrams()); a program that compares or prints addresses converts
+ * them first.
+ *
+ * @param addr     struct sockaddr_in or sockaddr_in6.
+ * @param addrlen  size of addr in bytes; becomes sizeof(struct sockaddr_in) if the address is converted.
+ * @return 0, or -1 with errno and with addr and addrlen unchanged:
+ *   EFAULT  addr or addrlen is NULL
+ *   EINVAL  addr is not an IPv4 or IPv6 address, or addrlen does not fit its family
+ *
+ * System calls: none.
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_unmap_addr(struct sockaddr *addr,
+                  socklen_t *addrlen);
 
 /**
  * Receives a datagram with its sender and original destination (one recvmsg(2)).

@@ -268,6 +268,19 @@ pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     }
 }
 
+/// The IPv4 address that a v4-mapped address (::ffff:a.b.c.d) stands for; any other address unchanged.
+///
+/// An IPv6 socket that also serves IPv4 reports IPv4 addresses v4-mapped.
+///
+/// ```
+/// let addr = "[::ffff:192.0.2.1]:80".parse()?;
+/// assert_eq!(tproxy::unmap_addr(addr), "192.0.2.1:80".parse()?);
+/// # Ok::<(), std::net::AddrParseError>(())
+/// ```
+pub fn unmap_addr(addr: SocketAddr) -> SocketAddr {
+    canonical(addr)
+}
+
 /// An address as a socket has it that gave `other`: an IPv6 socket has IPv4 addresses v4-mapped.
 pub(crate) fn as_family_of(other: SocketAddr, addr: SocketAddr) -> SocketAddr {
     match (other, addr) {

@@ -34,6 +34,7 @@ enum Repr {
 pub(crate) enum SocketOp {
     Create,
     DualStack,
+    OnlyV6,
     Transparent,
     ReportOrigDst,
     BindAddressNoPort,
@@ -43,6 +44,7 @@ pub(crate) enum SocketOp {
     Bind,
     Listen,
     Connect,
+    Accept,
     Inspect,
     Receive,
     Prepare,
@@ -193,6 +195,7 @@ impl SocketOp {
         match self {
             SocketOp::Create => "socket()",
             SocketOp::DualStack => "setsockopt(IPV6_V6ONLY, 0)",
+            SocketOp::OnlyV6 => "setsockopt(IPV6_V6ONLY, 1)",
             SocketOp::Transparent => "setsockopt(IP_TRANSPARENT, 1)",
             SocketOp::ReportOrigDst => "setsockopt(IP_RECVORIGDSTADDR, 1)",
             SocketOp::BindAddressNoPort => "setsockopt(IP_BIND_ADDRESS_NO_PORT, 1)",
@@ -202,6 +205,7 @@ impl SocketOp {
             SocketOp::Bind => "bind()",
             SocketOp::Listen => "listen()",
             SocketOp::Connect => "connect()",
+            SocketOp::Accept => "accept()",
             SocketOp::Inspect => "reading the socket",
             SocketOp::Receive => "receiving datagrams",
             SocketOp::Prepare => "preparing the reply socket",
@@ -219,10 +223,12 @@ impl SocketOp {
             (SocketOp::Create, libc::EAFNOSUPPORT) => {
                 "this kernel has no such address family (was IPv6 left out or disabled at boot?)"
             }
-            (SocketOp::Create, libc::EMFILE) => {
+            (SocketOp::Create | SocketOp::Accept, libc::EMFILE) => {
                 "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)"
             }
-            (SocketOp::Create, libc::ENFILE) => "the system is at its descriptor limit: raise sysctl fs.file-max",
+            (SocketOp::Create | SocketOp::Accept, libc::ENFILE) => {
+                "the system is at its descriptor limit: raise sysctl fs.file-max"
+            }
             (SocketOp::Create, libc::EPERM | libc::EACCES) => {
                 "raw sockets need CAP_NET_RAW; any other is refused by a security module or a seccomp filter"
             }
@@ -243,6 +249,14 @@ impl SocketOp {
                 "every port of that source address is in use towards that destination (widen \
                  net.ipv4.ip_local_port_range)"
             }
+            (SocketOp::Connect, libc::EADDRINUSE) => {
+                "these addresses and ports have a connection already, or one in TIME_WAIT (`ss -tan` shows it); another \
+                 port needs another socket"
+            }
+            (SocketOp::Connect, libc::EINPROGRESS) => {
+                "the socket's send timeout (SO_SNDTIMEO) has passed, and the kernel goes on trying to connect"
+            }
+            (SocketOp::Accept, libc::EINVAL) => "the socket does not listen: call listen(2) first",
             (SocketOp::Connect, libc::ENETUNREACH) => "there is no route to that destination (`ip route get` shows it)",
             (SocketOp::Connect, libc::ETIMEDOUT) => {
                 "if the destination is up, its answers to the foreign source address may not come back through this \

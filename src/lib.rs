@@ -51,7 +51,7 @@
 //! | module | what it has |
 //! |---|---|
 //! | [`socket`] | sockets that bind, listen on and connect from addresses that this host does not own |
-//! | [`orig_dst()`] | the destination of an intercepted connection |
+//! | [`orig_dst()`], [`accept()`] | the destination of an intercepted connection, by itself or along with the connection |
 //! | [`rules`] | the nf_tables rules and the policy routing that bring the packets to such sockets |
 //! | [`udp`] | datagrams with their original destinations, and replies from any source |
 //! | [`check`] | what on this host breaks transparent proxying, and what fixes it |
@@ -68,6 +68,7 @@
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
 
+mod accept;
 mod address;
 mod backend;
 pub mod check;
@@ -96,6 +97,8 @@ mod sys;
 mod test_time;
 pub mod udp;
 
+pub use accept::{AcceptOptions, Accepted, accept};
+pub use address::unmap_addr;
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
 pub use self_test::self_test;

@@ -37,6 +37,12 @@ pub(crate) fn find(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     }
 }
 
+/// As [`find`], of a socket that is known to be transparent: it is not asked.
+#[inline(always)]
+pub(crate) fn find_of_transparent(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
+    own_address(fd, addr).map_err(no_address)
+}
+
 /// The socket's own address.
 #[inline(always)]
 fn own_address(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> sys::Result<()> {

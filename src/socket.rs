@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::address::KernelAddr;
+use crate::address::{KernelAddr, canonical};
 use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys;
 
@@ -27,6 +27,7 @@ use crate::sys;
 pub struct ListenOptions {
     pub(crate) nonblocking: bool,
     pub(crate) reuse_port: bool,
+    pub(crate) only_v6: bool,
     pub(crate) backlog: Option<u32>,
 }
 
@@ -48,6 +49,12 @@ impl ListenOptions {
         self
     }
 
+    /// Makes a socket that serves IPv6 only (IPV6_V6ONLY). The address must then be an IPv6 address.
+    pub fn only_v6(mut self, yes: bool) -> ListenOptions {
+        self.only_v6 = yes;
+        self
+    }
+
     /// Sets the number of connections that may wait to be accepted; by default as many as the system allows
     /// (net.core.somaxconn).
     pub fn backlog(mut self, connections: u32) -> ListenOptions {
@@ -56,19 +63,19 @@ impl ListenOptions {
     }
 }
 
-/// How [`connect_from`] connects. Each method changes one option and returns the options.
+/// How [`connect_from`] and [`connect_socket`] connect. Each method changes one option and returns the options.
 ///
 /// ```
-/// use tproxy::socket::ConnectOptions;
+/// use tproxy::socket::{ConnectOptions, SourcePort};
 ///
-/// let options = ConnectOptions::new().nonblocking(true).keep_port(true);
+/// let options = ConnectOptions::new().nonblocking(true).port(SourcePort::Keep);
 /// # let _ = options;
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[must_use = "each method returns the changed options"]
 pub struct ConnectOptions {
     pub(crate) nonblocking: bool,
-    pub(crate) keep_port: bool,
+    pub(crate) port: SourcePort,
     pub(crate) datagram: bool,
     pub(crate) data_follows: bool,
 }
@@ -80,18 +87,22 @@ impl ConnectOptions {
     }
 
     /// Makes the socket non-blocking: the connection may still be in progress when the socket is returned.
+    ///
+    /// Not for [`connect_socket`]: the caller's socket has its own mode.
     pub fn nonblocking(mut self, yes: bool) -> ConnectOptions {
         self.nonblocking = yes;
         self
     }
 
-    /// Tries the source's own port first, and another port if that one is in use or not permitted.
-    pub fn keep_port(mut self, yes: bool) -> ConnectOptions {
-        self.keep_port = yes;
+    /// Sets whether the port of the source address counts, [`SourcePort::Any`] by default.
+    pub fn port(mut self, port: SourcePort) -> ConnectOptions {
+        self.port = port;
         self
     }
 
     /// Makes a UDP socket that is connected to the destination, and receives only from there.
+    ///
+    /// Not for [`connect_socket`]: the caller's socket has its own type.
     pub fn datagram(mut self, yes: bool) -> ConnectOptions {
         self.datagram = yes;
         self
@@ -102,6 +113,19 @@ impl ConnectOptions {
         self.data_follows = yes;
         self
     }
+}
+
+/// Whether the port of the source address counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourcePort {
+    /// Any port that is free for the destination.
+    #[default]
+    Any,
+    /// The port of the source address if it is available, otherwise any port.
+    Keep,
+    /// The port of the source address, or `EADDRINUSE`.
+    Same,
 }
 
 /// `socket(2)`, transparent and close-on-exec.
@@ -117,12 +141,18 @@ impl ConnectOptions {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
-    make(domain, kind, protocol)
+    make_once(domain, kind, protocol, false)
+}
+
+/// As [`make`], as one function for callers to whom its time does not matter.
+#[inline(never)]
+fn make_once(domain: Domain, kind: Type, protocol: Option<Protocol>, only_v6: bool) -> Result<Socket> {
+    make(domain, kind, protocol, only_v6)
 }
 
 /// As [`socket()`], for the caller to whom its time matters.
 #[inline(always)]
-pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
+pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>, only_v6: bool) -> Result<Socket> {
     if domain != Domain::IPV4 && domain != Domain::IPV6 {
         return Err(Error::with(
             libc::EAFNOSUPPORT,
@@ -132,7 +162,8 @@ pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
     let base = base_type(kind);
     let socket = open(domain, kind, protocol)?;
     if domain == Domain::IPV6 && base != Type::RAW {
-        socket.set_only_v6(false).map_err(|e| Error::socket(SocketOp::DualStack, Endpoints::default(), e))?;
+        let step = if only_v6 { SocketOp::OnlyV6 } else { SocketOp::DualStack };
+        socket.set_only_v6(only_v6).map_err(|e| Error::socket(step, Endpoints::default(), e))?;
     }
     make_transparent(&socket, domain)?;
     if base == Type::DGRAM {
@@ -201,7 +232,7 @@ pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
 
 /// A listening transparent stream socket.
 ///
-/// An IPv6 socket is dual-stack. SO_REUSEADDR is set, so that a restarted
+/// An IPv6 socket is dual-stack, unless [`ListenOptions::only_v6`] is set. SO_REUSEADDR is set, so that a restarted
 /// program need not wait for its old connections to end.
 ///
 /// ```no_run
@@ -211,7 +242,12 @@ pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn listen(addr: SocketAddr, options: ListenOptions) -> Result<Socket> {
-    let socket = socket(Domain::for_address(addr), stream_type(options.nonblocking), None)?;
+    if options.only_v6 && canonical(addr).is_ipv4() {
+        return Err(Error::invalid(
+            "a socket that serves IPv6 only cannot listen on an IPv4 address, nor on a v4-mapped address",
+        ));
+    }
+    let socket = make_once(Domain::for_address(addr), stream_type(options.nonblocking), None, options.only_v6)?;
     let addr = KernelAddr::from(addr);
     let ends = Endpoints { local: Some(addr), remote: None };
     reuse_address(&socket, &addr)?;
@@ -227,14 +263,12 @@ pub fn listen(addr: SocketAddr, options: ListenOptions) -> Result<Socket> {
 
 /// Connects to `dst` so that the server sees the connection come from `src`.
 ///
-/// The port of `src` counts only with [`ConnectOptions::keep_port`], and
-/// another is taken when that one is in use (or, below 1024, not permitted).
-/// v4-mapped addresses are taken as the IPv4 addresses that they stand for.
+/// [`ConnectOptions::port`] says whether the port of `src` counts. v4-mapped addresses are taken as the IPv4 addresses that they stand for.
 ///
 /// ```no_run
-/// use tproxy::socket::{ConnectOptions, connect_from};
+/// use tproxy::socket::{ConnectOptions, SourcePort, connect_from};
 ///
-/// let options = ConnectOptions::new().keep_port(true);
+/// let options = ConnectOptions::new().port(SourcePort::Keep);
 /// let server = connect_from("192.0.2.7:40000".parse()?, "198.51.100.2:80".parse()?, options)?;
 /// let server = std::net::TcpStream::from(server);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -247,6 +281,17 @@ pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -
 /// become what is bound and connected to.
 #[inline(always)]
 pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    check_ends(src, dst, options)?;
+    if options.port != SourcePort::Any && src.port() != 0 {
+        connect_from_port(src, dst, options)
+    } else {
+        connect_from_any(src, dst, options)
+    }
+}
+
+/// Makes both addresses canonical, and refuses what no connection can have.
+#[inline(always)]
+fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<()> {
     src.make_canonical();
     dst.make_canonical();
     if src.is_ipv4() != dst.is_ipv4() {
@@ -255,11 +300,10 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
     if src.is_unspecified() || src.is_multicast() || src.is_broadcast() || dst.is_unspecified() {
         return Err(not_of_one_host(src));
     }
-    if options.keep_port && src.port() != 0 {
-        connect_from_port(src, dst, options)
-    } else {
-        connect_from_any(src, dst, options)
+    if options.port == SourcePort::Same && src.port() == 0 {
+        return Err(Error::invalid("the source has port 0, and the connection shall come from the source's own port"));
     }
+    Ok(())
 }
 
 #[cold]
@@ -275,18 +319,195 @@ fn not_of_one_host(src: &KernelAddr) -> Error {
     })
 }
 
-/// From the source's own port if it can be had, else from any.
+/// From the source's own port; from any if that port is not available and [`SourcePort::Keep`] allows it.
 #[inline(never)]
 fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
     let socket = open_towards(dst, options)?;
-    if !bind_to_port(&socket, src)? {
-        src.set_port(0);
-        bind_to_any(&socket, src, options)?;
+    // Connections of one client port to several servers share the address and port.
+    reuse_address(&socket, src)?;
+    match bind(&socket, src) {
+        Err(e) if may_take_another_port(&e, options) => {
+            src.set_port(0);
+            bind_to_any(&socket, src, options)?;
+        }
+        bound => bound?,
     }
     match connect(socket, src, dst, options) {
         // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
-        Err(e) if e.errno() == libc::EADDRNOTAVAIL && src.port() != 0 => connect_from_any(src, dst, options),
+        Err(e) if e.errno() == libc::EADDRNOTAVAIL && src.port() != 0 => match options.port {
+            SourcePort::Same => Err(pair_in_use(src, dst)),
+            _ => connect_from_any(src, dst, options),
+        },
         done => done,
+    }
+}
+
+/// Whether `bind(2)` failed because of the port, and any other port will do.
+fn may_take_another_port(error: &Error, options: ConnectOptions) -> bool {
+    options.port != SourcePort::Same && [libc::EADDRINUSE, libc::EACCES].contains(&error.errno())
+}
+
+/// `connect(2)` of a socket that is bound to a port fails with EADDRNOTAVAIL if the addresses and ports of both ends are in
+/// use (`__inet_hash_connect`, net/ipv4/inet_hashtables.c).
+#[cold]
+fn pair_in_use(src: &KernelAddr, dst: &KernelAddr) -> Error {
+    let ends = Endpoints { local: Some(*src), remote: Some(*dst) };
+    Error::socket(SocketOp::Connect, ends, sys::Errno(libc::EADDRINUSE))
+}
+
+/// Connects a socket that the caller has made, and has set options of, as [`connect_from`] does.
+///
+/// The socket is a stream or datagram socket that is not bound. An IPv6 socket that is not IPv6-only also connects between
+/// IPv4 addresses. If the call fails before `connect(2)`, the socket is as it was. After `connect(2)` has failed, the socket
+/// stays transparent and bound, and cannot be given to this call again.
+///
+/// On a non-blocking socket the connection may still be under way when the call returns. With [`SourcePort::Keep`], a port
+/// that has a connection to `dst` already is `EADDRINUSE`: a socket that is bound cannot change its port.
+///
+/// ```no_run
+/// use tproxy::socket::{ConnectOptions, connect_socket};
+/// use tproxy::socket2::{Domain, Socket, Type};
+///
+/// let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+/// socket.set_mark(7)?;
+/// connect_socket(&socket, "192.0.2.7:0".parse()?, "198.51.100.2:80".parse()?, ConnectOptions::new())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn connect_socket(fd: impl AsFd, src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -> Result<()> {
+    if options.nonblocking || options.datagram {
+        return Err(Error::invalid("the mode and the type of a socket that exists are the socket's own"));
+    }
+    let (mut src, mut dst) = (KernelAddr::from(src), KernelAddr::from(dst));
+    check_ends(&mut src, &mut dst, options)?;
+    let fd = fd.as_fd();
+    let options = ConnectOptions { datagram: prepare_ends(fd, &mut src, &mut dst)? == Type::DGRAM, ..options };
+    if options.datagram && options.data_follows {
+        return Err(Error::invalid("data_follows is for stream sockets"));
+    }
+    bind_given(fd, &mut src, options)?;
+    let ends = Endpoints { local: Some(src), remote: Some(dst) };
+    match sys::connect(fd, &dst) {
+        Ok(true) if options.datagram => drain_early_datagrams(&SockRef::from(&fd)),
+        Ok(true) => {}
+        // Of a blocking socket it means that SO_SNDTIMEO has passed (socket(7)).
+        Ok(false) if SockRef::from(&fd).nonblocking().unwrap_or(true) => {}
+        Ok(false) => return Err(Error::socket(SocketOp::Connect, ends, sys::Errno(libc::EINPROGRESS))),
+        Err(sys::Errno(libc::EADDRNOTAVAIL)) if src.port() != 0 && !options.datagram => {
+            return Err(pair_in_use(&src, &dst));
+        }
+        Err(e) => return Err(Error::socket(SocketOp::Connect, ends, e)),
+    }
+    Ok(())
+}
+
+/// Gives the type of a caller's socket that can be connected, and makes the addresses those of its family. Changes nothing
+/// about the socket.
+fn prepare_ends(fd: BorrowedFd<'_>, src: &mut KernelAddr, dst: &mut KernelAddr) -> Result<Type> {
+    let failed = |e: sys::Errno| Error::socket(SocketOp::Inspect, Endpoints::default(), e);
+    let mut own = KernelAddr::NONE;
+    sys::local_addr(fd, &mut own).map_err(failed)?;
+    if !own.is_ipv4() && !own.is_ipv6() {
+        return Err(other_family(own.family().unwrap_or(libc::AF_UNSPEC)));
+    }
+    if own.is_ipv4() && src.is_ipv6() {
+        return Err(Error::new(libc::EAFNOSUPPORT, "the socket is an AF_INET socket, and the addresses are of IPv6"));
+    }
+    let kind = Type::from(sys::getsockopt_int(fd, libc::SOL_SOCKET, libc::SO_TYPE).map_err(failed)?);
+    if kind != Type::STREAM && kind != Type::DGRAM {
+        return Err(Error::new(libc::ESOCKTNOSUPPORT, "the socket is neither a stream socket nor a datagram socket"));
+    }
+    if !own.is_unspecified() || own.port() != 0 {
+        return Err(if SockRef::from(&fd).peer_addr().is_ok() {
+            Error::new(libc::EISCONN, "the socket is connected already")
+        } else {
+            Error::invalid(
+                "the socket is bound already: give one on which bind(2), listen(2) or connect(2) was not called",
+            )
+        });
+    }
+    if own.is_ipv6() && src.is_ipv4() {
+        if sys::getsockopt_int(fd, libc::SOL_IPV6, libc::IPV6_V6ONLY).map_err(failed)? != 0 {
+            return Err(Error::new(
+                libc::EAFNOSUPPORT,
+                "the socket is IPv6-only (IPV6_V6ONLY), and the addresses are of IPv4",
+            ));
+        }
+        src.map_to_family(Some(libc::AF_INET6));
+        dst.map_to_family(Some(libc::AF_INET6));
+    }
+    Ok(kind)
+}
+
+/// Makes a caller's socket transparent and binds it. If that fails, the socket is as it was. Port 0 in `src` says afterwards
+/// that `connect(2)` chooses the port.
+fn bind_given(fd: BorrowedFd<'_>, src: &mut KernelAddr, options: ConnectOptions) -> Result<()> {
+    let socket = SockRef::from(&fd);
+    let (level, name) = transparent_option(if src.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 });
+    let transparent = ChangedOption::set(fd, SocketOp::Transparent, level, name, 1)?;
+    let delayed = if options.data_follows {
+        Some(ChangedOption::set(fd, SocketOp::DelayAck, libc::SOL_TCP, libc::TCP_QUICKACK, 0)?)
+    } else {
+        None
+    };
+    if options.port != SourcePort::Any && src.port() != 0 {
+        let reused = ChangedOption::set(fd, SocketOp::ReuseAddress, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        match bind(&socket, src) {
+            Err(e) if may_take_another_port(&e, options) => drop(reused),
+            bound => {
+                bound?;
+                reused.keep();
+                delayed.into_iter().for_each(ChangedOption::keep);
+                transparent.keep();
+                return Ok(());
+            }
+        }
+    }
+    src.set_port(0);
+    let without_port = if options.datagram {
+        None
+    } else {
+        match ChangedOption::set(fd, SocketOp::BindAddressNoPort, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
+            // Linux before 4.2; Multipath TCP before Linux 6.10.
+            Err(e) if [libc::ENOPROTOOPT, libc::EOPNOTSUPP].contains(&e.errno()) => None,
+            set => Some(set?),
+        }
+    };
+    bind(&socket, src)?;
+    [Some(transparent), delayed, without_port].into_iter().flatten().for_each(ChangedOption::keep);
+    Ok(())
+}
+
+/// An option of a caller's socket that has another value until this is dropped.
+struct ChangedOption<'a> {
+    fd: BorrowedFd<'a>,
+    level: i32,
+    name: i32,
+    /// `None`: the option had the value that was wanted, or the change is to stay.
+    before: Option<i32>,
+}
+
+impl<'a> ChangedOption<'a> {
+    fn set(fd: BorrowedFd<'a>, step: SocketOp, level: i32, name: i32, value: i32) -> Result<ChangedOption<'a>> {
+        let failed = |e| Error::socket(step, Endpoints::default(), e);
+        let before = sys::getsockopt_int(fd, level, name).map_err(failed)?;
+        if before == value {
+            return Ok(ChangedOption { fd, level, name, before: None });
+        }
+        sys::setsockopt_int(fd, level, name, value).map_err(failed)?;
+        Ok(ChangedOption { fd, level, name, before: Some(before) })
+    }
+
+    fn keep(mut self) {
+        self.before = None;
+    }
+}
+
+impl Drop for ChangedOption<'_> {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // It was the socket's value: nothing refuses it.
+            let _ = sys::setsockopt_int(self.fd, self.level, self.name, before);
+        }
     }
 }
 
@@ -327,16 +548,6 @@ fn connect(socket: Socket, src: &KernelAddr, dst: &KernelAddr, options: ConnectO
     Ok(socket)
 }
 
-/// Whether the very port of an address could be had.
-fn bind_to_port(socket: &Socket, addr: &KernelAddr) -> Result<bool> {
-    // Connections of one client port to several servers share the address and port.
-    reuse_address(socket, addr)?;
-    match bind(socket, addr) {
-        Err(e) if [libc::EADDRINUSE, libc::EACCES].contains(&e.errno()) => Ok(false),
-        bound => bound.map(|()| true),
-    }
-}
-
 /// Drops what came between `bind` and `connect`: the socket was everybody's
 /// then, and who reads from it takes all for the server's. One `recv`, as a
 /// rule. (What another processor has under way at that moment may still come.)
@@ -370,24 +581,31 @@ pub(crate) fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
 /// The address family of a caller's descriptor, if it is one that can be transparent.
 fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
     let domain = SockRef::from(&fd).domain().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))?;
-    if domain == Domain::IPV4 || domain == Domain::IPV6 {
-        Ok(domain)
-    } else {
-        Err(Error::with(
-            libc::EAFNOSUPPORT,
-            format_args!("the descriptor is a socket of address family {}, not IPv4 or IPv6", i32::from(domain)),
-        ))
-    }
+    if domain == Domain::IPV4 || domain == Domain::IPV6 { Ok(domain) } else { Err(other_family(domain.into())) }
+}
+
+#[cold]
+fn other_family(family: i32) -> Error {
+    Error::with(
+        libc::EAFNOSUPPORT,
+        format_args!("the descriptor is a socket of address family {family}, not IPv4 or IPv6"),
+    )
 }
 
 #[inline(always)]
 pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
-    let (level, option) = match domain {
-        Domain::IPV6 => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
-        _ => (libc::SOL_IP, libc::IP_TRANSPARENT),
-    };
+    let (level, option) = transparent_option(domain);
     sys::setsockopt_int(socket.as_fd(), level, option, 1)
         .map_err(|e| Error::socket(SocketOp::Transparent, Endpoints::default(), e))
+}
+
+/// The level and the name of the option.
+#[inline(always)]
+fn transparent_option(domain: Domain) -> (i32, i32) {
+    match domain {
+        Domain::IPV6 => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+        _ => (libc::SOL_IP, libc::IP_TRANSPARENT),
+    }
 }
 
 fn reuse_address(socket: &Socket, addr: &KernelAddr) -> Result<()> {

@@ -201,6 +201,21 @@ pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> Result<bool> {
     }
 }
 
+/// `accept4(2)`, and the peer's address if it is asked for. The new descriptor is close-on-exec.
+#[inline(always)]
+pub(crate) fn accept(listener: BorrowedFd<'_>, peer: Option<&mut KernelAddr>, nonblocking: bool) -> Result<OwnedFd> {
+    let flags = libc::SOCK_CLOEXEC | if nonblocking { libc::SOCK_NONBLOCK } else { 0 };
+    let mut len = size_of::<KernelAddr>() as libc::socklen_t;
+    let (place, len) = match peer {
+        Some(peer) => (peer.as_mut_bytes().as_mut_ptr().cast(), &raw mut len),
+        None => (ptr::null_mut(), ptr::null_mut()),
+    };
+    // SAFETY: both are NULL, or valid for writes, and len is the size of the place.
+    let fd = unsafe { libc::accept4(listener.as_raw_fd(), place, len, flags) };
+    // SAFETY: a new descriptor, ours alone.
+    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
+}
+
 /// `getsockname(2)`.
 #[inline(always)]
 pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{Lab, Net, at, limit, said, v4, v6, while_answering};
 use tproxy::rules::{Backend, Config, Listener, Mark, Mode, PortRange, Prefix, Protocols, Rules, Set, purge, stats_of};
-use tproxy::socket::{ConnectOptions, ListenOptions, connect_from, listen};
+use tproxy::socket::{ConnectOptions, ListenOptions, SourcePort, connect_from, listen};
 use tproxy::udp::{Datagram, Replier, ReplierOptions};
 
 const fn is_send<T: Send>() {}
@@ -111,7 +111,7 @@ fn connect_from_gives_socket_or_errno() {
     let lab = Lab::new();
     let server = lab.serve(80);
     let _rules = lab.proxy.run(|| Rules::install(&Config::divert_only())).unwrap();
-    let options = ConnectOptions::new().keep_port(true);
+    let options = ConnectOptions::new().port(SourcePort::Keep);
     let stream = lab.proxy.run(|| connect_from(at(v4().client, 40_000), at(v4().server, 80), options)).unwrap();
     let (_accepted, from) = server.accept().unwrap();
     assert_eq!(common::canonical(from), at(v4().client, 40_000));

@@ -22,7 +22,7 @@
 #define IPV6_TRANSPARENT 75
 #endif
 
-enum { TP_NONBLOCK = 1, TP_LISTEN_REUSEPORT = 2, TP_CONNECT_DATA_FOLLOWS = 16, TP_RULES_DIVERT_ONLY = 1 };
+enum { TP_NONBLOCK = 1, TP_LISTEN_REUSEPORT = 2, TP_CONNECT_DATA_FOLLOWS = 16, TP_ACCEPT_TPROXY = 128, TP_RULES_DIVERT_ONLY = 1 };
 
 typedef struct tp_rules tp_rules;
 
@@ -84,14 +84,11 @@ static inline int tp_socket(int domain, int type, int protocol)
     return fd;
 }
 
-/* For TPROXY and REDIRECT. The relay defines TPROXY_ALONE: with TPROXY only, getsockname() is enough. */
+/* For TPROXY and REDIRECT. */
 static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
 {
     int transparent = 0;
     socklen_t len = sizeof transparent;
-#ifdef TPROXY_ALONE
-    return getsockname(fd, addr, addrlen);
-#endif
     if (getsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &transparent, &len) != 0)
         return -1;
     if (transparent)
@@ -99,6 +96,17 @@ static inline int tp_orig_dst(int fd, struct sockaddr *addr, socklen_t *addrlen)
     if (getsockopt(fd, IPPROTO_IP, SO_ORIGINAL_DST, addr, addrlen) == 0)
         return 0;
     return getsockopt(fd, IPPROTO_IPV6, SO_ORIGINAL_DST, addr, addrlen);
+}
+
+static inline int tp_accept(int listener, struct sockaddr *client, socklen_t *clientlen, struct sockaddr *addr,
+                            socklen_t *addrlen, uint32_t flags)
+{
+    int fd = accept4(listener, client, clientlen, SOCK_CLOEXEC | (flags & TP_NONBLOCK ? SOCK_NONBLOCK : 0));
+    if (fd < 0)
+        return -1;
+    if ((flags & TP_ACCEPT_TPROXY ? getsockname(fd, addr, addrlen) : tp_orig_dst(fd, addr, addrlen)) != 0)
+        return raw_close(fd);
+    return fd;
 }
 
 /* accept() of a dual-stack listener gives IPv4 addresses as v4-mapped IPv6. The outgoing socket needs AF_INET. */

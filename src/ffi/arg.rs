@@ -130,6 +130,57 @@ impl AddressOut {
         Ok(())
     }
 
+    /// Whether there is room for an address.
+    ///
+    /// # Safety
+    /// As for [`write`](Self::write).
+    #[inline(always)]
+    pub(super) unsafe fn check_room(&self, addr: &KernelAddr) -> Result<()> {
+        let needed = addr.as_bytes().len();
+        // SAFETY: by the caller's word.
+        if (unsafe { self.len.read_unaligned() } as usize) < needed {
+            // SAFETY: as above.
+            return Err(unsafe { self.too_little(needed) });
+        }
+        Ok(())
+    }
+
+    /// Whether there is room for the smallest address.
+    ///
+    /// # Safety
+    /// As for [`write`](Self::write).
+    #[inline(always)]
+    pub(super) unsafe fn check_room_for_any(&self) -> Result<()> {
+        // SAFETY: by the caller's word.
+        if (unsafe { self.len.read_unaligned() } as usize) < V4 {
+            // SAFETY: as above.
+            return Err(unsafe { self.too_little(V4) });
+        }
+        Ok(())
+    }
+
+    /// Makes a v4-mapped address that is there the IPv4 address that it stands for.
+    ///
+    /// # Safety
+    /// The length is valid for reads and writes, the place for reads and writes of that length.
+    #[inline(always)]
+    pub(super) unsafe fn unmap(&self) -> Result<()> {
+        // SAFETY: by the caller's word.
+        let addr = unsafe { kernel_address("addr", self.addr, self.len.read_unaligned()) };
+        let mut addr = addr.map_err(not_an_address)?;
+        if addr.is_ipv6() {
+            addr.make_canonical();
+            if addr.is_ipv4() {
+                // SAFETY: there was an IPv6 address, and so there is room for all its bytes.
+                unsafe {
+                    self.addr.cast::<address::Bytes>().write_unaligned(*addr.as_mut_bytes());
+                    self.len.write_unaligned(V4 as socklen_t);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// # Safety
     /// As for [`write`](Self::write).
     #[cold]
@@ -163,6 +214,13 @@ impl AddressOut {
             self.len.write_unaligned(v6.len() as socklen_t);
         }
     }
+}
+
+/// The error of another call's argument, as EINVAL.
+#[cold]
+#[inline(never)]
+fn not_an_address(error: Error) -> Error {
+    Error::invalid_with(format_args!("{error}"))
 }
 
 #[cold]

@@ -7,10 +7,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <tproxy.h>
@@ -172,7 +175,7 @@ static void streams(void)
     addresses(-1, connect_to_it);
     v4.sin_port = htons(1);
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_LISTEN_REUSEPORT));
-    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x20));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, 0x400));
     EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_DATA_FOLLOWS));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT));
     EXPECT(EAFNOSUPPORT, tp_connect_from(sa(&v6), sizeof v6, sa(&v4), sizeof v4, 0));
@@ -182,6 +185,242 @@ static void streams(void)
     EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, 0));
     EXPECT(ECONNREFUSED, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_CONNECT_KEEP_PORT));
     EXPECT(0, tp_connect_from(sa(&v4), sizeof v4, sa(&refused), sizeof refused, TP_NONBLOCK));
+}
+
+static int given_fd;
+
+static int connect_given_from(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    (void)fd;
+    return tp_connect_socket(given_fd, addr, len, sa(&good), sizeof good, 0);
+}
+
+static int connect_given_to(int fd, const struct sockaddr *addr, socklen_t len)
+{
+    (void)fd;
+    return tp_connect_socket(given_fd, sa(&good), sizeof good, addr, len, 0);
+}
+
+/* A socket that was refused is as it was: not transparent, not bound. */
+static bool is_fresh(int fd)
+{
+    int transparent = -1, reuse = -1;
+    struct sockaddr_in own;
+    socklen_t size = sizeof transparent, len = sizeof own;
+    return getsockopt(fd, SOL_IP, IP_TRANSPARENT, &transparent, &size) == 0 && transparent == 0 &&
+           getsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &reuse, &size) == 0 && reuse == 0 &&
+           getsockname(fd, sa(&own), &len) == 0 && own.sin_port == 0 && own.sin_addr.s_addr == 0;
+}
+
+static void connects(int closed, int file, int unix_fd)
+{
+    struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_port = htons(1) }, zero = v4;
+    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT, .sin6_port = htons(1) };
+    v4.sin_addr.s_addr = zero.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    zero.sin_port = 0;
+
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_CONNECT_SAME_PORT | TP_CONNECT_KEEP_PORT));
+    EXPECT(EINVAL, tp_connect_from(sa(&zero), sizeof zero, sa(&v4), sizeof v4, TP_CONNECT_SAME_PORT));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_LISTEN_V6ONLY));
+    EXPECT(EINVAL, tp_connect_from(sa(&v4), sizeof v4, sa(&v4), sizeof v4, TP_ACCEPT_TPROXY));
+    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, TP_LISTEN_V6ONLY));
+    EXPECT(EINVAL, tp_listen(sa(&v4), sizeof v4, 1, TP_CONNECT_SAME_PORT));
+
+    given_fd = socket(AF_INET, SOCK_STREAM, 0);
+    addresses(-1, connect_given_from);
+    addresses(-1, connect_given_to);
+#define GIVEN(wanted, fd, src, dst, flags) EXPECT(wanted, tp_connect_socket(fd, sa(src), sizeof *(src), sa(dst), sizeof *(dst), flags))
+    GIVEN(EBADF, -1, &v4, &v4, 0);
+    GIVEN(EBADF, closed, &v4, &v4, 0);
+    GIVEN(ENOTSOCK, file, &v4, &v4, 0);
+    GIVEN(EAFNOSUPPORT, unix_fd, &v4, &v4, 0);
+    GIVEN(EAFNOSUPPORT, given_fd, &v6, &v4, 0);
+    GIVEN(EAFNOSUPPORT, given_fd, &v6, &v6, 0);
+    GIVEN(EINVAL, given_fd, &good, &v4, 0);
+    GIVEN(EINVAL, given_fd, &v4, &good, 0);
+    GIVEN(EINVAL, given_fd, &zero, &v4, TP_CONNECT_SAME_PORT);
+    GIVEN(EINVAL, given_fd, &v4, &v4, TP_CONNECT_SAME_PORT | TP_CONNECT_KEEP_PORT);
+    GIVEN(EINVAL, given_fd, &v4, &v4, TP_NONBLOCK);
+    GIVEN(EINVAL, given_fd, &v4, &v4, TP_CONNECT_DGRAM);
+    GIVEN(EINVAL, given_fd, &v4, &v4, 0x80000000);
+    CHECK(is_fresh(given_fd));
+    int dgram = socket(AF_INET, SOCK_DGRAM, 0), raw = socket(AF_INET, SOCK_RAW, IPPROTO_TCP);
+    GIVEN(EINVAL, dgram, &v4, &v4, TP_CONNECT_DATA_FOLLOWS);
+    CHECK(is_fresh(dgram));
+    GIVEN(ESOCKTNOSUPPORT, raw, &v4, &v4, 0);
+    GIVEN(0, dgram, &v4, &v4, TP_CONNECT_SAME_PORT);
+    GIVEN(EISCONN, dgram, &v4, &v4, 0);
+    GIVEN(ECONNREFUSED, given_fd, &zero, &v4, 0);
+    GIVEN(EINVAL, given_fd, &zero, &v4, 0);
+    CHECK(fcntl(given_fd, F_GETFD) == 0);
+    close(given_fd);
+    close(dgram);
+    close(raw);
+}
+
+/* Connects to the listener; the connection waits to be accepted. */
+static int knock(int listener)
+{
+    struct sockaddr_in6 addr;
+    socklen_t len = sizeof addr;
+    int client = -1;
+    if (getsockname(listener, sa(&addr), &len) == 0 && (client = socket(addr.sin6_family, SOCK_STREAM, 0)) >= 0)
+        CHECK(connect(client, sa(&addr), len) == 0);
+    return client;
+}
+
+static bool waits(int listener)
+{
+    struct pollfd ready = { .fd = listener, .events = POLLIN };
+    return poll(&ready, 1, 0) == 1;
+}
+
+static void accepts(int closed, int file)
+{
+    struct sockaddr_storage client, to, untouched;
+    memset(&untouched, 0xA5, sizeof untouched);
+    client = to = untouched;
+    socklen_t clientlen = sizeof client, tolen = sizeof to;
+    struct sockaddr_in any = { .sin_family = AF_INET };
+    struct sockaddr_in6 any6 = { .sin6_family = AF_INET6 };
+    any.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    any6.sin6_addr = (struct in6_addr)IN6ADDR_LOOPBACK_INIT;
+    int listener = tp_listen(sa(&any), sizeof any, 4, TP_NONBLOCK), listener6 = tp_listen(sa(&any6), sizeof any6, 4, TP_NONBLOCK);
+#define ACCEPT(flags) tp_accept(listener, sa(&client), &clientlen, sa(&to), &tolen, flags)
+    EXPECT(EAGAIN, ACCEPT(0));
+    int one = knock(listener);
+    EXPECT(EINVAL, ACCEPT(0x80000000));
+    EXPECT(EINVAL, ACCEPT(TP_LISTEN_V6ONLY));
+    EXPECT(EFAULT, tp_accept(listener, sa(&client), NULL, sa(&to), &tolen, 0));
+    EXPECT(EFAULT, tp_accept(listener, sa(&client), &clientlen, NULL, &tolen, 0));
+    EXPECT(EFAULT, tp_accept(listener, sa(&client), &clientlen, sa(&to), NULL, 0));
+    EXPECT(EBADF, tp_accept(-1, sa(&client), &clientlen, sa(&to), &tolen, 0));
+    EXPECT(EBADF, tp_accept(closed, sa(&client), &clientlen, sa(&to), &tolen, 0));
+    EXPECT(ENOTSOCK, tp_accept(file, sa(&client), &clientlen, sa(&to), &tolen, 0));
+    EXPECT(EINVAL, tp_accept(one, sa(&client), &clientlen, sa(&to), &tolen, 0));
+    int dgram = tp_socket(AF_INET, SOCK_DGRAM, 0);
+    EXPECT(EOPNOTSUPP, tp_accept(dgram, sa(&client), &clientlen, sa(&to), &tolen, 0));
+    close(dgram);
+    /* Too small for any address: the connection still waits. */
+    for (socklen_t room = 0; room < sizeof any; room++) {
+        clientlen = room, tolen = sizeof to;
+        EXPECT(EINVAL, ACCEPT(0));
+        CHECK(clientlen == room && tolen == sizeof to);
+        clientlen = sizeof client, tolen = room;
+        EXPECT(EINVAL, ACCEPT(TP_ACCEPT_TPROXY));
+        CHECK(clientlen == sizeof client && tolen == room);
+    }
+    CHECK(waits(listener));
+    CHECK(memcmp(&client, &untouched, sizeof client) == 0 && memcmp(&to, &untouched, sizeof to) == 0);
+    /* As large as the addresses are. */
+    clientlen = tolen = sizeof any;
+    EXPECT(0, ACCEPT(TP_ACCEPT_TPROXY));
+    struct sockaddr_in own;
+    socklen_t len = sizeof own;
+    CHECK(getsockname(one, sa(&own), &len) == 0 && memcmp(&client, &own, sizeof own) == 0 && clientlen == sizeof own);
+    CHECK(getsockname(listener, sa(&own), &len) == 0 && memcmp(&to, &own, sizeof own) == 0 && tolen == sizeof own);
+    close(one);
+    /* Without the client's address. */
+    one = knock(listener);
+    tolen = sizeof to;
+    EXPECT(0, tp_accept(listener, NULL, NULL, sa(&to), &tolen, 0));
+    CHECK(tolen == sizeof own && memcmp(&to, &own, sizeof own) == 0);
+    close(one);
+    /* Too small for this family: the connection is closed, and nothing is written. */
+    client = to = untouched;
+    for (int i = 0; i < 2; i++) {
+        int two = knock(listener6);
+        clientlen = i == 0 ? sizeof any : sizeof client;
+        tolen = i == 0 ? sizeof to : sizeof any6 - 1;
+        EXPECT(EINVAL, tp_accept(listener6, sa(&client), &clientlen, sa(&to), &tolen, TP_ACCEPT_TPROXY));
+        CHECK(clientlen == (i == 0 ? sizeof any : sizeof client) && tolen == (i == 0 ? sizeof to : sizeof any6 - 1));
+        CHECK(memcmp(&client, &untouched, sizeof client) == 0 && memcmp(&to, &untouched, sizeof to) == 0);
+        char byte;
+        CHECK(!waits(listener6) && recv(two, &byte, 1, 0) == 0);
+        close(two);
+    }
+    /* At the limit of descriptors the connection still waits. */
+    one = knock(listener);
+    struct rlimit limit, none;
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    none = limit, none.rlim_cur = 0;
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    int refused = ACCEPT(TP_ACCEPT_TPROXY), error = errno;
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK(refused == -1 && error == EMFILE && strstr(tp_last_error(), "ulimit -n") != NULL);
+    clientlen = sizeof client, tolen = sizeof to;
+    EXPECT(0, ACCEPT(TP_ACCEPT_TPROXY));
+    close(one);
+    close(listener);
+    close(listener6);
+    /* An ordinary listener, to which a client has connected directly. */
+    listener = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(bind(listener, sa(&any), sizeof any) == 0 && listen(listener, 1) == 0);
+    one = knock(listener);
+    client = to = untouched;
+    EXPECT(ENOENT, ACCEPT(0));
+    CHECK(memcmp(&client, &untouched, sizeof client) == 0 && memcmp(&to, &untouched, sizeof to) == 0);
+    CHECK(clientlen != 0 && !waits(listener));
+    close(one);
+    close(listener);
+    /* A listener of another family. */
+    listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    struct sockaddr_un name = { .sun_family = AF_UNIX, .sun_path = "\0a name that is longer than any address of IPv6 is" };
+    CHECK(bind(listener, sa(&name), sizeof name) == 0 && listen(listener, 1) == 0);
+    one = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(connect(one, sa(&name), sizeof name) == 0);
+    clientlen = sizeof client, tolen = sizeof to;
+    EXPECT(EAFNOSUPPORT, ACCEPT(TP_ACCEPT_TPROXY));
+    CHECK(!waits(listener));
+    close(one);
+    close(listener);
+}
+
+static void unmapping(void)
+{
+    struct sockaddr_storage addr = { 0 };
+    socklen_t len;
+    EXPECT(EFAULT, tp_unmap_addr(NULL, &len));
+    EXPECT(EFAULT, tp_unmap_addr(sa(&addr), NULL));
+    static const socklen_t sizes[] = { 0, 1, sizeof(struct sockaddr_in) - 1, sizeof addr, sizeof addr + 1, (socklen_t)-1 };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        len = sizes[i];
+        addr.ss_family = len == sizeof addr ? AF_UNIX : AF_INET;
+        EXPECT(EINVAL, tp_unmap_addr(sa(&addr), &len));
+        CHECK(len == sizes[i]);
+    }
+    addr.ss_family = AF_INET6;
+    len = sizeof(struct sockaddr_in6) - 1;
+    EXPECT(EINVAL, tp_unmap_addr(sa(&addr), &len));
+    addr.ss_family = AF_UNSPEC;
+    len = sizeof addr;
+    EXPECT(EINVAL, tp_unmap_addr(sa(&addr), &len));
+
+    /* Unchanged, with the size that the caller gave; at an odd address. */
+    char odd[sizeof(struct sockaddr_storage) + 1], before[sizeof odd];
+    struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_port = htons(80), .sin_zero = "fill" };
+    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_port = htons(80), .sin6_addr = IN6ADDR_LOOPBACK_INIT, .sin6_scope_id = 3 };
+    v4.sin_addr.s_addr = htonl(0xC0000201);
+    for (int i = 0; i < 2; i++) {
+        memset(odd, 0xA5, sizeof odd);
+        memcpy(odd + 1, i == 0 ? (void *)&v4 : (void *)&v6, i == 0 ? sizeof v4 : sizeof v6);
+        memcpy(before, odd, sizeof odd);
+        len = sizeof odd - 1;
+        EXPECT(0, tp_unmap_addr(sa(odd + 1), &len));
+        CHECK(len == sizeof odd - 1 && memcmp(odd, before, sizeof odd) == 0);
+    }
+    /* Converted; what follows the struct sockaddr_in6 is unchanged. */
+    memset(&v4.sin_zero, 0, sizeof v4.sin_zero);
+    v6.sin6_addr = (struct in6_addr){ .s6_addr = { [10] = 0xFF, 0xFF, 192, 0, 2, 1 } };
+    memset(odd, 0xA5, sizeof odd);
+    memcpy(before, odd, sizeof odd);
+    memcpy(odd + 1, &v6, sizeof v6);
+    len = sizeof v6;
+    EXPECT(0, tp_unmap_addr(sa(odd + 1), &len));
+    CHECK(len == sizeof v4 && memcmp(odd + 1, &v4, sizeof v4) == 0);
+    for (size_t i = sizeof v4; i < sizeof v6; i++)
+        CHECK(odd[1 + i] == 0);
+    CHECK(memcmp(odd + 1 + sizeof v6, before + 1 + sizeof v6, sizeof odd - 1 - sizeof v6) == 0);
 }
 
 static void receiving(int closed, int file)
@@ -505,6 +744,9 @@ int main(void)
     sockets(closed, file, unix_fd);
     binds(closed, file, unix_fd);
     streams();
+    connects(closed, file, unix_fd);
+    accepts(closed, file);
+    unmapping();
     receiving(closed, file);
     replying();
     original_destinations(closed, file, unix_fd);

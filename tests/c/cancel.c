@@ -26,7 +26,7 @@
     } while (0)
 
 static const char *call;
-static int cleaned, calls;
+static int cleaned, calls, accepted = -1;
 static struct sockaddr_in here = { .sin_family = AF_INET };
 
 static void clean_up(void *unused)
@@ -40,7 +40,7 @@ static void report(const struct tp_finding *finding, void *context)
     (void)finding, (void)context;
 }
 
-/* One call; those that wait for a datagram get it from wake(). */
+/* One call; main() sends what recvfrom, recv_datagrams and accept wait for. */
 static void make_call(int fd)
 {
     char buffer[100];
@@ -55,6 +55,11 @@ static void make_call(int fd)
         struct sockaddr_in closed = here;
         closed.sin_port = htons(1);
         CHECK(tp_connect_from((struct sockaddr *)&here, sizeof here, (struct sockaddr *)&closed, sizeof closed, 0) == -1);
+    } else if (strcmp(call, "accept") == 0) {
+        struct sockaddr_storage addr;
+        socklen_t len = sizeof addr;
+        /* To close it here would be a cancellation point. */
+        CHECK((accepted = tp_accept(fd, NULL, NULL, (struct sockaddr *)&addr, &len, TP_ACCEPT_TPROXY)) >= 0);
     } else if (strcmp(call, "socket-error") == 0)
         CHECK(tp_listen((struct sockaddr *)&here, 3, -1, 0) == -1);
     else if (strcmp(call, "self_test") == 0)
@@ -114,7 +119,7 @@ static void make_each_call(const int *stream)
     tp_rules *rules;
     tp_replier *replier;
     size_t size = 0;
-    int fd;
+    int fd, listener;
 #define WORKS(name, condition) \
     do { \
         call = name; \
@@ -129,8 +134,13 @@ static void make_each_call(const int *stream)
     WORKS("tp_recvfrom", tp_recvfrom(fd, buffer, sizeof buffer, MSG_DONTWAIT, NULL, NULL, NULL, NULL) == -1);
     WORKS("tp_recv_datagrams", tp_recv_datagrams(fd, &datagram, 1, MSG_DONTWAIT) == -1 && tp_recv_datagrams(-1, &datagram, 1, 0) == -1);
     WORKS("tp_msg_orig_dst", tp_msg_orig_dst(&msg, (struct sockaddr *)&addr, &len) == -1 && tp_msg_orig_dst(NULL, NULL, NULL) == -1);
-    WORKS("tp_listen", tp_listen(sa, sizeof here, -1, 0) >= 0 && tp_listen(sa, sizeof here, -1, 0) == -1 && tp_listen(bad, sizeof *bad, -1, 0) == -1);
+    WORKS("tp_listen", (listener = tp_listen(sa, sizeof here, -1, 0)) >= 0 && tp_listen(sa, sizeof here, -1, 0) == -1 && tp_listen(bad, sizeof *bad, -1, 0) == -1);
     WORKS("tp_connect_from", tp_connect_from(sa, sizeof here, sa, sizeof here, 0) >= 0 && tp_connect_from(bad, sizeof *bad, sa, sizeof here, 0) == -1);
+    CHECK((fd = socket(AF_INET, SOCK_STREAM, 0)) >= 0);
+    WORKS("tp_connect_socket", tp_connect_socket(fd, sa, sizeof here, sa, sizeof here, 0) == 0 && tp_connect_socket(fd, sa, sizeof here, sa, sizeof here, 0) == -1);
+    WORKS("tp_accept", tp_accept(listener, NULL, NULL, (struct sockaddr *)&addr, &len, TP_ACCEPT_TPROXY) >= 0 && tp_accept(fd, NULL, NULL, (struct sockaddr *)&addr, &len, 0) == -1);
+    WORKS("tp_unmap_addr", tp_unmap_addr((struct sockaddr *)&addr, &len) == 0 && tp_unmap_addr(bad, &len) == -1);
+    len = sizeof addr;
     WORKS("tp_orig_dst", tp_orig_dst(*stream, (struct sockaddr *)&addr, &len) == -1 && tp_orig_dst(-1, (struct sockaddr *)&addr, &len) == -1);
     WORKS("tp_replier_open", tp_replier_open(NULL, 0, &replier) == 0 && tp_replier_open(NULL, 0, NULL) == -1);
     memcpy(&datagram.client, &here, sizeof here);
@@ -190,9 +200,9 @@ int main(int argc, char **argv)
         call = argv[i];
         cleaned = calls = 0;
         here.sin_port = htons(4000 + i);
-        int fd = tp_socket(AF_INET, SOCK_DGRAM, 0);
-        CHECK(fd >= 0 && tp_bind_nonlocal(fd, (struct sockaddr *)&here, sizeof here) == 0);
-        int waits = strncmp(call, "recv", 4) == 0;
+        int accepts = strcmp(call, "accept") == 0, waits = accepts || strncmp(call, "recv", 4) == 0;
+        int fd = accepts ? tp_listen((struct sockaddr *)&here, sizeof here, -1, 0) : tp_socket(AF_INET, SOCK_DGRAM, 0);
+        CHECK(fd >= 0 && (accepts || tp_bind_nonlocal(fd, (struct sockaddr *)&here, sizeof here) == 0));
         pthread_t thread;
         CHECK(pthread_create(&thread, NULL, body, &fd) == 0);
         /* It is in the call by then, or in one of the next. */
@@ -202,16 +212,22 @@ int main(int argc, char **argv)
         CHECK(pthread_cancel(thread) == 0);
         void *result;
         if (waits) {
-            /* Cancellation does not end the wait; a datagram does. */
+            /* Cancellation does not end the wait; a datagram or a connection does. */
             struct timespec until;
             clock_gettime(CLOCK_REALTIME, &until);
             until.tv_nsec += limit(100) * 1000000LL;
             until.tv_sec += until.tv_nsec / 1000000000, until.tv_nsec %= 1000000000;
             CHECK(pthread_timedjoin_np(thread, &result, &until) == ETIMEDOUT);
-            CHECK(sendto(fd, "wake", 4, 0, (struct sockaddr *)&here, sizeof here) == 4);
+            if (accepts) {
+                int client = socket(AF_INET, SOCK_STREAM, 0);
+                CHECK(connect(client, (struct sockaddr *)&here, sizeof here) == 0 && close(client) == 0);
+            } else
+                CHECK(sendto(fd, "wake", 4, 0, (struct sockaddr *)&here, sizeof here) == 4);
         }
         CHECK(pthread_join(thread, &result) == 0 && result == PTHREAD_CANCELED && cleaned && calls >= 1);
         close(fd);
+        if (accepts)
+            CHECK(close(accepted) == 0);
     }
     return 0;
 }

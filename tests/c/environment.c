@@ -64,6 +64,9 @@ int main(void)
     int udp = (int)WORKS(tp_socket(AF_INET, SOCK_DGRAM, 0));
     WORKS(tp_bind_nonlocal(udp, (struct sockaddr *)&there, sizeof there));
     FAILS(tp_connect_from((struct sockaddr *)&there, sizeof there, (struct sockaddr *)&any, sizeof any, 0));
+    FAILS(tp_connect_socket(udp, (struct sockaddr *)&there, sizeof there, (struct sockaddr *)&any, sizeof any, 0));
+    FAILS(tp_accept(udp, NULL, NULL, (struct sockaddr *)&addr, &len, 0));
+    FAILS(tp_unmap_addr((struct sockaddr *)&addr, NULL));
     FAILS(tp_orig_dst(udp, (struct sockaddr *)&addr, &len));
     FAILS(tp_recv_datagrams(udp, &datagram, 1, MSG_DONTWAIT));
     tp_replier *replier;

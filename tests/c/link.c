@@ -16,6 +16,10 @@ int main(void)
         return 2;
     if (strstr(tp_last_error(), "no listeners") == NULL)
         return 3;
+    char version[40];
+    snprintf(version, sizeof version, "%d.%d.%d", TP_VERSION_MAJOR, TP_VERSION_MINOR, TP_VERSION_PATCH);
+    if (strcmp(version, tp_version()) != 0)
+        return 4;
     puts(tp_version());
     return 0;
 }

@@ -42,6 +42,9 @@ int main(void)
     PANICS("tp_bind_nonlocal", tp_bind_nonlocal(0, sa, len));
     PANICS("tp_listen", tp_listen(sa, len, 1, 0));
     PANICS("tp_connect_from", tp_connect_from(sa, len, sa, len, 0));
+    PANICS("tp_connect_socket", tp_connect_socket(0, sa, len, sa, len, 0));
+    PANICS("tp_accept", tp_accept(0, sa, &len, sa, &len, 0));
+    PANICS("tp_unmap_addr", tp_unmap_addr(sa, &len));
     PANICS("tp_orig_dst", tp_orig_dst(0, sa, &len));
     PANICS("tp_recvfrom", tp_recvfrom(0, &size, 1, 0, NULL, NULL, NULL, NULL));
     PANICS("tp_msg_orig_dst", tp_msg_orig_dst(&msg, sa, &len));

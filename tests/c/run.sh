@@ -115,17 +115,20 @@ traced() {
     alone strace -o "$work/trace" "$work/syscalls" "$1" "$2" &&
         awk '/^write\(-1, "mark"/ { inside = !inside; next } inside' "$work/trace" |
         sed -e 's/(\([0-9]*\),/(fd,/' -e 's/sin6*_port=htons([0-9]*)/port/g' -e 's/ = [0-9]*$/ = n/' \
-            -e '/^getsockname/s/, \[[0-9]* => /, [/'
+            -e '/^getsockname/s/, \[[0-9]* => /, [/' -e '/^accept4/s/ \[[0-9]* => / [/'
 }
 same_calls() {
     traced "$1" hand > "$work/hand" && traced "$1" library > "$work/library" && test -s "$work/hand" &&
         diff "$work/hand" "$work/library"
 }
-for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data orig_dst4 orig_dst6; do
+for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data orig_dst4 orig_dst6 \
+    connect4-same connect6-same connect4-given connect6-given connect4-given-same connect6-given-same \
+    accept4 accept6 accept4-tproxy accept6-tproxy accept4-tproxy-null accept6-tproxy-null; do
     expect "system calls as by hand: $name" same_calls "$name"
 done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
 expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
+expect "tp_accept of a transparent listener: at most two system calls" two_calls accept6-tproxy
 # A call of this name, no more often than that, and no other.
 calls() {
     traced "$1" library > "$work/library" && test "$(grep -c "^$2(" "$work/library")" = "$3" &&
@@ -178,7 +181,7 @@ expect "memory: build" cc -std=gnu11 -O2 $flags $(pkg-config --cflags tproxy) "$
 expect "memory: large allocations that fail are ENOMEM, and nothing is left" alone "$work/memory"
 expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/cancel.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"
-expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams connect socket-error \
+expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams accept connect socket-error \
     reply install iptables purge check self_test
 is_no_cancellation_point() { alone "$work/cancel" > "$work/made" && sort -u "$work/made" | diff - <(sort "$here/symbols.txt"); }
 expect "pthread_cancel: no exported call is a cancellation point" is_no_cancellation_point

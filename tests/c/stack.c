@@ -53,6 +53,29 @@ static int calls(void)
         return close(tp_connect_from((struct sockaddr *)&here, sizeof here, (struct sockaddr *)&here, sizeof here, TP_NONBLOCK));
     if (strcmp(name, "tp_connect_from, an error") == 0)
         return tp_connect_from((struct sockaddr *)&here, sizeof here, (struct sockaddr *)&there, sizeof there, 0);
+    if (strcmp(name, "tp_connect_socket") == 0) {
+        int fd = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        int rc = tp_connect_socket(fd, (struct sockaddr *)&here, sizeof here, (struct sockaddr *)&here, sizeof here, 0);
+        close(fd);
+        return rc;
+    }
+    if (strcmp(name, "tp_connect_socket, an error") == 0)
+        return tp_connect_socket(listener, (struct sockaddr *)&here, sizeof here, (struct sockaddr *)&there, sizeof there, 0);
+    if (strcmp(name, "tp_accept") == 0) {
+        struct sockaddr_in own;
+        socklen_t own_len = sizeof own, client_len = sizeof addr;
+        struct sockaddr_storage client;
+        getsockname(listener, (struct sockaddr *)&own, &own_len);
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        connect(fd, (struct sockaddr *)&own, own_len);
+        int accepted = tp_accept(listener, (struct sockaddr *)&client, &client_len, (struct sockaddr *)&addr, &len, 0);
+        close(fd);
+        return close(accepted);
+    }
+    if (strcmp(name, "tp_accept, an error") == 0)
+        return tp_accept(receiver, NULL, NULL, (struct sockaddr *)&addr, &len, 0);
+    if (strcmp(name, "tp_unmap_addr, an error") == 0)
+        return tp_unmap_addr((struct sockaddr *)memset(&addr, 0, sizeof addr), &len);
     if (strcmp(name, "tp_orig_dst") == 0)
         return tp_orig_dst(listener, (struct sockaddr *)&addr, &len);
     if (strcmp(name, "tp_recvfrom, an error") == 0)
@@ -175,6 +198,11 @@ int main(void)
     expect("tp_bind_nonlocal, an error", 4096);
     expect("tp_connect_from", 4096);
     expect("tp_connect_from, an error", 4096);
+    expect("tp_connect_socket", 4096);
+    expect("tp_connect_socket, an error", 4096);
+    expect("tp_accept", 4096);
+    expect("tp_accept, an error", 4096);
+    expect("tp_unmap_addr, an error", 4096);
     expect("tp_orig_dst", 4096);
     expect("tp_recvfrom, an error", 4096);
     static const int counts[] = { 1, 2, 5, 17, 33, 64 };

@@ -52,12 +52,49 @@ static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct socka
     setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
     if (flags & TP_CONNECT_DATA_FOLLOWS)
         setsockopt(fd, SOL_TCP, TCP_QUICKACK, &off, sizeof off);
-    if (flags & TP_CONNECT_KEEP_PORT)
+    if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     else
         setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
     bind(fd, src, src_len);
     connect(fd, dst, dst_len);
+    return fd;
+}
+
+/* By hand with the same care: an option is set if it is not, so that its value is known if binding fails. */
+static void set_option(int fd, int level, int name)
+{
+    int value = 0;
+    socklen_t len = sizeof value;
+    if (getsockopt(fd, level, name, &value, &len) == 0 && value == 0)
+        setsockopt(fd, level, name, &on, sizeof on);
+}
+
+static int connect_socket_by_hand(int fd, struct sockaddr *src, socklen_t src_len, struct sockaddr *dst, socklen_t dst_len, uint32_t flags)
+{
+    bool six = src->sa_family == AF_INET6;
+    struct sockaddr_in6 own;
+    int type;
+    socklen_t own_len = sizeof own, type_len = sizeof type;
+    getsockname(fd, (struct sockaddr *)&own, &own_len);
+    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &type_len);
+    set_option(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT);
+    if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
+        set_option(fd, SOL_SOCKET, SO_REUSEADDR);
+    else
+        set_option(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT);
+    bind(fd, src, src_len);
+    return connect(fd, dst, dst_len);
+}
+
+static int accept_by_hand(int listener, struct sockaddr *client, socklen_t *client_len, struct sockaddr *addr, socklen_t *len, uint32_t flags)
+{
+    int fd = accept4(listener, client, client_len, SOCK_CLOEXEC | (flags & TP_NONBLOCK ? SOCK_NONBLOCK : 0));
+    int transparent = 0;
+    socklen_t size = sizeof transparent;
+    if ((flags & TP_ACCEPT_TPROXY) == 0)
+        getsockopt(fd, SOL_IP, IP_TRANSPARENT, &transparent, &size);
+    getsockname(fd, addr, len);
     return fd;
 }
 
@@ -150,20 +187,43 @@ int main(int argc, char **argv)
         struct sockaddr_storage to, from = { 0 };
         socklen_t to_len = sizeof to;
         getsockname(listener, sa(&to), &to_len);
-        uint32_t flags = strstr(name, "keep") != NULL ? TP_CONNECT_KEEP_PORT : strstr(name, "data") != NULL ? TP_CONNECT_DATA_FOLLOWS : 0;
+        uint32_t flags = strstr(name, "keep") != NULL ? TP_CONNECT_KEEP_PORT : strstr(name, "same") != NULL ? TP_CONNECT_SAME_PORT
+                       : strstr(name, "data") != NULL ? TP_CONNECT_DATA_FOLLOWS : 0;
         memcpy(&from, loopback, len);
-        if (flags == TP_CONNECT_KEEP_PORT)
+        if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
             ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* at the same place for both families */
-        bool asks = strncmp(name, "orig_dst", 8) == 0;
-        if (!asks)
+        bool asks = strncmp(name, "orig_dst", 8) == 0, accepts = strncmp(name, "accept", 6) == 0;
+        bool given = strstr(name, "given") != NULL;
+        if (given)
+            fd = socket(domain, SOCK_STREAM, 0);
+        if (!asks && !accepts)
             mark();
-        fd = library ? tp_connect_from(sa(&from), len, sa(&to), to_len, TP_NONBLOCK | flags)
-                     : connect_by_hand(sa(&from), len, sa(&to), to_len, flags);
-        if (!asks)
+        if (given) {
+            int rc = library ? tp_connect_socket(fd, sa(&from), len, sa(&to), to_len, flags)
+                             : connect_socket_by_hand(fd, sa(&from), len, sa(&to), to_len, flags);
+            if (rc != 0)
+                errx(1, "%s: %s", name, tp_last_error());
+        } else
+            fd = library ? tp_connect_from(sa(&from), len, sa(&to), to_len, TP_NONBLOCK | flags)
+                         : connect_by_hand(sa(&from), len, sa(&to), to_len, flags);
+        if (!asks && !accepts)
             mark();
-        int accepted = accept(listener, NULL, NULL);
         struct sockaddr_storage found;
         socklen_t found_len = sizeof found;
+        if (accepts) {
+            struct sockaddr_storage client;
+            socklen_t client_len = sizeof client;
+            bool no_client = strstr(name, "null") != NULL;
+            uint32_t how = TP_NONBLOCK | (strstr(name, "tproxy") != NULL ? TP_ACCEPT_TPROXY : 0);
+            mark();
+            int one = (library ? tp_accept : accept_by_hand)(listener, no_client ? NULL : sa(&client), no_client ? NULL : &client_len,
+                                                             sa(&found), &found_len, how);
+            mark();
+            if (one < 0 || memcmp(&found, &to, to_len) != 0 || (!no_client && memcmp(&client, &from, 2) != 0))
+                errx(1, "%s: not the addresses of the connection", name);
+            return 0;
+        }
+        int accepted = accept(listener, NULL, NULL);
         if (asks)
             mark();
         int rc = library ? tp_orig_dst(accepted, sa(&found), &found_len) : orig_dst_by_hand(accepted, sa(&found), &found_len);

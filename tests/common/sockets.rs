@@ -57,6 +57,38 @@ pub fn connect_from(src: SocketAddr, dst: SocketAddr, flags: u32) -> Result<Owne
     owned(unsafe { tp_connect_from(src.as_ptr().cast(), src.len(), dst.as_ptr().cast(), dst.len(), flags) })
 }
 
+pub fn connect_socket(fd: &impl AsRawFd, src: SocketAddr, dst: SocketAddr, flags: u32) -> Result<(), Failed> {
+    let (src, dst) = (SockAddr::from(src), SockAddr::from(dst));
+    // SAFETY: valid addresses of these lengths.
+    let rc = unsafe {
+        tp_connect_socket(fd.as_raw_fd(), src.as_ptr().cast(), src.len(), dst.as_ptr().cast(), dst.len(), flags)
+    };
+    checked(rc).map(|rc| assert_eq!(rc, 0))
+}
+
+/// The accepted connection, the client's address and the original destination.
+pub fn accept_intercepted(
+    listener: &impl AsRawFd,
+    flags: u32,
+) -> Result<(std::net::TcpStream, SocketAddr, SocketAddr), Failed> {
+    let (mut client, mut to) = (SockAddrStorage::zeroed(), SockAddrStorage::zeroed());
+    let (mut client_len, mut to_len) = (client.size_of(), to.size_of());
+    // SAFETY: room for addresses of these lengths.
+    let stream = owned(unsafe {
+        tp_accept(
+            listener.as_raw_fd(),
+            (&raw mut client).cast(),
+            &raw mut client_len,
+            (&raw mut to).cast(),
+            &raw mut to_len,
+            flags,
+        )
+    })?;
+    // SAFETY: the call wrote addresses of these lengths.
+    let (client, to) = unsafe { (SockAddr::new(client, client_len), SockAddr::new(to, to_len)) };
+    Ok((stream.into(), client.as_socket().unwrap(), to.as_socket().unwrap()))
+}
+
 pub fn orig_dst(fd: &impl AsRawFd) -> Result<SocketAddr, Failed> {
     let mut storage = SockAddrStorage::zeroed();
     let mut len = storage.size_of();
@@ -76,4 +108,14 @@ pub fn option(fd: &OwnedFd, level: c_int, name: c_int) -> c_int {
 
 pub fn local_addr(fd: &OwnedFd) -> SocketAddr {
     SockRef::from(fd).local_addr().unwrap().as_socket().unwrap()
+}
+
+pub fn unmap_addr(addr: SocketAddr) -> SocketAddr {
+    let addr = SockAddr::from(addr);
+    let mut len = addr.len();
+    let mut storage = addr.as_storage();
+    // SAFETY: an address of that length, with room for it.
+    checked(unsafe { tp_unmap_addr((&raw mut storage).cast(), &raw mut len) }).unwrap();
+    // SAFETY: the call left an address of that length.
+    unsafe { SockAddr::new(storage, len) }.as_socket().unwrap()
 }

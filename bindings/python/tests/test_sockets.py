@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import pickle
@@ -264,6 +265,149 @@ def test_orig_dst_that_fails_equals_tp_orig_dst(net: Net, host: str) -> None:
         assert tproxy.orig_dst(transparent) == by_the_library(transparent) == transparent.getsockname()
         for sock in (client, accepted, wild, transparent, fresh, left, right):
             sock.close()
+
+
+@pytest.mark.parametrize("flags", [0, SocketFlag.TPROXY, SocketFlag.TPROXY | SocketFlag.NONBLOCK], ids=str)
+def test_accept_intercepted_gives_client_and_destination(lab: Lab, hosts: Hosts, flags: int) -> None:
+    def proxy() -> tuple[tproxy.SockAddr, tproxy.SockAddr]:
+        with tproxy.listen("[::]:3129") as listener, tproxy.install_rules(listeners=[listener], ports=[80]):
+            listener.settimeout(PATIENCE)
+            ready.set()
+            client, source, to = tproxy.accept(listener, flags=flags)
+            with client:
+                assert (client.getpeername(), client.getsockname()) == (source, to)
+                assert client.family == socket.AF_INET6
+                assert client.gettimeout() == (0 if flags & SocketFlag.NONBLOCK else None)
+                client.setblocking(True)
+                client.sendall(b"accepted " + read_all(client))
+            return source, to
+
+    ready = threading.Event()
+    proxied = lab.proxy.start(proxy)
+    assert ready.wait(PATIENCE)
+    heard = lab.ask(hosts.server, 80)
+    source, to = proxied.result()
+    assert heard.answer == "accepted who am I?"
+    assert tproxy.unmap_addr(source)[:2] == heard.client
+    assert tproxy.unmap_addr(to)[:2] == (hosts.server, 80)
+
+
+def test_accept_waits_by_the_timeout_of_the_listener(net: Net) -> None:
+    with net.run(lambda: tproxy.listen("127.0.0.1:0")) as listener:
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            tproxy.accept(listener)
+        listener.settimeout(0.05)
+        with pytest.raises(socket.timeout):
+            tproxy.accept(listener)
+        for timeout in (PATIENCE, None):
+            listener.settimeout(timeout)
+            accepting = net.start(lambda: tproxy.accept(listener))
+            client = net.run(lambda: socket.create_connection(listener.getsockname()))
+            accepted, source, to = accepting.result()
+            assert (source, to) == (client.getsockname(), listener.getsockname())
+            client.close()
+            accepted.close()
+
+
+def test_accept_of_connection_that_was_not_intercepted_closes_it(net: Net) -> None:
+    with net.run(lambda: socket.create_server(("127.0.0.1", 0))) as listener:
+        client = net.run(lambda: socket.create_connection(listener.getsockname(), PATIENCE))
+        with pytest.raises(FileNotFoundError, match="not intercepted") as refused:
+            tproxy.accept(listener)
+        assert isinstance(refused.value, tproxy.Error)
+        assert client.recv(1) == b""
+        client.close()
+
+
+def test_listen_v6only_shares_port_with_ipv4(net: Net) -> None:
+    with net.run(lambda: tproxy.listen("[::]:3129", flags=SocketFlag.V6ONLY)) as six:
+        assert six.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+        with net.run(lambda: tproxy.listen("0.0.0.0:3129")):
+            pass
+
+
+def test_connect_socket_keeps_options_and_connects_from_client(lab: Lab, hosts: Hosts) -> None:
+    """A socket of each family that can: an AF_INET6 socket also connects between IPv4 addresses."""
+    for family in {hosts.family, socket.AF_INET6}:
+        for timeout in (None, PATIENCE):
+            with lab.serving(80) as server:
+
+                def connect() -> str:
+                    with tproxy.install_rules(flags=tproxy.RulesFlag.DIVERT_ONLY):
+                        with socket.socket(family) as sock:  # noqa: B023
+                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+                            sock.settimeout(timeout)  # noqa: B023
+                            tproxy.connect_socket(sock, (hosts.client, 4321), (hosts.server, 80))
+                            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 7
+                            sock.sendall(b"hello")
+                            sock.shutdown(socket.SHUT_WR)
+                            return read_all(sock).decode()
+
+                assert lab.proxy.run(connect) == f"seen {hosts.client}, heard hello"
+                assert server.result() == [hosts.client]
+
+
+def test_connect_from_same_port_in_use_is_eaddrinuse(net: Net) -> None:
+    def connect() -> None:
+        with tproxy.listen("127.0.0.1:0") as listener, tproxy.socket() as holder, socket.socket() as sock:
+            tproxy.bind_nonlocal(holder, "192.0.2.1:4321")
+            ends = ("192.0.2.1", 4321), listener.getsockname()
+            for call in (
+                lambda: tproxy.connect_from(*ends, flags=SocketFlag.SAME_PORT),
+                lambda: tproxy.connect_socket(sock, *ends, flags=SocketFlag.SAME_PORT),
+            ):
+                with pytest.raises(tproxy.Error, match="in use") as refused:
+                    call()
+                assert refused.value.errno == errno.EADDRINUSE
+            holder.close()
+            tproxy.connect_socket(sock, ("127.0.0.1", 4321), listener.getsockname(), flags=SocketFlag.SAME_PORT)
+            assert sock.getsockname() == ("127.0.0.1", 4321)
+
+    net.run(connect)
+
+
+def test_connect_socket_waits_by_its_timeout(lab: Lab, hosts: Hosts) -> None:
+    """The server's host has no route back to this source."""
+    lab.server.ip("route del default", "route del default via 2001:db8:2::1")
+
+    def connect() -> None:
+        for timeout in (0, 0.05):
+            with socket.socket(hosts.family) as sock:
+                sock.settimeout(timeout)
+                with contextlib.ExitStack() as stack:
+                    if timeout:
+                        stack.enter_context(pytest.raises(socket.timeout))
+                    tproxy.connect_socket(sock, hosts.client, (hosts.server, 80))
+                assert sock.fileno() >= 0
+
+    lab.proxy.run(connect)
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_connect_socket_refused_or_bound_raises(net: Net, timeout: float | None) -> None:
+    def connect() -> None:
+        with socket.socket() as sock:
+            sock.settimeout(timeout)
+            with pytest.raises(ConnectionRefusedError):
+                tproxy.connect_socket(sock, "127.0.0.1", "127.0.0.1:9")
+            with pytest.raises(tproxy.Error, match="bound already") as refused:
+                tproxy.connect_socket(sock, "127.0.0.1", "127.0.0.1:9")
+            assert refused.value.errno == errno.EINVAL
+
+    net.run(connect)
+
+
+@pytest.mark.parametrize(
+    ("addr", "expected"),
+    [
+        (("::ffff:192.0.2.1", 80, 0, 0), ("192.0.2.1", 80)),
+        (("192.0.2.1", 80), ("192.0.2.1", 80)),
+        (("fe80::1", 80, 0, 3), ("fe80::1", 80, 0, 3)),
+    ],
+)
+def test_unmap_addr_converts_only_v4_mapped_addresses(addr: tproxy.SockAddr, expected: tproxy.SockAddr) -> None:
+    assert tproxy.unmap_addr(addr) == expected
 
 
 def test_connect_from_foreign_address_gets_replies(lab: Lab, hosts: Hosts) -> None:

@@ -6,8 +6,8 @@ tuples that those give. A transparent TCP proxy is::
     listener = tproxy.listen("[::]:3129")
     with tproxy.install_rules(listeners=[listener], ports=[80]):
         while True:
-            client, source = listener.accept()
-            server = tproxy.connect_from(source, tproxy.orig_dst(client))
+            client, source, destination = tproxy.accept(listener)
+            server = tproxy.connect_from(source, destination)
             ...  # relay
 
 An error of the library is :class:`Error`, an :class:`OSError` whose message is
@@ -23,7 +23,17 @@ from ._datagrams import Batch, Datagram, Replier, ReplierStats, recv_datagrams, 
 from ._errors import Error
 from ._flags import AddressSet, Backend, DatagramFlag, Family, Format, Protocol, ReplierFlag, RulesFlag, SocketFlag
 from ._rules import Rules, RulesConfig, RulesStats, install_rules, purge_rules, read_stats, render_rules
-from ._sockets import bind_nonlocal, connect_from, listen, orig_dst, set_transparent, socket
+from ._sockets import (
+    accept,
+    bind_nonlocal,
+    connect_from,
+    connect_socket,
+    listen,
+    orig_dst,
+    set_transparent,
+    socket,
+    unmap_addr,
+)
 
 __all__ = [
     "Address",
@@ -50,9 +60,11 @@ __all__ = [
     "Severity",
     "SockAddr",
     "SocketFlag",
+    "accept",
     "bind_nonlocal",
     "check",
     "connect_from",
+    "connect_socket",
     "install_rules",
     "listen",
     "open_connection_from",
@@ -67,6 +79,7 @@ __all__ = [
     "set_transparent",
     "socket",
     "start_server",
+    "unmap_addr",
     "version",
 ]
 

@@ -26,11 +26,18 @@ from typing import Any
 
 from . import _library
 
+TP_VERSION_MAJOR = 0
+TP_VERSION_MINOR = 1
+TP_VERSION_PATCH = 0
+
 TP_NONBLOCK = 1
 TP_LISTEN_REUSEPORT = 2
 TP_CONNECT_KEEP_PORT = 4
 TP_CONNECT_DGRAM = 8
 TP_CONNECT_DATA_FOLLOWS = 16
+TP_LISTEN_V6ONLY = 32
+TP_CONNECT_SAME_PORT = 64
+TP_ACCEPT_TPROXY = 128
 
 TP_DGRAM_TRUNC = 1
 TP_DGRAM_CTRUNC = 2
@@ -190,7 +197,10 @@ tp_set_transparent = _function("tp_set_transparent", c_int, c_int)
 tp_bind_nonlocal = _function("tp_bind_nonlocal", c_int, c_int, c_void_p, socklen_t)
 tp_listen = _function("tp_listen", c_int, c_void_p, socklen_t, c_int, c_uint32)
 tp_connect_from = _function("tp_connect_from", c_int, c_void_p, socklen_t, c_void_p, socklen_t, c_uint32)
+tp_connect_socket = _function("tp_connect_socket", c_int, c_int, c_void_p, socklen_t, c_void_p, socklen_t, c_uint32)
+tp_accept = _function("tp_accept", c_int, c_int, c_void_p, POINTER(socklen_t), c_void_p, POINTER(socklen_t), c_uint32)
 tp_orig_dst = _function("tp_orig_dst", c_int, c_int, c_void_p, POINTER(socklen_t))
+tp_unmap_addr = _function("tp_unmap_addr", c_int, c_void_p, POINTER(socklen_t))
 
 tp_recvfrom = _function(
     "tp_recvfrom",

@@ -8,18 +8,25 @@ from . import _ctypes as c
 
 
 class SocketFlag(IntFlag):
-    """For :func:`listen` and :func:`connect_from`."""
+    """For :func:`listen`, :func:`accept`, :func:`connect_from` and :func:`connect_socket`."""
 
-    #: The new socket does not block; a connection may still be under way. Both.
+    #: The new socket does not block; a connection may still be under way. ``listen``, ``accept``, ``connect_from``.
     NONBLOCK = c.TP_NONBLOCK
     #: Several listeners share the address and port, and the kernel spreads connections among them. ``listen``.
     REUSEPORT = c.TP_LISTEN_REUSEPORT
-    #: The source's own port if it can be had, else any other. ``connect_from``.
+    #: The socket serves IPv6 only. ``listen``.
+    V6ONLY = c.TP_LISTEN_V6ONLY
+    #: The source's own port if it can be had, else any other. ``connect_from``, ``connect_socket``.
     KEEP_PORT = c.TP_CONNECT_KEEP_PORT
+    #: The source's own port, or an error (EADDRINUSE). ``connect_from``, ``connect_socket``.
+    SAME_PORT = c.TP_CONNECT_SAME_PORT
     #: A datagram socket. ``connect_from``.
     DGRAM = c.TP_CONNECT_DGRAM
-    #: What is to be sent is there already: the handshake's last packet waits for it. ``connect_from``.
+    #: What is to be sent is there already: the handshake's last packet waits for it. ``connect_from``,
+    #: ``connect_socket``.
     DATA_FOLLOWS = c.TP_CONNECT_DATA_FOLLOWS
+    #: The listener is transparent, so the accepted socket is not asked. ``accept``.
+    TPROXY = c.TP_ACCEPT_TPROXY
 
 
 class DatagramFlag(IntFlag):

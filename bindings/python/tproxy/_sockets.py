@@ -68,7 +68,7 @@ def listen(addr: Address, *, backlog: int = -1, flags: Flags = 0) -> _socket.soc
 
     ``::`` serves IPv6 and IPv4, ``0.0.0.0`` IPv4; ``127.0.0.1`` and ``::1`` are
     reached by interception alone. A negative backlog asks for the most that the
-    system allows. flags: NONBLOCK, REUSEPORT.
+    system allows. flags: NONBLOCK, REUSEPORT, V6ONLY (``::`` serves IPv6 only).
     """
     place, size = encode(addr)
     fd = checked(c.tp_listen(byref(place), size, max(-1, min(backlog, 0x7FFFFFFF)), uint32("flags", flags)))
@@ -79,8 +79,8 @@ def connect_from(src: Address, dst: Address, *, flags: Flags = 0, timeout: float
     """Connects to dst so that the server sees the connection come from src, which may be anybody's address.
 
     v4-mapped addresses are taken as IPv4: what ``accept`` and :func:`orig_dst`
-    gave can be passed on as it is. flags: KEEP_PORT, NONBLOCK (the connection
-    may still be under way), DGRAM (a UDP socket that is connected to dst),
+    gave can be passed on as it is. flags: KEEP_PORT, SAME_PORT, NONBLOCK (the
+    connection may still be under way), DGRAM (a UDP socket that is connected to dst),
     DATA_FOLLOWS (the client's first bytes are to be sent at once: a packet less).
 
     timeout: how many seconds to wait for the connection, and for what is done
@@ -111,8 +111,75 @@ def connect_from(src: Address, dst: Address, *, flags: Flags = 0, timeout: float
     return sock
 
 
-def _wait_connected(sock: _socket.socket, timeout: float, dst: Address) -> None:
-    wait_for(sock, select.POLLOUT, time.monotonic() + timeout)
+def connect_socket(sock: _socket.socket, src: Address, dst: Address, *, flags: Flags = 0) -> None:
+    """Connects a socket of the program's own, as :func:`connect_from` connects a new one.
+
+    For options that are set before: SO_MARK, SO_BINDTODEVICE, IP_TOS, TCP Fast
+    Open, Multipath TCP. The socket is a stream or datagram socket that is not
+    bound; it is made transparent. An AF_INET6 socket that is not IPv6-only also
+    connects between IPv4 addresses. flags: KEEP_PORT, SAME_PORT, DATA_FOLLOWS.
+
+    Waits as ``sock.connect`` does, by the timeout of the socket; with a timeout
+    of 0 the connection may still be under way. If it fails before connect(2),
+    the socket is as it was; afterwards it stays bound, and is to be closed.
+    """
+    (src_place, src_size), (dst_place, dst_size) = encode(src), encode(dst)
+    timeout = sock.gettimeout()
+    rc = c.tp_connect_socket(
+        sock.fileno(), byref(src_place), src_size, byref(dst_place), dst_size, uint32("flags", flags)
+    )
+    if rc < 0:
+        error = last_error()
+        # The kernel goes on connecting after a signal whose handler did not raise (PEP 475).
+        if not isinstance(error, InterruptedError):
+            raise error
+        _wait_connected(sock, None, dst)
+    elif timeout:
+        _wait_connected(sock, timeout, dst)
+
+
+def accept(listener: _socket.socket, *, flags: Flags = 0) -> tuple[_socket.socket, SockAddr, SockAddr]:
+    """Accepts an intercepted connection: its socket, the client's address, the original destination.
+
+    As ``listener.accept`` and :func:`orig_dst`. Both addresses are of the
+    listener's family (:func:`unmap_addr`). FileNotFoundError: the connection was
+    not intercepted, and is closed. flags: TPROXY (the listener is transparent,
+    a system call less), NONBLOCK (the accepted socket does not block).
+
+    Waits as ``listener.accept`` does, by the timeout of the listener.
+    """
+    flags = uint32("flags", flags)
+    timeout = listener.gettimeout()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    client, client_size = c.sockaddr_storage(), c.socklen_t(128)
+    to, to_size = c.sockaddr_storage(), c.socklen_t(128)
+    while True:
+        fd = c.tp_accept(listener.fileno(), byref(client), byref(client_size), byref(to), byref(to_size), flags)
+        if fd >= 0:
+            break
+        error = last_error()
+        if isinstance(error, BlockingIOError) and timeout:
+            wait_for(listener, select.POLLIN, deadline)
+        elif not isinstance(error, InterruptedError):
+            raise error
+    sock = _owned(fd, listener.family, listener.type, listener.proto, flags)
+    source, destination = decode(client), decode(to)
+    assert source, "the library gives IPv4 and IPv6 addresses alone"
+    assert destination, "the library gives IPv4 and IPv6 addresses alone"
+    return sock, source, destination
+
+
+def unmap_addr(addr: Address) -> SockAddr:
+    """The IPv4 address that a v4-mapped address (``::ffff:a.b.c.d``) stands for; any other address as it is."""
+    place, size = encode(addr)
+    checked(c.tp_unmap_addr(byref(place), byref(c.socklen_t(size))))
+    decoded = decode(place)
+    assert decoded, "an address that was encoded is one"
+    return decoded
+
+
+def _wait_connected(sock: _socket.socket, timeout: float | None, dst: Address) -> None:
+    wait_for(sock, select.POLLOUT, None if timeout is None else time.monotonic() + timeout)
     raise_pending(sock, dst)
 
 
@@ -123,11 +190,11 @@ def raise_pending(sock: _socket.socket, dst: Address) -> None:
         raise kernel_error(errno, f"connect() to {dst}")
 
 
-def wait_for(sock: HasFileno, events: int, deadline: float) -> None:
-    """Waits until a socket is ready, as Python's own calls do when it has a timeout."""
+def wait_for(sock: HasFileno, events: int, deadline: float | None) -> None:
+    """Waits until a socket is ready, as Python's own calls do when it has a timeout; ``None``: as long as it takes."""
     poll = select.poll()
     poll.register(sock, events)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+    if not poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000):
         raise _socket.timeout("timed out")
 
 
