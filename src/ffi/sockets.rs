@@ -304,7 +304,9 @@ fn connect_options(flags: u32, more: u32) -> Result<ConnectOptions> {
 /// Whether the call waits for the connection is decided by the socket (O_NONBLOCK). If the socket is
 /// non-blocking, the connection may still be in progress when the call returns 0: wait until the socket is
 /// writable, then read SO_ERROR. With TCP_FASTOPEN_CONNECT, the connection may begin with the first data.
-/// Replies, ICMP errors and datagrams of third parties are as described in tp_connect_from(3).
+/// Replies, ICMP errors and datagrams of third parties are as described in tp_connect_from(). With IP_TOS or
+/// IPV6_TCLASS set before, the connection has the client's DSCP from the first packet on (docs/dscp.md in the
+/// source).
 ///
 /// @param fd      the caller's socket, which stays the caller's, also if the call fails.
 /// @param src     struct sockaddr_in or sockaddr_in6, in network byte order, as for tp_connect_from().
