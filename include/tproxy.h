@@ -286,10 +286,8 @@ typedef struct tp_replier tp_replier;
  * Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
  * (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
  *
- * Replies of this host's own TCP services are not intercepted. If the port selection could match them (ports
- * is NULL, or includes one above 1023), connection tracking is used to recognize them, which enables it on this
- * host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
- * src.
+ * If instances overlap, the first installed sends the packet back through lo, and only that instance takes
+ * it there.
  */
 #define TP_RULES_LOCAL_OUTPUT 4
 
@@ -311,6 +309,10 @@ typedef struct tp_replier tp_replier;
 
 /**
  * Exempt intercepted packets, and packets from transparent sockets, from connection tracking.
+ *
+ * If the port selection includes ports above 1023, connection tracking has to see replies to recognize them.
+ * Then only packets of transparent sockets and TCP packets that begin a connection are exempt; intercepted
+ * datagrams are tracked.
  */
 #define TP_RULES_NOTRACK 32
 
@@ -321,6 +323,30 @@ typedef struct tp_replier tp_replier;
  * this flag, takes them over without a gap; tp_purge_rules() removes them. Needs Linux 6.9.
  */
 #define TP_RULES_PERSIST 64
+
+/**
+ * Intercept only TCP packets that begin a connection.
+ *
+ * A TCP packet that begins nothing and belongs to no transparent socket is forwarded, not answered by a
+ * reset. Existing connections continue when the rules are installed, and connections of another proxy host
+ * are not broken. UDP is not affected. EOPNOTSUPP with TP_RULES_LOCAL_OUTPUT.
+ *
+ * @since 0.2.0
+ */
+#define TP_RULES_NEW_ONLY 128
+
+/**
+ * Deliver replies of servers on this host to the transparent sockets that connected to them.
+ *
+ * Needed when the proxy connects with the client's address (tp_connect_from()) to a server on its own host:
+ * on 127.0.0.0/8, ::1 or another address of the host. Without it, the server sends its replies to the client.
+ * Clients that connect directly to that server are not affected. Uses connection tracking, also with
+ * TP_RULES_NOTRACK, and sets the bits of mark_mask in the connection's mark (ct mark). EOPNOTSUPP with
+ * TP_RULES_REDIRECT, and with both TP_RULES_NOTRACK and TP_RULES_LOCAL_OUTPUT.
+ *
+ * @since 0.2.0
+ */
+#define TP_RULES_LOCAL_SERVERS 256
 
 /**
  * Use nf_tables if the kernel has the required features, otherwise iptables.
@@ -670,9 +696,7 @@ struct tp_rules_config {
     /**
      * Destinations that are never intercepted; takes precedence over dst.
      *
-     * Their replies are not intercepted either. If the selection could match replies (ports is NULL or
-     * includes one above 1023, and interfaces is NULL), connection tracking is used, even with
-     * TP_RULES_NOTRACK, for traffic from these prefixes.
+     * Their replies are not intercepted either: see tp_install_rules().
      */
     const struct tp_prefix *bypass;
     /**
@@ -1403,6 +1427,20 @@ void tp_replier_close(struct tp_replier *replier);
  * Intercepts forwarded traffic and, with TP_RULES_LOCAL_OUTPUT, locally generated traffic, as selected by
  * config; never traffic to this host's own addresses, loopback, broadcast or multicast, unless dst names
  * it. While no listener exists, matching traffic is dropped, so that no packet bypasses the proxy.
+ *
+ * Replies of connections that others began are never intercepted: those of port forwards, of inbound services
+ * of a LAN, of this host's services and of this host's own connections. If the port selection could match
+ * them (ports is NULL or includes one above 1023), connection tracking is used to recognize them, which
+ * enables it on this host:
+ *   - TCP: a packet that begins a connection is never a reply. Other packets are not intercepted if they are in
+ *     the reply direction of a tracked connection.
+ *   - UDP: a datagram in the reply direction of a tracked connection is not intercepted, unless a transparent
+ *     socket of this host began that connection. A host that sends a datagram to a client first therefore
+ *     receives the client's datagrams to that address and port directly.
+ * A port below 1024 is taken for a service's port and not for a client's: replies to such ports are not
+ * recognized.
+ *
+ * If the selections of several instances overlap, the first installed instance intercepts.
  *
  * Packets that no other host can legitimately send are never intercepted. If they match the selection,
  * they are dropped and counted as dropped:

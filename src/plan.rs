@@ -12,8 +12,14 @@ pub(crate) struct Plan {
     pub mode: Mode,
     /// The mark of packets for local sockets.
     pub mark: Mark,
-    /// The mark of the host's own packets that are to be intercepted; `None`: none are.
-    pub output_mark: Option<Mark>,
+    /// The mark of packets that this host sends and that return by `lo`, to reach a proxy here; `None`: none do.
+    pub loop_mark: Option<Mark>,
+    /// Traffic that this host sends is intercepted.
+    pub local_output: bool,
+    /// Replies of this host's servers to transparent sockets return to these.
+    pub local_servers: bool,
+    /// Of TCP, only packets that begin a connection are intercepted.
+    pub new_only: bool,
     pub families: Families,
     /// The config names no families: these are what the listeners serve, and IPv4 alone will do where there is no IPv6.
     pub families_are_default: bool,
@@ -68,26 +74,15 @@ impl Plan {
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
     }
 
-    /// The answers of destinations that are left alone, packets for other hosts as they are, may be chosen too.
+    /// The selection may match replies of connections that others began, so that connection tracking has to tell them.
     ///
-    /// Not where interfaces are named, those of clients: answers come in by others.
-    pub fn needs_reply_exemption(&self) -> bool {
-        self.bypass.is_some() && self.interfaces.is_none() && self.matches_ephemeral_ports()
-    }
-
-    /// What this host answers to others may be chosen, along with its own connections.
-    ///
-    /// What is not tracked cannot be told from these.
-    pub fn needs_own_reply_exemption(&self) -> bool {
-        self.output_mark.is_some() && !self.notrack && self.matches_ephemeral_ports()
-    }
-
-    /// Answers go to a client's port, which is above 1023; where the ports are those of services, none is chosen. Nor is
-    /// one with NAT, which looks at the first packets of connections alone.
-    fn matches_ephemeral_ports(&self) -> bool {
+    /// Replies go to a client's port, which is above 1023: a selection of lower ports matches none. Nor does NAT, which
+    /// sees the first packets of connections only, nor a selection of packets that begin a TCP connection.
+    pub fn may_match_replies(&self, protocol: Protocol) -> bool {
         const FIRST_OF_CLIENTS: u16 = 1024;
         let ports = self.ports.as_ref().is_none_or(|ports| ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS));
-        self.mode == Mode::Tproxy && ports
+        let begins_only = self.new_only && protocol == Protocol::Tcp;
+        self.mode == Mode::Tproxy && ports && !begins_only && self.protocols.contains(protocol)
     }
 
     /// The family over which a protocol is served, if there is but one.

@@ -107,10 +107,10 @@ fn render_rules_script_recognizes_replies_as_install_rules_does() {
         theirs.command("sh", &["-c", &script]);
         let words = if backend == TP_BACKEND_NFT {
             assert_eq!(nf_tables(&ours), nf_tables(&theirs));
-            ["ct direction reply ip6 saddr @bypass6 return", "ct direction reply ct status & assured == assured return"]
+            ["!= syn ct direction reply return", "ct status & assured == assured ct direction reply return"]
         } else {
             assert_eq!(iptables(&ours), iptables(&theirs));
-            ["-m conntrack --ctdir REPLY -s 198.51.100.7/32 -j RETURN", "--ctdir REPLY --ctstatus ASSURED -j RETURN"]
+            ["-p tcp ! --syn -m conntrack --ctdir REPLY -j RETURN", "--ctdir REPLY --ctstatus ASSURED -j RETURN"]
         };
         assert!(words.iter().all(|words| script.contains(words)), "{script}");
     }

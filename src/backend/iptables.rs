@@ -94,7 +94,7 @@ pub(crate) fn comment(instance: &str) -> String {
 }
 
 /// The parts: `p`rerouting, `d`ivert, `s`ources, `t`o destinations, `v`et, `i`ntercept; for the host's own packets
-/// `o`utput, `ls`, `lt`, and `l`, which marks them.
+/// `out`put, `o`wn output, `ls`, `lt`, and `l`, which marks them; `r`eturned by `lo`, `rs`, `rt`.
 struct Builder<'a> {
     plan: &'a Plan,
     family: Family,
@@ -149,10 +149,9 @@ impl Builder<'_> {
         }
         if let Some(bypass) = &self.plan.bypass {
             self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
-            if self.plan.needs_reply_exemption() && then == "v" {
-                // As in the nf_tables rules: connection tracking alone knows an answer from what must not leak.
-                self.by_prefixes(&mut to, "-m conntrack --ctdir REPLY -s", bypass, "-j RETURN");
-            }
+        }
+        if then == "v" {
+            self.return_replies(&mut to);
         }
         match &self.plan.dst {
             Some(dst) => self.by_prefixes(&mut to, "-d", dst, &jump),
@@ -168,12 +167,31 @@ impl Builder<'_> {
         chains.extend([to, from]);
     }
 
-    /// As in the nf_tables rules: leaves alone what this host sends to itself, refuses what no other host can have sent, and has
-    /// the rest intercepted. It is reached
+    /// As in the nf_tables rules: leaves alone replies of connections that others began.
+    fn return_replies(&self, chain: &mut Chain) {
+        let tracked = self.protocols().filter(|protocol| self.plan.may_match_replies(*protocol));
+        for protocol in tracked {
+            let reply = match protocol {
+                Protocol::Tcp => "-p tcp ! --syn".to_owned(),
+                Protocol::Udp => format!("-p udp -m connmark ! --mark {}", self.plan.mark),
+            };
+            chain.rule(format_args!("{reply} -m conntrack --ctdir REPLY -j RETURN"));
+        }
+    }
+
+    /// As in the nf_tables rules: leaves alone packets that an instance has taken already and what this host sends to
+    /// itself, refuses what no other host can have sent, and has the rest intercepted. It is reached
     /// from PREROUTING only, where `-i` and `--limit-iface-in` may be used. The nat table does not allow DROP: there
     /// RETURN leaves such packets alone.
+    ///
+    /// An instance with another mark is not recognized: iptables cannot ask whether a packet has a socket (`-m owner` is
+    /// for packets that are sent).
     fn vet(&self, refuse: &str) -> Chain {
         let mut chain = self.chain("v");
+        chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
+        if let Some(looped) = self.plan.mark.second() {
+            chain.rule(format_args!("-i lo -m mark --mark {looped} -j RETURN"));
+        }
         for types in self.own_types() {
             chain.rule(format_args!("-i lo -m addrtype --dst-type {types} -j RETURN"));
         }
@@ -222,7 +240,7 @@ impl Builder<'_> {
 
     fn guards(&self, pre: &mut Chain) {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
-        let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
+        let redirected = self.plan.mode == Mode::Redirect && self.plan.local_output;
         let not = if redirected { " -m conntrack ! --ctstate DNAT" } else { "" };
         let guarded: Vec<Intercept> = self.plan.direct_drops().collect();
         for listener in self.listeners().filter(|listener| guarded.contains(listener)) {
@@ -240,7 +258,8 @@ impl Builder<'_> {
     }
 
     fn candidates(&self, chain: &mut Chain, protocol: Protocol, then: &str) {
-        let jump = self.jump(then);
+        let begins = self.plan.new_only && protocol == Protocol::Tcp;
+        let jump = format!("{}{}", if begins { "--syn " } else { "" }, self.jump(then));
         let Some(interfaces) = &self.plan.interfaces else {
             return self.by_ports(chain, "", protocol, &jump);
         };
@@ -257,18 +276,50 @@ impl Builder<'_> {
 
     fn own_output(&self, then: &str) -> Chain {
         let mut chain = self.chain("o");
-        // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
+        // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so are packets with a foreign source, and those
+        // that another instance has taken.
         chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
-        if self.plan.needs_own_reply_exemption() && self.plan.protocols.tcp {
+        if let Some(looped) = self.plan.loop_mark {
+            chain.rule(format_args!("-m mark --mark {looped} -j RETURN"));
+        }
+        if self.plan.may_match_replies(Protocol::Tcp) {
             // As in the nf_tables rules: data has to be of a connection that was accepted.
             chain.rule(format_args!("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN"));
             chain.rule(format_args!("-p tcp --tcp-flags SYN,ACK SYN,ACK -m conntrack --ctdir REPLY -j RETURN"));
+        }
+        if self.plan.may_match_replies(Protocol::Udp) {
+            chain.rule(format_args!("-p udp -m conntrack --ctdir REPLY -j RETURN"));
         }
         let own = format!("-m addrtype --src-type LOCAL {}", self.jump(then));
         for protocol in self.protocols() {
             self.by_ports(&mut chain, "", protocol, &own);
         }
         chain
+    }
+
+    /// As in the nf_tables rules: packets that this host sends, unless they are redirected.
+    fn output(&self) -> Option<Chain> {
+        let mut chain = self.chain("out");
+        if let Some(mark) = self.plan.loop_mark.filter(|_| self.plan.local_servers) {
+            for protocol in self.plan.protocols.iter() {
+                chain.rule(format_args!(
+                    "-p {protocol} -m conntrack --ctstate NEW -m addrtype ! --src-type LOCAL -m addrtype --dst-type LOCAL -j \
+                     CONNMARK --set-xmark {mark}"
+                ));
+            }
+            let reply = format!("-m connmark --mark {mark} -m conntrack --ctdir REPLY {}", self.jump("l"));
+            chain.rule(format_args!("{reply}"));
+        }
+        if self.plan.may_match_replies(Protocol::Udp) {
+            chain.rule(format_args!(
+                "-p udp -m conntrack --ctstate NEW -m addrtype ! --src-type LOCAL -j CONNMARK --set-xmark {}",
+                self.plan.mark
+            ));
+        }
+        if self.plan.local_output && self.plan.mode == Mode::Tproxy {
+            chain.rule(format_args!("{}", self.jump("o")));
+        }
+        (!chain.rules.is_empty()).then_some(chain)
     }
 
     fn mangle(&self) -> Table {
@@ -300,16 +351,26 @@ impl Builder<'_> {
             }
             chains.extend([intercept, self.vet("DROP")]);
             self.select(&mut chains, ["s", "t"], "v");
-            if let Some(mark) = self.plan.output_mark {
-                pre.rule(format_args!("-i lo -m mark --mark {mark} {}", self.jump("i")));
-                let mut marked = self.chain("l");
-                self.set_mark(&mut marked, mark);
-                chains.push(marked);
+            if let Some(mark) = self.plan.loop_mark.filter(|_| self.plan.local_output) {
+                // Several instances may use one mark: each takes only what it selects.
+                self.select(&mut chains, ["rs", "rt"], "i");
+                let mut looped = self.chain("r");
+                self.protocols().for_each(|protocol| self.by_ports(&mut looped, "", protocol, &self.jump("rs")));
+                chains.push(looped);
+                pre.rule(format_args!("-i lo -m mark --mark {mark} {}", self.jump("r")));
                 self.select(&mut chains, ["ls", "lt"], "l");
                 chains.push(self.own_output("ls"));
-                jumps.push(("OUTPUT", self.name("o")));
             }
             self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
+        }
+        if let Some(mark) = self.plan.loop_mark.filter(|_| self.plan.mode != Mode::Redirect) {
+            let mut marked = self.chain("l");
+            self.set_mark(&mut marked, mark);
+            chains.push(marked);
+        }
+        if let Some(output) = self.output() {
+            chains.push(output);
+            jumps.push(("OUTPUT", self.name("out")));
         }
         if self.plan.mode != Mode::Redirect {
             // What is said of a transparent socket's packets: `socket` looks for the one that an error quotes.
@@ -335,7 +396,7 @@ impl Builder<'_> {
         self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
         chains.push(pre);
         let mut jumps = vec![("PREROUTING", self.name("p"))];
-        if self.plan.output_mark.is_some() {
+        if self.plan.local_output {
             self.select(&mut chains, ["ls", "lt"], "i");
             chains.push(self.own_output("ls"));
             jumps.push(("OUTPUT", self.name("o")));

@@ -108,7 +108,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
             owner: table.owner_port.map(|port| holders.get(&port).cloned().unwrap_or(Holder::Unknown)),
             families: families(own),
             mark: mark_in(&[ruleset::DIVERT, "d"]),
-            output_mark: mark_in(&[ruleset::REROUTE, "l"]),
+            output_mark: mark_in(&[ruleset::REROUTE, ruleset::REROUTE_REPLY, "l"]),
             notrack: own.iter().any(|chain| chain.name == ruleset::UNTRACK),
             origin: by_iptables.or(own.first()).map(|chain| chain.origin),
         })

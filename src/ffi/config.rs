@@ -26,10 +26,8 @@ pub const TP_RULES_REDIRECT: u32 = 0x2;
 /// Packets from transparent sockets are exempt: a proxy whose sockets towards servers are transparent
 /// (tp_connect_from(), tp_set_transparent()) does not intercept its own connections.
 ///
-/// Replies of this host's own TCP services are not intercepted. If the port selection could match them (ports
-/// is NULL, or includes one above 1023), connection tracking is used to recognize them, which enables it on this
-/// host. UDP replies, and all replies with TP_RULES_NOTRACK, cannot be recognized: restrict ports, dst or
-/// src.
+/// If instances overlap, the first installed sends the packet back through lo, and only that instance takes
+/// it there.
 pub const TP_RULES_LOCAL_OUTPUT: u32 = 0x4;
 /// Forward traffic normally while no listener exists; by default it is dropped. EOPNOTSUPP with
 /// TP_RULES_LOCAL_OUTPUT or TP_RULES_REDIRECT.
@@ -42,12 +40,34 @@ pub const TP_RULES_FAIL_OPEN: u32 = 0x8;
 /// from other hosts and needs no such rule.
 pub const TP_RULES_ALLOW_DIRECT: u32 = 0x10;
 /// Exempt intercepted packets, and packets from transparent sockets, from connection tracking.
+///
+/// If the port selection includes ports above 1023, connection tracking has to see replies to recognize them.
+/// Then only packets of transparent sockets and TCP packets that begin a connection are exempt; intercepted
+/// datagrams are tracked.
 pub const TP_RULES_NOTRACK: u32 = 0x20;
 /// Keep the rules when the process ends.
 ///
 /// The remaining rules drop the packets that they would intercept. An instance of the same name, also with
 /// this flag, takes them over without a gap; tp_purge_rules() removes them. Needs Linux 6.9.
 pub const TP_RULES_PERSIST: u32 = 0x40;
+/// Intercept only TCP packets that begin a connection.
+///
+/// A TCP packet that begins nothing and belongs to no transparent socket is forwarded, not answered by a
+/// reset. Existing connections continue when the rules are installed, and connections of another proxy host
+/// are not broken. UDP is not affected. EOPNOTSUPP with TP_RULES_LOCAL_OUTPUT.
+///
+/// @since 0.2.0
+pub const TP_RULES_NEW_ONLY: u32 = 0x80;
+/// Deliver replies of servers on this host to the transparent sockets that connected to them.
+///
+/// Needed when the proxy connects with the client's address (tp_connect_from()) to a server on its own host:
+/// on 127.0.0.0/8, ::1 or another address of the host. Without it, the server sends its replies to the client.
+/// Clients that connect directly to that server are not affected. Uses connection tracking, also with
+/// TP_RULES_NOTRACK, and sets the bits of mark_mask in the connection's mark (ct mark). EOPNOTSUPP with
+/// TP_RULES_REDIRECT, and with both TP_RULES_NOTRACK and TP_RULES_LOCAL_OUTPUT.
+///
+/// @since 0.2.0
+pub const TP_RULES_LOCAL_SERVERS: u32 = 0x100;
 
 /// Use nf_tables if the kernel has the required features, otherwise iptables.
 pub const TP_BACKEND_AUTO: u32 = 0;
@@ -94,7 +114,9 @@ const KNOWN_FLAGS: u32 = TP_RULES_DIVERT_ONLY
     | TP_RULES_FAIL_OPEN
     | TP_RULES_ALLOW_DIRECT
     | TP_RULES_NOTRACK
-    | TP_RULES_PERSIST;
+    | TP_RULES_PERSIST
+    | TP_RULES_NEW_ONLY
+    | TP_RULES_LOCAL_SERVERS;
 
 /// Address prefix: the first len bits of addr.
 #[repr(C)]
@@ -188,9 +210,7 @@ pub struct tp_rules_config {
     pub n_src: usize,
     /// Destinations that are never intercepted; takes precedence over dst.
     ///
-    /// Their replies are not intercepted either. If the selection could match replies (ports is NULL or
-    /// includes one above 1023, and interfaces is NULL), connection tracking is used, even with
-    /// TP_RULES_NOTRACK, for traffic from these prefixes.
+    /// Their replies are not intercepted either: see tp_install_rules().
     pub bypass: *const tp_prefix,
     /// Number of prefixes.
     pub n_bypass: usize,
@@ -282,6 +302,8 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         allow_direct: has(TP_RULES_ALLOW_DIRECT),
         notrack: has(TP_RULES_NOTRACK),
         persist: has(TP_RULES_PERSIST),
+        new_only: has(TP_RULES_NEW_ONLY),
+        local_servers: has(TP_RULES_LOCAL_SERVERS),
         protocols,
         families,
         mark: mark(config.mark, config.mark_mask)?,

@@ -27,6 +27,20 @@ pub struct tp_rules {
 /// config; never traffic to this host's own addresses, loopback, broadcast or multicast, unless dst names
 /// it. While no listener exists, matching traffic is dropped, so that no packet bypasses the proxy.
 ///
+/// Replies of connections that others began are never intercepted: those of port forwards, of inbound services
+/// of a LAN, of this host's services and of this host's own connections. If the port selection could match
+/// them (ports is NULL or includes one above 1023), connection tracking is used to recognize them, which
+/// enables it on this host:
+///   - TCP: a packet that begins a connection is never a reply. Other packets are not intercepted if they are in
+///     the reply direction of a tracked connection.
+///   - UDP: a datagram in the reply direction of a tracked connection is not intercepted, unless a transparent
+///     socket of this host began that connection. A host that sends a datagram to a client first therefore
+///     receives the client's datagrams to that address and port directly.
+/// A port below 1024 is taken for a service's port and not for a client's: replies to such ports are not
+/// recognized.
+///
+/// If the selections of several instances overlap, the first installed instance intercepts.
+///
 /// Packets that no other host can legitimately send are never intercepted. If they match the selection,
 /// they are dropped and counted as dropped:
 ///   - packets with one of this host's own addresses, a broadcast or a multicast address as the source,

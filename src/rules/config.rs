@@ -42,6 +42,8 @@ pub struct Config {
     pub(crate) allow_direct: bool,
     pub(crate) notrack: bool,
     pub(crate) persist: bool,
+    pub(crate) new_only: bool,
+    pub(crate) local_servers: bool,
     pub(crate) protocols: Option<Protocols>,
     pub(crate) families: Option<Families>,
     pub(crate) mark: Option<Mark>,
@@ -122,6 +124,20 @@ impl Config {
     /// Keeps the rules when the process ends.
     pub fn persist(mut self, yes: bool) -> Config {
         self.persist = yes;
+        self
+    }
+
+    /// Intercepts only TCP packets that begin a connection.
+    ///
+    /// A TCP packet that begins nothing and belongs to no socket is forwarded, not answered by a reset. UDP is not affected.
+    pub fn new_only(mut self, yes: bool) -> Config {
+        self.new_only = yes;
+        self
+    }
+
+    /// Delivers replies of servers on this host to the transparent sockets that connected to them.
+    pub fn local_servers(mut self, yes: bool) -> Config {
+        self.local_servers = yes;
         self
     }
 

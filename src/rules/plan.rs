@@ -32,7 +32,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         })
     };
     let mark = mark(config.mark)?;
-    let output_mark = if config.local_output { Some(output_mark(mark)?) } else { None };
+    let loop_mark = if config.local_output || config.local_servers { Some(loop_mark(mark)?) } else { None };
     let prefixes = [&config.dst, &config.src, &config.bypass].into_iter().flatten().map(Vec::len).sum::<usize>();
     memory::require(prefixes.saturating_mul(BYTES_EACH))?;
     let set = |prefixes: &Option<Vec<Prefix>>| prefixes.as_ref().map(|prefixes| PrefixSet::new(prefixes));
@@ -40,7 +40,10 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         name: name(config.name.as_deref())?,
         mode: config.mode,
         mark,
-        output_mark,
+        loop_mark,
+        local_output: config.local_output,
+        local_servers: config.local_servers,
+        new_only: config.new_only,
         families: families(config.families, served)?,
         families_are_default: config.families.is_none(),
         protocols,
@@ -67,10 +70,24 @@ fn refuse_contradictions(config: &Config) -> Result<()> {
         || config.src.is_some()
         || config.bypass.as_ref().is_some_and(|bypass| !bypass.is_empty())
         || config.interfaces.is_some();
-    if config.mode == Mode::DivertOnly && (selective || config.local_output || config.fail_open) {
+    if config.mode == Mode::DivertOnly && (selective || config.local_output || config.fail_open || config.new_only) {
         return Err(Error::invalid(
-            "TP_RULES_DIVERT_ONLY with ports, dst, src, bypass, interfaces, TP_RULES_LOCAL_OUTPUT or \
+            "TP_RULES_DIVERT_ONLY with ports, dst, src, bypass, interfaces, TP_RULES_LOCAL_OUTPUT, TP_RULES_NEW_ONLY or \
              TP_RULES_FAIL_OPEN: nothing is intercepted, so there is nothing to choose",
+        ));
+    }
+    if config.local_output && config.new_only {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_LOCAL_OUTPUT with TP_RULES_NEW_ONLY: this host's own packets are routed one by one, and those that do \
+             not begin a connection would not reach the proxy; install two instances",
+        ));
+    }
+    if config.notrack && config.local_servers && config.local_output {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_NOTRACK with TP_RULES_LOCAL_SERVERS and TP_RULES_LOCAL_OUTPUT: connection tracking tells the replies \
+             of local servers, and without it for local clients they look the same; leave out one of the three",
         ));
     }
     if config.local_output && config.fail_open {
@@ -82,6 +99,13 @@ fn refuse_contradictions(config: &Config) -> Result<()> {
     }
     if config.mode != Mode::Redirect {
         return Ok(());
+    }
+    if config.local_servers {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "TP_RULES_REDIRECT with TP_RULES_LOCAL_SERVERS: replies reach a transparent socket by policy routing, which \
+             redirection does not have; use TPROXY or TP_RULES_DIVERT_ONLY",
+        ));
     }
     if config.fail_open {
         return Err(Error::new(
@@ -130,11 +154,11 @@ fn protocols(config: &Config) -> Result<Protocols> {
     }
 }
 
-fn output_mark(mark: Mark) -> Result<Mark> {
+fn loop_mark(mark: Mark) -> Result<Mark> {
     mark.second().ok_or_else(|| {
         Error::invalid_with(format_args!(
-            "TP_RULES_LOCAL_OUTPUT needs a second mark for the host's own packets, and {mark} has no bit left in its \
-             mask: give mark_mask one more"
+            "TP_RULES_LOCAL_OUTPUT and TP_RULES_LOCAL_SERVERS need a second mark for packets that this host sends, and \
+             {mark} has no other bit in its mask: add a bit to mark_mask"
         ))
     })
 }
@@ -390,7 +414,7 @@ mod tests {
         check(&|c| c.families = Some(Families::V6), "asks for IPv6");
         check(&|c| c.ports = Some(vec![PortRange { first: 2, last: 1 }]), "ports 2-1");
         check(&|c| c.protocols = Some(Protocols::ALL), "asks for udp");
-        check(&|c| (c.local_output, c.mark) = (true, Some(Mark { value: 4, mask: 4 })), "no bit left");
+        check(&|c| (c.local_output, c.mark) = (true, Some(Mark { value: 4, mask: 4 })), "no other bit");
         for bad in
             ["", "a-name-of-16-chr", "*", "a-name-of-16-chr*", "e*h0", "eth**", "a b", "eth0,eth1 ", ".", "a\u{1b}"]
         {

@@ -3,24 +3,26 @@
 //! A packet's way, from the base chains at the bottom of [`compile`]:
 //!
 //! ```text
-//! prerouting ─┬─ port of a listener ── direct ──────────── to this host: guarded, drop
+//! prerouting ─┬─ port of a listener ── direct ──────────── to this host: drop
 //!             ├─ has a transparent socket ── divert ────── mark, accept
+//!             ├─ returned by lo, of this instance ─────── intercept
 //!             └─ port, interface ── select ── vet ── intercept ─ tproxy, mark, accept, or drop
-//! output ─────┬─ from a transparent socket ───────────── accept
-//!             └─ port ── select-local ── loop ─────────── second mark: comes round to prerouting
+//! output ─────┬─ reply of a server here to a proxy here ── reroute-reply
+//!             ├─ from a transparent socket ───────────── accept
+//!             └─ port ── select-local ── reroute ──────── second mark, priority: returns to prerouting by lo
 //! ```
 //!
 //! `vet` drops packets whose addresses cannot be those of a connection between two hosts, which a proxy would take for
 //! its own or for those of loopback; so does `reserved`, for IPv6, in `vet` and in `divert`.
 //!
-//! `select` has the addresses; where none are given, it is but a statement of
-//! the rules that would lead there. With NAT redirection `intercept` translates,
+//! `select` has the addresses, and returns replies of connections that others began; where neither is needed, it is a
+//! statement of the rules that would lead there. With NAT redirection `intercept` translates,
 //! and hangs from the nat hooks; without connection tracking the raw hooks
 //! have the same selection once more, and `untrack` at its end.
 
 use super::object::{Hook, Object};
 use super::set::{Elements, Key, Set, SetName, Variant};
-use super::statement::{InterfacePrefix, Side, Statement, Verdict};
+use super::statement::{InterfacePrefix, Looped, Side, Statement, Verdict};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, Mode, PortRange, Protocol};
@@ -31,9 +33,11 @@ pub(crate) const DIVERT: &str = "divert";
 const INTERCEPT: &str = "intercept";
 const DIRECT_CHAIN: &str = "direct";
 const VET: &str = "vet";
+const VET_BY_LO: &str = "vet-by-lo";
 const RESERVED: &str = "reserved";
 const RESERVED_BY_LO: &str = "reserved-by-lo";
 pub(crate) const REROUTE: &str = "reroute";
+pub(crate) const REROUTE_REPLY: &str = "reroute-reply";
 pub(crate) const UNTRACK: &str = "untrack";
 pub(crate) const DEFRAGMENT: &str = "defragment";
 const SELECT: &str = "select";
@@ -110,7 +114,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
             ruleset.intercept_chain();
             ruleset.vet_chain();
             ruleset.select_chain(&TO_INTERCEPT);
-            if plan.output_mark.is_some() {
+            if plan.local_output {
                 ruleset.select_chain(&TO_REDIRECT);
             }
         }
@@ -123,7 +127,10 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
     plan.direct_drops().for_each(|listener| ruleset.direct_drop(&listener));
     match plan.mode {
         Mode::Redirect => ruleset.redirecting(),
-        Mode::DivertOnly => ruleset.diverting(),
+        Mode::DivertOnly => {
+            ruleset.diverting();
+            ruleset.output();
+        }
         Mode::Tproxy => ruleset.proxying(),
     }
     Ok(ruleset.objects)
@@ -133,6 +140,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
 const USUAL: usize = 36;
 
 const RETURN: Statement = Statement::Verdict(Verdict::Return);
+const ACCEPT: Statement = Statement::Verdict(Verdict::Accept);
 
 /// The base chains, by the names of `nft`'s hooks and priorities.
 const PREROUTING: (&str, Option<Hook>) = ("prerouting", Some(Hook::MANGLE_PREROUTING));
@@ -154,7 +162,8 @@ struct Selection {
 const TO_INTERCEPT: Selection = Selection { name: SELECT, then: VET, first: None };
 const TO_REDIRECT: Selection = Selection { name: SELECT_LOCAL, then: INTERCEPT, first: None };
 const TO_UNTRACK: Selection = Selection { name: SELECT_RAW, then: UNTRACK, first: None };
-const TO_REROUTE: Selection = Selection { name: SELECT_LOCAL, then: REROUTE, first: Some(Statement::SourceIsLocal) };
+const TO_REROUTE: Selection =
+    Selection { name: SELECT_LOCAL, then: REROUTE, first: Some(Statement::SourceIsLocal(true)) };
 
 /// A plan, and the objects that have been made of it.
 struct Ruleset<'a> {
@@ -196,24 +205,79 @@ impl Ruleset<'_> {
         );
     }
 
-    /// What comes in, and what the host itself sends, for the listeners.
+    /// Incoming packets, and those that this host sends, for the listeners.
     fn proxying(&mut self) {
         self.diverting();
-        if let Some(mark) = self.plan.output_mark {
-            let round =
-                [Statement::MarkIs(mark), Statement::FromLoopback(true), Statement::Verdict(Verdict::Goto(INTERCEPT))];
-            self.rule(PREROUTING.0, "looped back via lo", &[&round]);
+        if self.plan.local_output {
+            let looped = [
+                Statement::FromLoopback(true),
+                Statement::LoopedBy(Some(Looped::by(&self.plan.name))),
+                Statement::Verdict(Verdict::Goto(INTERCEPT)),
+            ];
+            self.rule(PREROUTING.0, "looped back via lo", &[&looped]);
         }
         for protocol in self.plan.protocols.iter() {
             self.candidates(PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
-        let Some(mark) = self.plan.output_mark else { return };
-        // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
-        self.chain((REROUTE, None));
-        self.rule(REROUTE, "looped back via lo", &[&[Statement::SetMark(mark), Statement::Verdict(Verdict::Accept)]]);
-        self.select_chain(&TO_REROUTE);
+        self.output();
+    }
+
+    /// Packets that this host sends, unless they are redirected: those that return by `lo`, and the proxy's own.
+    fn output(&mut self) {
+        let plan = self.plan;
+        if let Some(mark) = plan.loop_mark.filter(|_| plan.local_output) {
+            // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
+            self.chain((REROUTE, None));
+            self.rule(REROUTE, "another instance has it", &[&[Statement::LoopedBy(None), ACCEPT]]);
+            let reroute = [Statement::SetMark(mark), Statement::SetLooped(Looped::by(&plan.name)), ACCEPT];
+            self.rule(REROUTE, "looped back via lo", &[&reroute]);
+            self.select_chain(&TO_REROUTE);
+        }
+        if !plan.local_output && !plan.local_servers && !plan.may_match_replies(Protocol::Udp) {
+            return;
+        }
         self.chain(OUTPUT);
-        self.own_output(OUTPUT.0, &TO_REROUTE);
+        if plan.local_servers {
+            self.local_servers(OUTPUT.0);
+        }
+        if plan.may_match_replies(Protocol::Udp) {
+            // A late datagram of a proxy may be the first that connection tracking sees of its flow. What the client
+            // sends then would be a reply, and pass by the proxy.
+            let begun = [
+                Statement::Protocol(Protocol::Udp),
+                Statement::CtNew,
+                Statement::SourceIsLocal(false),
+                Statement::SetCtMark(plan.mark),
+            ];
+            self.rule(OUTPUT.0, "begun by a proxy", &[&begun]);
+        }
+        if plan.local_output {
+            self.own_output(OUTPUT.0, &TO_REROUTE);
+        }
+    }
+
+    /// A connection from a transparent socket to a server on this host: the server's replies, to an address that is not this
+    /// host's, would leave by the network. Connection tracking keeps a mark for the connection, by which they are known.
+    fn local_servers(&mut self, hook: &'static str) {
+        let Some(mark) = self.plan.loop_mark else { return };
+        self.chain((REROUTE_REPLY, None));
+        self.rule(REROUTE_REPLY, "to the proxy", &[&[Statement::SetMark(mark), ACCEPT]]);
+        for protocol in self.plan.protocols.iter() {
+            let asked = [
+                Statement::Protocol(protocol),
+                Statement::CtNew,
+                Statement::DestinationIsThisHost,
+                Statement::TransparentSocket,
+                Statement::SetCtMark(mark),
+            ];
+            self.rule(hook, "to a server of this host", &[only(self.plan.families.only()).as_slice(), &asked]);
+        }
+        let reply = [
+            Statement::CtMark { mark, is: true },
+            Statement::CtReply,
+            Statement::Verdict(Verdict::Goto(REROUTE_REPLY)),
+        ];
+        self.rule(hook, "of a server of this host", &[&reply]);
     }
 
     /// NAT, of what comes in and of what the host itself sends.
@@ -222,7 +286,7 @@ impl Ruleset<'_> {
         for protocol in self.plan.protocols.iter() {
             self.candidates(NAT_PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
-        if self.plan.output_mark.is_some() {
+        if self.plan.local_output {
             self.chain(NAT_OUTPUT);
             self.own_output(NAT_OUTPUT.0, &TO_REDIRECT);
         }
@@ -247,13 +311,14 @@ impl Ruleset<'_> {
         }
         for (hook, incoming) in [(RAW_PREROUTING, true), (RAW_OUTPUT, false)] {
             self.chain(hook);
+            if self.plan.local_servers && !incoming {
+                // Connection tracking has to see both directions of what a proxy asks of a server here.
+                self.rule(hook.0, "to a server of this host", &[&[Statement::DestinationIsThisHost, RETURN]]);
+            }
             for protocol in self.plan.protocols.iter() {
                 self.of_socket(hook.0, "of a transparent socket", protocol, Verdict::Goto(UNTRACK));
-                if incoming {
-                    // Connection tracking has to see answers to know them.
-                    self.return_replies(hook.0, Statement::Protocol(protocol));
-                }
-                if self.plan.mode == Mode::Tproxy && (incoming || self.plan.output_mark.is_some()) {
+                let may_reply = protocol == Protocol::Udp && self.plan.may_match_replies(protocol);
+                if self.plan.mode == Mode::Tproxy && (incoming || self.plan.local_output) && !may_reply {
                     self.candidates(hook.0, TO_BE_INTERCEPTED, protocol, incoming, &TO_UNTRACK);
                 }
             }
@@ -319,20 +384,26 @@ impl Ruleset<'_> {
     }
 
     /// Leaves alone what this host sends to itself: intercepted, it would reach the proxy in place of the host's own
-    /// service, and a proxy's own datagram to a link-local address would come back to it for ever. What it sends
-    /// to others may come by `lo` too, where a route says so.
+    /// service, and a proxy's own datagram to a link-local address would come back to it for ever. Packets of this host to
+    /// others may come by `lo` too, where a route says so, or where another instance loops them.
+    ///
+    /// Leaves alone what earlier rules have given to a socket: where instances overlap, the first that was installed wins.
     ///
     /// Drops what no other host can have sent: packets from an address of this host, to which a proxy's answers would
     /// come back as if they were new, from a broadcast or multicast address, and packets to loopback. IPv4's routing does
     /// much the same (`fib_validate_source`, unless accept_local is set), IPv6's does not.
     fn vet_chain(&mut self) {
         let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
-        self.chain((VET, None));
-        let to_itself = |own| [Statement::FromLoopback(true), own, RETURN];
-        self.rule(VET, "of this host to itself", &[&to_itself(Statement::DestinationIsLocal)]);
+        self.chain((VET_BY_LO, None));
+        self.rule(VET_BY_LO, "looped by another instance", &[&[Statement::LoopedBy(None), ACCEPT]]);
+        self.rule(VET_BY_LO, "of this host to itself", &[&[Statement::DestinationIsLocal, ACCEPT]]);
         if self.plan.families.v6 {
-            self.rule(VET, "of this host to itself", &[&to_itself(Statement::DestinationIsLinkLocal)]);
+            self.rule(VET_BY_LO, "of this host to itself", &[&[Statement::DestinationIsLinkLocal, ACCEPT]]);
         }
+        self.chain((VET, None));
+        let by_lo = [Statement::FromLoopback(true), Statement::Verdict(Verdict::Jump(VET_BY_LO))];
+        self.rule(VET, "of this host", &[&by_lo]);
+        self.rule(VET, "given to a socket already", &[&[Statement::HasSocket, RETURN]]);
         let spoofed = [Statement::FromLoopback(false), Statement::SourceIsNoOther];
         self.rule(VET, "not from another host", &[&spoofed, &drop]);
         self.refuse_reserved(VET);
@@ -422,12 +493,7 @@ impl Ruleset<'_> {
                 self.rule(name, "to be left alone", &[&[bypass, RETURN]]);
             }
         }
-        if name == SELECT {
-            self.return_replies(name, Statement::CtReply);
-        }
-        if self.returns_own_replies(selection) {
-            self.return_own_replies(name);
-        }
+        self.return_replies(selection);
         if plan.dst.is_none() {
             self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &goto_unless_local(selection)]);
         }
@@ -444,45 +510,52 @@ impl Ruleset<'_> {
     fn has_no_addresses(&self, selection: &Selection) -> bool {
         let plan = self.plan;
         let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some();
-        !given && !self.returns_own_replies(selection)
+        let tracked = self.returns_replies(selection) && plan.protocols.iter().any(|p| plan.may_match_replies(p));
+        !given && !tracked
     }
 
-    fn returns_own_replies(&self, selection: &Selection) -> bool {
-        selection.name == SELECT_LOCAL && self.plan.needs_own_reply_exemption() && self.plan.protocols.tcp
+    /// Before connection tracking no reply can be told.
+    fn returns_replies(&self, selection: &Selection) -> bool {
+        [SELECT, SELECT_LOCAL].contains(&selection.name)
     }
 
-    /// Leaves alone the answers of what is left alone, as far as they match a statement: one rule for each set.
+    /// Leaves alone replies of connections that others began, where the selection may match them.
     ///
-    /// That they come from there does not make them answers: clients may be among what is left alone, as private networks
-    /// are, and packets of theirs that have lost their socket (the proxy was started anew) must not go on to the server. Nor
-    /// do a TCP segment's flags. Connection tracking knows: what it has not seen begin, or has forgotten, is no answer to it,
-    /// and is intercepted. Nor is what answers others than these: who sends a client something first would choose what the
-    /// client sends past the proxy.
-    fn return_replies(&mut self, chain: &'static str, of: Statement) {
-        let plan = self.plan;
-        for (bypass, family) in each(&plan.bypass, plan.families).filter(|_| plan.needs_reply_exemption()) {
-            for set in PrefixList::Bypass.sets(bypass, family, self.variant) {
-                let answer = [of, Statement::SourceIn { family, set }, RETURN];
-                self.rule(chain, "an answer of what is left alone", &[&answer]);
+    /// A TCP segment that begins a connection is no reply, whatever connection tracking has seen before: the other side may
+    /// have sent a segment to this port first, so that the client's connection would pass by the proxy. Later
+    /// segments of an intercepted connection have a socket, and do not come here. A datagram may be both: whoever
+    /// sends one to a client receives what the client sends from that port, except where a proxy sent the first.
+    ///
+    /// Of this host, a reply with data has to be of a connection that a service here has accepted, since later
+    /// segments of its own connections do come here.
+    fn return_replies(&mut self, selection: &Selection) {
+        if !self.returns_replies(selection) {
+            return;
+        }
+        let (plan, chain) = (self.plan, selection.name);
+        let own = chain == SELECT_LOCAL;
+        for protocol in plan.protocols.iter().filter(|protocol| plan.may_match_replies(*protocol)) {
+            let mut reply = |statements: &[Statement]| {
+                self.rule(chain, "of a connection that others began", &[statements, &[Statement::CtReply, RETURN]]);
+            };
+            match protocol {
+                Protocol::Tcp if own => {
+                    reply(&[Statement::Protocol(protocol), Statement::Assured]);
+                    reply(&[Statement::TcpSynAck]);
+                }
+                Protocol::Tcp => reply(&[Statement::TcpNotSyn]),
+                Protocol::Udp if own => reply(&[Statement::Protocol(protocol)]),
+                Protocol::Udp => {
+                    reply(&[Statement::Protocol(protocol), Statement::CtMark { mark: plan.mark, is: false }]);
+                }
             }
         }
-    }
-
-    /// What this host's own services answer, by TCP, is no connection of its own.
-    ///
-    /// That others began is not enough to go by: so do those who send a packet to each port of this host, and the connection
-    /// that it makes from one of them later, to the sender, would pass by the proxy. So data has to be of a connection that a
-    /// service here has accepted. UDP has no such thing, and is intercepted.
-    fn return_own_replies(&mut self, name: &'static str) {
-        let accepted = [Statement::Protocol(Protocol::Tcp), Statement::CtReply, Statement::Assured, RETURN];
-        self.rule(name, "of a service of this host", &[&accepted]);
-        self.rule(name, "of a service of this host", &[&[Statement::TcpSynAck, Statement::CtReply, RETURN]]);
     }
 
     /// Connections made straight to the listener would be proxied to itself, again and again.
     fn direct_drop(&mut self, listener: &Intercept) {
         // The host's own, redirected on its way out, comes in by lo as if it had been sent here.
-        let redirected = self.plan.mode == Mode::Redirect && self.plan.output_mark.is_some();
+        let redirected = self.plan.mode == Mode::Redirect && self.plan.local_output;
         let port = [Statement::Protocol(listener.protocol), Statement::DestinationPort(listener.port)];
         self.rule(
             PREROUTING.0,
@@ -521,6 +594,15 @@ impl Ruleset<'_> {
                 None => Statement::DestinationPortIn(self.set(PORTS)),
             }),
         };
+        // Connection tracking has to see replies to know them: of TCP, only packets that begin a connection are chosen before it.
+        let begins = match selection.name {
+            SELECT_RAW => plan.new_only || plan.may_match_replies(protocol),
+            _ => plan.new_only,
+        };
+        let of_protocol = match protocol {
+            Protocol::Tcp if begins => Statement::TcpSyn,
+            _ => Statement::Protocol(protocol),
+        };
         let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
         let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
             true => (selection.first, &goto_unless_local(selection)),
@@ -533,7 +615,7 @@ impl Ruleset<'_> {
                 &[
                     // A protocol that is served over one family only is not intercepted over the other.
                     only(plan.family_of(protocol)).as_slice(),
-                    &[Statement::Protocol(protocol)],
+                    &[of_protocol],
                     ports.as_slice(),
                     interface.as_slice(),
                     first.as_slice(),

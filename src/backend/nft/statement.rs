@@ -44,6 +44,7 @@ pub(crate) enum Statement {
     /// Only packets to a port of this set.
     DestinationPortIn(SetName),
     /// Only packets of this family from an address of this set.
+    #[allow(dead_code)]
     SourceIn { family: Family, set: SetName },
     /// Only packets of this family whose source is in none of the sets of a name: those of these lengths, and that of
     /// ranges, whose name it is.
@@ -55,15 +56,30 @@ pub(crate) enum Statement {
     /// Only packets that came in by an interface whose name begins so.
     InterfaceLike(InterfacePrefix),
     /// Only packets whose mark has this value in our bits.
+    #[allow(dead_code)]
     MarkIs(Mark),
     /// Only packets whose destination was not translated.
     NotTranslated,
-    /// Only answers, as connection tracking knows them.
+    /// Only packets in the reply direction of a connection, as connection tracking knows it.
     CtReply,
+    /// Only packets that begin a connection, as connection tracking knows it.
+    CtNew,
+    /// Only packets of connections whose mark has this value in our bits, or has another.
+    CtMark { mark: Mark, is: bool },
+    /// Sets our bits of the connection's mark, and leaves the rest.
+    SetCtMark(Mark),
+    /// Only packets that an instance has sent back by `lo`: this one, or (`None`) any.
+    LoopedBy(Option<Looped>),
+    /// Says which instance sends the packet back by `lo`.
+    SetLooped(Looped),
+    /// Only packets that rules before these have given to a socket. Packets that come in have no socket before.
+    HasSocket,
     /// Only packets of connections that both sides have agreed to.
     Assured,
-    /// Only packets from an address of this host.
-    SourceIsLocal,
+    /// Only packets from an address of this host, or from any other.
+    SourceIsLocal(bool),
+    /// Only packets to an address of this host.
+    DestinationIsThisHost,
     /// Only packets whose source is no address of another host: it is one of this host's, broadcast, anycast, multicast.
     SourceIsNoOther,
     /// Only packets whose destination reaches a socket of this host: its own addresses, broadcast, anycast, multicast.
@@ -92,6 +108,8 @@ pub(crate) enum Statement {
     WildcardSocket(bool),
     /// Only the first packet of a TCP connection.
     TcpSyn,
+    /// Only TCP packets that do not begin a connection.
+    TcpNotSyn,
     /// Only the first answer of a TCP connection.
     TcpSynAck,
     /// Sets our bits of the packet's mark, and leaves the rest.
@@ -128,6 +146,33 @@ impl InterfacePrefix {
 
     fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
+
+/// The priority of packets that an instance sends back by `lo` (`skb->priority`, which nothing but our rules reads there).
+///
+/// Two instances may use the same mark. The number says which of them sent a packet, so that only that one takes it
+/// when it comes in. The first byte is the same for all: in the numbers of traffic control classes, 0x74 stands for none that
+/// is usual, and a program without CAP_NET_ADMIN can only set 0 to 6 (`sk_set_prio_allowed`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Looped(u32);
+
+impl Looped {
+    const FIRST: u32 = 0x7400_0000;
+    const LAST: u32 = 0x74ff_ffff;
+
+    /// Of the instance of this name: a hash, of 24 bits (FNV-1a).
+    pub fn by(instance: &str) -> Looped {
+        let hash =
+            instance.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        Looped(Looped::FIRST | ((hash >> 24) ^ hash) & 0x00ff_ffff)
+    }
+}
+
+/// As the number of a traffic control class, which `nft` takes priorities for.
+impl fmt::Display for Looped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}:{:x}", self.0 >> 16, self.0 & 0xffff)
     }
 }
 
@@ -190,7 +235,27 @@ impl fmt::Display for Statement {
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
             Statement::CtReply => f.write_str("ct direction reply"),
             Statement::Assured => f.write_str("ct status & assured == assured"),
-            Statement::SourceIsLocal => f.write_str("fib saddr type local"),
+            Statement::CtNew => f.write_str("ct state new"),
+            Statement::CtMark { mark, is } => {
+                f.write_str("ct mark ")?;
+                if mark.mask != u32::MAX {
+                    write!(f, "& {:#010x} ", mark.mask)?;
+                }
+                write!(f, "{} {:#010x}", if *is { "==" } else { "!=" }, mark.value)
+            }
+            Statement::SetCtMark(mark) if mark.mask == u32::MAX => write!(f, "ct mark set {:#010x}", mark.value),
+            Statement::SetCtMark(mark) => {
+                write!(f, "ct mark set ct mark & {:#010x} | {:#010x}", !mark.mask, mark.value)
+            }
+            Statement::LoopedBy(Some(looped)) => write!(f, "meta priority {looped}"),
+            Statement::LoopedBy(None) => {
+                write!(f, "meta priority {}-{}", Looped(Looped::FIRST), Looped(Looped::LAST))
+            }
+            Statement::SetLooped(looped) => write!(f, "meta priority set {looped}"),
+            Statement::HasSocket => write!(f, "meta skuid != {}", u32::MAX),
+            Statement::SourceIsLocal(true) => f.write_str("fib saddr type local"),
+            Statement::SourceIsLocal(false) => f.write_str("fib saddr type != local"),
+            Statement::DestinationIsThisHost => f.write_str("fib daddr type local"),
             Statement::SourceIsNoOther => {
                 write!(f, "fib saddr type {}-{}", LOCAL_ADDR_TYPES.start(), LOCAL_ADDR_TYPES.end())
             }
@@ -209,6 +274,7 @@ impl fmt::Display for Statement {
             Statement::TransparentSocket => f.write_str("socket transparent 1"),
             Statement::WildcardSocket(wildcard) => write!(f, "socket wildcard {}", u8::from(*wildcard)),
             Statement::TcpSyn => f.write_str("tcp flags & (fin | syn | rst | ack) == syn"),
+            Statement::TcpNotSyn => f.write_str("tcp flags & (fin | syn | rst | ack) != syn"),
             Statement::TcpSynAck => f.write_str("tcp flags & (syn | ack) == syn | ack"),
             Statement::SetMark(mark) if mark.mask == u32::MAX => write!(f, "meta mark set {:#010x}", mark.value),
             Statement::SetMark(mark) => {
@@ -342,8 +408,52 @@ impl Statement {
                 rule.and_xor(REG_1, &ASSURED.to_ne_bytes(), &0u32.to_ne_bytes());
                 rule.compare(REG_1, &ASSURED.to_ne_bytes());
             }
-            Statement::SourceIsLocal => {
+            Statement::CtNew => {
+                rule.connection_load(CT_STATE, REG_1);
+                rule.and_xor(REG_1, &NEW.to_ne_bytes(), &0u32.to_ne_bytes());
+                rule.compare_as(NOT_EQ, REG_1, &0u32.to_ne_bytes());
+            }
+            Statement::CtMark { mark, is } => {
+                rule.connection_load(CT_MARK, REG_1);
+                if mark.mask != u32::MAX {
+                    rule.and_xor(REG_1, &mark.mask.to_ne_bytes(), &0u32.to_ne_bytes());
+                }
+                rule.compare_as(if *is { EQ } else { NOT_EQ }, REG_1, &mark.value.to_ne_bytes());
+            }
+            Statement::SetCtMark(mark) => {
+                if mark.mask == u32::MAX {
+                    rule.immediate(REG_1, &mark.value.to_ne_bytes());
+                } else {
+                    rule.connection_load(CT_MARK, REG_1);
+                    rule.and_xor(REG_1, &(!mark.mask).to_ne_bytes(), &mark.value.to_ne_bytes());
+                }
+                rule.connection_set(CT_MARK, REG_1);
+            }
+            Statement::LoopedBy(Some(looped)) => {
+                rule.meta_load(META_PRIORITY, REG_1);
+                rule.compare(REG_1, &looped.0.to_ne_bytes());
+            }
+            Statement::LoopedBy(None) => {
+                rule.meta_load(META_PRIORITY, REG_1);
+                rule.in_network_order(REG_1);
+                rule.compare_as(AT_LEAST, REG_1, &Looped::FIRST.to_be_bytes());
+                rule.compare_as(AT_MOST, REG_1, &Looped::LAST.to_be_bytes());
+            }
+            Statement::SetLooped(looped) => {
+                rule.immediate(REG_1, &looped.0.to_ne_bytes());
+                rule.meta_set(META_PRIORITY, REG_1);
+            }
+            Statement::HasSocket => {
+                // Without a socket the rule ends here (`nft_meta_get_eval_skugid`). No user has the highest number.
+                rule.meta_load(META_SKUID, REG_1);
+                rule.compare_as(NOT_EQ, REG_1, &u32::MAX.to_ne_bytes());
+            }
+            Statement::SourceIsLocal(yes) => {
                 rule.load_address_type(FIB_SOURCE, REG_1);
+                rule.compare_as(if *yes { EQ } else { NOT_EQ }, REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
+            }
+            Statement::DestinationIsThisHost => {
+                rule.load_address_type(FIB_DESTINATION, REG_1);
                 rule.compare(REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
             }
             Statement::SourceIsNoOther => rule.only_own_type(FIB_SOURCE),
@@ -382,19 +492,9 @@ impl Statement {
                 rule.socket_load(SOCKET_WILDCARD, REG_1);
                 rule.compare(REG_1, &[u8::from(*wildcard)]);
             }
-            Statement::TcpSyn => {
-                // RFC 9293, 3.1: the flags are the 14th byte; FIN 1, SYN 2, RST 4, ACK 16.
-                rule.only_protocol(Protocol::Tcp.number());
-                rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
-                rule.and_xor(REG_1, &[0x17], &[0]);
-                rule.compare(REG_1, &[0x02]);
-            }
-            Statement::TcpSynAck => {
-                rule.only_protocol(Protocol::Tcp.number());
-                rule.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
-                rule.and_xor(REG_1, &[0x12], &[0]);
-                rule.compare(REG_1, &[0x12]);
-            }
+            Statement::TcpSyn => rule.only_flags(SYN | ACK | RST | FIN, EQ, SYN),
+            Statement::TcpNotSyn => rule.only_flags(SYN | ACK | RST | FIN, NOT_EQ, SYN),
+            Statement::TcpSynAck => rule.only_flags(SYN | ACK, EQ, SYN | ACK),
             Statement::SetMark(mark) => {
                 if mark.mask == u32::MAX {
                     rule.immediate(REG_1, &mark.value.to_ne_bytes());
@@ -438,12 +538,24 @@ impl Statement {
     }
 }
 
+/// RFC 9293, 3.1.
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+const META_PRIORITY: u32 = 2;
 const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
 const META_IIFNAME: u32 = 6;
+const META_SKUID: u32 = 10;
 const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+/// NFT_CT_STATE, and NF_CT_STATE_BIT(IP_CT_NEW).
+const CT_STATE: u32 = 0;
+const NEW: u32 = 8;
+/// NFT_CT_MARK.
+const CT_MARK: u32 = 3;
 /// NFT_CT_DIRECTION, and IP_CT_DIR_REPLY.
 const CT_DIRECTION: u32 = 1;
 const REPLY: u8 = 1;
@@ -486,6 +598,13 @@ impl Expressions<'_, '_> {
         self.expression("ct", |a| {
             a.be32(2, key);
             a.be32(1, register);
+        });
+    }
+
+    fn connection_set(&mut self, key: u32, register: u32) {
+        self.expression("ct", |a| {
+            a.be32(2, key);
+            a.be32(4, register);
         });
     }
 
@@ -559,6 +678,14 @@ impl Expressions<'_, '_> {
             a.be32(3, offset);
             a.be32(4, len);
         });
+    }
+
+    /// TCP packets of which these flags, of those in the mask, are set. They are in the 14th byte.
+    fn only_flags(&mut self, mask: u8, relation: u32, flags: u8) {
+        self.only_protocol(Protocol::Tcp.number());
+        self.payload_load(TRANSPORT_HEADER, 13, 1, REG_1);
+        self.and_xor(REG_1, &[mask], &[0]);
+        self.compare_as(relation, REG_1, &[flags]);
     }
 
     /// TCP and UDP have the port at the same place.
