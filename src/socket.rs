@@ -281,17 +281,16 @@ pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -
 /// become what is bound and connected to.
 #[inline(always)]
 pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<Socket> {
-    check_ends(src, dst, options)?;
-    if options.port != SourcePort::Any && src.port() != 0 {
-        connect_from_port(src, dst, options)
-    } else {
-        connect_from_any(src, dst, options)
+    check_ends(src, dst)?;
+    match options.port {
+        SourcePort::Any => connect_from_any(src, dst, options),
+        _ => connect_from_port(src, dst, options),
     }
 }
 
 /// Makes both addresses canonical, and refuses what no connection can have.
 #[inline(always)]
-fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<()> {
+fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr) -> Result<()> {
     src.make_canonical();
     dst.make_canonical();
     if src.is_ipv4() != dst.is_ipv4() {
@@ -300,6 +299,11 @@ fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOption
     if src.is_unspecified() || src.is_multicast() || src.is_broadcast() || dst.is_unspecified() {
         return Err(not_of_one_host(src));
     }
+    Ok(())
+}
+
+/// Refuses a source without the port that is demanded.
+fn check_port(src: &KernelAddr, options: ConnectOptions) -> Result<()> {
     if options.port == SourcePort::Same && src.port() == 0 {
         return Err(Error::invalid("the source has port 0, and the connection shall come from the source's own port"));
     }
@@ -322,6 +326,10 @@ fn not_of_one_host(src: &KernelAddr) -> Error {
 /// From the source's own port; from any if that port is not available and [`SourcePort::Keep`] allows it.
 #[inline(never)]
 fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
+    check_port(src, options)?;
+    if src.port() == 0 {
+        return connect_from_any(src, dst, options);
+    }
     let socket = open_towards(dst, options)?;
     // Connections of one client port to several servers share the address and port.
     reuse_address(&socket, src)?;
@@ -378,7 +386,8 @@ pub fn connect_socket(fd: impl AsFd, src: SocketAddr, dst: SocketAddr, options: 
         return Err(Error::invalid("the mode and the type of a socket that exists are the socket's own"));
     }
     let (mut src, mut dst) = (KernelAddr::from(src), KernelAddr::from(dst));
-    check_ends(&mut src, &mut dst, options)?;
+    check_ends(&mut src, &mut dst)?;
+    check_port(&src, options)?;
     let fd = fd.as_fd();
     let options = ConnectOptions { datagram: prepare_ends(fd, &mut src, &mut dst)? == Type::DGRAM, ..options };
     if options.datagram && options.data_follows {

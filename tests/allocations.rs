@@ -4,10 +4,12 @@ mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::os::fd::AsRawFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use common::datagrams::*;
 use common::*;
+use socket2::{Domain, SockAddr, SockAddrStorage, Type};
 use tproxy::ffi::*;
 
 struct Counting;
@@ -99,5 +101,37 @@ fn recvfrom_and_recv_datagrams_that_fail_allocate_nothing() {
         };
         fail();
         assert_eq!(allocations(|| (0..1000).for_each(|_| fail())), 0);
+    });
+}
+
+#[test]
+fn accept_connect_socket_and_unmap_addr_allocate_nothing() {
+    let net = Net::new();
+    net.run(|| {
+        let listener = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let (src, dst): (SocketAddr, SocketAddr) =
+            ("[::ffff:127.0.0.5]:0".parse().unwrap(), "[::ffff:127.0.0.6]:3129".parse().unwrap());
+        let (src, dst) = (SockAddr::from(src), SockAddr::from(dst));
+        let call = || {
+            let client = OwnedFd::from(socket2::Socket::new(Domain::IPV6, Type::STREAM, None).unwrap());
+            let (mut from, mut to) = (SockAddrStorage::zeroed(), SockAddrStorage::zeroed());
+            let (mut from_len, mut to_len) = (from.size_of(), to.size_of());
+            allocations(|| {
+                // SAFETY: addresses of these lengths, and room for others.
+                unsafe {
+                    let (src, src_len, to_server, dst_len) = (src.as_ptr(), src.len(), dst.as_ptr(), dst.len());
+                    let fd = client.as_raw_fd();
+                    assert_eq!(tp_connect_socket(fd, src.cast(), src_len, to_server.cast(), dst_len, 0), 0);
+                    let (from, to) = ((&raw mut from).cast(), (&raw mut to).cast());
+                    let fd = tp_accept(listener.as_raw_fd(), from, &raw mut from_len, to, &raw mut to_len, 0);
+                    assert!(fd >= 0);
+                    drop(OwnedFd::from_raw_fd(fd));
+                    assert_eq!(tp_unmap_addr(to, &raw mut to_len), 0);
+                }
+            })
+        };
+        // The first call of a process allocates what a panic needs.
+        call();
+        assert_eq!((0..100).map(|_| call()).sum::<usize>(), 0);
     });
 }

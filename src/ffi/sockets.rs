@@ -274,12 +274,8 @@ pub unsafe extern "C" fn tp_connect_from(
 #[inline(always)]
 fn connect_options(flags: u32, more: u32) -> Result<ConnectOptions> {
     let flags = arg::flags(flags, TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT | TP_CONNECT_DATA_FOLLOWS | more)?;
-    let port = match flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT) {
-        0 => SourcePort::Any,
-        TP_CONNECT_KEEP_PORT => SourcePort::Keep,
-        TP_CONNECT_SAME_PORT => SourcePort::Same,
-        _ => return Err(Error::invalid("flags: TP_CONNECT_SAME_PORT excludes TP_CONNECT_KEEP_PORT")),
-    };
+    let has_port = flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT) != 0;
+    let port = if has_port { source_port(flags)? } else { SourcePort::Any };
     let options = ConnectOptions {
         nonblocking: flags & TP_NONBLOCK != 0,
         port,
@@ -290,6 +286,17 @@ fn connect_options(flags: u32, more: u32) -> Result<ConnectOptions> {
         return Err(Error::invalid("flags: TP_CONNECT_DATA_FOLLOWS is for streams, not for TP_CONNECT_DGRAM"));
     }
     Ok(options)
+}
+
+#[inline(never)]
+fn source_port(flags: u32) -> Result<SourcePort> {
+    if flags & TP_CONNECT_SAME_PORT == 0 {
+        Ok(SourcePort::Keep)
+    } else if flags & TP_CONNECT_KEEP_PORT == 0 {
+        Ok(SourcePort::Same)
+    } else {
+        Err(Error::invalid("flags: TP_CONNECT_SAME_PORT excludes TP_CONNECT_KEEP_PORT"))
+    }
 }
 
 /// Connects a socket of the caller's to dst with src as the source address, which this host need not own.

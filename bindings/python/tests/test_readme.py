@@ -88,7 +88,7 @@ def test_readme_blocks_are_all_tested() -> None:
 
 
 def test_readme_proxy_intercepts(lab: Lab) -> None:
-    example = Example("listener.accept()")
+    example = Example("tproxy.accept(listener)")
     with running(lab, example) as thread:
         assert whom_the_server_sees(lab, 8050) == V6.client
         # Only a failing accept() ends the example.
