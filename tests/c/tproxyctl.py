@@ -68,7 +68,7 @@ def check():
     assert [one for one in everything if one["severity"] != "ok"] == some
     subprocess.run(["ip", "rule", "del", "pref", "32766"], check=True)
     text = out("check", status=1)
-    assert "failure  rule.main_missing: IPv4: no routing rule leads to the table main\n" in text, text
+    assert "failure  rule.main_missing: IPv4: no routing rule selects the table main\n" in text, text
     assert "         fix: ip -4 rule add pref 32766 lookup main\n" in text and "1 failure, 0 warnings\n" in text
     found = [one for one in json.loads(out("--json", "check", status=1)) if one["severity"] == "failure"]
     assert [one["id"] for one in found] == ["rule.main_missing"]

@@ -116,7 +116,7 @@ impl Found {
         let FirstRead { found, objects, all } = read;
         self.objects += objects;
         if !all {
-            self.cut.push(format!("nf_tables {what}: all but the first {objects}"));
+            self.cut.push(format!("nf_tables {what}: only the first {objects} were read"));
         }
         Ok((found, all))
     }
