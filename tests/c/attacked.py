@@ -267,7 +267,7 @@ def own_addresses(program, allow, *options):
             demo.run(*demo.on("proxy", "nft", count))
             with Proxy(program, *options, *extra, "3129", "80"):
                 try:
-                    client = on("client", lambda address=address: call(address, 2))
+                    client = on("client", lambda address=address: call(address, limit(2)))
                 except ConnectionError:
                     client = None
                 # A refused connection is reset immediately. Otherwise the proxy waits for the service.
