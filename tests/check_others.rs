@@ -485,5 +485,5 @@ fn check_of_large_host_does_bounded_work() {
     }
     // The number of findings of one kind is bounded.
     assert!(output.lines().filter(|line| line.contains("finding 3 listener.gone ")).count() <= 100, "{output}");
-    assert!(output.contains(" more findings like these: listener.gone"), "{output}");
+    assert!(output.contains(" more findings of this kind: listener.gone"), "{output}");
 }

@@ -171,7 +171,7 @@ def render():
 
 def self_test():
     text = out("self-test", *RULES, "--udp", "--tcp", "--all")
-    lines = re.findall(r"^ok +self_test\.(\w+): (IPv[46]) .*: delivered, and answered$", text, re.M)
+    lines = re.findall(r"^ok +self_test\.(\w+): (IPv[46]) .*: delivered, and the reply was received$", text, re.M)
     assert lines == [("connection", "IPv4"), ("datagram", "IPv4"), ("connection", "IPv6"), ("datagram", "IPv6")], text
     assert out("self-test", *RULES, "--tcp", "--udp") == "0 failures, 0 warnings\n" and tables() == ""
     lost = ["--json", "self-test", "--listen", "127.0.0.1:3129", "--redirect", "--local-output"]
