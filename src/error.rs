@@ -215,8 +215,8 @@ impl SocketOp {
         Some(match (self, errno) {
             (SocketOp::Transparent, libc::EPERM) => {
                 "IP_TRANSPARENT needs CAP_NET_RAW or CAP_NET_ADMIN in the user namespace that owns this network \
-                 namespace: run as root, or start the program with the capability by systemd's `AmbientCapabilities=CAP_NET_RAW` or \
-                 `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
+                 namespace: run as root, or start the program with the capability by systemd's \
+                 `AmbientCapabilities=CAP_NET_RAW` or `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
             }
             (SocketOp::Create, libc::EAFNOSUPPORT) => {
                 "this kernel does not support the address family (IPv6 may be disabled at boot, or not be built in)"
