@@ -25,7 +25,7 @@ A, AAAA, ANSWER, NO_SUCH_NAME = 1, 28, 0x8400, 0x8403
 
 
 def answer(query: bytes, name: str, address: str) -> bytes:
-    """Returns the reply to a query (RFC 1035), with at most one record. Raises ValueError if the data is not a query."""
+    """Returns the reply to a query (RFC 1035), with at most one record. Raises ValueError for other data."""
     if len(query) < 12 or query[2] & 0x80:
         raise ValueError("the header is missing, or the message is a reply")
     labels, at = [], 12

@@ -355,7 +355,14 @@ def test_example_tcp_proxy_denies_destinations(lab: Lab, hosts: Hosts) -> None:
 def test_example_tcp_proxy_denies_metadata_services() -> None:
     program = runpy.run_path(str(EXAMPLES / "tcp_proxy.py"))
     options = argparse.Namespace(deny=[ipaddress.ip_network(one) for one in program["DENIED"]])
-    for address in ("169.254.169.254", "fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"):
+    for address in (
+        "169.254.169.254",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+    ):
         assert program["is_denied"]((address, 80), options), address
         if "." in address:
             assert program["is_denied"]((f"::ffff:{address}", 80), options), address
