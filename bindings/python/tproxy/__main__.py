@@ -65,11 +65,12 @@ def _render(arguments: argparse.Namespace) -> int:
         "listen_addr": arguments.listen,
         "flags": flags,
         "protocols": protocols,
-        "ports": arguments.port,
-        "dst": arguments.dst,
-        "src": arguments.src,
-        "bypass": arguments.bypass,
-        "interfaces": arguments.interface,
+        # An empty list would select nothing.
+        "ports": arguments.port or None,
+        "dst": arguments.dst or None,
+        "src": arguments.src or None,
+        "bypass": arguments.bypass or None,
+        "interfaces": arguments.interface or None,
     }
     print(tproxy.render_rules(Format[arguments.format], **config), end="")
     return 0
