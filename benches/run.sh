@@ -34,7 +34,7 @@ with_library=$(pkg-config --cflags --libs tproxy)
 with_library="$with_library -Wl,-rpath,$PWD/build/stage/lib"
 build load benches/load.c
 # The same relay with equivalent C code in place of the library.
-build relay-raw -Ibenches/raw examples-c/relay.c
+build relay-raw -Ibenches/raw examples-c/relay.c examples-c/relay_*.c
 # callgrind counts by function: the equivalent C code must not be inlined, cloned or tail-called.
 build calls-raw -Wno-uninitialized -Ibenches/raw -fno-inline -fno-ipa-cp -fno-ipa-sra -fno-optimize-sibling-calls benches/calls.c
 # shellcheck disable=SC2086

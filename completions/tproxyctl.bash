@@ -4,7 +4,7 @@ _tproxyctl() {
     local rules='--listen --port --dst --src --bypass --interface --tcp --udp -4 -6 --redirect --divert-only --local-output
         --fail-open --allow-direct --notrack --persist --name --mark --table --priority --backend'
     local every='--json --color --help --version'
-    # --color=auto comes as three words.
+    # bash splits --color=auto into three words.
     [[ $cur == = ]] && cur=
     [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}
     case $prev in

@@ -1,8 +1,8 @@
 /*
- * Binds an address that this host does not own, and shows that it works by
- * asking a peer whom the datagram came from.
+ * Binds a socket to an address that this host does not own, sends a datagram to
+ * a peer, and prints the source address that the peer received.
  *
- * The address is that of the kernel's own example (Documentation/networking/
+ * The address is that of the kernel's example (Documentation/networking/
  * tproxy.rst): 0xDEADBEEF, port 0xCAFE.
  */
 #define _GNU_SOURCE
@@ -18,16 +18,16 @@
 
 int main(void)
 {
-    /* The peer: an ordinary socket that knows nothing of this. */
+    /* The peer is an ordinary socket. */
     struct sockaddr_in peer_addr = { .sin_family = AF_INET };
     socklen_t len = sizeof peer_addr;
     peer_addr.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     int peer = socket(AF_INET, SOCK_DGRAM, 0);
-    struct timeval patience = { .tv_sec = 2 };
+    struct timeval timeout = { .tv_sec = 2 };
     if (peer < 0 || bind(peer, (struct sockaddr *)&peer_addr, sizeof peer_addr) != 0 ||
         getsockname(peer, (struct sockaddr *)&peer_addr, &len) != 0 ||
-        setsockopt(peer, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0)
-        err(1, "the peer's socket");
+        setsockopt(peer, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) != 0)
+        err(1, "socket of the peer");
 
     struct sockaddr_in foreign = { .sin_family = AF_INET, .sin_port = htons(0xCAFE) };
     foreign.sin_addr.s_addr = htonl(0xDEADBEEF);
@@ -35,12 +35,12 @@ int main(void)
     if (fd < 0)
         err(1, "socket");
 
-    /* The one call. It was setsockopt(fd, SOL_IP, IP_TRANSPARENT, ...), then bind. */
+    /* Replaces setsockopt(fd, SOL_IP, IP_TRANSPARENT, ...) and bind(). */
     if (tp_bind_nonlocal(fd, (struct sockaddr *)&foreign, sizeof foreign) != 0)
         errx(1, "%s", tp_last_error());
 
     if (sendto(fd, "hello", 5, 0, (struct sockaddr *)&peer_addr, sizeof peer_addr) != 5)
-        err(1, "sendto (is lo up?)");
+        err(1, "sendto (lo may be down)");
     struct sockaddr_in seen;
     char data[16];
     len = sizeof seen;

@@ -1,24 +1,28 @@
 /*
- * A transparent TCP proxy, whole.
+ * A complete transparent TCP proxy.
  *
- *     tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... LISTEN-PORT PORT[-PORT]...
+ *     tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... [--allow-own] LISTEN-PORT PORT[-PORT]...
  *
- * intercepts every connection that this host would forward to one of the PORTs
- * of somebody else, over IPv4 and IPv6, and connects onward: the client
- * believes that it talks to the server, the server that it talks to the client.
- * Until SIGINT or SIGTERM, which leave nothing behind. A line for each
- * connection goes to standard output.
+ * Intercepts every connection that this host would forward to one of the PORTs of
+ * another host, over IPv4 and IPv6, and connects to the server: the client sees a
+ * connection to the server, and the server sees a connection from the client. Prints
+ * one line per connection. SIGINT or SIGTERM ends it and removes the rules.
  *
- * A connection in which no byte moves for SECONDS (300) is reset, and so is one
- * whose server does not answer for 10 seconds. When descriptors run out, the one
- * that was silent for longest makes room, if that is a second; else new ones wait
- * in the listener's queue. A connection takes two descriptors and up to 128 KiB.
- * --deny: call nobody there for a client; may be given again. See deny.h for
- * what is refused anyway; `--deny none` clears it.
+ *     --idle SECONDS    resets a connection without a byte for SECONDS (300)
+ *     --deny ADDR/LEN   refuses connections to this prefix, in addition to the
+ *                       destinations listed in deny.h; may be repeated; `--deny none`
+ *                       clears the list
+ *     --allow-own       allows connections to addresses of this host, which are refused
+ *                       by default; the proxy's own port is refused in any case
  *
- * One thread, one epoll loop. What is specific to transparent proxying is in
- * main() and in accept_one(); the rest is any relay: bytes go both ways, an end
- * of stream is passed on by itself (half-close), a reset as a reset.
+ * A connection is also reset if its server does not accept within 10 seconds. If
+ * descriptors run out, a new connection replaces the one that has been silent for the
+ * longest time, if that is at least a second; otherwise new connections wait in the
+ * listener's queue. A connection needs two descriptors and up to 128 KiB.
+ *
+ * One thread runs one epoll loop. main() and accept_one() contain the code specific to
+ * transparent proxying. The rest is an ordinary relay: bytes are passed in both
+ * directions, an end of stream as a half-close, and a reset as a reset.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -44,29 +48,29 @@
 #include "deny.h"
 
 enum { BUFFER = 64 * 1024, EVENTS = 256, MAX_RANGES = 64, CONNECT_SECONDS = 10, SILENT_FOR = 1 };
-/* Turns: reads and writes of one direction, connections accepted, before others have their turn. */
+/* Limits per event: reads and writes of one direction, and connections accepted. */
 enum { TURNS = 16, ACCEPTS = 64 };
 
-/* One end of a connection, and what was read from it but not yet written to the other. */
+/* One socket of a connection, and the bytes that were read from it but not yet written to the other one. */
 struct end {
     int fd;
     struct end *other;
-    uint32_t interest;     /* what epoll was asked for */
-    bool eof;              /* it has no more to say */
-    bool told;             /* and the other end was told so */
-    size_t start, stop;    /* the part of buffer that waits */
+    uint32_t interest;     /* events that epoll watches */
+    bool eof;              /* its end of stream was read */
+    bool eof_sent;         /* its end of stream was passed on */
+    size_t start, stop;    /* the part of buffer that is not yet written */
     char buffer[BUFFER];
 };
 
 struct connection {
     struct end client, server;
-    bool connecting;               /* the server has not answered yet */
-    bool dead;                     /* to be freed when this round of events is done */
-    time_t active;                 /* when a byte moved last, or it was accepted */
+    bool connecting;               /* the server has not accepted yet */
+    bool dead;                     /* it is freed after the current events */
+    time_t active;                 /* time of the last byte, or of accept */
     struct connection *newer, *older, *next_dead;
 };
 
-/* Connections by the time of their last byte: those that wait for the server, and the others. */
+/* Connections by the time of their last byte: those whose server has not accepted yet, and the others. */
 static struct list {
     struct connection *newest, *oldest;
 } waiting, open_list;
@@ -76,16 +80,17 @@ static bool accepting = true;
 static time_t now, idle_seconds = 300, paused_at;
 static struct connection *dead_list;
 static struct deny_list deny;
+static bool allow_own;
 static in_port_t listen_port;
 
-static void leave(struct connection *connection)
+static void dequeue(struct connection *connection)
 {
     struct list *list = connection->connecting ? &waiting : &open_list;
     *(connection->newer != NULL ? &connection->newer->older : &list->newest) = connection->older;
     *(connection->older != NULL ? &connection->older->newer : &list->oldest) = connection->newer;
 }
 
-static void join(struct connection *connection)
+static void enqueue(struct connection *connection)
 {
     struct list *list = connection->connecting ? &waiting : &open_list;
     connection->active = now;
@@ -107,12 +112,12 @@ static struct connection *connection_of(struct end *end)
     return (struct connection *)((char *)end - offset);
 }
 
-/* At most one line a second: clients can cause any number of failures. */
-static void complain(const char *what)
+/* Prints at most one message per second, because clients can cause any number of failures. */
+static void complain(const char *message)
 {
     static time_t last = -1;
     if (now != last)
-        fprintf(stderr, "%s\n", what);
+        fprintf(stderr, "%s\n", message);
     last = now;
 }
 
@@ -122,7 +127,7 @@ static bool watch(int fd, uint32_t events, void *ptr, int op)
     return epoll_ctl(epoll_fd, op, fd, &event) == 0;
 }
 
-/* An end of which nothing is wanted is not watched at all: a hang-up would be reported for ever. */
+/* A socket without an interest is not watched: epoll would report a hang-up again and again. */
 static bool set_interest(struct end *end, uint32_t interest)
 {
     int op = interest == 0 ? EPOLL_CTL_DEL : end->interest == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
@@ -133,14 +138,14 @@ static bool set_interest(struct end *end, uint32_t interest)
 }
 
 /*
- * Each connection takes two descriptors. One is kept in reserve, so that who is
- * accepted can be served; without it the next wait in the listener's queue.
+ * A connection needs two descriptors. One is kept in reserve, so that every accepted
+ * connection can be served. Without it, no connection is accepted.
  */
-static void refill(void)
+static void reserve_descriptor(void)
 {
     if (spare_fd < 0)
         spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    /* After a failure a second goes by: the listener is ready as long as somebody waits. */
+    /* After a failure, accepting pauses for a second: epoll would report the listener again immediately. */
     bool wanted = spare_fd >= 0 && now != paused_at;
     if (wanted != accepting && watch(listener, wanted ? EPOLLIN : 0, NULL, EPOLL_CTL_MOD))
         accepting = wanted;
@@ -157,13 +162,13 @@ static void finish(struct connection *connection, bool reset)
     }
     close(connection->client.fd);
     close(connection->server.fd);
-    leave(connection);
+    dequeue(connection);
     connection->dead = true;
     connection->next_dead = dead_list;
     dead_list = connection;
 }
 
-/* Ends the connection that was silent for longest, to make room for another. */
+/* Ends the connection that has been silent for the longest time, for a new one. False: none has been silent long enough. */
 static bool make_room(void)
 {
     struct connection *oldest = open_list.oldest;
@@ -183,11 +188,11 @@ static void end_idle(void)
         finish(open_list.oldest, true);
 }
 
-/* Moves bytes from one end to the other until either has to wait, or for its turns. False: the connection broke. */
+/* Moves bytes in one direction until a socket has to wait, or for TURNS steps. False: the connection is broken. */
 static bool pump(struct end *from)
 {
     struct end *to = from->other;
-    for (int turn = 0; !from->told && (turn < TURNS || from->eof); turn++) {
+    for (int turn = 0; !from->eof_sent && (turn < TURNS || from->eof); turn++) {
         if (from->start < from->stop) {
             ssize_t n = send(to->fd, from->buffer + from->start, from->stop - from->start, MSG_NOSIGNAL);
             if (n < 0)
@@ -195,7 +200,7 @@ static bool pump(struct end *from)
             from->start += (size_t)n;
         } else if (from->eof) {
             shutdown(to->fd, SHUT_WR);
-            from->told = true;
+            from->eof_sent = true;
         } else {
             ssize_t n = read(from->fd, from->buffer, BUFFER);
             if (n < 0)
@@ -224,22 +229,22 @@ static void on_end(struct end *end, uint32_t events)
         socklen_t len = sizeof error;
         getsockopt(end->fd, SOL_SOCKET, SO_ERROR, &error, &len);
         if (error != 0) {
-            complain("a server did not answer");
+            complain("a server did not accept");
             finish(connection, true);
             return;
         }
-        leave(connection);
+        dequeue(connection);
         connection->connecting = false;
-        join(connection);
+        enqueue(connection);
     } else if (events & EPOLLERR) {
         finish(connection, true);
         return;
     }
     if (!connection->connecting && connection->active != now)
-        leave(connection), join(connection);
+        dequeue(connection), enqueue(connection);
     if (!pump(&connection->client) || !pump(&connection->server)) {
         finish(connection, true);
-    } else if (connection->client.told && connection->server.told) {
+    } else if (connection->client.eof_sent && connection->server.eof_sent) {
         finish(connection, false);
     } else if (!set_interest(&connection->client, wanted(&connection->client)) ||
                !set_interest(&connection->server, wanted(&connection->server))) {
@@ -247,8 +252,8 @@ static void on_end(struct end *end, uint32_t events)
     }
 }
 
-/* An address for people; IPv4 as IPv4, whatever the socket. */
-static const char *show(const struct sockaddr_storage *addr, char text[static 80])
+/* Formats an address; a v4-mapped address as IPv4. */
+static const char *format_address(const struct sockaddr_storage *addr, char text[static 80])
 {
     char host[NI_MAXHOST], port[NI_MAXSERV];
     if (getnameinfo((const struct sockaddr *)addr, sizeof *addr, host, sizeof host, port, sizeof port,
@@ -260,15 +265,18 @@ static const char *show(const struct sockaddr_storage *addr, char text[static 80
     return text;
 }
 
-/* Why a destination is not to be called: it is denied, or this proxy itself, which would call itself for ever. */
-static const char *refused(const struct sockaddr_storage *to, socklen_t len)
+/*
+ * Returns why connections to a destination are refused, or NULL. Services of this host may trust local
+ * connections, and a connection to the proxy's own port would make it connect to itself in an endless loop.
+ */
+static const char *refusal_of(const struct sockaddr_storage *to, socklen_t len)
 {
     in_port_t port = to->ss_family == AF_INET ? ((const struct sockaddr_in *)to)->sin_port
                                               : ((const struct sockaddr_in6 *)to)->sin6_port;
     if (denied(&deny, (const struct sockaddr *)to))
-        return "refused: a destination that is denied";
-    if (port == listen_port && is_own_address((const struct sockaddr *)to, len))
-        return "refused: a connection to this proxy itself";
+        return "refused: a denied destination";
+    if ((!allow_own || port == listen_port) && is_own_address((const struct sockaddr *)to, len))
+        return "refused: an address of this host";
     return NULL;
 }
 
@@ -277,7 +285,10 @@ static bool is_shortage(int error)
     return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
 }
 
-/* The heart of it: who calls, whom do they want, call them in the caller's name. */
+/*
+ * Accepts a connection, and connects to its original destination from the client's address. False: no more
+ * connections can be accepted now.
+ */
 static bool accept_one(void)
 {
     struct sockaddr_storage from, to;
@@ -288,18 +299,18 @@ static bool accept_one(void)
         int error = errno;
         if (error == EAGAIN || error == EINTR || error == ECONNABORTED)
             return error != EAGAIN;
-        /* Whatever it is, it may last, and the listener stays ready. */
+        /* The error may persist, and epoll would report the listener again immediately: pause. */
         complain(tp_last_error());
         if (!is_shortage(error) || !make_room())
             paused_at = now;
-        refill();
+        reserve_descriptor();
         return accepting;
     }
 
     close(spare_fd);
     spare_fd = -1;
     int server = -1;
-    const char *refusal = refused(&to, to_len);
+    const char *refusal = refusal_of(&to, to_len);
     if (refusal == NULL)
         do {
             server = tp_connect_from((struct sockaddr *)&from, from_len, (struct sockaddr *)&to, to_len, TP_NONBLOCK);
@@ -312,25 +323,25 @@ static bool accept_one(void)
         close(client);
         if (server >= 0)
             close(server);
-        refill();
+        reserve_descriptor();
         return accepting;
     }
 
     char a[80], b[80];
-    printf("intercepted %s -> %s\n", show(&from, a), show(&to, b));
+    printf("intercepted %s -> %s\n", format_address(&from, a), format_address(&to, b));
     memset(connection, 0, offsetof(struct connection, client.buffer));
     memset(&connection->server, 0, offsetof(struct end, buffer));
     connection->client.fd = client, connection->client.other = &connection->server;
     connection->server.fd = server, connection->server.other = &connection->client;
     connection->connecting = true, connection->dead = false;
-    join(connection);
+    enqueue(connection);
     if (!set_interest(&connection->server, EPOLLOUT))
         finish(connection, true);
-    refill();
+    reserve_descriptor();
     return accepting;
 }
 
-/* A port, up to the given character or the end. */
+/* Parses a port that ends at the given character or at the end of the text. */
 static uint16_t parse_port(const char *text, char end, const char **rest)
 {
     char *stop;
@@ -360,6 +371,7 @@ int main(int argc, char **argv)
 {
     static const struct option options[] = { { "idle", required_argument, NULL, 'i' },
                                              { "deny", required_argument, NULL, 'x' },
+                                             { "allow-own", no_argument, NULL, 'o' },
                                              { 0 } };
     deny_defaults(&deny);
     for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -368,11 +380,13 @@ int main(int argc, char **argv)
             errx(2, "%s: not a prefix to deny (ADDR/LEN), or there are more than %d", optarg, MAX_DENIED);
         if (option == 'i' && ((idle_seconds = strtol(optarg, &end, 10)) < 1 || *end != '\0'))
             errx(2, "%s: not a number of seconds", optarg);
+        if (option == 'o')
+            allow_own = true;
         if (option == '?')
             argc = 0;
     }
     if (argc - optind < 2)
-        errx(2, "usage: tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... LISTEN-PORT PORT[-PORT]...");
+        errx(2, "usage: tcp_proxy [--idle SECONDS] [--deny ADDR/LEN]... [--allow-own] LISTEN-PORT PORT[-PORT]...");
     argv += optind - 1;
     setvbuf(stdout, NULL, _IOLBF, 0);
 
@@ -388,10 +402,10 @@ int main(int argc, char **argv)
     sigprocmask(SIG_BLOCK, &signals, NULL);
     int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (signal_fd < 0 || epoll_fd < 0)
-        err(1, "signalfd, epoll_create1");
+    if (signal_fd < 0 || epoll_fd < 0 || deny_socket() < 0)
+        err(1, "signalfd, epoll_create1, socket(AF_NETLINK)");
 
-    /* One listener for both families; for IPv4 alone where the kernel has no IPv6. */
+    /* One listener for both families, or only for IPv4 if the kernel has no IPv6. */
     const char *rest;
     uint16_t port = htons(parse_port(argv[1], '\0', &rest));
     listen_port = port;
@@ -415,10 +429,10 @@ int main(int argc, char **argv)
     if (!watch(listener, EPOLLIN, NULL, EPOLL_CTL_ADD) || !watch(signal_fd, EPOLLIN, &signal_fd, EPOLL_CTL_ADD))
         err(1, "epoll_ctl");
     now = seconds(), paused_at = -1;
-    refill();
+    reserve_descriptor();
     for (bool running = true; running;) {
         struct epoll_event events[EVENTS];
-        /* While none are accepted, look now and then whether there are descriptors again; and who has gone silent. */
+        /* The timeouts: retry to accept while paused, and find silent connections. */
         bool idle = waiting.oldest == NULL && open_list.oldest == NULL;
         int n = epoll_wait(epoll_fd, events, EVENTS, !accepting ? 100 : idle ? -1 : 1000);
         now = seconds();
@@ -434,7 +448,7 @@ int main(int argc, char **argv)
         end_idle();
         if (spare_fd < 0 && dead_list == NULL)
             make_room();
-        refill();
+        reserve_descriptor();
         while (dead_list != NULL) {
             struct connection *next = dead_list->next_dead;
             free(dead_list);

@@ -1,14 +1,14 @@
-//! Socket addresses as bytes, and as the family of a socket has them.
+//! Socket addresses as bytes, and their conversion to the family of a socket.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
-/// As many bytes as the longest address has.
+/// Size of the longest address in bytes.
 pub(crate) type Bytes = [u8; size_of::<libc::sockaddr_in6>()];
 
-/// An address as the kernel takes and gives it: a `struct sockaddr_in` or
-/// `sockaddr_in6`, or none (AF_UNSPEC). What follows an IPv4 one is zero.
+/// An address in the format of system calls: a `struct sockaddr_in`, a
+/// `sockaddr_in6`, or none (AF_UNSPEC). The bytes after an IPv4 address are 0.
 ///
-/// The hot paths hand on this: what is only passed along is not taken apart.
+/// The hot paths pass addresses on in this format, without conversion.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C, align(4))]
 pub(crate) struct KernelAddr(Bytes);
@@ -16,13 +16,13 @@ pub(crate) struct KernelAddr(Bytes);
 impl KernelAddr {
     pub(crate) const NONE: KernelAddr = KernelAddr([0; size_of::<Bytes>()]);
 
-    /// Reads one, by the family that it names; `None` if it is another's or too short.
+    /// Reads an address. `None`: its family is neither IPv4 nor IPv6, or it is too short.
     #[inline(always)]
     pub(crate) fn parse(bytes: &[u8]) -> Option<KernelAddr> {
         AddrRef::parse(bytes).map(KernelAddr::from)
     }
 
-    /// Hands on where it is, if it is one.
+    /// Calls a function with a reference to the address, if it is not empty.
     #[inline(always)]
     pub(crate) fn with_ref<T>(&self, body: impl FnOnce(AddrRef<'_>) -> T) -> Option<T> {
         match (self.family(), self.0.first_chunk()) {
@@ -32,7 +32,7 @@ impl KernelAddr {
         }
     }
 
-    /// The place, for the kernel to write to: of another family it has no more than the beginning.
+    /// Returns the buffer, for a system call to fill. An address of another family is truncated.
     #[inline(always)]
     pub(crate) fn as_mut_bytes(&mut self) -> &mut Bytes {
         &mut self.0
@@ -73,48 +73,48 @@ impl KernelAddr {
         self.0[2..4].copy_from_slice(&port.to_be_bytes());
     }
 
-    /// The address, if it is one of IPv4.
+    /// Returns the IPv4 address, if it is one.
     #[inline(always)]
     pub(crate) fn ipv4(&self) -> [u8; 4] {
         self.field(4)
     }
 
-    /// The address, if it is one of IPv6.
+    /// Returns the IPv6 address, if it is one.
     #[inline(always)]
     pub(crate) fn ipv6(&self) -> [u8; 16] {
         self.field(8)
     }
 
-    /// The interface that a link-local address is of, in host byte order, if it is one of IPv6.
+    /// Returns the scope id of an IPv6 address (the interface of a link-local address), in host byte order.
     #[inline(always)]
     pub(crate) fn scope(&self) -> [u8; 4] {
         self.field(24)
     }
 
-    /// 224.0.0.0/4, ff00::/8; not the former as an IPv6 socket has it.
+    /// Whether it is in 224.0.0.0/4 or ff00::/8. A v4-mapped address is in neither.
     #[inline(always)]
     pub(crate) fn is_multicast(&self) -> bool {
         if self.is_ipv4() { self.0[4] & 0xf0 == 0xe0 } else { self.0[8] == 0xff }
     }
 
-    /// Whether it is 255.255.255.255. A subnet's broadcast address looks like any other.
+    /// Whether it is 255.255.255.255. The broadcast address of a subnet cannot be recognized.
     pub(crate) fn is_broadcast(&self) -> bool {
         self.is_ipv4() && self.field::<4>(4) == [255; 4]
     }
 
-    /// Whether it is the same as another, whatever follows an IPv4 one.
+    /// Whether two addresses are equal. Ignores the bytes after an IPv4 address.
     #[inline(always)]
     pub(crate) fn same_as(&self, other: &KernelAddr) -> bool {
         self.field::<8>(0) == other.field::<8>(0) && (self.is_ipv4() || self == other)
     }
 
-    /// ::ffff:0:0/96, if it is an IPv6 address.
+    /// Whether it is an IPv6 address in ::ffff:0:0/96.
     #[inline(always)]
     fn is_v4_mapped(&self) -> bool {
         self.field(8) == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
     }
 
-    /// 0.0.0.0, ::, or the former as an IPv6 socket has it.
+    /// Whether it is 0.0.0.0, :: or ::ffff:0.0.0.0.
     #[inline(always)]
     pub(crate) fn is_unspecified(&self) -> bool {
         if self.is_ipv4() {
@@ -124,7 +124,7 @@ impl KernelAddr {
         }
     }
 
-    /// A v4-mapped address becomes the IPv4 address that it stands for.
+    /// Converts a v4-mapped address to IPv4.
     #[inline(always)]
     pub(crate) fn make_canonical(&mut self) {
         if !self.is_ipv4() && self.is_v4_mapped() {
@@ -136,7 +136,7 @@ impl KernelAddr {
         }
     }
 
-    /// As a socket of that family has it: an IPv6 socket has IPv4 addresses v4-mapped.
+    /// Converts it to the format of a socket of a family: an IPv6 socket uses v4-mapped addresses.
     #[inline(always)]
     pub(crate) fn map_to_family(&mut self, family: Option<i32>) {
         if family == Some(libc::AF_INET6) && self.is_ipv4() {
@@ -144,29 +144,29 @@ impl KernelAddr {
         }
     }
 
-    /// The address, if it is one.
+    /// Returns the address, if it is not empty.
     #[inline(always)]
     pub(crate) fn get(self) -> Option<SocketAddr> {
         (self.is_ipv4() || self.is_ipv6()).then(|| self.into())
     }
 
-    /// The struct, as long as its family has it.
+    /// Returns the struct, with the size of its family.
     #[inline(always)]
     pub(crate) fn as_bytes(&self) -> &[u8] {
         if self.is_ipv4() { &self.0[..size_of::<libc::sockaddr_in>()] } else { &self.0 }
     }
 }
 
-/// An address where it lies, of a length that is its family's.
+/// A reference to the bytes of an address, whose length is that of its family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AddrRef<'a> {
-    /// Without the rest of the struct, `sin_zero`, which says nothing.
+    /// Without the unused rest of the struct, `sin_zero`.
     V4(&'a [u8; 8]),
     V6(&'a Bytes),
 }
 
 impl<'a> AddrRef<'a> {
-    /// By the family that is there; `None` if it is another's or too short.
+    /// Reads the family of the bytes. `None`: it is neither IPv4 nor IPv6, or there are too few bytes.
     #[inline(always)]
     pub(crate) fn parse(bytes: &'a [u8]) -> Option<AddrRef<'a>> {
         match family(bytes)? {
@@ -176,12 +176,12 @@ impl<'a> AddrRef<'a> {
         }
     }
 
-    /// Hands it on as a socket of that family has it: an IPv6 socket has IPv4 addresses v4-mapped.
+    /// Calls a function with the address in the format of a socket of a family: an IPv6 socket uses v4-mapped addresses.
     #[inline(always)]
     pub(crate) fn of_family<T>(self, family: Option<i32>, body: impl FnOnce(AddrRef<'_>) -> T) -> T {
         match self {
             AddrRef::V4(v4) if family == Some(libc::AF_INET6) => body(AddrRef::V6(&v4_mapped(v4))),
-            // Said of each, so that the body need not ask again.
+            // Repeated so that `body` is specialized per variant.
             AddrRef::V4(v4) => body(AddrRef::V4(v4)),
             AddrRef::V6(v6) => body(AddrRef::V6(v6)),
         }
@@ -202,7 +202,7 @@ impl From<AddrRef<'_>> for KernelAddr {
     }
 }
 
-/// The IPv6 struct for an IPv4 one.
+/// Returns the v4-mapped address of an IPv4 address.
 #[inline(always)]
 fn v4_mapped(v4: &[u8; 8]) -> Bytes {
     let mut bytes = [0; size_of::<Bytes>()];
@@ -244,19 +244,20 @@ impl From<SocketAddr> for KernelAddr {
     }
 }
 
-/// `::` or an address in ::ffff:0:0/96: to the socket interface they mean every address and IPv4, in a packet neither.
+/// Whether it is `::` or in ::ffff:0:0/96. Socket calls interpret these as the wildcard address and as IPv4. In a packet they mean
+/// neither.
 #[inline(always)]
 pub(crate) fn is_unspecified_or_v4_mapped(v6: &Bytes) -> bool {
     let addr = KernelAddr(*v6);
     addr.is_v4_mapped() || addr.field::<16>(8) == [0; 16]
 }
 
-/// The address family that a socket address names.
+/// Returns the address family of a socket address.
 pub(crate) fn family(bytes: &[u8]) -> Option<i32> {
     bytes.first_chunk().map(|family| i32::from(u16::from_ne_bytes(*family)))
 }
 
-/// The IPv4 address that a v4-mapped one stands for; any other address as it is.
+/// Converts a v4-mapped address to IPv4. Other addresses are unchanged.
 #[inline(always)]
 pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr {
@@ -281,7 +282,7 @@ pub fn unmap_addr(addr: SocketAddr) -> SocketAddr {
     canonical(addr)
 }
 
-/// An address as a socket has it that gave `other`: an IPv6 socket has IPv4 addresses v4-mapped.
+/// Converts an address to the format of the socket that returned `other`: an IPv6 socket uses v4-mapped addresses.
 pub(crate) fn as_family_of(other: SocketAddr, addr: SocketAddr) -> SocketAddr {
     match (other, addr) {
         (SocketAddr::V6(_), SocketAddr::V4(v4)) => SocketAddrV6::new(v4.ip().to_ipv6_mapped(), v4.port(), 0, 0).into(),
@@ -359,7 +360,7 @@ mod tests {
                 SocketAddrV6::new(Ipv6Addr::from(ip), port, flow, scope).into()
             };
             let (raw, kernels) = (socket2::SockAddr::from(addr), KernelAddr::from(addr));
-            // SAFETY: as many bytes as the address has.
+            // SAFETY: the slice has the length of the address.
             #[allow(unsafe_code)]
             let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), raw.len() as usize) };
             prop_assert_eq!(KernelAddr::parse(bytes).and_then(KernelAddr::get), Some(addr));

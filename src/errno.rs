@@ -1,9 +1,9 @@
-//! `errno`: this thread's, and as the reason why a system call failed.
+//! The variable `errno` of this thread, and errno values as errors of system calls.
 
 use std::fmt;
 use std::io;
 
-/// This thread's `errno`.
+/// Returns this thread's `errno`.
 pub(crate) fn errno() -> i32 {
     // SAFETY: __errno_location gives a valid pointer to this thread's errno.
     unsafe { *libc::__errno_location() }
@@ -15,15 +15,15 @@ pub(crate) fn set_errno(value: i32) {
     unsafe { *libc::__errno_location() = value }
 }
 
-/// Why a system call failed. Displays as the C library describes it, without allocating.
+/// The error of a system call. `Display` uses the text of the C library, and allocates nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Errno(pub i32);
 
-/// What a system call gives.
+/// Result of a system call.
 pub(crate) type Result<T> = std::result::Result<T, Errno>;
 
 impl Errno {
-    /// Of the last call.
+    /// Returns the error of the last call.
     pub(crate) fn last() -> Errno {
         Errno(errno())
     }
@@ -45,14 +45,14 @@ impl fmt::Display for Errno {
     }
 }
 
-/// (Those of `std` and `socket2` may be anything, and so take code wherever they are dropped.)
+/// An [`std::io::Error`] may own a box, so every function that drops one would need drop code.
 impl From<io::Error> for Errno {
     fn from(error: io::Error) -> Errno {
         Errno(error.raw_os_error().unwrap_or(libc::EIO))
     }
 }
 
-/// What this thread's `errno` was, and where it is: one call finds it for both ends of a function.
+/// A saved `errno` and its address. The address is looked up once, at the start of a call, and used again at its end.
 pub(crate) struct SavedErrno {
     place: *mut i32,
     value: i32,

@@ -1,5 +1,5 @@
-//! The one error of this library: an errno value for the program and a
-//! sentence for the operator.
+//! The error type of this library: an errno value for the program and a
+//! message for the operator.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
@@ -10,26 +10,25 @@ use crate::address::KernelAddr;
 use crate::errno::Errno;
 use crate::sys;
 
-/// What every fallible call of this crate returns.
+/// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong: which step, why, and the fix where one is known.
+/// Error with an errno value and a message: the failed operation, the cause, and a fix if one is known.
 ///
-/// Making one that happens all the time (there is nothing to be received) allocates nothing; its text is rendered when
-/// it is displayed.
+/// Creating a frequent error (EAGAIN of a receive call) allocates nothing. The message is formatted when it is displayed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error(Repr);
 
-/// Two words: errors are handed on by every function of this crate, and hardly ever made.
+/// Only two words: every function of this crate passes errors on, and few create one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Repr {
-    /// The whole sentence; `None`: there was no memory for one.
+    /// The message; `None`: its allocation failed.
     Sentence { errno: i32, sentence: Option<Box<Cow<'static, str>>> },
-    /// A system call on a socket; the errno is the kernel's. The addresses are left out if there was no memory for them.
+    /// A failed system call on a socket, with the errno of the kernel. The addresses are omitted if their allocation failed.
     Socket { errno: i32, step: SocketOp, endpoints: Option<Box<Endpoints>> },
 }
 
-/// The system call on a socket that failed.
+/// The failed system call on a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SocketOp {
     Create,
@@ -50,7 +49,7 @@ pub(crate) enum SocketOp {
     Prepare,
 }
 
-/// The addresses that a step was about, as far as it had any.
+/// The addresses of the failed call, if it had any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Endpoints {
     pub local: Option<KernelAddr>,
@@ -58,19 +57,19 @@ pub(crate) struct Endpoints {
 }
 
 impl Error {
-    /// An error with a sentence of its own.
+    /// Creates an error with a fixed message.
     #[cold]
     #[inline(never)]
     pub(crate) fn new(errno: i32, sentence: &'static str) -> Self {
         Error::of_sentence(errno, Cow::Borrowed(sentence))
     }
 
-    /// The same, of a sentence with particulars.
+    /// Creates an error with a formatted message.
     #[cold]
     #[inline(never)]
     pub(crate) fn with(errno: i32, sentence: fmt::Arguments<'_>) -> Self {
         let mut text = Text::default();
-        // What there is no memory for is left out.
+        // If an allocation fails, the message ends there.
         let _ = text.write_fmt(sentence);
         Error::of_sentence(errno, Cow::Owned(text.0))
     }
@@ -80,31 +79,31 @@ impl Error {
         Error(Repr::Sentence { errno, sentence: sentence.and_then(|sentence| sys::try_box(sentence).ok()) })
     }
 
-    /// Memory that was asked for is not to be had.
+    /// Creates an ENOMEM error.
     #[cold]
     #[inline(never)]
     pub(crate) fn no_memory() -> Self {
         Error(Repr::Sentence { errno: libc::ENOMEM, sentence: None })
     }
 
-    /// A bad value: EINVAL.
+    /// Creates an EINVAL error.
     pub(crate) fn invalid(sentence: &'static str) -> Self {
         Error::new(libc::EINVAL, sentence)
     }
 
-    /// The same, of a sentence with particulars.
+    /// Creates an EINVAL error with a formatted message.
     pub(crate) fn invalid_with(sentence: fmt::Arguments<'_>) -> Self {
         Error::with(libc::EINVAL, sentence)
     }
 
-    /// What was being done failed.
+    /// Creates an error from the failed operation and its cause.
     #[cold]
     #[inline(never)]
     pub(crate) fn io(what: fmt::Arguments<'_>, cause: Errno) -> Self {
         Error::with(cause.0, format_args!("{what}: {cause}"))
     }
 
-    /// A system call on a socket failed.
+    /// Creates an error from a failed system call on a socket.
     pub(crate) fn socket(step: SocketOp, endpoints: Endpoints, cause: impl Into<Errno>) -> Self {
         Error::of_socket(step, endpoints, cause.into())
     }
@@ -118,20 +117,19 @@ impl Error {
         Error(Repr::Socket { errno, step, endpoints })
     }
 
-    /// This error, and if it has left something behind, that too.
+    /// Adds the error of a failed rollback, if the rollback failed.
     #[cold]
     #[inline(never)]
     pub(crate) fn after(self, undoing: Result<()>) -> Self {
         match undoing {
             Ok(()) => self,
-            Err(other) => Error::with(
-                self.errno(),
-                format_args!("{self}; besides, what had been done could not be undone: {other}"),
-            ),
+            Err(other) => {
+                Error::with(self.errno(), format_args!("{self}; the completed steps could not be undone: {other}"))
+            }
         }
     }
 
-    /// The errno value, as in `errno(3)`.
+    /// Returns the errno value, as in `errno(3)`.
     ///
     /// ```
     /// let error = "192.0.2.0/33".parse::<tproxy::rules::Prefix>().unwrap_err();
@@ -149,11 +147,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Repr::Sentence { sentence: Some(sentence), .. } => f.write_str(sentence),
-            Repr::Sentence { errno: libc::ENOMEM, sentence: None } => f.write_str(
-                "there is not enough memory; free some, or raise the process's limit (ulimit -v, memory.max)",
-            ),
+            Repr::Sentence { errno: libc::ENOMEM, sentence: None } => {
+                f.write_str("not enough memory: free memory, or raise the limit of the process (ulimit -v, memory.max)")
+            }
             Repr::Sentence { errno, sentence: None } => {
-                write!(f, "{}; there is no memory for a longer sentence", Errno(*errno))
+                write!(f, "{}; not enough memory for the rest of the message", Errno(*errno))
             }
             Repr::Socket { errno, step, endpoints } => {
                 f.write_str(step.call())?;
@@ -177,7 +175,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
-    /// The same errno, as [`io::Error::raw_os_error`]. The message is lost: an `io::Error` has either.
+    /// Keeps the errno, as [`io::Error::raw_os_error`]. The message is lost, because an `io::Error` has only one of both.
     ///
     /// ```
     /// let error = tproxy::rules::Listener::at("[::]:0".parse()?, tproxy::rules::Protocol::Tcp).unwrap_err();
@@ -212,16 +210,16 @@ impl SocketOp {
         }
     }
 
-    /// What an operator can do about it.
+    /// Returns a fix for the operator.
     fn fix(self, errno: i32) -> Option<&'static str> {
         Some(match (self, errno) {
             (SocketOp::Transparent, libc::EPERM) => {
                 "IP_TRANSPARENT needs CAP_NET_RAW or CAP_NET_ADMIN in the user namespace that owns this network \
-                 namespace: run as root, or with the capability, by systemd's `AmbientCapabilities=CAP_NET_RAW` or \
-                 `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
+                 namespace: run as root, or start the program with the capability by systemd's \
+                 `AmbientCapabilities=CAP_NET_RAW` or `setpriv --inh-caps=+net_raw --ambient-caps=+net_raw PROGRAM`"
             }
             (SocketOp::Create, libc::EAFNOSUPPORT) => {
-                "this kernel has no such address family (was IPv6 left out or disabled at boot?)"
+                "this kernel does not support the address family (IPv6 may be disabled at boot, or not be built in)"
             }
             (SocketOp::Create | SocketOp::Accept, libc::EMFILE) => {
                 "the process is at its descriptor limit: raise `ulimit -n` (RLIMIT_NOFILE)"
@@ -230,23 +228,21 @@ impl SocketOp {
                 "the system is at its descriptor limit: raise sysctl fs.file-max"
             }
             (SocketOp::Create, libc::EPERM | libc::EACCES) => {
-                "raw sockets need CAP_NET_RAW; any other is refused by a security module or a seccomp filter"
+                "raw sockets need CAP_NET_RAW; for other sockets, a security module or a seccomp filter refuses the call"
             }
             (SocketOp::Bind, libc::EACCES) => {
                 "ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE"
             }
-            (SocketOp::Bind, libc::EADDRINUSE) => {
-                "another socket holds that address and port (`ss -tulnp` shows which)"
-            }
-            (SocketOp::Bind, libc::EAFNOSUPPORT) => "the address is of another family than the socket",
+            (SocketOp::Bind, libc::EADDRINUSE) => "another socket uses this address and port (`ss -tulnp` shows it)",
+            (SocketOp::Bind, libc::EAFNOSUPPORT) => "the address and the socket are of different families",
             (SocketOp::Bind, libc::EINVAL) => {
-                "the socket is bound already, or a link-local address came without its scope id"
+                "the socket is already bound, or the address is link-local and has no scope id"
             }
             (SocketOp::Listen, libc::EADDRINUSE) => {
-                "another socket listens on that address and port (`ss -tlnp` shows which)"
+                "another socket listens on this address and port (`ss -tlnp` shows it)"
             }
             (SocketOp::Connect, libc::EADDRNOTAVAIL) => {
-                "every port of that source address is in use towards that destination (widen \
+                "all ports of the source address are in use for connections to this destination (widen \
                  net.ipv4.ip_local_port_range)"
             }
             (SocketOp::Connect, libc::EADDRINUSE) => {
@@ -257,17 +253,17 @@ impl SocketOp {
                 "the socket's send timeout (SO_SNDTIMEO) has passed, and the kernel goes on trying to connect"
             }
             (SocketOp::Accept, libc::EINVAL) => "the socket does not listen: call listen(2) first",
-            (SocketOp::Connect, libc::ENETUNREACH) => "there is no route to that destination (`ip route get` shows it)",
+            (SocketOp::Connect, libc::ENETUNREACH) => "this host has no route to the destination (see `ip route get`)",
             (SocketOp::Connect, libc::ETIMEDOUT) => {
-                "if the destination is up, its answers to the foreign source address may not come back through this \
-                 host, or no rule diverts them to the socket (tp_install_rules)"
+                "if the destination is up, its replies to the source address may not pass through this host, or no rule \
+                 diverts them to the socket (tp_install_rules)"
             }
             _ => return None,
         })
     }
 }
 
-/// A text that is written piece by piece. Writing to it fails when there is no memory for more.
+/// A growing text. Writing fails if an allocation fails.
 #[derive(Debug, Default)]
 pub(crate) struct Text(pub String);
 
@@ -291,8 +287,8 @@ mod tests {
         assert_eq!(error.errno(), libc::ENETUNREACH);
         assert_eq!(
             error.to_string(),
-            "connect() from 192.0.2.1:0 to [2001:db8::1]:80: Network is unreachable; there is no route to that \
-             destination (`ip route get` shows it)"
+            "connect() from 192.0.2.1:0 to [2001:db8::1]:80: Network is unreachable; this host has no route to \
+             the destination (see `ip route get`)"
         );
     }
 

@@ -1,9 +1,9 @@
-//! Memory in proportion to what a caller or the kernel gave: where it is not to be had, that is an error, not the end of
-//! the program, as it would be with the standard library's collections.
+//! Allocations whose size depends on input of a caller or the kernel. A failure is an error; with the standard library's
+//! collections it would abort the program.
 
 use crate::error::{Error, Result};
 
-/// What an iterator has, which knows how much that is; ENOMEM if there is no memory for it.
+/// Collects an iterator of known length. Fails with ENOMEM.
 pub(crate) fn collect<T>(items: impl ExactSizeIterator<Item = Result<T>>) -> Result<Vec<T>> {
     let mut list = Vec::new();
     list.try_reserve_exact(items.len()).map_err(|_| Error::no_memory())?;
@@ -13,7 +13,7 @@ pub(crate) fn collect<T>(items: impl ExactSizeIterator<Item = Result<T>>) -> Res
     Ok(list)
 }
 
-/// What an iterator has that does not know how much that is.
+/// Collects an iterator of unknown length. Fails with ENOMEM.
 pub(crate) fn gather<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
     let mut list = Vec::new();
     for item in items {
@@ -22,20 +22,20 @@ pub(crate) fn gather<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
     Ok(list)
 }
 
-/// Appends to a list.
+/// Appends an item to a list. Fails with ENOMEM.
 pub(crate) fn push<T>(list: &mut Vec<T>, item: T) -> Result<()> {
     list.try_reserve(1).map_err(|_| Error::no_memory())?;
     list.push(item);
     Ok(())
 }
 
-/// Finds out whether there is so much memory, for collections that will take it piece by piece and could not say no.
-/// Another thread may take it first; what a limit of the process leaves no room for is found.
+/// Checks that an allocation of this size succeeds, before a collection that cannot report failures grows to it. Another thread
+/// may use the memory in between. The check finds sizes that exceed a limit of the process.
 pub(crate) fn require(bytes: usize) -> Result<()> {
     Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| Error::no_memory())
 }
 
-/// A copy of some bytes.
+/// Copies bytes. Fails with ENOMEM.
 pub(crate) fn copy(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut copy = Vec::new();
     copy.try_reserve_exact(bytes.len()).ok()?;

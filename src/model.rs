@@ -1,4 +1,4 @@
-//! The words that the rules and what carries them out have in common.
+//! Types that rules and backends share.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -34,7 +34,7 @@ impl Family {
         }
     }
 
-    /// The number of its control message protocol.
+    /// Returns the protocol number of its ICMP.
     pub(crate) fn icmp_number(self) -> u8 {
         match self {
             Family::V4 => libc::IPPROTO_ICMP as u8,
@@ -42,7 +42,7 @@ impl Family {
         }
     }
 
-    /// What `nft` and `iptables` call that protocol.
+    /// Returns the name of its ICMP in `nft` and `iptables`.
     pub(crate) fn icmp_name(self) -> &'static str {
         match self {
             Family::V4 => "icmp",
@@ -71,7 +71,7 @@ impl Families {
     pub const V4: Families = Families { v4: true, v6: false };
     /// Only IPv6.
     pub const V6: Families = Families { v4: false, v6: true };
-    /// Both.
+    /// IPv4 and IPv6.
     pub const ALL: Families = Families { v4: true, v6: true };
 
     pub(crate) fn is_empty(self) -> bool {
@@ -99,7 +99,7 @@ impl Families {
         }
     }
 
-    /// The family, if there is but one.
+    /// Returns the family, if the set has exactly one.
     pub(crate) fn only(self) -> Option<Family> {
         match self {
             Families { v4: true, v6: false } => Some(Family::V4),
@@ -181,11 +181,11 @@ impl Protocols {
     }
 }
 
-/// What the kernel is told the rules by.
+/// Kernel interface by which rules are installed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Backend {
-    /// nf_tables if the kernel has what is needed, else iptables.
+    /// nf_tables if the kernel has the required features, otherwise iptables.
     #[default]
     Auto,
     /// nf_tables, over netlink.
@@ -194,31 +194,31 @@ pub enum Backend {
     Iptables,
 }
 
-/// How packets reach the program.
+/// The way in which packets are delivered to the program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Mode {
-    /// TPROXY: unchanged, to a transparent listener.
+    /// TPROXY: the packets are delivered unchanged to a transparent listener.
     #[default]
     Tproxy,
-    /// NAT redirection: translated, to an ordinary listener.
+    /// NAT redirection: the packets are translated and delivered to an ordinary listener.
     Redirect,
-    /// Nothing is intercepted; only transparent sockets get what is for them.
+    /// Only packets of existing transparent sockets are delivered. Nothing is intercepted.
     DivertOnly,
 }
 
-/// A range of ports, both ends included.
+/// Range of ports, including both ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PortRange {
-    /// The lowest.
+    /// Lowest port.
     pub first: u16,
-    /// The highest.
+    /// Highest port.
     pub last: u16,
 }
 
 impl From<u16> for PortRange {
-    /// One port.
+    /// Creates a range of one port.
     fn from(port: u16) -> PortRange {
         PortRange { first: port, last: port }
     }
@@ -239,7 +239,7 @@ impl From<RangeInclusive<u16>> for PortRange {
 impl FromStr for PortRange {
     type Err = Error;
 
-    /// `PORT`, or `FIRST-LAST`.
+    /// Parses `PORT` or `FIRST-LAST`.
     ///
     /// ```
     /// use tproxy::rules::PortRange;
@@ -270,7 +270,7 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// The bits of a packet's mark that say that the packet is for a local socket.
+/// Packet mark that routes a packet to a local socket.
 ///
 /// ```
 /// use tproxy::rules::Mark;
@@ -280,29 +280,29 @@ impl fmt::Display for PortRange {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mark {
-    /// What our bits are set to.
+    /// Value of the bits in `mask`.
     pub value: u32,
-    /// Which bits are ours; the others are left as they are.
+    /// Bits of the mark that the rules use. Other bits are preserved.
     pub mask: u32,
 }
 
 impl Mark {
-    /// Bit 13, of a field of two (12 and 13; the other is for the host's own traffic).
+    /// Bit 13, in a field of two bits (12 and 13). Bit 12 marks this host's own packets.
     ///
-    /// A mark has 32 bits that everything on a host shares. Taken are, by
-    /// their projects' documentation and sources: 0x4000 and 0x8000 by
+    /// All programs of a host share the 32 bits of the mark. According to the
+    /// documentation and sources of the projects, these are in use: 0x4000 and 0x8000 by
     /// Kubernetes (kube-proxy's masquerade and drop), 0xffff0000 by Calico
     /// (its default mask) and by Cilium (identities), 0x0f00 by Cilium (its
     /// magic mark; 0x1e00 with its WireGuard, 0xf000 with its IPsec),
     /// 0xff0000 by Tailscale, 0x80 by the AWS VPC CNI, 0xca6c (bits 2, 3, 5,
     /// 6, 9, 11, 14, 15) by wg-quick for WireGuard, 0x539 and 0x53a (bits 0,
     /// 1, 3, 4, 5, 8, 10) by Istio. Scripts use small numbers (1, 2, 0x10).
-    /// That leaves bit 13, and bit 12 where Cilium does not encrypt.
+    /// Bit 13 is free, and bit 12 if Cilium does not encrypt.
     pub const DEFAULT: Mark = Mark { value: 0x2000, mask: 0x3000 };
 }
 
 impl From<u32> for Mark {
-    /// A value of all 32 bits.
+    /// Creates a mark with all 32 bits.
     fn from(value: u32) -> Mark {
         Mark { value, mask: u32::MAX }
     }
@@ -315,8 +315,8 @@ impl fmt::Display for Mark {
 }
 
 impl Mark {
-    /// Another value in the same bits: that of the host's own packets on their way round. `None` if the bits have
-    /// no other.
+    /// Returns another value in the same bits, which marks this host's own packets while they are looped back. `None`: the mask has
+    /// no other bit.
     pub(crate) fn second(self) -> Option<Mark> {
         let free = self.mask & !self.value;
         (free != 0).then_some(Mark { value: free & free.wrapping_neg(), mask: self.mask })

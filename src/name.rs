@@ -1,16 +1,16 @@
-//! Names that other programs gave: to chains, tables, sets, interfaces. The kernel takes any bytes except NUL.
+//! Names of chains, tables, sets and interfaces of other programs. The kernel accepts any bytes except NUL.
 
 use std::fmt::{self, Write};
 
-/// A name as the kernel has it. Comparison is by bytes; `Display` is for people, escaped and bounded.
+/// A name in the bytes of the kernel. Names are compared by bytes. `Display` escapes and shortens them.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Name(Box<[u8]>);
 
-/// So many characters of a name are shown. (An interface's name has at most 15 bytes, a chain's in nf_tables 255.)
+/// Maximum number of characters that are displayed. An interface's name has at most 15 bytes, a chain's name in nf_tables 255.
 const SHOWN_MAX: usize = 64;
 
 impl Name {
-    /// The bytes up to the first NUL.
+    /// Creates a name from the bytes before the first NUL.
     pub fn new(bytes: &[u8]) -> Name {
         Name(bytes.split(|byte| *byte == 0).next().unwrap_or_default().into())
     }
@@ -19,13 +19,13 @@ impl Name {
         &self.0
     }
 
-    /// The name as text; `None`: it is none.
+    /// Returns the name as text; `None`: it is not UTF-8.
     pub fn as_str(&self) -> Option<&str> {
         std::str::from_utf8(&self.0).ok()
     }
 }
 
-/// A name that a caller gave, for people: in quotes, and escaped.
+/// Displays a name of a caller in quotes, and escaped.
 pub(crate) fn quoted(name: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| write!(f, "\"{}\"", Name::from(name)))
 }
@@ -81,7 +81,7 @@ impl fmt::Debug for Name {
     }
 }
 
-/// A letter that looks like itself, whatever is beside it: printable ASCII, and the letters and digits of scripts that
+/// Whether a character is displayed as itself, whatever its neighbors are: printable ASCII, and letters and digits of scripts that
 /// are written from left to right.
 fn is_plain(letter: char) -> bool {
     /// Hebrew to Arabic, and the presentation forms and newer scripts that are written from right to left.
@@ -101,8 +101,8 @@ fn is_plain(letter: char) -> bool {
     }
 }
 
-/// A character that changes how its neighbors look, or cannot be seen: control characters, the bidirectional and other
-/// format characters, and what Unicode calls Default_Ignorable_Code_Point.
+/// Whether a character is invisible or changes the display of its neighbors: control characters, bidirectional and other format
+/// characters, and the Unicode property Default_Ignorable_Code_Point.
 fn misleads(letter: char) -> bool {
     match letter {
         ' '..='~' => false,
@@ -114,8 +114,8 @@ fn misleads(letter: char) -> bool {
     }
 }
 
-/// Writes what it is given to `out`, with every character escaped that misleads the reader: for whole sentences, which
-/// may have the words of other programs and of the C library in them.
+/// Writes a message to `out`, and escapes every misleading character. A message may contain text of other programs and of the C
+/// library.
 pub(crate) struct Escaping<'a, W>(pub &'a mut W);
 
 impl<W: Write> Write for Escaping<'_, W> {

@@ -1,4 +1,4 @@
-//! Where an intercepted connection was going.
+//! The original destination of an intercepted connection.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,11 +9,12 @@ use crate::address::{KernelAddr, as_family_of, canonical};
 use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys::{self, Errno};
 
-/// The original destination of an accepted stream socket.
+/// Returns the original destination of an accepted stream socket.
 ///
-/// A transparent socket (TPROXY) has it as its own local address. Any other
-/// asks connection tracking (REDIRECT, DNAT). Connection tracking is never
-/// asked about a transparent socket: it may hold another connection's entry.
+/// For a transparent socket (TPROXY), it is the local address. For other
+/// sockets, connection tracking is queried (REDIRECT, DNAT). It is never
+/// queried for a transparent socket, because it may have the entry of another
+/// connection with the same addresses and ports.
 ///
 /// ```no_run
 /// # let listener = std::net::TcpListener::bind("[::]:3129")?;
@@ -27,7 +28,7 @@ pub fn orig_dst(fd: impl AsFd) -> Result<SocketAddr> {
     Ok(addr.into())
 }
 
-/// As [`orig_dst`], for the caller to whom its time matters: in place.
+/// Like [`orig_dst`], without a copy of the result.
 #[inline(always)]
 pub(crate) fn find(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     match sys::getsockopt_int(fd, libc::SOL_IP, libc::IP_TRANSPARENT) {
@@ -43,7 +44,7 @@ pub(crate) fn find_of_transparent(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> 
     own_address(fd, addr).map_err(no_address)
 }
 
-/// The socket's own address.
+/// Returns the local address of the socket.
 #[inline(always)]
 fn own_address(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> sys::Result<()> {
     sys::local_addr(fd, addr)?;
@@ -71,21 +72,21 @@ fn no_address(why: Errno) -> Error {
     }
 }
 
-/// What connection tracking knows of a connection that came to the socket's own address.
+/// Queries connection tracking for a connection to the local address of the socket.
 #[inline(never)]
 fn before_nat(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     own_address(fd, addr).map_err(no_address)?;
     let local = SocketAddr::from(*addr);
     let socket = SockRef::from(&fd);
-    // The level follows the address, not the socket: a v4-mapped connection is IPv4's.
+    // The level depends on the address, not on the socket: a v4-mapped connection is IPv4.
     let found = if canonical(local).is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
     let found = found.map_err(|e| match Errno::from(e) {
         Errno(libc::ENOENT | libc::ENOPROTOOPT) => not_intercepted(),
         e => Error::socket(SocketOp::Inspect, Endpoints { local: Some(*addr), remote: None }, e),
     })?;
-    let unknown = || Error::new(libc::EIO, "connection tracking answered with an address of no known family");
+    let unknown = || Error::new(libc::EIO, "connection tracking returned an address of an unknown family");
     match as_family_of(local, found.as_socket().ok_or_else(unknown)?) {
-        // Tracked, but not translated: the client wanted this very socket.
+        // Tracked, but not translated: the client connected to this socket directly.
         same if same == local => Err(not_intercepted()),
         found => {
             *addr = found.into();

@@ -1,55 +1,55 @@
-//! What the kernel shall hold: what the rules make of a config (`rules/plan.rs`), and what backends carry out.
+//! The plan: computed from a config (`rules/plan.rs`), and installed by a backend.
 
 use std::net::IpAddr;
 
 use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 use crate::prefix::PrefixSet;
 
-/// A config that can be carried out, with its defaults filled in.
+/// A valid config with all defaults resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub name: String,
     pub mode: Mode,
-    /// The mark of packets for local sockets.
+    /// Mark of packets for local sockets.
     pub mark: Mark,
-    /// The mark of packets that this host sends and that return by `lo`, to reach a proxy here; `None`: none do.
+    /// Mark of this host's own packets that are looped back via `lo` to reach a proxy here; `None`: none are.
     pub loop_mark: Option<Mark>,
-    /// Traffic that this host sends is intercepted.
+    /// Also intercept traffic that this host sends.
     pub local_output: bool,
-    /// Replies of this host's servers to transparent sockets return to these.
+    /// Deliver replies of this host's servers to transparent sockets.
     pub local_servers: bool,
-    /// Of TCP, only packets that begin a connection are intercepted.
+    /// Intercept only TCP packets that begin a connection.
     pub new_only: bool,
     pub families: Families,
-    /// The config names no families: these are what the listeners serve, and IPv4 alone will do where there is no IPv6.
+    /// The config selects no families: the families are those of the listeners, and only IPv4 on a host without IPv6.
     pub families_are_default: bool,
     pub protocols: Protocols,
-    /// Who gets what is intercepted; none with [`Mode::DivertOnly`].
+    /// Listeners that receive intercepted packets; empty with [`Mode::DivertOnly`].
     pub intercepts: Vec<Intercept>,
-    /// Connections made straight to the listeners are dropped.
+    /// Drop packets addressed directly to the listeners.
     pub guard: bool,
-    /// Without a listener, traffic passes by.
+    /// Forward matching traffic while no listener exists.
     pub fail_open: bool,
-    /// What is intercepted is kept out of connection tracking.
+    /// Exempt intercepted packets from connection tracking.
     pub notrack: bool,
-    /// The rules outlive the process.
+    /// Keep the rules after the process has ended.
     pub persist: bool,
-    /// Sorted and apart from each other. `None`: every port; empty: none.
+    /// Sorted ranges that do not touch. `None`: every port; empty: none.
     pub ports: Option<Vec<PortRange>>,
-    /// `None`: every destination but those that are the host's own, or nobody's.
+    /// `None`: every destination except this host's own addresses, loopback, broadcast and multicast.
     pub dst: Option<PrefixSet>,
     /// `None`: every source.
     pub src: Option<PrefixSet>,
-    /// `None`: there are none, and the rules do not look for any.
+    /// `None`: no destination is exempt, and the rules have no such set.
     pub bypass: Option<PrefixSet>,
-    /// Where forwarded traffic comes in. `None`: by every interface; empty: by none.
+    /// Interfaces on which forwarded traffic arrives. `None`: every interface; empty: none.
     pub interfaces: Option<Interfaces>,
-    /// `None`: whatever is free.
+    /// `None`: a free one.
     pub table: Option<u32>,
     pub priority: Option<u32>,
 }
 
-/// Interfaces by which packets come in: those of these names, and those whose names begin so.
+/// Interfaces on which packets arrive: by name, and by the beginning of the name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Interfaces {
     pub names: Vec<String>,
@@ -60,24 +60,25 @@ pub(crate) struct Interfaces {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Intercept {
     pub protocol: Protocol,
-    /// `None`: both.
+    /// `None`: both families.
     pub family: Option<Family>,
-    /// `None`: it is bound to every address. Else there is a family.
+    /// `None`: the wildcard address. Otherwise `family` is set.
     pub addr: Option<IpAddr>,
     pub port: u16,
 }
 
 impl Plan {
-    /// The listeners that can be reached without interception, and shall not be.
+    /// Returns the listeners that can be reached directly, and whose direct packets are dropped.
     pub fn direct_drops(&self) -> impl Iterator<Item = Intercept> {
         let reachable = |listener: &Intercept| listener.addr.is_none_or(|addr| !addr.is_loopback());
         self.intercepts.iter().copied().filter(move |listener| self.guard && reachable(listener))
     }
 
-    /// The selection may match replies of connections that others began, so that connection tracking has to tell them.
+    /// Whether the selection could match replies of connections that other hosts began, which connection tracking must then
+    /// recognize.
     ///
-    /// Replies go to a client's port, which is above 1023: a selection of lower ports matches none. Nor does NAT, which
-    /// sees the first packets of connections only, nor a selection of packets that begin a TCP connection.
+    /// Replies go to a client's port, which is above 1023: a selection of lower ports matches none. NAT rules see only the first
+    /// packet of a connection and match none either, nor does a selection of packets that begin a TCP connection.
     pub fn may_match_replies(&self, protocol: Protocol) -> bool {
         const FIRST_OF_CLIENTS: u16 = 1024;
         let ports = self.ports.as_ref().is_none_or(|ports| ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS));
@@ -85,7 +86,7 @@ impl Plan {
         self.mode == Mode::Tproxy && ports && !begins_only && self.protocols.contains(protocol)
     }
 
-    /// The family over which a protocol is served, if there is but one.
+    /// Returns the family over which a protocol is served, if it is exactly one.
     pub fn family_of(&self, protocol: Protocol) -> Option<Family> {
         let serves = |family: Family| {
             let listeners = self.intercepts.iter().filter(|listener| listener.protocol == protocol);
@@ -96,7 +97,7 @@ impl Plan {
         Families { v4, v6 }.only()
     }
 
-    /// The same for IPv4 alone, on a host that has no IPv6.
+    /// Restricts the plan to IPv4, for a host without IPv6.
     pub fn leave_ipv6(&mut self) {
         self.families.v6 = false;
         self.intercepts.retain(|listener| listener.family != Some(Family::V6));

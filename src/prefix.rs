@@ -14,9 +14,9 @@ mod set;
 
 pub(crate) use set::{BYTES_EACH, Change, Contents, LENGTHS, PrefixSet};
 
-/// An address and how many of its leading bits count.
+/// Address prefix: an address, and the number of its leading bits that count.
 ///
-/// IPv4 is before IPv6, and each in the order of addresses.
+/// Prefixes are ordered by family (IPv4 first), then by address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Prefix {
     addr: IpAddr,
@@ -24,7 +24,7 @@ pub struct Prefix {
 }
 
 impl Prefix {
-    /// A prefix; bits of the address behind its length do not count.
+    /// Creates a prefix. Bits of the address after the length are cleared.
     ///
     /// ```
     /// use tproxy::rules::Prefix;
@@ -42,17 +42,17 @@ impl Prefix {
         Ok(Prefix { addr: address(family, number(addr) & !host_mask(family, len)), len })
     }
 
-    /// Its first address.
+    /// Returns the first address.
     pub fn addr(&self) -> IpAddr {
         self.addr
     }
 
-    /// Its length in bits.
+    /// Returns the length in bits.
     pub fn prefix_len(&self) -> u8 {
         self.len
     }
 
-    /// The family of its address.
+    /// Returns the family.
     pub fn family(&self) -> Family {
         match self.addr {
             IpAddr::V4(_) => Family::V4,
@@ -60,13 +60,13 @@ impl Prefix {
         }
     }
 
-    /// It has the address in it.
+    /// Whether the prefix contains the address.
     pub(crate) fn covers(&self, addr: IpAddr) -> bool {
         let family = Prefix { addr, len: 0 }.family();
         family == self.family() && (self.range().first..=self.range().last).contains(&number(addr))
     }
 
-    /// One of its addresses: not the network's own, if it has others.
+    /// Returns one of its addresses; if it has several, not the network address.
     pub(crate) fn sample(&self) -> IpAddr {
         let range = self.range();
         address(self.family(), (range.first + 2).min(range.last))
@@ -79,21 +79,21 @@ impl Prefix {
 }
 
 impl From<IpAddr> for Prefix {
-    /// A single address.
+    /// Creates a full-length prefix of the address.
     fn from(addr: IpAddr) -> Prefix {
         Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } }
     }
 }
 
 impl From<Ipv4Addr> for Prefix {
-    /// A single address.
+    /// Creates a full-length prefix of the address.
     fn from(addr: Ipv4Addr) -> Prefix {
         IpAddr::from(addr).into()
     }
 }
 
 impl From<Ipv6Addr> for Prefix {
-    /// A single address.
+    /// Creates a full-length prefix of the address.
     fn from(addr: Ipv6Addr) -> Prefix {
         IpAddr::from(addr).into()
     }
@@ -102,7 +102,7 @@ impl From<Ipv6Addr> for Prefix {
 impl FromStr for Prefix {
     type Err = Error;
 
-    /// `ADDR/LEN`, or an address for itself only.
+    /// Parses `ADDR/LEN`, or an address as a full-length prefix.
     ///
     /// ```
     /// use tproxy::rules::Prefix;
@@ -130,7 +130,7 @@ impl FromStr for Prefix {
     }
 }
 
-/// As derived, but by numbers: long lists are put in their order.
+/// The same order as the derived one, but compares numbers: long lists are sorted.
 impl Ord for Prefix {
     fn cmp(&self, other: &Prefix) -> Ordering {
         let order = |prefix: &Prefix| (prefix.addr.is_ipv6(), number(prefix.addr), prefix.len);
@@ -150,7 +150,7 @@ impl fmt::Display for Prefix {
     }
 }
 
-/// Addresses of one family as numbers, both ends included.
+/// Range of addresses of one family as numbers, including both ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Range {
     pub first: u128,
@@ -158,13 +158,13 @@ pub(crate) struct Range {
 }
 
 impl Range {
-    /// Overlaps the other, or touches it from below.
+    /// Whether it overlaps the other range, or ends directly below it.
     fn reaches(&self, next: &Range) -> bool {
         self.last.checked_add(1).is_none_or(|end| next.first <= end)
     }
 }
 
-/// A number of this family as an address.
+/// Converts a number to an address of the family.
 pub(crate) fn address(family: Family, number: u128) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::from_bits(number as u32).into(),
@@ -172,12 +172,12 @@ pub(crate) fn address(family: Family, number: u128) -> IpAddr {
     }
 }
 
-/// The highest address of a family.
+/// Returns the highest address of a family.
 pub(crate) fn highest(family: Family) -> u128 {
     host_mask(family, 0)
 }
 
-/// The mask that leaves so many leading bits of an address; `None`: it leaves all.
+/// Returns the mask of a number of leading bits; `None`: all bits.
 pub(crate) fn mask(family: Family, len: Option<u8>) -> Option<IpAddr> {
     let host = host_mask(family, len?);
     (host != 0).then(|| address(family, highest(family) ^ host))
@@ -201,14 +201,14 @@ fn host_mask(family: Family, len: u8) -> u128 {
     let host_bits = bits(family).saturating_sub(len.into());
     1u128.checked_shl(host_bits).map_or(u128::MAX, |bit| bit - 1)
 }
-/// The ranges of one sorted list that are not in another.
+/// Returns the ranges of one sorted list that are not in another.
 fn without(list: &[Range], other: &[Range]) -> Result<Vec<Range>> {
     let in_other =
         |range: &Range| other.binary_search_by_key(&range.first, |r| r.first).is_ok_and(|i| other[i] == *range);
     memory::gather(list.iter().filter(|range| !in_other(range)).copied())
 }
 
-/// Ranges in order, with those made one that overlap or touch.
+/// Sorts ranges, and merges those that overlap or touch.
 fn merged(ranges: impl Iterator<Item = Range>) -> Result<Vec<Range>> {
     let mut all: Vec<Range> = Vec::new();
     for range in ranges {

@@ -1,4 +1,4 @@
-//! Which process this is, across fork: what a parent holds is not its child's to change while the parent lives.
+//! Identity of the process across fork: a child must not change resources of its parent while the parent runs.
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -8,26 +8,26 @@ use std::time::Duration;
 
 use crate::sys::{self, Identity};
 
-/// A number that changes in a forked child. It never is 0.
+/// Returns a number that differs in a forked child. It is never 0.
 ///
-/// A process id does not tell a child from its parent where they are in different PID namespaces, and may be given again.
+/// A PID does not distinguish a child from its parent if they are in different PID namespaces, and PIDs are reused.
 pub(crate) fn generation() -> u64 {
     static WIPED_ON_FORK: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
     let mut cell = WIPED_ON_FORK.load(Ordering::Acquire);
     if cell.is_null() {
-        // Without such memory (before Linux 4.14) the process id has to do.
+        // Before Linux 4.14 such memory does not exist, and the PID is used.
         let Some(new) = sys::memory_wiped_on_fork() else { return u64::from(std::process::id()) };
-        // Another thread may have been faster; a page too many is no harm.
+        // Another thread may have stored its page first. The additional page stays mapped.
         cell = match WIPED_ON_FORK.compare_exchange(cell, new, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => new,
             Err(first) => first,
         };
     }
-    // SAFETY: it points to a mapping that is never unmapped, zero-filled and aligned to a page.
+    // SAFETY: the pointer refers to a zero-filled, page-aligned mapping that is never unmapped.
     #[allow(unsafe_code)]
     let cell = unsafe { &*cell };
     match cell.load(Ordering::Acquire) {
-        // The clock was ahead of the parent's number when the child began.
+        // At the fork, the clock was already past the parent's number.
         0 => match cell.compare_exchange(0, sys::monotonic_ns() | 1, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => cell.load(Ordering::Acquire),
             Err(first) => first,
@@ -36,12 +36,12 @@ pub(crate) fn generation() -> u64 {
     }
 }
 
-/// A number that a process and its forked children share: which revision of something is in the kernel, which they share,
-/// too. It is odd while a change is being made.
+/// A revision number that a process and its forked children share, for an object of the kernel that they share too. It is odd
+/// while a change is in progress.
 #[derive(Debug)]
 pub(crate) struct Revision(*mut AtomicU64);
 
-// SAFETY: an atomic number, which every thread and process may use.
+// SAFETY: an atomic number, which any thread and process may use.
 #[allow(unsafe_code)]
 unsafe impl Send for Revision {}
 
@@ -55,7 +55,7 @@ impl Revision {
     }
 
     fn cell(&self) -> &AtomicU64 {
-        // SAFETY: mapped, zero-filled and aligned to a page until the value is dropped.
+        // SAFETY: the mapping is zero-filled, page-aligned, and exists until the value is dropped.
         #[allow(unsafe_code)]
         unsafe {
             &*self.0
@@ -66,12 +66,12 @@ impl Revision {
         self.cell().load(Ordering::Acquire)
     }
 
-    /// A change begins.
+    /// Begins a change.
     pub fn begin(&self) {
         self.cell().fetch_or(1, Ordering::AcqRel);
     }
 
-    /// It has come to its end; gives the revision that there is now.
+    /// Ends a change, and returns the new revision.
     pub fn finish(&self) -> u64 {
         let next = (self.get() | 1).wrapping_add(1);
         self.cell().store(next, Ordering::Release);
@@ -81,7 +81,7 @@ impl Revision {
 
 impl Drop for Revision {
     fn drop(&mut self) {
-        // SAFETY: it came from there, and ends here.
+        // SAFETY: the pointer came from that function, and is not used after this.
         #[allow(unsafe_code)]
         unsafe {
             sys::unmap_shared(self.0);
@@ -89,29 +89,29 @@ impl Drop for Revision {
     }
 }
 
-/// What this process is to the one that made something.
+/// Relation of this process to the process that created a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Relation {
     Itself,
-    /// A child of it, or of a child, while it lives.
+    /// A descendant of the creator, while the creator runs.
     ChildOfLiving,
-    /// The same, after it has ended, executed another program, or given up what it had made.
+    /// A descendant of the creator, after the creator has ended, executed another program, or released the resource.
     ChildOfEnded,
 }
 
-/// The process that made something.
+/// The process that created a resource.
 #[derive(Debug)]
 pub(crate) struct Maker {
     pub pid: u32,
     generation: u64,
-    /// A file that the process has locked as long as it lives. (A pidfd would tell that, too. But before Linux 6.9 all of
-    /// them have one inode, in common with epoll instances and others: it could not be told whether the program has closed
-    /// it and opened another.) `None`: the kernel gives none, as in a sandbox.
+    /// A file that the process keeps locked until it ends. (A pidfd would show the end too. Before Linux 6.9, however, all pidfds
+    /// have the same inode as epoll instances and others, so a descriptor that the program has closed and reused could not be
+    /// detected.) `None`: the file could not be created, for example in a sandbox.
     lock: Option<Held>,
 }
 
 impl Maker {
-    /// This process.
+    /// Returns this process as the creator.
     pub fn new() -> Maker {
         let lock = sys::file_locked_by_this_process().ok().map(Held::new);
         Maker { pid: std::process::id(), generation: generation(), lock }
@@ -129,8 +129,8 @@ impl Maker {
     }
 }
 
-/// A descriptor that is used and closed only as long as it is what it was: a program may have closed it with all others,
-/// and opened something else under its number.
+/// A descriptor that is used and closed only if it still refers to the same file: a program may have closed all descriptors, and
+/// opened another file with the same number.
 #[derive(Debug)]
 pub(crate) struct Held {
     fd: ManuallyDrop<OwnedFd>,
@@ -143,12 +143,12 @@ impl Held {
         Held { identity: sys::identity_of(fd.as_fd()), fd: ManuallyDrop::new(fd) }
     }
 
-    /// The descriptor, if it is still the same.
+    /// Returns the descriptor, if it still refers to the same file.
     pub fn get(&self) -> Option<BorrowedFd<'_>> {
         Some(self.fd.as_fd()).filter(|fd| self.identity.is_some() && sys::identity_of(*fd) == self.identity)
     }
 
-    /// The descriptor, whatever it may be by now: within the call that opened it, or that has asked [`Held::get`].
+    /// Returns the descriptor without a check: only for the call that opened it or has called [`Held::get`].
     #[inline(always)]
     pub fn get_unchecked(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -157,9 +157,9 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        // What else has its number by now is not ours to close.
+        // Another file that has the number now must not be closed.
         if self.get().is_some() {
-            // SAFETY: it is not used after this.
+            // SAFETY: the value is not used after this.
             #[allow(unsafe_code)]
             unsafe {
                 ManuallyDrop::drop(&mut self.fd);
@@ -168,7 +168,7 @@ impl Drop for Held {
     }
 }
 
-/// The number of a descriptor that something else owns, and what it refers to.
+/// The number of a descriptor that another value owns, and the identity of its file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Descriptor {
     number: RawFd,
@@ -180,9 +180,9 @@ impl Descriptor {
         sys::identity_of(fd).map(|identity| Descriptor { number: fd.as_raw_fd(), identity })
     }
 
-    /// Closes it, if it still refers to the same. Only where its owner is never used or dropped again.
+    /// Closes the descriptor, if it still refers to the same file. The owner must not be used or dropped afterwards.
     pub fn close(self) {
-        // SAFETY: at worst it is no open descriptor, and then not used.
+        // SAFETY: if the descriptor is not open, it is not used.
         #[allow(unsafe_code)]
         unsafe {
             if sys::identity_of(BorrowedFd::borrow_raw(self.number)) == Some(self.identity) {
@@ -192,15 +192,15 @@ impl Descriptor {
     }
 }
 
-/// It was locked by another thread when this process was forked, and will never be unlocked here.
+/// The mutex was locked by another thread when this process was forked, and is never unlocked in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LockedAtFork;
 
-/// A mutex that tells when the thread that holds it was left behind by fork.
+/// A mutex that reports if the thread that holds it exists only in the parent of this forked process.
 #[derive(Debug)]
 pub(crate) struct ForkMutex<T> {
     mutex: Mutex<T>,
-    /// The generation of the process whose thread holds it; 0: none does, or has just begun to.
+    /// Generation of the process whose thread holds the lock; 0: not locked, or being locked.
     holder: AtomicU64,
 }
 
@@ -210,7 +210,7 @@ pub(crate) struct ForkGuard<'a, T> {
 }
 
 impl<T> ForkMutex<T> {
-    /// How often, in steps of a millisecond, it is looked whether the thread that took it says whose it is.
+    /// Number of checks, one per millisecond, for the generation of the thread that is locking the mutex.
     const TRIES: u32 = 1000;
 
     pub fn new(value: T) -> ForkMutex<T> {
@@ -237,12 +237,12 @@ impl<T> ForkMutex<T> {
         Err(LockedAtFork)
     }
 
-    /// The value, if no thread that was left behind had it.
+    /// Returns the value, unless a thread of the parent holds the lock.
     pub fn into_inner(self) -> Result<T, LockedAtFork> {
         match self.lock().map(drop) {
             Ok(()) => Ok(self.mutex.into_inner().unwrap_or_else(PoisonError::into_inner)),
             Err(locked) => {
-                // It may be half changed: neither used nor dropped.
+                // The value may be inconsistent: it is neither used nor dropped.
                 std::mem::forget(self);
                 Err(locked)
             }
@@ -276,10 +276,10 @@ mod tests {
     use crate::test_time::limit;
     use std::time::Instant;
 
-    /// Runs something in a forked child; gives its exit status.
+    /// Runs a function in a forked child, and returns its exit status.
     #[allow(unsafe_code)]
     fn in_child(body: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the child runs code that takes no lock of another thread, and ends by _exit.
+        // SAFETY: the child takes no lock of another thread, and ends by _exit.
         unsafe {
             match libc::fork() {
                 0 => libc::_exit(i32::from(!body())),
@@ -305,7 +305,7 @@ mod tests {
         let maker = Maker::new();
         assert_eq!(maker.relation(), Relation::Itself);
         assert!(in_child(|| maker.relation() == Relation::ChildOfLiving));
-        // A grandchild outlives its parent, which made something.
+        // A grandchild continues after its parent, the creator, has ended.
         let (reader, writer) = std::io::pipe().unwrap();
         let deadline = Instant::now() + limit(10_000);
         assert!(in_child(|| {
@@ -337,13 +337,13 @@ mod tests {
             true
         }));
         assert!(!revision.get().is_multiple_of(2));
-        // The next change begins where that one was left.
+        // The next change continues from the number of the interrupted one.
         revision.begin();
         let after = revision.finish();
         assert!(after == revision.get() && after != before && after.is_multiple_of(2));
     }
 
-    /// Epoll instances, and descriptors of processes before Linux 6.9, all have one inode.
+    /// All epoll instances have the same inode, and so do pidfds before Linux 6.9.
     #[test]
     fn maker_with_replaced_file_does_not_close_the_other() {
         let maker = Maker::new();

@@ -1,13 +1,13 @@
-//! Runs a program of the system, and says how it ended and what it wrote.
+//! Runs a program of the system, and returns its exit status and its output.
 //!
-//! The process may be one that has more rights than its user: set-user-ID, or with file capabilities. So nothing that
-//! the user chooses decides which program is run, or what that does: it is sought in directories that only root
-//! writes, and its environment is made here.
+//! The process may have more privileges than its user (set-user-ID, file capabilities). Therefore the user must not be able to
+//! choose or influence the program: it is searched for only in directories that only root can write, and this module sets its
+//! environment.
 //!
-//! `std::process` cannot do this: it panics if a program cannot be started while SIGCHLD is ignored.
+//! `std::process` is not suitable: it panics if a program cannot be started while SIGCHLD is ignored.
 //!
-//! The process may ignore SIGCHLD, or have a handler or a thread that waits for every child: then the kernel does not
-//! tell how the program ended ([`End::Unknown`]), and the caller has to see it from what the program did.
+//! If the process ignores SIGCHLD, or has a handler or a thread that waits for every child, the exit status is unknown
+//! ([`End::Unknown`]). The caller must then check the effect of the program.
 
 use std::ffi::{CStr, CString};
 use std::io::{PipeReader, PipeWriter, Read};
@@ -16,21 +16,21 @@ use std::time::{Duration, Instant};
 
 use crate::sys::{self, End, Errno, Result};
 
-/// Where programs are sought, in this order.
+/// Directories in which programs are searched, in this order.
 pub(crate) const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
-/// All of a program's environment. In the C locale error messages are the ones that are in the source.
+/// Environment of every program. In the C locale, error messages are not translated.
 const ENVIRONMENT: [&CStr; 2] = [c"PATH=/usr/sbin:/sbin:/usr/bin:/bin", c"LC_ALL=C"];
 
-/// A program that writes more than this is ended: EFBIG.
+/// Maximum size of a program's output. A program that writes more is killed (EFBIG).
 const OUTPUT_MAX: usize = 64 << 20;
-/// What a program complains of is kept up to here.
+/// Maximum size of the standard error that is kept.
 const ERRORS_MAX: usize = 4 << 10;
-/// A pipe that is ready takes so many bytes at once (PIPE_BUF).
+/// Number of bytes that a writable pipe accepts without blocking (PIPE_BUF).
 const WRITE_MAX: usize = 4096;
-/// A process that was killed is gone after this, unless the kernel holds it.
+/// Time limit for the end of a killed process.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 
-/// What a program left behind.
+/// Result of a program.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub end: End,
@@ -38,9 +38,9 @@ pub(crate) struct Outcome {
     pub errors: Vec<u8>,
 }
 
-/// Runs a program by its name, and waits for its end: at most as long as this, then it is killed (ETIMEDOUT).
+/// Runs a program by its name, and waits for its end. After the time limit the program is killed (ETIMEDOUT).
 ///
-/// ENOENT: it is in none of the directories.
+/// ENOENT: none of the directories has the program.
 pub(crate) fn run(name: &str, arguments: &[&str], input: &str, time: Duration) -> Result<Outcome> {
     let deadline = Instant::now() + time;
     let mut running = Running::start(name, arguments)?;
@@ -51,7 +51,7 @@ pub(crate) fn run(name: &str, arguments: &[&str], input: &str, time: Duration) -
     outcome
 }
 
-/// A program that was started, and this process's ends of its pipes; `None`: it has ended, and they are closed.
+/// A started program, and this process's ends of the pipes. `None`: the pipe is closed, or the program has ended.
 struct Running {
     process: Option<OwnedFd>,
     input: Option<PipeWriter>,
@@ -70,8 +70,8 @@ impl Running {
         let (its_input, input) = std::io::pipe()?;
         let (output, its_output) = std::io::pipe()?;
         let (errors, its_errors) = std::io::pipe()?;
-        // A process that has closed its standard descriptors gets these numbers for its pipes. Copies are above them, so
-        // that none is overwritten in the program before it is in its place.
+        // If the process has closed its standard descriptors, the pipes get their numbers. Copies get higher numbers, so that
+        // none is overwritten in the program before it is duplicated.
         let files = [OwnedFd::from(its_input), its_output.into(), its_errors.into()];
         let [its_input, its_output, its_errors] = &files;
         let files = [its_input.try_clone()?, its_output.try_clone()?, its_errors.try_clone()?];
@@ -88,7 +88,7 @@ impl Running {
         match sys::pidfd(pid) {
             Ok(process) => Ok(Running { process, input: Some(input), output: Some(output), errors: Some(errors) }),
             Err(error) => {
-                // It has been given nothing to do, and ends when it reads or writes.
+                // The program has no input yet. It ends when it reads or writes.
                 drop((input, output, errors));
                 drop(files);
                 sys::reap(pid);
@@ -97,7 +97,7 @@ impl Running {
         }
     }
 
-    /// Gives the program its input and takes what it writes, until it has ended.
+    /// Writes the input and reads the output until the program has ended.
     fn serve(&mut self, input: &[u8], deadline: Instant) -> Result<Outcome> {
         let (mut output, mut errors) = (Vec::new(), Vec::new());
         let mut left = input;
@@ -114,7 +114,7 @@ impl Running {
                 match sys::write_to_pipe(pipe.as_fd(), left.get(..WRITE_MAX).unwrap_or(left)) {
                     Ok(len) => left = left.get(len..).unwrap_or_default(),
                     Err(Errno(libc::EINTR)) => {}
-                    // It does not want the rest.
+                    // The program has closed its input.
                     Err(Errno(libc::EPIPE)) => left = &[],
                     Err(error) => return Err(error),
                 }
@@ -129,7 +129,7 @@ impl Running {
             if output.len() > OUTPUT_MAX {
                 return Err(Errno(libc::EFBIG));
             }
-            // What it wrote before its end is there when the end is. A process of its own that has the pipes still is
+            // At the end of the program, all its output is in the pipes. A child of the program that still has the pipes is
             // not waited for.
             if ended && !written && !complained {
                 let end = self.process.as_ref().map_or(Ok(End::Unknown), |process| sys::wait(process.as_fd()))?;
@@ -138,7 +138,7 @@ impl Running {
         }
     }
 
-    /// Waits for something to do: input wanted, output, errors, and the end.
+    /// Waits until the input is writable, output or errors are readable, or the program has ended.
     fn ready(&self, time: Duration) -> Result<[bool; 4]> {
         let time = if self.process.is_some() { time } else { Duration::ZERO };
         let number = |fd: Option<&dyn AsRawFd>| fd.map_or(-1, AsRawFd::as_raw_fd);
@@ -152,7 +152,7 @@ impl Running {
         Ok([writable, written, complained, ended || self.process.is_none()])
     }
 
-    /// Endpoints a program that has failed its caller. It may have ended by itself, which is no error.
+    /// Kills a program after a failure. The program may already have ended, which is not an error.
     fn kill(self) {
         let Some(process) = &self.process else { return };
         let process = process.as_fd();
@@ -163,7 +163,7 @@ impl Running {
     }
 }
 
-/// Appends what is in a pipe that is ready; at its end the pipe is closed.
+/// Appends the contents of a readable pipe. Closes the pipe at its end.
 fn receive(pipe: &mut Option<PipeReader>, received: &mut Vec<u8>) -> Result<()> {
     const ROOM: usize = 16 << 10;
     let Some(reader) = pipe else { return Ok(()) };
@@ -209,9 +209,9 @@ mod tests {
     fn program_with_more_data_than_a_pipe_holds_ends() {
         let long = "x".repeat(1 << 20);
         assert_eq!(shell("cat", &long).output, long.as_bytes());
-        // It ends before it has read anything.
+        // The program ends before it reads.
         assert_eq!(shell("exit 0", &long).end, End::Exited(0));
-        // It reads nothing, and goes on.
+        // The program closes its input and continues.
         assert_eq!(shell("exec <&-; sleep 0.3; echo end", &long).output, b"end\n");
     }
 
@@ -253,7 +253,7 @@ mod tests {
     fn program_environment_is_the_librarys_own() {
         let outcome = shell("exec env", "");
         let mut lines: Vec<String> = String::from_utf8(outcome.output).unwrap().lines().map(str::to_owned).collect();
-        // What shells make by themselves.
+        // Variables that shells set themselves.
         lines.retain(|line| !line.starts_with("PWD=") && !line.starts_with("_=") && !line.starts_with("SHLVL="));
         lines.sort_unstable();
         assert_eq!(lines, ["LC_ALL=C", "PATH=/usr/sbin:/sbin:/usr/bin:/bin"]);
@@ -262,11 +262,11 @@ mod tests {
     #[test]
     fn program_starts_with_no_signal_blocked_or_ignored() {
         let signals = "sed -n 's/^Sig\\(Blk\\|Ign\\):\\s*0*//p' /proc/self/status";
-        // Rust's runtime ignores SIGPIPE.
+        // The Rust runtime ignores SIGPIPE.
         let outcome = sys::without_signals(|| shell(signals, ""));
         let lines = String::from_utf8(outcome.output).unwrap();
         let masks: Vec<u64> = lines.lines().map(|mask| u64::from_str_radix(mask, 16).unwrap_or(0)).collect();
-        // 32 and 33 are the C library's own.
+        // The C library reserves signals 32 and 33.
         assert_eq!(masks.iter().map(|mask| mask & !(3 << 31)).collect::<Vec<_>>(), [0, 0]);
     }
 }

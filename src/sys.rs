@@ -1,4 +1,4 @@
-//! The few system calls that `std` and `socket2` do not wrap.
+//! System calls that `std` and `socket2` do not wrap.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -11,13 +11,13 @@ use socket2::SockAddr;
 use crate::address::KernelAddr;
 pub(crate) use crate::errno::{Errno, Result, SavedErrno, errno, set_errno};
 
-/// Memory for one value, or the value back.
+/// Moves a value to the heap, or returns the value if the allocation fails.
 pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
     let layout = std::alloc::Layout::new::<T>();
     if layout.size() == 0 {
         return Ok(Box::new(value));
     }
-    // SAFETY: the layout is not of size zero. A new allocation of that layout, to which a value is written, is a Box's.
+    // SAFETY: the layout is not of size zero. A new allocation with the layout of T, to which a T is written, is valid for a Box.
     unsafe {
         let memory = std::alloc::alloc(layout).cast::<T>();
         if memory.is_null() {
@@ -28,7 +28,7 @@ pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
     }
 }
 
-/// Milliseconds since some moment, exact to a few of them; no system call (vDSO).
+/// Returns milliseconds of a monotonic clock, with a resolution of some milliseconds. Makes no system call (vDSO).
 pub(crate) fn coarse_ms() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: now is valid for writes. The clock exists since Linux 2.6.32.
@@ -36,7 +36,7 @@ pub(crate) fn coarse_ms() -> u64 {
     now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
 }
 
-/// Nanoseconds since some moment.
+/// Returns nanoseconds of a monotonic clock.
 pub(crate) fn monotonic_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: now is valid for writes.
@@ -44,14 +44,14 @@ pub(crate) fn monotonic_ns() -> u64 {
     (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
 }
 
-/// What a descriptor refers to: device and inode, which no other open socket has (sockfs), nor another open file.
+/// Identity of an open socket or file: device and inode. No other open socket (sockfs) or file has the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
     inode: u64,
 }
 
-/// `None`: the descriptor is not open.
+/// Returns the identity of a descriptor; `None`: it is not open.
 pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
     // SAFETY: a struct of integers, valid for writes.
     unsafe {
@@ -62,12 +62,12 @@ pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
     }
 }
 
-/// The kernel rounds it up to what the machine has.
+/// Size of a mapping. The kernel rounds it up to the page size.
 const PAGE: usize = 4096;
 
-/// A word in a page of its own that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
+/// Maps a page with a word that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
 pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64> {
-    // SAFETY: a new private mapping, which is given back if the kernel does not do what it is for.
+    // SAFETY: a new private mapping, which is unmapped if the kernel does not support the advice.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
@@ -82,7 +82,7 @@ pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64
     }
 }
 
-/// A word, 0 at first, in a page of its own that forked children share with this process (`MAP_SHARED`).
+/// Maps a page with a word, initially 0, that forked children share with this process (`MAP_SHARED`).
 pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::AtomicU64> {
     // SAFETY: a new mapping.
     unsafe {
@@ -92,34 +92,35 @@ pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::At
     }
 }
 
-/// Ends this process's part in such memory.
+/// Unmaps shared memory from this process.
 ///
 /// # Safety
-/// It came from [`memory_shared_with_children`], and this process does not use it again.
+/// The pointer must come from [`memory_shared_with_children`], and this process must not use it again.
 pub(crate) unsafe fn unmap_shared(word: *mut std::sync::atomic::AtomicU64) {
-    // SAFETY: by the caller's word.
+    // SAFETY: the caller guarantees it.
     unsafe { libc::munmap(word.cast(), PAGE) };
 }
 
-/// A file without a name that this process has locked (`fcntl(F_SETLK)`). A forked child has the file and not the lock. The
-/// lock ends with the last thread of this process, when it executes a program, and when it closes the file.
+/// Creates a file without a name that this process has locked (`fcntl(F_SETLK)`). A forked child inherits the file, but not the
+/// lock. The lock ends when the last thread of this process ends, when the process executes a program, and when it closes the
+/// file.
 pub(crate) fn file_locked_by_this_process() -> Result<OwnedFd> {
-    // SAFETY: a NUL-terminated name; the call gives a new descriptor or -1.
+    // SAFETY: the name is NUL-terminated; the call returns a new descriptor or -1.
     let fd = unsafe { libc::memfd_create(c"libtproxy".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(Errno::last());
     }
-    // SAFETY: it is ours alone.
+    // SAFETY: a new descriptor that no other owner has.
     let file = unsafe { OwnedFd::from_raw_fd(fd) };
     lock_command(file.as_fd(), libc::F_SETLK).map(|_| file)
 }
 
-/// Whether another process has locked such a file.
+/// Whether another process has locked a file of [`file_locked_by_this_process`].
 pub(crate) fn is_locked_by_another(file: BorrowedFd<'_>) -> bool {
     lock_command(file, libc::F_GETLK).is_ok_and(|found| i32::from(found.l_type) != libc::F_UNLCK)
 }
 
-/// Sets a write lock on all of a file, or asks what is in its way.
+/// Sets a write lock on a whole file, or queries a conflicting lock.
 fn lock_command(file: BorrowedFd<'_>, command: i32) -> Result<libc::flock> {
     // SAFETY: a struct of integers, for which all zero is valid, of the kind that the command takes.
     unsafe {
@@ -130,7 +131,7 @@ fn lock_command(file: BorrowedFd<'_>, command: i32) -> Result<libc::flock> {
     }
 }
 
-/// Whether there is a process of this number, whether or not it may be signalled.
+/// Whether a process with this PID exists.
 pub(crate) fn process_exists(pid: u32) -> bool {
     // SAFETY: signal 0 is not sent.
     i32::try_from(pid).is_ok_and(|pid| unsafe { libc::kill(pid, 0) } == 0 || errno() != libc::ESRCH)
@@ -146,7 +147,7 @@ pub(crate) fn getsockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> Resul
     if rc == 0 { Ok(value) } else { Err(Errno::last()) }
 }
 
-/// `getsockopt` of a struct: the buffer is given and filled. Returns how much of it.
+/// `getsockopt` of a struct, whose input is in the buffer. Returns the size of the result.
 pub(crate) fn getsockopt_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize> {
     let mut len = buffer.len() as libc::socklen_t;
     // SAFETY: the buffer is valid for reads and writes of len bytes.
@@ -188,7 +189,7 @@ pub(crate) fn bind(fd: BorrowedFd<'_>, addr: &KernelAddr) -> Result<()> {
     if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// `connect(2)`: whether it is done, or under way (EINPROGRESS).
+/// `connect(2)`. Returns whether the socket is connected; otherwise the connection is in progress (EINPROGRESS).
 #[inline(always)]
 pub(crate) fn connect(fd: BorrowedFd<'_>, addr: &KernelAddr) -> Result<bool> {
     let bytes = addr.as_bytes();
@@ -221,12 +222,12 @@ pub(crate) fn accept(listener: BorrowedFd<'_>, peer: Option<&mut KernelAddr>, no
 pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()> {
     let place = addr.as_mut_bytes();
     let mut len = place.len() as libc::socklen_t;
-    // SAFETY: both are valid for writes, and len is the size of the place.
+    // SAFETY: both are valid for writes, and len is the size of the buffer.
     let rc = unsafe { libc::getsockname(fd.as_raw_fd(), place.as_mut_ptr().cast(), &raw mut len) };
     if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// How many descriptors this process may have: the soft and the hard limit (`u64::MAX`: any number).
+/// Returns the soft and the hard descriptor limit of this process (`u64::MAX`: unlimited).
 pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: valid for writes of a limit.
@@ -235,25 +236,25 @@ pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
     (rc == 0).then_some((limit.rlim_cur.into(), limit.rlim_max.into()))
 }
 
-/// The capabilities that this thread has in effect, a bit for each, by capget(2): /proc need not be there.
+/// Returns the effective capabilities of this thread as a bit set, by capget(2), which does not need /proc.
 pub(crate) fn effective_capabilities() -> Result<u64> {
     /// _LINUX_CAPABILITY_VERSION_3, `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct`.
     const VERSION: u32 = 0x2008_0522;
     let mut header = [VERSION, 0];
     let mut sets = [0u32; 6];
-    // SAFETY: a header of 8 bytes, of this thread, and room for the two parts of the three sets.
+    // SAFETY: the header has 8 bytes, and the buffer holds the two parts of the three sets.
     let rc = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
     let [low, _, _, high, _, _] = sets;
     if rc == 0 { Ok(u64::from(high) << 32 | u64::from(low)) } else { Err(Errno::last()) }
 }
 
-/// The user and the group that this process runs as.
+/// Returns the effective user and group IDs.
 pub(crate) fn effective_ids() -> (u32, u32) {
     // SAFETY: plain system calls, which do not fail.
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-/// Whether a program that this thread executes may be given a capability; `None`: the kernel does not say.
+/// Whether a capability is in the bounding set, so that executed programs can have it; `None`: unknown.
 pub(crate) fn is_in_bounding_set(capability: u32) -> Option<bool> {
     let nothing: libc::c_ulong = 0;
     // SAFETY: a plain system call.
@@ -264,7 +265,7 @@ pub(crate) fn is_in_bounding_set(capability: u32) -> Option<bool> {
     }
 }
 
-/// The kernel's release, as uname(2) has it.
+/// Returns the kernel release of uname(2).
 pub(crate) fn kernel_release() -> String {
     // SAFETY: a struct of bytes, for which all zero is valid; valid for writes.
     let name = unsafe {
@@ -276,7 +277,7 @@ pub(crate) fn kernel_release() -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
+/// Returns the address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
 pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
     // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both
     // are valid when all zero.
@@ -292,7 +293,7 @@ pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
     Ok(addr)
 }
 
-/// The port of a netlink socket that is bound (`nl_pid`, netlink(7)).
+/// Returns the port of a bound netlink socket (`nl_pid`, netlink(7)).
 pub(crate) fn netlink_port(fd: BorrowedFd<'_>) -> Result<u32> {
     // SAFETY: a struct of integers; it and its length are valid for writes.
     unsafe {
@@ -305,41 +306,41 @@ pub(crate) fn netlink_port(fd: BorrowedFd<'_>) -> Result<u32> {
     }
 }
 
-/// The network namespace that a socket is in (`ioctl(SIOCGSKNS)`, Linux 4.9; it needs CAP_NET_ADMIN there, not /proc).
+/// Opens the network namespace of a socket (`ioctl(SIOCGSKNS)`, Linux 4.9). It needs CAP_NET_ADMIN in that namespace, and not /proc.
 pub(crate) fn network_of(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
     /// include/uapi/linux/sockios.h.
     const SIOCGSKNS: u32 = 0x894c;
-    // SAFETY: it takes no argument, and gives a new descriptor (close-on-exec) or -1.
+    // SAFETY: the call takes no argument, and returns a new descriptor (close-on-exec) or -1.
     let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS as _) };
-    // SAFETY: it is ours alone.
+    // SAFETY: a new descriptor that no other owner has.
     if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
 }
 
-/// `recv(2)` in place of what is in the buffer, as much as it has room for.
+/// `recv(2)` into a buffer, whose contents are replaced, up to its capacity.
 pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> Result<()> {
     buffer.clear();
     // SAFETY: the whole capacity is valid for writes.
     let len = unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.capacity(), 0) };
     let len = usize::try_from(len).map_err(|_| Errno::last())?;
-    // SAFETY: so many bytes were written, and no more than there is room for.
+    // SAFETY: the kernel has written this number of bytes, which does not exceed the capacity.
     unsafe { buffer.set_len(len) };
     Ok(())
 }
 
-/// Gives this thread a network namespace of its own.
+/// Moves this thread to a new network namespace.
 pub(crate) fn unshare_network() -> Result<()> {
-    // SAFETY: a plain system call; it changes this thread alone.
+    // SAFETY: a plain system call; it changes only this thread.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// Puts this thread into a network namespace.
+/// Moves this thread to a network namespace.
 pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: a plain system call; it changes this thread alone.
+    // SAFETY: a plain system call; it changes only this thread.
     let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
     if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// Does something while this thread gets no signals; threads that it starts get none at all.
+/// Runs a function with all signals blocked in this thread. Threads that it starts keep them blocked.
 pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
     // SAFETY: both sets are valid for writes, and the first is filled before it is read.
     let before = unsafe {
@@ -349,28 +350,28 @@ pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
         before
     };
     let outcome = body();
-    // SAFETY: the set that was there before.
+    // SAFETY: restores the set that was saved above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
     outcome
 }
 
-/// Does something in a thread of its own, of this name, and waits for its end; `None`: it panicked.
+/// Runs a function in a new thread with a name, and waits for its end; `None`: the function panicked.
 pub(crate) fn in_a_thread<T: Send>(name: &str, body: impl FnOnce() -> T + Send) -> Result<Option<T>> {
-    /// The default of `std`, which would otherwise look for RUST_MIN_STACK in the environment.
+    /// The default size. Without an explicit size, `std` would read RUST_MIN_STACK from the environment.
     const STACK: usize = 2 << 20;
     let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
     thread::scope(|scope| {
         let worker = builder.spawn_scoped(scope, body)?;
-        // Dropping what was thrown could panic again.
+        // Dropping the payload of a panic could panic again.
         Ok(worker.join().map_err(std::mem::forget).ok())
     })
 }
 
-/// Starts the program at a path, with these descriptors for its standard input, output and error, and this environment.
+/// Starts the program at a path, with the given standard input, output and error, and the given environment.
 ///
-/// No signal is blocked or ignored in it, whatever this process does with its own: a program that waits for its
-/// children, or stops waiting at an alarm, could not. (`std::process::Command` does that only between `fork` and
-/// `exec`, where it panics if the program cannot be started while SIGCHLD is ignored.)
+/// The program starts with no signal blocked or ignored, whatever the signal mask of this process is. Otherwise it might not
+/// be able to wait for its children or to receive an alarm. (`std::process::Command` can reset signals only in a hook between
+/// `fork` and `exec`, and then panics if the program cannot be started while SIGCHLD is ignored.)
 pub(crate) fn spawn(
     path: &CStr,
     arguments: &[&CStr],
@@ -383,7 +384,7 @@ pub(crate) fn spawn(
     let (argv, envp) = (pointers(arguments), pointers(environment));
     let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
     let mut pid = 0;
-    // SAFETY: both are initialised before anything else is done with them, and destroyed at the end; path, arguments
+    // SAFETY: both are initialized before their first use, and destroyed at the end; path, arguments
     // and environment are NUL-terminated, and the last pointer of each list is NULL.
     unsafe {
         let mut actions = std::mem::zeroed();
@@ -414,10 +415,10 @@ pub(crate) fn spawn(
     Ok(pid)
 }
 
-/// A descriptor of a child process, which is readable once that has ended. Linux 5.4.
+/// Opens a descriptor of a child process (Linux 5.4). It is readable after the child has ended.
 ///
-/// `None`: it has ended, and its number may be another process's: this process ignores SIGCHLD, or waits for any child
-/// elsewhere.
+/// `None`: the child has ended and was already waited for, so its PID may belong to another process. This happens if this
+/// process ignores SIGCHLD or waits for any child elsewhere.
 pub(crate) fn pidfd(child: libc::pid_t) -> Result<Option<OwnedFd>> {
     // SAFETY: a plain system call.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child, 0) };
@@ -433,9 +434,9 @@ pub(crate) fn pidfd(child: libc::pid_t) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Endpoints a process.
+/// Kills a process.
 pub(crate) fn kill(process: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: a plain system call; without a siginfo the signal is as by kill(2).
+    // SAFETY: a plain system call; a NULL siginfo means the same as kill(2).
     let rc = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -448,14 +449,14 @@ pub(crate) fn kill(process: BorrowedFd<'_>) -> Result<()> {
     if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// By itself, with this status.
+    /// The process exited with this status.
     Exited(i32),
-    /// By this signal.
+    /// The process was killed by this signal.
     Killed(i32),
-    /// The kernel does not say: this process ignores SIGCHLD, or waits for any child elsewhere and was told there.
+    /// The status is unknown: this process ignores SIGCHLD, or another part of it has waited for the child.
     Unknown,
 }
 
@@ -472,7 +473,7 @@ pub(crate) fn wait(process: BorrowedFd<'_>) -> Result<End> {
     }
 }
 
-/// `waitid(2)`: what has happened (CLD_*), and the status or the signal.
+/// `waitid(2)`. Returns the event (CLD_*), and the status or the signal.
 fn waitid(process: BorrowedFd<'_>, options: i32) -> Result<(i32, i32)> {
     // SAFETY: all zero is valid, and has a status; the call fills it.
     unsafe {
@@ -482,16 +483,16 @@ fn waitid(process: BorrowedFd<'_>, options: i32) -> Result<(i32, i32)> {
     }
 }
 
-/// Waits for a child process by its number, when there is no descriptor of it.
+/// Waits for a child process by its PID, if it has no descriptor.
 pub(crate) fn reap(pid: libc::pid_t) {
-    // SAFETY: a plain system call; NULL: the status is not asked for.
+    // SAFETY: a plain system call; NULL: the status is not needed.
     while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } < 0 && errno() == libc::EINTR {}
 }
 
-/// Waits until one of these descriptors is ready, or this time has passed; one less than 0 is none. Says which are.
+/// Waits until one of the descriptors is ready or the time has passed. Negative descriptors are ignored. Returns which are ready.
 pub(crate) fn poll<const N: usize>(events: [(RawFd, i16); N], time: Duration) -> Result<[bool; N]> {
     let mut polled = events.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
-    // Rounded up: not to ask again and again in the last millisecond.
+    // Rounded up, so that callers do not poll repeatedly in the last millisecond.
     let time = i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
     // SAFETY: valid for reads and writes of N.
     let rc = unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, time) };
@@ -502,7 +503,7 @@ pub(crate) fn poll<const N: usize>(events: [(RawFd, i16); N], time: Duration) ->
     }
 }
 
-/// `write(2)` to a pipe, whose reader may have gone: that is EPIPE, and not SIGPIPE, which would end this process.
+/// `write(2)` to a pipe. If the reader has closed it, the error is EPIPE, without SIGPIPE, which would end this process.
 pub(crate) fn write_to_pipe(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize> {
     // SAFETY: the sets are valid for writes and filled before they are read; the bytes are valid for reads.
     unsafe {
@@ -515,7 +516,7 @@ pub(crate) fn write_to_pipe(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize>
         let was_pending = libc::sigismember(&raw const pending, libc::SIGPIPE) == 1;
         let written = libc::write(pipe.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
         let outcome = usize::try_from(written).map_err(|_| Errno::last());
-        // The one that the write has sent to this thread; it is there when the write returns.
+        // Removes the SIGPIPE that the write has sent to this thread. It is pending when the write returns.
         if outcome == Err(Errno(libc::EPIPE)) && !was_pending {
             let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
             libc::sigtimedwait(&raw const sigpipe, ptr::null_mut(), &raw const at_once);

@@ -1,238 +1,18 @@
-//! The programs of iptables: which programs run, when, and with what; what becomes of rules when a program fails, hangs or is
-//! missing. The signals, descriptors and environment of the calling process do not matter.
+//! The programs of iptables: which programs the library runs, and the result when a program fails, hangs or is missing.
 //!
-//! Each test runs in a process of its own, in which it may replace the programs of the system (a mount namespace) and change
-//! what a process has only once.
+//! Each test runs in a separate process, in whose mount namespace it may replace the programs of the system.
 
 mod common;
 
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
+use common::iptables::*;
 use common::*;
-use libc::{EAGAIN, EIO, EMFILE, ENOENT, EOPNOTSUPP, EPERM};
+use libc::{EAGAIN, EIO, ENOENT, EOPNOTSUPP, EPERM};
 use tproxy::ffi::*;
-
-/// Runs the body of a test in a process, a network and a mount namespace of its own.
-fn alone(test: impl Fn(), body: impl FnOnce()) {
-    process::alone(test, || {
-        // The legacy iptables locks a file in /run.
-        own_mounts();
-        mount_tmpfs("/run");
-        body();
-    });
-}
-
-/// Gives this thread a mount namespace of its own.
-fn own_mounts() {
-    // SAFETY: a plain system call; it changes this thread alone.
-    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0, "{}", std::io::Error::last_os_error());
-}
-
-/// Runs a shell command in this thread's namespaces; gives its standard output.
-fn shell(command: &str) -> String {
-    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-const VARIANTS: [&str; 2] = ["legacy", "nft"];
-
-/// The variants that work on this machine. Without the legacy one the test counts as skipped.
-#[track_caller]
-fn variants() -> &'static [&'static str] {
-    if provided(Requirement::LegacyIptables) { &VARIANTS } else { &VARIANTS[1..] }
-}
-
-/// The library's chains and jumps in the tables of both families and both variants.
-fn chains() -> String {
-    let mut found = String::new();
-    for program in ["iptables", "ip6tables"] {
-        for variant in VARIANTS {
-            if variant == "legacy" && !is_met(Requirement::LegacyIptables) {
-                continue;
-            }
-            let save = shell(&format!("{program}-{variant}-save"));
-            for line in save.lines().filter(|line| line.contains("tp-") && !line.contains("-link-")) {
-                found.push_str(&format!("{program}-{variant}: {line}\n"));
-            }
-        }
-    }
-    found
-}
-
-fn routing() -> String {
-    shell("ip -4 rule; ip -6 rule; ip -4 route show table all; ip -6 route show table all")
-        .lines()
-        .filter(|line| line.contains("proto 116"))
-        .collect()
-}
-
-/// Asserts that no instance has left anything.
-fn assert_nothing_left() {
-    assert_eq!(chains() + &routing(), "");
-    assert_eq!(shell("nft list tables inet"), "");
-}
-
-/// A listener, and a configuration that intercepts port 80 for it.
-struct Setup {
-    listener: TcpListener,
-}
-
-impl Setup {
-    fn new() -> Setup {
-        Setup { listener: listen("[::]:3129".parse().unwrap(), TP_LISTEN_REUSEPORT).unwrap() }
-    }
-
-    fn config(&self) -> RulesConfig {
-        RulesConfig::of(&self.listener).backend(TP_BACKEND_IPTABLES).ports(&[80])
-    }
-
-    fn install(&self) -> Result<Rules, Failed> {
-        self.config().install()
-    }
-
-    /// Leaves the chains and the routing of a killed process in this variant.
-    fn leave(&self, variant: &str) {
-        let script = self.config().render(TP_FORMAT_IPTABLES);
-        // The routing is there already if this is the second variant.
-        let script = if routing().is_empty() { script } else { script.replace("\nip ", "\n: ") };
-        shell(&script.replace("tables-restore", &format!("tables-{variant}-restore")));
-        assert_eq!(chains().matches(&format!("tables-{variant}: -A PREROUTING")).count(), 2);
-    }
-}
-
-/// Makes the library choose a variant: it uses the one that has rules already.
-fn prefer(variant: &str) {
-    for program in ["iptables", "ip6tables"] {
-        shell(&format!("{program}-{variant} --wait -A INPUT -j ACCEPT"));
-    }
-}
-
-/// The names of all programs that the library could run.
-fn names() -> impl Iterator<Item = String> {
-    ["iptables", "ip6tables"].into_iter().flat_map(|base| {
-        ["", "-nft", "-legacy"]
-            .into_iter()
-            .flat_map(move |variant| ["save", "restore"].map(|action| format!("{base}{variant}-{action}")))
-    })
-}
-
-/// Makes a directory for this process.
-fn directory(name: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("tproxy-programs-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&path).unwrap();
-    path
-}
-
-fn script(path: &Path, text: &str) {
-    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
-}
-
-/// The directories of programs in this thread's mount namespace, in which only the programs of iptables and the tools of the
-/// tests are. The original programs are in `originals`, for scripts that do something before or after.
-struct Programs {
-    originals: PathBuf,
-}
-
-impl Programs {
-    fn new() -> Programs {
-        own_mounts();
-        let originals = directory("originals");
-        for variant in VARIANTS {
-            let program = std::fs::canonicalize(format!("/usr/sbin/iptables-{variant}-save")).unwrap();
-            std::fs::copy(program, originals.join(format!("{variant}-multi"))).unwrap();
-        }
-        for name in names() {
-            let variant = if name.contains("-legacy") { "legacy" } else { "nft" };
-            symlink(originals.join(format!("{variant}-multi")), originals.join(&name)).unwrap();
-        }
-        for program in ["iptables", "ip6tables"] {
-            for variant in VARIANTS {
-                symlink(originals.join(format!("{variant}-multi")), originals.join(format!("{program}-{variant}")))
-                    .unwrap();
-            }
-        }
-        // The tools of the tests themselves.
-        for tool in ["ip", "nft"] {
-            let path = shell(&format!("PATH=$PATH:/usr/sbin:/sbin command -v {tool}"));
-            std::fs::copy(path.trim(), originals.join(tool)).unwrap();
-        }
-        mount_tmpfs("/usr/sbin");
-        if !std::fs::symlink_metadata("/sbin").unwrap().is_symlink() {
-            mount_tmpfs("/sbin");
-        }
-        let programs = Programs { originals };
-        for tool in ["ip", "nft", "iptables-legacy", "iptables-nft", "ip6tables-legacy", "ip6tables-nft"] {
-            symlink(programs.originals.join(tool), Path::new("/usr/sbin").join(tool)).unwrap();
-        }
-        names().for_each(|name| programs.restore(&name));
-        programs
-    }
-
-    fn put(&self, name: &str, text: &str) {
-        let path = Path::new("/usr/sbin").join(name);
-        let _ = std::fs::remove_file(&path);
-        script(&path, text);
-    }
-
-    fn remove(&self, name: &str) {
-        std::fs::remove_file(Path::new("/usr/sbin").join(name)).unwrap();
-    }
-
-    /// Puts the original program there again.
-    fn restore(&self, name: &str) {
-        let path = Path::new("/usr/sbin").join(name);
-        let _ = std::fs::remove_file(&path);
-        symlink(self.originals.join(name), path).unwrap();
-    }
-}
-
-impl Drop for Programs {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.originals);
-    }
-}
-
-/// PATH and the variables that iptables reads have no effect.
-#[test]
-fn install_rules_with_iptables_ignores_environment_of_caller() {
-    alone(install_rules_with_iptables_ignores_environment_of_caller, || {
-        let (evil, proof) = (directory("evil"), directory("evil").join("proof"));
-        for name in names().chain(["sh".to_owned(), "modprobe".to_owned(), "ip".to_owned(), "nft".to_owned()]) {
-            script(&evil.join(name), &format!("echo \"$0 $*\" >> {}", proof.display()));
-        }
-        let setup = Setup::new();
-        for variant in variants().iter().copied() {
-            setup.leave(variant);
-            let honest = std::env::var_os("PATH").unwrap();
-            let variables = ["XTABLES_LOCKFILE", "XTABLES_LIBDIR", "IPTABLES_LIB_DIR", "TMPDIR", "LC_ALL"];
-            // SAFETY: no other thread of this process reads the environment now.
-            unsafe {
-                std::env::set_var("PATH", &evil);
-                variables.iter().for_each(|name| std::env::set_var(name, "/nonexistent"));
-            }
-            let rules = setup.install().unwrap();
-            rules.stats();
-            rules.replace(&setup.config()).unwrap();
-            rules.remove().unwrap();
-            purge(None).unwrap();
-            // SAFETY: as above.
-            unsafe {
-                std::env::set_var("PATH", honest);
-                variables.iter().for_each(|name| std::env::remove_var(name));
-            }
-            assert_nothing_left();
-        }
-        assert!(!proof.exists(), "{}", std::fs::read_to_string(&proof).unwrap());
-        std::fs::remove_dir_all(&evil).unwrap();
-    });
-}
 
 #[test]
 fn install_rules_and_purge_rules_run_iptables_only_where_needed() {
@@ -259,101 +39,21 @@ fn install_rules_and_purge_rules_run_iptables_only_where_needed() {
         rules.remove().unwrap();
         check();
         assert!(!proof.exists(), "{}", std::fs::read_to_string(&proof).unwrap());
-        // The scripts do record what the library runs:
+        // The scripts record what the library runs:
         setup.install().unwrap().remove().unwrap();
         assert!(proof.exists());
         assert_nothing_left();
     });
 }
 
-/// Handles SIGCHLD in one of the ways of programs.
-fn reap_children(how: &str) {
-    extern "C" fn reap(_: i32) {
-        // SAFETY: plain system calls.
-        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
-    }
-    // SAFETY: a zeroed sigaction with a handler that makes system calls only.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        match how {
-            "ignored" => action.sa_sigaction = libc::SIG_IGN,
-            "without zombies" => action.sa_flags = libc::SA_NOCLDWAIT,
-            "handler" => action.sa_sigaction = reap as *const () as usize,
-            _ => {}
-        }
-        assert_eq!(libc::sigaction(libc::SIGCHLD, &raw const action, std::ptr::null_mut()), 0);
-    }
-    if how == "thread" {
-        std::thread::spawn(|| {
-            loop {
-                // SAFETY: a plain system call.
-                if unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) } < 0 {
-                    std::thread::sleep(Duration::from_micros(200));
-                }
-            }
-        });
-    }
-}
-
-/// Makes calls in processes that handle SIGCHLD in each way, each after something else in the test's process.
-fn with_children_reaped(test: impl Fn(), before: impl Fn(&Setup, &str), calls: impl Fn(&Setup)) {
-    alone(test, || {
-        let setup = Setup::new();
-        for how in ["ignored", "without zombies", "handler", "thread"] {
-            for variant in variants().iter().copied() {
-                println!("{how}, {variant}");
-                prefer(variant);
-                before(&setup, variant);
-                // SAFETY: the child makes calls of the library, and ends at once.
-                match unsafe { libc::fork() } {
-                    0 => {
-                        reap_children(how);
-                        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| calls(&setup)));
-                        // SAFETY: ends this child alone.
-                        unsafe { libc::_exit(i32::from(outcome.is_err())) };
-                    }
-                    child => {
-                        let mut status = 0;
-                        // SAFETY: room for the status.
-                        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-                        assert_eq!(status, 0, "{how}, {variant}");
-                    }
-                }
-                assert_nothing_left();
-                for program in ["iptables", "ip6tables"] {
-                    shell(&format!("{program}-{variant} --wait -F INPUT"));
-                }
-            }
-        }
-    });
-}
-
-#[test]
-fn install_rules_with_any_sigchld_disposition_works() {
-    let nothing = |_: &Setup, _: &str| {};
-    with_children_reaped(install_rules_with_any_sigchld_disposition_works, nothing, |setup| {
-        let rules = setup.install().unwrap();
-        rules.stats();
-        rules.replace(&setup.config().ports(&[81])).unwrap();
-        rules.update(TP_SET_BYPASS, &prefixes(&["192.0.2.0/24"]), &[]).unwrap();
-        rules.remove().unwrap();
-    });
-}
-
-#[test]
-fn purge_rules_with_any_sigchld_disposition_works() {
-    let left = |setup: &Setup, variant: &str| setup.leave(variant);
-    with_children_reaped(purge_rules_with_any_sigchld_disposition_works, left, |_| purge(None).unwrap());
-}
-
-/// Ways in which a program fails: what it does, the errno of the call, and a part of its message.
+/// Failures of a program: its action, the errno of the call, and a part of the message.
 const FAILURES: [(&str, i32, &str); 9] = [
     ("exit 1", EIO, "exit status 1"),
     ("echo oh no >&2; exit 3", EIO, "oh no"),
     ("kill -KILL $$", EIO, "killed by signal 9"),
     ("exit 0", EIO, "before the end of its input"),
     ("echo \"$last\"; echo late complaint >&2; exit 3", EIO, "late complaint"),
-    // It reports the end of its input, and has done nothing.
+    // The program reports the end of its input and has done nothing.
     ("echo \"$last\"; exit 0", EIO, "reported success"),
     (
         "echo 'line 3 failed: No chain/target/match by that name.' >&2; exit 1",
@@ -361,11 +61,11 @@ const FAILURES: [(&str, i32, &str); 9] = [
         "CONFIG_NETFILTER_XT_MATCH_SOCKET",
     ),
     ("echo 'Fatal: can not open: Permission denied' >&2; exit 4", EPERM, "CAP_NET_ADMIN"),
-    // What iptables does in a set-user-ID program.
+    // iptables exits with 111 in a set-user-ID program.
     ("exit 111", EPERM, "setresuid(0, 0, 0)"),
 ];
 
-/// A program that reads its input and then fails.
+/// Returns a script that reads its input and then fails.
 fn failing(action: &str) -> String {
     format!("while read -r line; do last=$line; done\n{action}")
 }
@@ -627,7 +327,7 @@ fn install_rules_finds_programs_by_their_plain_names() {
     });
 }
 
-/// The library would choose the other variant now.
+/// The library would now choose the other variant for new rules.
 #[test]
 fn replace_rules_and_remove_rules_find_the_variant_with_the_chains() {
     if !provided(Requirement::LegacyIptables) {
@@ -656,7 +356,7 @@ fn replace_rules_and_remove_rules_find_the_variant_with_the_chains() {
     });
 }
 
-/// Another program holds the lock: the call waits, then names it.
+/// Another program holds the lock: the call waits, and its message then names the lock.
 #[test]
 fn purge_rules_with_held_legacy_lock_is_eagain() {
     if !provided(Requirement::LegacyIptables) {
@@ -697,149 +397,6 @@ fn purge_rules_with_unwritable_legacy_lock_is_eperm() {
         shell("umount /run");
         purge(None).unwrap();
         assert_nothing_left();
-    });
-}
-
-/// Each call with 0 to 19 free descriptors: a call that fails leaves nothing.
-#[test]
-fn rules_calls_without_descriptors_fail_or_complete() {
-    alone(rules_calls_without_descriptors_fail_or_complete, || {
-        let setup = Setup::new();
-        let limited = |left: i32, call: &mut dyn FnMut() -> Result<(), Failed>| {
-            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-            let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
-            // SAFETY: room for the limit, and limits.
-            let before = unsafe {
-                libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-                let before = limit.rlim_cur;
-                limit.rlim_cur = (next + left) as libc::rlim_t;
-                assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
-                before
-            };
-            let outcome = call();
-            limit.rlim_cur = before;
-            // SAFETY: a limit.
-            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-            outcome
-        };
-        for variant in variants().iter().copied() {
-            prefer(variant);
-            let (mut failures, mut successes) = ([0; 4], 0);
-            for left in 0..20 {
-                setup.leave(variant);
-                match limited(left, &mut || purge(None)) {
-                    Ok(()) => assert_nothing_left(),
-                    Err(failed) => {
-                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
-                        failures[0] += 1;
-                    }
-                }
-                purge(None).unwrap();
-                let mut rules = None;
-                match limited(left, &mut || setup.install().map(|installed| rules = Some(installed))) {
-                    Ok(()) => {}
-                    Err(failed) => {
-                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
-                        failures[1] += 1;
-                        assert!(failed.sentence.contains("could not be undone") || chains().is_empty(), "{failed}");
-                        purge(None).unwrap();
-                        assert_nothing_left();
-                    }
-                }
-                drop(rules);
-                let rules = setup.install().unwrap();
-                let before = (chains(), routing());
-                let replacement = setup.config().ports(&[81]);
-                if let Err(failed) = limited(left, &mut || rules.replace(&replacement)) {
-                    assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
-                    assert!(
-                        failed.sentence.contains("could not be undone") || (chains(), routing()) == before,
-                        "{failed}"
-                    );
-                    failures[2] += 1;
-                }
-                let mut rules = Some(rules);
-                match limited(left, &mut || rules.take().unwrap().remove()) {
-                    Ok(()) => {
-                        assert_nothing_left();
-                        successes += 1;
-                    }
-                    Err(failed) => {
-                        assert_eq!(failed.errno, EMFILE, "{left}: {failed}");
-                        failures[3] += 1;
-                        purge(None).unwrap();
-                        assert_nothing_left();
-                    }
-                }
-            }
-            assert!(failures.iter().all(|count| *count > 3) && successes > 0, "{failures:?} {successes}");
-            for program in ["iptables", "ip6tables"] {
-                shell(&format!("{program}-{variant} --wait -F INPUT"));
-            }
-        }
-    });
-}
-
-/// A daemon has closed its standard descriptors, whose numbers the pipes get.
-#[test]
-fn install_rules_with_closed_standard_descriptors_works() {
-    alone(install_rules_with_closed_standard_descriptors_works, || {
-        let setup = Setup::new();
-        for variant in variants().iter().copied() {
-            prefer(variant);
-            for closed in [&[0][..], &[1], &[2], &[0, 1], &[1, 2], &[0, 2], &[0, 1, 2]] {
-                // SAFETY: the child has descriptors of its own, and ends at once.
-                match unsafe { libc::fork() } {
-                    0 => {
-                        // SAFETY: nothing in this child uses these descriptors.
-                        closed.iter().for_each(|fd| unsafe { _ = libc::close(*fd) });
-                        let works = || {
-                            let rules = setup.install()?;
-                            rules.replace(&setup.config())?;
-                            rules.remove()
-                        };
-                        let outcome: Result<(), Failed> = works();
-                        // SAFETY: ends this child alone.
-                        unsafe { libc::_exit(outcome.map_or_else(|failed| failed.errno, |()| 0)) };
-                    }
-                    child => {
-                        let mut status = 0;
-                        // SAFETY: room for the status.
-                        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-                        assert_eq!(status, 0, "{variant}, {closed:?}");
-                    }
-                }
-            }
-            assert_nothing_left();
-            for program in ["iptables", "ip6tables"] {
-                shell(&format!("{program}-{variant} --wait -F INPUT"));
-            }
-        }
-    });
-}
-
-/// Without /proc the legacy programs list nothing and report success.
-#[test]
-fn purge_rules_without_proc_removes_or_is_eio() {
-    alone(purge_rules_without_proc_removes_or_is_eio, || {
-        let setup = Setup::new();
-        for variant in variants().iter().copied() {
-            setup.leave(variant);
-            let outcome = std::thread::scope(|scope| {
-                let hidden = scope.spawn(|| {
-                    own_mounts();
-                    mount_tmpfs("/proc");
-                    purge(None)
-                });
-                hidden.join().unwrap()
-            });
-            match outcome {
-                Ok(()) => assert_nothing_left(),
-                Err(failed) => assert_eq!(failed.errno, EIO, "{failed}"),
-            }
-            purge(None).unwrap();
-            assert_nothing_left();
-        }
     });
 }
 

@@ -1,235 +1,13 @@
-//! Replies: they disturb no other socket, the number of sockets is bounded, and replies that cannot be sent have an error.
+//! Replies: they arrive unchanged, also in batches and segments, and each reply that cannot be sent has an error.
 
 mod common;
 
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
 
 use common::datagrams::*;
 use common::*;
 use tproxy::ffi::*;
-
-/// The addresses to which a replier binds its sockets.
-const DUMMIES: [&str; 2] = ["192.0.0.8", "100:0:0:1::1"];
-
-/// The sockets of repliers in this thread's namespace.
-fn reply_sockets() -> Vec<UdpSocketState> {
-    let bound = |socket: &UdpSocketState| DUMMIES.iter().any(|dummy| socket.addr.ip() == ip(dummy));
-    udp_socket_states().into_iter().filter(bound).collect()
-}
-
-/// Sends one reply; gives its error.
-fn reply(replier: &mut Replier, from: SocketAddr, to: SocketAddr, bytes: &[u8]) -> Option<i32> {
-    let mut bytes = bytes.to_vec();
-    let mut one = [reply_of(&mut bytes, from, to)];
-    let sent = replier.reply(&mut one);
-    assert_eq!(sent == 0, one[0].error().is_some());
-    one[0].error()
-}
-
-fn open(config: &tp_replier_config) -> Replier {
-    Replier::open(config).unwrap()
-}
-
-/// A transparent socket, and rules that intercept the datagrams to a port for it.
-fn intercept_udp(lab: &Lab, port: u16) -> (std::os::fd::OwnedFd, Rules) {
-    lab.proxy.run(|| {
-        let listener = receiver(at(ip("::"), 3129));
-        let rules = intercept(&listener, port).unwrap();
-        (listener, rules)
-    })
-}
-
-#[test]
-fn reply_sockets_queue_nothing_and_take_no_request() {
-    for hosts in [v4(), v6()] {
-        let lab = Lab::new();
-        let (listener, _rules) = intercept_udp(&lab, 53);
-        let client = lab.client.run(|| udp(at(hosts.client, 0)));
-        let here = client.local_addr().unwrap();
-        let asked = at(nobody(here.is_ipv6(), 1), 53);
-        let mut replier = lab.proxy.run(|| open(&replier_config()));
-        for round in 0..5 {
-            client.send_to(b"question", asked).unwrap();
-            let got = receive_datagram(&listener, patience()).unwrap_or_else(|| panic!("round {round}"));
-            assert_eq!(got, ("question".to_owned(), here, asked));
-            assert_eq!(lab.proxy.run(|| reply(&mut replier, asked, here, b"answer")), None);
-            assert_eq!(hear(&client, 1), [(b"answer".to_vec(), asked)]);
-        }
-        // The rules divert datagrams to the address of a reply socket to that socket, which drops them.
-        let dummy = at(ip(DUMMIES[usize::from(here.is_ipv6())]), 53);
-        for _ in 0..5 {
-            client.send_to(b"to the dummy", dummy).unwrap();
-        }
-        let expected = UdpSocketState { addr: dummy, queued: 0, dropped: 5 };
-        eventually("the reply socket drops all", || lab.proxy.run(reply_sockets) == [expected.clone()]);
-    }
-}
-
-/// Asserts that a service on this port gets a request, and that its reply comes back.
-fn is_served(client: &UdpSocket, service: &UdpSocket, at: SocketAddr) {
-    client.send_to(b"are you there?", at).unwrap();
-    let (words, from) = hear(service, 1).remove(0);
-    service.send_to(&words, from).unwrap();
-    assert_eq!(hear(client, 1), [(b"are you there?".to_vec(), at)]);
-}
-
-#[test]
-fn reply_from_port_of_service_does_not_disturb_it() {
-    for (hosts, any) in [(v4(), "0.0.0.0"), (v6(), "::")] {
-        for (bound, shares, raw) in [(ip(any), false, 5), (ip(any), true, 0), (hosts.proxy, false, 0)] {
-            let lab = Lab::new();
-            let (_listener, _rules) = intercept_udp(&lab, 7777);
-            let client = lab.client.run(|| udp(at(hosts.client, 0)));
-            let here = client.local_addr().unwrap();
-            let serve = || {
-                lab.proxy.run(|| {
-                    let domain = socket2::Domain::for_address(at(bound, 53));
-                    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
-                    socket.set_reuse_address(shares).unwrap();
-                    socket.bind(&at(bound, 53).into())?;
-                    let socket = UdpSocket::from(socket);
-                    socket.set_read_timeout(Some(patience())).unwrap();
-                    Ok::<_, std::io::Error>(socket)
-                })
-            };
-            let service = serve().unwrap();
-            let mut replier = lab.proxy.run(|| open(&replier_config()));
-            let from = at(nobody(here.is_ipv6(), 1), 53);
-            for _ in 0..5 {
-                assert_eq!(lab.proxy.run(|| reply(&mut replier, from, here, b"from elsewhere")), None);
-                assert_eq!(hear(&client, 1), [(b"from elsewhere".to_vec(), from)]);
-                is_served(&client, &service, at(hosts.proxy, 53));
-            }
-            let stats = replier.stats();
-            assert_eq!((stats.raw, stats.misses, stats.hits), (raw, 1, 4), "{bound} shares {shares}");
-            // The service restarts while the replier is open. Another test's child may have a copy of its socket for a moment.
-            drop(service);
-            let service = wait_for("the port is in use", || serve().ok());
-            is_served(&client, &service, at(hosts.proxy, 53));
-        }
-    }
-}
-
-/// A port that another socket holds is tried again after a second, not for each datagram.
-#[test]
-fn reply_from_port_that_is_free_again_binds_it() {
-    let lab = Lab::new();
-    let hosts = v4();
-    let client = lab.client.run(|| udp(at(hosts.client, 0)));
-    let here = client.local_addr().unwrap();
-    let from = at(nobody(false, 1), 53);
-    let service = lab.proxy.run(|| udp(at(ip("0.0.0.0"), 53)));
-    lab.proxy.run(|| {
-        let begin = Instant::now();
-        let mut replier = open(&replier_config());
-        for _ in 0..100 {
-            assert_eq!(reply(&mut replier, from, here, b"raw"), None);
-        }
-        let (stats, seconds) = (replier.stats(), begin.elapsed().as_secs());
-        assert_eq!((stats.raw, stats.sockets), (100, 1));
-        assert!((1..=1 + seconds).contains(&stats.misses), "{} attempts in {:?}", stats.misses, begin.elapsed());
-        drop(service);
-        eventually("the port is bound", || {
-            assert_eq!(reply(&mut replier, from, here, b"again"), None);
-            replier.stats().sockets == 2
-        });
-        let before = replier.stats();
-        assert_eq!(reply(&mut replier, from, here, b"not raw"), None);
-        assert_eq!(replier.stats().raw, before.raw);
-    });
-}
-
-#[test]
-fn reply_of_two_repliers_shares_port() {
-    let lab = Lab::new();
-    let client = lab.client.run(|| udp(at(v6().client, 0)));
-    let here = client.local_addr().unwrap();
-    let from = at(nobody(true, 1), 53);
-    lab.proxy.run(|| {
-        let mut repliers = [open(&replier_config()), open(&replier_config())];
-        for replier in &mut repliers {
-            assert_eq!(reply(replier, from, here, b"one of two"), None);
-            assert_eq!(replier.stats().raw, 0);
-        }
-    });
-    assert_eq!(hear(&client, 2).len(), 2);
-}
-
-/// The ports of the reply sockets in this thread's namespace, in order.
-fn reply_ports() -> Vec<u16> {
-    let mut ports: Vec<u16> = reply_sockets().iter().map(|socket| socket.addr.port()).collect();
-    ports.sort_unstable();
-    ports
-}
-
-/// A child that another test is starting has copies of closed sockets until it calls exec(2): the lists of sockets become right
-/// a moment later.
-#[test]
-fn reply_from_many_ports_closes_least_recently_used_sockets() {
-    let lab = Lab::new();
-    let client = lab.client.run(|| udp(at(v4().client, 0)));
-    let here = client.local_addr().unwrap();
-    let source = |port: u16| at(nobody(false, 1), port);
-    lab.proxy.run(|| {
-        let mut replier = open(&tp_replier_config { max_sockets: 4, idle_ms: u32::MAX, ..replier_config() });
-        for _ in 0..3 {
-            for port in 1..=20 {
-                assert_eq!(reply(&mut replier, source(port), here, b"x"), None);
-                eventually("at most four sockets", || reply_sockets().len() <= 4);
-            }
-        }
-        eventually("the last four ports", || reply_ports() == [17, 18, 19, 20]);
-        assert_eq!((replier.stats().sockets, replier.stats().evictions, replier.stats().misses), (4, 56, 60));
-        assert_eq!(reply(&mut replier, source(17), here, b"x"), None);
-        assert_eq!(reply(&mut replier, source(30), here, b"x"), None);
-        eventually("18 was used least recently", || reply_ports() == [17, 19, 20, 30]);
-        drop(replier);
-        eventually("all are closed", || reply_ports().is_empty());
-    });
-    hear(&client, 62);
-}
-
-#[test]
-fn reply_closes_idle_sockets() {
-    let lab = Lab::new();
-    let client = lab.client.run(|| udp(at(v4().client, 0)));
-    let here = client.local_addr().unwrap();
-    let source = |port: u16| at(nobody(false, 1), port);
-    lab.proxy.run(|| {
-        let mut replier = open(&tp_replier_config { idle_ms: 200, ..replier_config() });
-        for port in [17, 18, 19] {
-            assert_eq!(reply(&mut replier, source(port), here, b"x"), None);
-        }
-        std::thread::sleep(Duration::from_millis(400));
-        assert_eq!(reply(&mut replier, source(40), here, b"x"), None);
-        eventually("the idle ones are closed", || reply_ports() == [40]);
-    });
-    hear(&client, 4);
-}
-
-#[test]
-fn reply_raw_binds_no_port() {
-    let lab = Lab::new();
-    for hosts in [v4(), v6()] {
-        let client = lab.client.run(|| udp(at(hosts.client, 0)));
-        let here = client.local_addr().unwrap();
-        let from = at(nobody(here.is_ipv6(), 1), 53);
-        lab.proxy.run(|| {
-            let mut replier = open(&tp_replier_config { flags: TP_REPLIER_RAW, ..replier_config() });
-            // An empty datagram, one of odd length, one in fragments, and the longest.
-            for len in [0, 1, 99, 4000, 65_507] {
-                assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None, "{len}");
-            }
-            assert_eq!(reply(&mut replier, from, here, &[b'x'; 65_528]), Some(libc::EMSGSIZE));
-            assert_eq!(reply_sockets(), []);
-        });
-        let lens: Vec<usize> = hear(&client, 5).iter().map(|(bytes, _)| bytes.len()).collect();
-        assert_eq!(lens, [0, 1, 99, 4000, 65_507]);
-    }
-}
 
 #[test]
 fn reply_above_524_bytes_may_be_fragmented_by_routers() {
@@ -240,9 +18,9 @@ fn reply_above_524_bytes_may_be_fragmented_by_routers() {
     });
     let (from, here) = (at(nobody(false, 1), 53), client.local_addr().unwrap());
     lab.proxy.run(|| {
-        let mut replier = open(&replier_config());
+        let mut replier = open_replier(&replier_config());
         for len in [524, 525] {
-            assert_eq!(reply(&mut replier, from, here, &vec![b'x'; len]), None);
+            assert_eq!(send_reply(&mut replier, from, here, &vec![b'x'; len]), None);
         }
     });
     let df: Vec<(usize, bool)> = (0..2)
@@ -265,7 +43,7 @@ fn reply_through_interface_with_small_mtu_is_fragmented() {
     let (here, far) = (client.local_addr().unwrap(), at(nobody(false, 1), 53));
     for ports in [1, 2] {
         lab.proxy.run(|| {
-            let mut replier = open(&replier_config());
+            let mut replier = open_replier(&replier_config());
             let mut bytes = [[b'x'; 400]; 6];
             let mut batch: Vec<_> = bytes
                 .iter_mut()
@@ -273,8 +51,8 @@ fn reply_through_interface_with_small_mtu_is_fragmented() {
                 .map(|(bytes, n)| reply_of(bytes, SocketAddr::new(far.ip(), 53 + n % ports), here))
                 .collect();
             assert_eq!(replier.reply(&mut batch), 6);
-            assert_eq!(reply(&mut replier, far, here, &[b'x'; 400]), None);
-            assert_eq!(reply(&mut replier, far, here, &[b'x'; 200]), None);
+            assert_eq!(send_reply(&mut replier, far, here, &[b'x'; 400]), None);
+            assert_eq!(send_reply(&mut replier, far, here, &[b'x'; 200]), None);
         });
         let lens: Vec<usize> = hear(&client, 8).iter().map(|(bytes, _)| bytes.len()).collect();
         assert_eq!(lens, [400, 400, 400, 400, 400, 400, 400, 200]);
@@ -315,7 +93,7 @@ fn reply_that_fails_does_not_stop_the_others() {
             ];
             let errors: Vec<i32> = lab.proxy.run(|| {
                 let flags = if raw { TP_REPLIER_RAW } else { 0 };
-                let mut replier = open(&tp_replier_config { flags, ..replier_config() });
+                let mut replier = open_replier(&tp_replier_config { flags, ..replier_config() });
                 let mut bytes = vec![[b'x'; 10]; cases.len()];
                 let mut batch: Vec<_> =
                     bytes.iter_mut().zip(cases).map(|(bytes, (from, to, _))| reply_of(bytes, from, to)).collect();
@@ -336,9 +114,9 @@ fn reply_that_fails_does_not_stop_the_others() {
 fn reply_without_route_is_enetunreach() {
     let net = Net::new();
     net.run(|| {
-        let mut replier = open(&replier_config());
+        let mut replier = open_replier(&replier_config());
         let (from, to) = (at(ip("192.0.2.1"), 53), at(ip("198.51.100.1"), 53));
-        assert_eq!(reply(&mut replier, from, to, b"x"), Some(libc::ENETUNREACH));
+        assert_eq!(send_reply(&mut replier, from, to, b"x"), Some(libc::ENETUNREACH));
         assert_eq!(replier.stats().errors, 1);
     });
 }
@@ -347,7 +125,7 @@ fn reply_without_route_is_enetunreach() {
 fn reply_without_address_is_eafnosupport() {
     let net = Net::new();
     net.run(|| {
-        let mut replier = open(&replier_config());
+        let mut replier = open_replier(&replier_config());
         let mut room = [0; 10];
         let mut blank = [tproxy::udp::Datagram::new(&mut room)];
         assert_eq!((replier.reply(&mut blank), blank[0].error()), (0, Some(libc::EAFNOSUPPORT)));
@@ -370,7 +148,7 @@ fn reply_with_segments_arrives_as_datagrams() {
                 let expected: Vec<_> = bytes.chunks(segment_len).map(|bytes| (bytes.to_vec(), from)).collect();
                 lab.proxy.run(|| {
                     let flags = if raw { TP_REPLIER_RAW } else { 0 };
-                    let mut replier = open(&tp_replier_config { flags, ..replier_config() });
+                    let mut replier = open_replier(&tp_replier_config { flags, ..replier_config() });
                     let mut one = [reply_of(&mut bytes, from, here)];
                     one[0].set_segment_len(segment_len as u32);
                     assert_eq!(replier.reply(&mut one), 1, "{len} by {segment_len}: {:?}", one[0].error());
@@ -400,7 +178,7 @@ fn reply_batch_of_two_flows_arrives_unchanged() {
     };
     let expected = [expected(0), expected(1)];
     lab.proxy.run(|| {
-        let mut replier = open(&replier_config());
+        let mut replier = open_replier(&replier_config());
         let ends: Vec<SocketAddr> = clients.iter().map(|client| client.local_addr().unwrap()).collect();
         let mut batch: Vec<_> =
             bytes.iter_mut().zip(&plan).map(|(bytes, (to, _))| reply_of(bytes, from, ends[*to])).collect();
@@ -459,7 +237,7 @@ fn reply_batch_of_many_ports_and_families_arrives_in_order_of_each_flow() {
         };
         let threads: Vec<_> = clients.iter().zip(&expected).map(hear_all).collect();
         lab.proxy.run(|| {
-            let mut replier = open(&replier_config());
+            let mut replier = open_replier(&replier_config());
             let bad: Vec<bool> = plan.iter().map(|(_, _, to)| to.port() == 0).collect();
             let mut batch: Vec<_> = plan.iter_mut().map(|(bytes, from, to)| reply_of(bytes, *from, *to)).collect();
             assert_eq!(replier.reply(&mut batch), bad.iter().filter(|bad| !**bad).count());
@@ -500,7 +278,7 @@ fn reply_message_that_is_refused_has_error_in_each_datagram() {
         let to = [here, refused, refused, refused, here, refused, here, here, refused, refused];
         lab.proxy.run(|| {
             let mut bytes = vec![[b'x'; 100]; to.len()];
-            let mut replier = open(&replier_config());
+            let mut replier = open_replier(&replier_config());
             let mut batch: Vec<_> = bytes.iter_mut().zip(to).map(|(bytes, to)| reply_of(bytes, from, to)).collect();
             assert_eq!(replier.reply(&mut batch), 4);
             let errors: Vec<Option<i32>> = batch.iter().map(|one| one.error()).collect();
@@ -509,53 +287,4 @@ fn reply_message_that_is_refused_has_error_in_each_datagram() {
         });
         assert_eq!(hear(&client, 4), vec![(vec![b'x'; 100], from); 4]);
     }
-}
-
-#[test]
-fn connect_from_dgram_exchanges_with_server_and_takes_nothing_else() {
-    for hosts in [v4(), v6()] {
-        let lab = Lab::new();
-        let (listener, _rules) = intercept_udp(&lab, 53);
-        let server = lab.server.run(|| udp(at(hosts.server, 53)));
-        let other = lab.server.run(|| udp(at(hosts.server, 54)));
-        let client = lab.client.run(|| udp(at(hosts.client, 0)));
-        let (here, there) = (client.local_addr().unwrap(), server.local_addr().unwrap());
-        let upstream = lab
-            .proxy
-            .run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT).unwrap()));
-        // The same port towards another server.
-        let second = lab.proxy.run(|| {
-            let to = other.local_addr().unwrap();
-            UdpSocket::from(connect_from(here, to, TP_CONNECT_DGRAM | TP_CONNECT_KEEP_PORT).unwrap())
-        });
-        upstream.set_read_timeout(Some(patience())).unwrap();
-        second.set_read_timeout(Some(patience())).unwrap();
-        for _ in 0..3 {
-            upstream.send(b"for the server").unwrap();
-            assert_eq!(hear(&server, 1), [(b"for the server".to_vec(), here)]);
-            server.send_to(b"for the client", here).unwrap();
-            assert_eq!(hear(&upstream, 1), [(b"for the client".to_vec(), there)]);
-            second.send(b"for the other").unwrap();
-            assert_eq!(hear(&other, 1), [(b"for the other".to_vec(), here)]);
-            client.send_to(b"more", there).unwrap();
-            assert_eq!(receive_datagram(&listener, patience()).unwrap(), ("more".to_owned(), here, there));
-        }
-        // Without TP_CONNECT_KEEP_PORT the kernel chooses a port.
-        let any = lab.proxy.run(|| UdpSocket::from(connect_from(here, there, TP_CONNECT_DGRAM).unwrap()));
-        any.send(b"x").unwrap();
-        let (_, from) = hear(&server, 1).remove(0);
-        assert_eq!(from.ip(), here.ip());
-        assert_ne!(from.port(), here.port());
-        let again = lab.proxy.run(|| connect_from(here, there, TP_CONNECT_DGRAM | TP_NONBLOCK).unwrap());
-        // SAFETY: reads the descriptor's flags.
-        assert_ne!(unsafe { libc::fcntl(again.as_raw_fd(), libc::F_GETFL) } & libc::O_NONBLOCK, 0);
-    }
-}
-
-#[test]
-fn replier_open_with_bad_config_is_einval() {
-    let open = |config| Replier::open(&config).map(drop).unwrap_err();
-    assert_eq!(open(tp_replier_config { flags: 0x2, ..replier_config() }).errno, libc::EINVAL);
-    assert_eq!(open(tp_replier_config { reserved: 1, ..replier_config() }).errno, libc::EINVAL);
-    assert_eq!(open(tp_replier_config { max_sockets: 1 << 17, ..replier_config() }).errno, libc::EINVAL);
 }

@@ -44,7 +44,11 @@ fn served(v4: bool, v6: bool, udp: bool) -> Vec<(u32, &'static str, &'static str
             }
         }
     }
-    for (absent, words) in [(!v4, "IPv4: not asked for"), (!v6, "IPv6: not asked for"), (!udp, "udp: not asked for")] {
+    for (absent, words) in [
+        (!v4, "IPv4: not selected by the configuration"),
+        (!v6, "IPv6: not selected by the configuration"),
+        (!udp, "udp: not selected by the configuration"),
+    ] {
         if absent {
             expected.push((TP_SEVERITY_NOTE, "self_test.skipped", words));
         }

@@ -1,8 +1,8 @@
-//! A packet's way through other people's rules, as far as it can be told without the packet: what is sure, what may be.
+//! Evaluates other programs' rules for a hypothetical packet. Each result is certain or possible.
 //!
-//! Other programs may have any number of rules, jumps and ports. Each chain is looked at once for a packet, rules for
-//! other ports are skipped without a look, and packets that differ only in ports between which no rule distinguishes
-//! are one. What that leaves is bounded by a number of steps, for all packets together.
+//! Other programs may have any number of rules, jumps and ports. Each chain is evaluated once per packet, rules for other ports
+//! are skipped, and one packet stands for all packets that differ only in ports which no rule distinguishes. The remaining work is
+//! bounded by a number of steps for all packets together.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -12,10 +12,9 @@ use crate::check::inspect::filter::{Chain, Condition, Origin, Part, PortSet, Rul
 use crate::check::inspect::routing::{self, Action};
 use crate::model::{Family, Mark};
 
-/// So many rules, effects and chains are looked at, for all packets together, to bound the time: it is some hundredths
-/// of a second.
+/// Maximum number of rules, effects and chains that are evaluated, for all packets together. They take some hundredths of a second.
 const STEPS_MAX: usize = 1_000_000;
-/// Chains that lead to each other: nf_tables allows 16 (NFT_JUMP_STACK_SIZE), legacy iptables any number.
+/// Maximum depth of jumps: nf_tables allows 16 (NFT_JUMP_STACK_SIZE), legacy iptables any number.
 const DEPTH_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,51 +54,51 @@ pub(super) struct Packet {
     /// `None`: any.
     pub port: Option<u16>,
     pub mark: u32,
-    /// A transparent socket has it, or has sent it.
+    /// The packet is assigned to a transparent socket, or was sent by one.
     pub transparent: bool,
 }
 
-/// What a rule does to the packet, but for the verdict.
+/// Effect of a rule on the packet, other than the verdict.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Effect<'a> {
     pub part: &'a Part,
     pub chain: &'a Chain,
     pub rule: &'a Rule,
     pub sure: bool,
-    /// It comes with a `tproxy` in the same rule.
+    /// The same rule has a `tproxy` statement.
     pub with_tproxy: bool,
 }
 
-/// How a packet leaves a base chain.
+/// Result of a base chain for a packet.
 #[derive(Debug)]
 pub(super) struct Outcome<'a> {
-    /// By which chain and rule it is dropped (no rule: the policy), and whether that is sure.
+    /// Chain and rule that drop the packet (no rule: the policy), and whether this is certain.
     pub dropped: Option<(&'a Chain, Option<&'a Rule>, bool)>,
     pub effects: Vec<Effect<'a>>,
 }
 
-/// Chains, made ready for packets to go through.
+/// Chains, prepared for evaluation.
 #[derive(Debug)]
 pub(super) struct Chains<'a> {
     nodes: Vec<Node<'a>>,
     sets: &'a [PortSet],
-    /// How many steps may still be made.
+    /// Remaining number of steps.
     left: Cell<usize>,
 }
 
-/// A chain, and where its rules lead.
+/// A chain, and the targets of its jumps.
 #[derive(Debug)]
 struct Node<'a> {
     chain: &'a Chain,
-    /// By the number of a rule, in that order: the chain that it jumps to; `None`: it is not known.
+    /// Rule index and target chain of each jump, sorted by rule; `None`: the target is unknown.
     jumps: Vec<(usize, Option<usize>)>,
-    /// The rules that are for few ports only, by each of these, and all others.
+    /// Rules for only a few ports, by port, and all other rules.
     for_port: HashMap<u16, Vec<usize>>,
     others: Vec<usize>,
 }
 
 impl Node<'_> {
-    /// The rules that may apply to a packet to a port (`None`: any), in their order.
+    /// Returns the rules that may match a packet with this port (`None`: any), in order.
     fn rules_for(&self, port: Option<u16>) -> impl Iterator<Item = usize> {
         let mut every = 0..if port.is_none() { self.chain.rules.len() } else { 0 };
         let of_port = port.and_then(|port| self.for_port.get(&port));
@@ -140,7 +139,7 @@ fn few_ports(rule: &Rule, sets: &[PortSet]) -> Option<Vec<u16>> {
     })
 }
 
-/// A chain's name: whether it is of legacy iptables, its family and table, and its own.
+/// Key of a chain: whether it belongs to legacy iptables, its family, its table, and its name.
 type Key<'a> = (bool, Option<Family>, &'a [u8], &'a [u8]);
 
 fn key<'a>(of: &'a Chain, name: &'a [u8]) -> Key<'a> {
@@ -172,13 +171,13 @@ impl<'a> Chains<'a> {
         Chains { nodes: chains.iter().map(node).collect(), sets: &ruleset.port_sets, left: Cell::new(STEPS_MAX) }
     }
 
-    /// The base chains, and their numbers.
+    /// Returns the base chains and their indices.
     pub fn bases(&self) -> impl Iterator<Item = (usize, &'a Chain)> {
         let bases = self.nodes.iter().enumerate().filter(|(_, node)| node.chain.hook.is_some());
         bases.map(|(number, node)| (number, node.chain))
     }
 
-    /// Takes so many steps; false: there are no more.
+    /// Uses up steps; false: none is left.
     pub fn step(&self, steps: usize) -> bool {
         match self.left.get().checked_sub(steps) {
             Some(left) => self.left.set(left),
@@ -187,19 +186,19 @@ impl<'a> Chains<'a> {
         self.left.get() > 0
     }
 
-    /// Steps ran out: what was found is not all.
+    /// Whether all steps are used up, so that results are missing.
     pub fn is_exhausted(&self) -> bool {
         self.left.get() == 0
     }
 
-    /// How many steps were made.
+    /// Returns the number of used steps.
     #[cfg(test)]
     pub fn steps(&self) -> usize {
         STEPS_MAX - self.left.get()
     }
 
-    /// The ports at which rules begin or end to apply, on the way from a base chain, in order: what happens to one port
-    /// happens to all up to the next of these.
+    /// Returns the sorted ports at which the match of some rule changes, for a base chain and its jump targets. All ports from one
+    /// to before the next have the same result.
     pub fn ports_that_matter(&self, base: usize) -> Vec<u16> {
         let (mut next, mut known) = (vec![base], vec![false; self.nodes.len()]);
         let mut ports = Vec::new();
@@ -233,7 +232,7 @@ impl<'a> Chains<'a> {
         ports
     }
 
-    /// Sends a packet through a base chain; `None`: there are no steps left for it.
+    /// Evaluates a base chain for a packet; `None`: no steps are left.
     pub fn eval_chain(&self, base: usize, packet: Packet) -> Option<Outcome<'a>> {
         let chain = self.nodes.get(base)?.chain;
         let mut evaluator =
@@ -250,10 +249,10 @@ impl<'a> Chains<'a> {
 struct Evaluator<'a, 'c> {
     chains: &'c Chains<'a>,
     packet: Packet,
-    /// A rule that may apply accepts.
+    /// A rule that possibly matches accepts the packet.
     may_be_accepted: bool,
     effects: Vec<Effect<'a>>,
-    /// How the chains end that were looked at, if it is sure that the packet comes there, and if not.
+    /// Results of evaluated chains, by index and by whether the packet certainly reaches them.
     known: HashMap<(usize, bool), End<'a>>,
 }
 
@@ -265,12 +264,12 @@ enum End<'a> {
 }
 
 impl<'a> Evaluator<'a, '_> {
-    /// What becomes of the packet in a chain. The second time it has the same effects, and ends in the same way.
+    /// Evaluates a chain. A second evaluation would have the same effects and result.
     fn chain(&mut self, number: usize, sure: bool, depth: usize) -> End<'a> {
         if let Some(end) = self.known.get(&(number, sure)) {
             return *end;
         }
-        // Chains that lead in a circle, which the kernel refuses, end where they meet.
+        // Ends loops, which the kernel refuses.
         self.known.insert((number, sure), End::FellThrough);
         let end = self.rules(number, sure, depth);
         self.known.insert((number, sure), end);
@@ -315,7 +314,7 @@ impl<'a> Evaluator<'a, '_> {
                     Verdict::Jump(_) | Verdict::Goto(_) => {
                         let jump = node.jumps.partition_point(|(rule, _)| *rule < at);
                         let Some((_, Some(target))) = node.jumps.get(jump).filter(|(rule, _)| *rule == at) else {
-                            // Nobody knows what is there.
+                            // The target chain is unknown.
                             self.may_be_accepted = true;
                             continue;
                         };
@@ -328,7 +327,7 @@ impl<'a> Evaluator<'a, '_> {
                 }
             }
         }
-        // What was not read may accept.
+        // A rule that was not read may accept.
         self.may_be_accepted |= chain.cut;
         End::FellThrough
     }
@@ -357,7 +356,7 @@ fn holds(chains: &Chains<'_>, packet: &Packet, condition: &Condition) -> Ternary
             None => Ternary::Maybe,
         },
         Condition::Mark { mask, value } => Ternary::of(packet.mark & mask == *value),
-        // What loops by `lo`, what goes to this host, and what has no way back are another's concern.
+        // The packet is not looped back, is not addressed to this host, and passes the reverse-path check.
         Condition::Loopback | Condition::DestinationIsLocal | Condition::RpFilterMiss { .. } => Ternary::No,
         Condition::TransparentSocket => Ternary::of(packet.transparent),
         Condition::Connection { states: Some(states) } if states & NEW == 0 => Ternary::No,
@@ -365,24 +364,24 @@ fn holds(chains: &Chains<'_>, packet: &Packet, condition: &Condition) -> Ternary
     }
 }
 
-/// Where routing policy rules lead a packet.
+/// Result of the routing policy rules for a packet.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Way<'a> {
-    /// To a local socket, by this rule.
+    /// Routed to a local socket by this rule.
     Local(&'a routing::Rule),
-    /// Elsewhere, by this rule; whether that is sure.
+    /// Routed elsewhere by this rule, and whether this is certain.
     Elsewhere(&'a routing::Rule, bool),
-    /// Nowhere.
+    /// No rule has a route.
     Nowhere,
-    /// Into a table that was not read.
+    /// A routing table could not be read.
     Unknown,
 }
 
-/// The tables, and what is in each.
+/// Routing tables and their routes.
 pub(super) type Tables = HashMap<(Family, u32), Routes>;
 
-/// Asks the rules of a family, in their order, as the kernel would for a packet with a mark that came in by an
-/// interface (`None`: one that the host sends, or the look-up of the way back).
+/// Evaluates the rules of a family in order, as the kernel does, for a packet with a mark that arrived on an interface ("": any
+/// except lo; `None`: a packet that this host sends, or the lookup of the reverse route).
 pub(super) fn routed<'a>(
     rules: &'a [routing::Rule],
     tables: &Tables,
@@ -402,7 +401,7 @@ pub(super) fn routed<'a>(
         let sure = applies == Ternary::Yes;
         match rule.action {
             Action::Nop => {}
-            // Backwards there is no way (`fib_nl2rule`).
+            // The target of goto must have a higher priority value (`fib_nl2rule`).
             Action::Goto(target) if sure && target > rule.priority => resume_at = target,
             Action::Goto(_) => {}
             Action::Blackhole | Action::Unreachable | Action::Prohibit => return Way::Elsewhere(rule, sure),
@@ -421,24 +420,24 @@ pub(super) fn routed<'a>(
 
 enum Contents {
     Nothing,
-    /// The default route is local.
+    /// A local default route.
     Local,
     Something,
     Default,
     Unknown,
 }
 
-/// What a table has for an address that is not this host's.
+/// Returns the kind of route that a table has for an address of another host.
 fn what_is_in(tables: &Tables, family: Family, table: u32) -> Contents {
     if table == u32::from(libc::RT_TABLE_LOCAL) || table == u32::from(libc::RT_TABLE_DEFAULT) {
         return Contents::Nothing;
     }
-    // It was not read; nobody has an empty one.
+    // The table main is not read, and is assumed to have a default route.
     if table == u32::from(libc::RT_TABLE_MAIN) {
         return Contents::Default;
     }
     let Some(routes) = tables.get(&(family, table)) else { return Contents::Unknown };
-    // A `throw` sends the packet on to the next rule.
+    // A `throw` route continues with the next rule.
     let mut routing = routes.first.iter().filter(|route| route.kind != libc::RTN_THROW);
     match routing.clone().find(|route| route.destination.is_none()) {
         Some(route) if route.is_local() => Contents::Local,
@@ -455,7 +454,7 @@ fn selects(rule: &routing::Rule, mark: Mark, incoming: Option<&str>) -> Ternary 
     }
     let by_mark = match rule.mark {
         None => Ternary::Yes,
-        // Bits that are not ours may be anything.
+        // Bits outside of our mask may have any value.
         Some(wanted) => {
             let common = wanted.mask & mark.mask;
             match (wanted.value & common == mark.value & common, wanted.mask & !mark.mask & wanted.value) {

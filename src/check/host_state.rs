@@ -1,4 +1,4 @@
-//! What a check looks at, all of it gathered before anything is judged. What could not be seen is not taken for absent.
+//! Collects the state of the host before any diagnosis. State that could not be read is unknown, not absent.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -19,9 +19,10 @@ use crate::netlink::{Channel, FirstRead};
 use crate::program;
 use crate::sys;
 
-/// RT_TABLE_LOCAL: it has an entry for every address of the host, and none that matters here.
+/// RT_TABLE_LOCAL: it has a route for every address of the host, and none that the diagnosis needs.
 const LOCAL_TABLE: u32 = 255;
-/// More routing tables than this are not read, and of each no more routes; where there are many tables, few of each.
+/// Bounds: the number of routing tables that are read, the routes per table, and the routes of all tables together. If the
+/// last is reached, `FEW_ROUTES` are read of each remaining table.
 const TABLES_MAX: usize = 64;
 const ROUTES_MAX: usize = 1000;
 const FEW_ROUTES: usize = 64;
@@ -32,66 +33,67 @@ pub(super) const NET_BIND_SERVICE: u32 = 10;
 pub(super) const NET_ADMIN: u32 = 12;
 pub(super) const NET_RAW: u32 = 13;
 
-/// Everything that was seen.
+/// State of this process, its network namespace and the kernel.
 #[derive(Debug, Default)]
 pub(super) struct HostState {
-    /// The capabilities in effect, a bit for each; `None`: not known.
+    /// Effective capabilities as a bit set; `None`: unknown.
     pub capabilities: Option<u64>,
-    /// These cannot be had by any program that this one executes.
+    /// Capabilities that no program executed by this process can have (bounding set).
     pub out_of_bounds: Vec<u32>,
-    /// `None`: not known.
+    /// `None`: unknown.
     pub initial_user_namespace: Option<bool>,
-    /// The user and the group that it runs as.
+    /// Effective user and group IDs of the process.
     pub ids: Option<(u32, u32)>,
-    /// The capabilities are no good here: they are of another user namespace than this network's.
+    /// The capabilities have no effect here: another user namespace owns this network namespace.
     pub powerless: bool,
-    /// Of this process, and of the owners of our tables.
+    /// Descriptor limits of this process and of the owners of this library's tables.
     pub descriptors: Vec<Descriptors>,
     pub kernel: String,
-    /// By family, whether a socket was made transparent.
+    /// Per family, whether a socket could be made transparent.
     pub transparent: Vec<(Family, Transparency)>,
-    /// What nf_tables was tried for, and what the kernel's build says of that which failed.
+    /// Features of nf_tables that were tested. A failure includes what the kernel's build says of the feature.
     pub features: Vec<(&'static Kind, Result<(), Error>)>,
-    /// Names of the iptables variants that are installed.
+    /// Names of the installed iptables variants.
     pub iptables: Vec<&'static str>,
-    /// Tables of the legacy variant.
+    /// Tables of legacy iptables.
     pub legacy_tables: Vec<String>,
-    /// These are all.
+    /// `legacy_tables` is complete.
     pub legacy_known: bool,
     pub rules: Vec<Rule>,
-    /// Families whose rules were read, all of them.
+    /// Families whose routing policy rules were read completely.
     pub routed: Families,
-    /// Families that have no policy routing.
+    /// Families without policy routing.
     pub unrouted: Families,
-    /// The tables that rules lead to, and those of instances, as far as they could be read; the host's own are not.
+    /// Routing tables that rules select, and those of instances, if they could be read. The tables local and main are not
+    /// read.
     pub routes: HashMap<(Family, u32), Routes>,
     pub interfaces: Vec<Interface>,
-    /// `None`: they could not be read.
+    /// `None`: the rules could not be read.
     pub ruleset: Option<Ruleset>,
-    /// The tables of nf_tables; `None`: they could not be read.
+    /// Tables of nf_tables; `None`: they could not be read.
     pub tables: Option<Vec<Table>>,
-    /// Who has the sockets open that own tables of ours, by their ports.
+    /// Processes that have the netlink sockets open which own this library's tables, by netlink port.
     pub holders: HashMap<u32, Holder>,
     pub listeners: Option<Listeners>,
     pub sysctls: Sysctls,
-    /// Packets that the reverse-path filter has dropped.
+    /// Number of packets that the reverse-path filter has dropped.
     pub filtered_by_rp: Option<u64>,
-    /// The owners of our tables that are stopped.
+    /// Stopped processes that own tables of this library.
     pub stopped: Vec<u32>,
-    /// What could not be seen, and why.
+    /// Descriptions of state that could not be read, with the reasons.
     pub unseen: Vec<String>,
-    /// How many objects the kernel was asked for: chains, rules, elements, routes, sockets ...
+    /// Number of objects that were read: chains, rules, elements, routes, sockets.
     pub objects: usize,
 }
 
-/// The routes of a table.
+/// Routes of a routing table.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Routes {
-    /// The first of them.
+    /// The first routes of the table.
     pub first: Vec<Route>,
-    /// These are all.
+    /// `first` is complete.
     pub all: bool,
-    /// Whether there is a default route to this host; `None`: not known.
+    /// Whether the table has a local default route; `None`: unknown.
     pub local_default: Option<bool>,
 }
 
@@ -102,13 +104,13 @@ impl Routes {
     }
 }
 
-/// The descriptors that a process may have.
+/// Descriptor limits of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Descriptors {
     pub pid: u32,
     pub soft: u64,
     pub hard: u64,
-    /// How many it has; `None`: the kernel does not say (before 6.2), or not to us.
+    /// Number of open descriptors; `None`: unknown (Linux before 6.2, or no permission).
     pub used: Option<u64>,
 }
 
@@ -121,39 +123,39 @@ impl Descriptors {
 
 impl HostState {
     pub fn collect() -> HostState {
-        let mut facts = HostState::default();
-        facts.look_at_process();
+        let mut state = HostState::default();
+        state.look_at_process();
         for family in Families::ALL.iter() {
-            facts.transparent.push((family, probes::transparent(family)));
+            state.transparent.push((family, probes::transparent(family)));
         }
-        if facts.can_open(libc::NETLINK_ROUTE, "routing") {
-            facts.look_at_routing();
+        if state.can_open(libc::NETLINK_ROUTE, "routing") {
+            state.look_at_routing();
         }
-        if facts.can_open(libc::NETLINK_NETFILTER, "nf_tables") {
-            facts.look_at_nf_tables();
+        if state.can_open(libc::NETLINK_NETFILTER, "nf_tables") {
+            state.look_at_nf_tables();
         }
-        facts.look_at_iptables();
-        if facts.can_open(libc::NETLINK_SOCK_DIAG, "listening sockets") {
+        state.look_at_iptables();
+        if state.can_open(libc::NETLINK_SOCK_DIAG, "listening sockets") {
             let listeners = sockets::listeners();
-            facts.listeners = facts.seen("listening sockets", listeners);
-            facts.note_listeners();
+            state.listeners = state.seen("listening sockets", listeners);
+            state.note_listeners();
         }
-        facts.sysctls = Sysctls::read();
-        if facts.sysctls.text("ipv4/ip_forward").is_none() {
-            facts.miss(format_args!("sysctls: /proc/sys/net cannot be read"));
+        state.sysctls = Sysctls::read();
+        if state.sysctls.text("ipv4/ip_forward").is_none() {
+            state.miss(format_args!("sysctls: /proc/sys/net cannot be read"));
         }
-        facts.filtered_by_rp = fs::read_to_string("/proc/thread-self/net/netstat")
+        state.filtered_by_rp = fs::read_to_string("/proc/thread-self/net/netstat")
             .ok()
             .and_then(|counted| procfs::netstat(&counted, "TcpExt", "IPReversePathFilter"));
-        facts
+        state
     }
 
-    /// Whether a capability is in effect; `None`: not known.
+    /// Whether a capability is in effect; `None`: unknown.
     pub fn has(&self, capability: u32) -> Option<bool> {
         self.capabilities.map(|effective| effective & 1 << capability != 0)
     }
 
-    /// Whether a table has a default route to this host; `None`: not known.
+    /// Whether a table has a local default route; `None`: unknown.
     pub fn local_default(&self, family: Family, table: u32) -> Option<bool> {
         self.routes.get(&(family, table))?.local_default
     }
@@ -171,16 +173,16 @@ impl HostState {
         self.seen(what, channel).is_some()
     }
 
-    /// What was seen, or a note that it was not.
+    /// Returns the value, or notes that it could not be read.
     fn seen<T>(&mut self, what: &str, seen: sys::Result<T>) -> Option<T> {
         seen.map_err(|e| self.miss(format_args!("{what}: {e}"))).ok()
     }
 
-    /// What was read of a list, and a note if that was not all.
+    /// Returns the objects that were read, and notes if the list is longer.
     fn read<T>(&mut self, what: &str, read: FirstRead<T>) -> Vec<T> {
         self.objects += read.objects;
         if !read.all {
-            self.miss(format_args!("{what}: all but the first {}", read.objects));
+            self.miss(format_args!("{what}: only the first {} were read", read.objects));
         }
         read.found
     }
@@ -205,7 +207,7 @@ impl HostState {
                     let all = read.all;
                     let rules = self.read(&format!("{family} routing rules"), read);
                     self.rules.extend(rules);
-                    // Of a list that was cut nobody can say what is not in it.
+                    // A truncated list does not show which rules are missing.
                     if !all {
                         continue;
                     }
@@ -240,11 +242,11 @@ impl HostState {
     }
 
     fn read_routes(&mut self, mut tables: Vec<(Family, u32)>) {
-        // In the order in which rules name them: the first decide for more packets.
+        // In the order in which rules select them: the first tables decide for more packets.
         let mut known = HashSet::new();
         tables.retain(|table| !self.routes.contains_key(table) && known.insert(*table));
         if tables.len() > TABLES_MAX {
-            self.miss(format_args!("routes: there are {} tables; {TABLES_MAX} were read", tables.len()));
+            self.miss(format_args!("routes: only {TABLES_MAX} of {} tables were read", tables.len()));
             tables.truncate(TABLES_MAX);
         }
         let mut left = ALL_ROUTES_MAX;
@@ -268,7 +270,7 @@ impl HostState {
 
     fn look_at_nf_tables(&mut self) {
         if self.has(NET_ADMIN) == Some(false) {
-            self.miss(format_args!("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN"));
+            self.miss(format_args!("nf_tables rules and features: reading them needs CAP_NET_ADMIN"));
             return;
         }
         let Some(mut channel) = self.seen("nf_tables", Channel::open(libc::NETLINK_NETFILTER)) else { return };
@@ -276,7 +278,7 @@ impl HostState {
         if self.features.iter().any(|(_, outcome)| outcome.as_ref().is_err_and(|e| e.errno() == libc::EPERM)) {
             self.powerless = self.has(NET_ADMIN) == Some(true);
             self.features.clear();
-            self.miss(format_args!("nf_tables rules, and what nf_tables can do: that takes CAP_NET_ADMIN here"));
+            self.miss(format_args!("nf_tables rules and features: reading them needs CAP_NET_ADMIN in the user namespace that owns this network namespace"));
             return;
         }
         self.features.iter_mut().for_each(|(kind, outcome)| explain(kind, outcome, &self.kernel));
@@ -288,7 +290,7 @@ impl HostState {
             Err(e) => return self.miss(format_args!("{e}")),
         }
         let Some(mut read) = self.seen("nf_tables rules", nft::read()) else { return };
-        // A port of each interception is enough to follow it through the rules of others.
+        // One port per interception suffices to evaluate the rules of other programs.
         let ports = instances::sample_ports(&read.ruleset);
         let asked = read.ask(&ports);
         let _ = self.seen("nf_tables sets", asked);
@@ -297,9 +299,9 @@ impl HostState {
         self.ruleset = Some(read.ruleset);
     }
 
-    /// The places of our tables, and their owners.
+    /// Reads the routes of the instances' tables, and the state of their owners.
     fn look_at_instances(&mut self, tables: &[Table]) {
-        // Where others have deleted all rules that lead there, the routes have not been read.
+        // If other programs have deleted all rules that select these tables, their routes have not been read yet.
         let places = tables.iter().filter_map(|table| Some(table.slot?.table));
         self.read_routes(places.flat_map(|table| Families::ALL.iter().map(move |family| (family, table))).collect());
         let ours = tables.iter().filter(|table| table.slot.is_some());
@@ -332,7 +334,7 @@ impl HostState {
                 Ok(tables) => tables,
                 Err(e) => {
                     let only_root = matches!(e, sys::Errno(libc::EACCES | libc::EPERM));
-                    let why = if only_root { "only root may look" } else { "/proc/net cannot be read" };
+                    let why = if only_root { "only root may read the tables" } else { "/proc/net cannot be read" };
                     self.miss(format_args!("legacy {family} iptables: {why}"));
                     self.legacy_known = false;
                     continue;
@@ -358,8 +360,7 @@ impl HostState {
     }
 }
 
-/// Adds what the kernel's build says of what it lacks, as far as there is something to read (not /proc/config.gz,
-/// which is compressed).
+/// Adds what the files of the kernel's build say of a missing feature. /proc/config.gz is compressed and not read.
 fn explain(kind: &Kind, outcome: &mut Result<(), Error>, kernel: &str) {
     let Err(error) = outcome else { return };
     let Some(module) = kind.fix.strip_prefix("modprobe ") else { return };
@@ -417,9 +418,9 @@ mod tests {
             add_elements("inet fw pairs", (0..20_000u32).map(|n| format!("{} . 10.0.{}.1", 1 + n % 60_000, n % 250)));
             add_elements("inet fw ports", (4000..14_000).map(|port: u32| port.to_string()));
             add_elements("inet fw ranges", (0..8000).map(|n: u32| format!("{}-{}", 5 * n + 1, 5 * n + 3)));
-            let facts = HostState::collect();
-            assert!(facts.objects < 1500, "{}", facts.objects);
-            let ruleset = facts.ruleset.unwrap();
+            let state = HostState::collect();
+            assert!(state.objects < 1500, "{}", state.objects);
+            let ruleset = state.ruleset.unwrap();
             let chain = ruleset.chains.iter().find(|chain| chain.name == "c").unwrap();
             let known = |rule: usize, port: u16| match chain.rules[rule].parts.iter().find_map(|part| match part {
                 Part::OnlyIf(Condition::PortSet(set)) => Some(*set),
@@ -449,11 +450,11 @@ mod tests {
                 ip route add local default dev lo table 77; ip -6 route add local default dev lo table 77
                 for a in $(seq 1 1500); do echo route add 10.0.$((a / 250)).$((a % 250)) dev lo table 77; done | ip -batch -
                 for a in $(seq 1 1500); do echo route add 2001:db8::$a dev lo table 77; done | ip -6 -batch -");
-            let facts = HostState::collect();
+            let state = HostState::collect();
             for family in Families::ALL.iter() {
-                assert_eq!(facts.local_default(family, 77), Some(true), "{family}");
-                let beginning = format!("{family} routes of table 77: all but the first 1");
-                assert!(facts.unseen.iter().any(|note| note.starts_with(&beginning)), "{:?}", facts.unseen);
+                assert_eq!(state.local_default(family, 77), Some(true), "{family}");
+                let beginning = format!("{family} routes of table 77: only the first 1");
+                assert!(state.unseen.iter().any(|note| note.starts_with(&beginning)), "{:?}", state.unseen);
             }
         });
     }

@@ -1,4 +1,4 @@
-//! Who intercepts what: instances of this library, and everybody else's TPROXY rules, read back from the rules.
+//! Instances of this library, and TPROXY rules of other programs, as derived from the rules of the host.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -18,22 +18,22 @@ pub(super) struct Instance {
     pub name: String,
     pub table: String,
     pub slot: RoutingSlot,
-    /// `None`: it persists without.
+    /// `None`: no process owns it (TP_RULES_PERSIST).
     pub owner: Option<Holder>,
-    /// The families that it serves.
+    /// Families that it serves.
     pub families: Families,
-    /// `None`: it translates (NAT), and needs no routing.
+    /// `None`: it uses NAT, and needs no routing.
     pub mark: Option<Mark>,
     pub output_mark: Option<Mark>,
     pub notrack: bool,
-    /// What has its rules, nf_tables or iptables; `None`: they were not seen.
+    /// Backend of its rules, nf_tables or iptables; `None`: the rules could not be read.
     pub origin: Option<Origin>,
 }
 
-/// What a packet is given to.
+/// A rule that delivers packets to a listener.
 #[derive(Debug, Clone)]
 pub(super) struct Interception<'a> {
-    /// The instance; `None`: it is somebody else's, in this chain and rule.
+    /// The instance; `None`: the rule belongs to another program.
     pub instance: Option<&'a str>,
     pub chain: &'a Chain,
     pub rule: &'a Rule,
@@ -41,42 +41,42 @@ pub(super) struct Interception<'a> {
     pub protocol: u8,
     pub addr: Option<IpAddr>,
     pub port: u16,
-    /// A TPROXY rule's; `None`: unknown, or it translates.
+    /// Mark that a TPROXY rule sets; `None`: unknown, or NAT.
     pub mark: Option<Mark>,
-    /// It translates destinations.
+    /// The rule translates destinations (NAT).
     pub nat: bool,
-    /// The ports that clients ask for; none: all, or unknown.
+    /// Destination ports of intercepted packets; empty: all, or unknown.
     pub ports: Vec<(u16, u16)>,
-    /// The priority of the chain.
+    /// Priority of the chain.
     pub priority: i32,
 }
 
-/// The ports of an interception beyond these are not looked at.
+/// Maximum number of port ranges that are read per interception.
 const RANGES_MAX: usize = 64;
 
-/// A chain that this library made.
+/// Whether this library created the chain.
 pub(super) fn is_ours(chain: &Chain) -> bool {
     owner_of(chain).is_some()
 }
 
-/// The instance that a chain belongs to, by names that only this library gives.
+/// Returns the instance of a chain, by names that only this library uses.
 fn owner_of(chain: &Chain) -> Option<&str> {
     let by_table = || table::instance_of(chain.table.as_str()?);
     let by_chain = || instance_of_chain(&chain.name).filter(|_| chain.origin != Origin::Nft);
     by_table().or_else(by_chain).filter(|name| is_name(name))
 }
 
-/// The instance that an iptables chain of this name would be of.
+/// Returns the instance whose iptables chain would have this name.
 pub(super) fn instance_of_chain(name: &Name) -> Option<&str> {
     iptables::instance_of(name.as_str()?).filter(|name| is_name(name))
 }
 
-/// What an instance can be called.
+/// Whether an instance can have this name.
 fn is_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
 }
 
-/// The chains of each instance.
+/// Returns the chains of each instance.
 fn by_instance(chains: &[Chain]) -> HashMap<&str, Vec<&Chain>> {
     let mut own: HashMap<&str, Vec<&Chain>> = HashMap::new();
     for chain in chains {
@@ -87,13 +87,13 @@ fn by_instance(chains: &[Chain]) -> HashMap<&str, Vec<&Chain>> {
     own
 }
 
-/// The instances among the tables of nf_tables.
+/// Returns the instances among the tables of nf_tables.
 pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u32, Holder>) -> Vec<Instance> {
     let chains = by_instance(chains);
     let instance = |table: &Table| {
         let name = table::instance_of(&table.name).filter(|name| is_name(name))?;
         let mut slot = table.slot?;
-        // Anybody may write such a comment; four preferences in a row there must be.
+        // Any program can write such a comment. Four consecutive priorities must exist.
         slot.priority = slot.priority.min(u32::MAX - RULES);
         let own: &[&Chain] = chains.get(name).map(Vec::as_slice).unwrap_or_default();
         let by_iptables = own.iter().find(|chain| chain.origin != Origin::Nft);
@@ -116,7 +116,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
     tables.iter().filter_map(instance).collect()
 }
 
-/// Whether the chain is for that: its name, without what iptables puts before.
+/// Whether the chain has this role, by its name without the prefix of iptables chains.
 fn is_part(chain: &Chain, instance: &str, part: &str) -> bool {
     match chain.origin {
         Origin::Nft => chain.name == part,
@@ -124,7 +124,7 @@ fn is_part(chain: &Chain, instance: &str, part: &str) -> bool {
     }
 }
 
-/// Those that some chain serves.
+/// Returns the families that the chains serve.
 fn families(own: &[&Chain]) -> Families {
     let mut families = Families::default();
     for chain in own {
@@ -149,7 +149,7 @@ fn families(own: &[&Chain]) -> Families {
     families
 }
 
-/// The mark that a rule sets.
+/// Returns the mark that a rule sets.
 fn mark_of(rule: &Rule) -> Option<Mark> {
     rule.parts.iter().find_map(|part| match part {
         Part::SetMark { keep, set: Some(value) } => Some(Mark { value: value & !keep, mask: !keep }),
@@ -164,9 +164,9 @@ fn only<T>(rule: &Rule, what: impl Fn(&Condition) -> Option<T>) -> Option<T> {
     })
 }
 
-/// The destination ports that a rule asks for; `None`: it does not.
+/// Returns the destination ports of a rule's condition; `None`: it has none.
 fn ports_of(rule: &Rule, sets: &[PortSet]) -> Option<Vec<(u16, u16)>> {
-    // More than one condition: from a port, and up to another.
+    // A rule may have two conditions: a lowest and a highest port.
     let mut range: Option<(u16, u16)> = None;
     for part in &rule.parts {
         match part {
@@ -184,7 +184,7 @@ fn ports_of(rule: &Rule, sets: &[PortSet]) -> Option<Vec<(u16, u16)>> {
     range.map(|range| vec![range])
 }
 
-/// Everything that gives packets to a local listener by TPROXY, and what of ours does so by NAT.
+/// Returns all rules that deliver packets to a local listener by TPROXY, and those of this library that do so by NAT.
 pub(super) fn interceptions(ruleset: &Ruleset) -> Vec<Interception<'_>> {
     let Ruleset { chains, port_sets } = ruleset;
     let mut ports: HashMap<&str, Vec<(u16, u16)>> = HashMap::new();
@@ -236,13 +236,13 @@ pub(super) fn interceptions(ruleset: &Ruleset) -> Vec<Interception<'_>> {
 }
 
 impl Interception<'_> {
-    /// A port that stands for all that are intercepted; `None`: any.
+    /// Returns one of the intercepted ports; `None`: any.
     pub fn sample_port(&self) -> Option<u16> {
         self.ports.first().map(|(first, _)| *first)
     }
 }
 
-/// The ports that stand for all that are intercepted here, in their order.
+/// Returns one intercepted port of each interception, sorted.
 pub(super) fn sample_ports(ruleset: &Ruleset) -> Vec<u16> {
     let mut ports: Vec<u16> = interceptions(ruleset).iter().filter_map(Interception::sample_port).collect();
     ports.sort_unstable();
@@ -250,11 +250,11 @@ pub(super) fn sample_ports(ruleset: &Ruleset) -> Vec<u16> {
     ports
 }
 
-/// Where our chains hang, and those of iptables that have TPROXY.
+/// Priority of this library's chains, and of iptables chains with TPROXY.
 const MANGLE: i32 = -150;
 
-/// A rule that leads from one chain to another. That is where the ports of an instance are: not that of the listener,
-/// which leads to a chain that only drops.
+/// Whether a rule jumps to another chain. Such rules have the ports of an instance. The rule with the listener's port does not
+/// count: it jumps to a chain that only drops.
 fn leads_on(rule: &Rule) -> bool {
     let on = |part: &Part| match part {
         Part::Verdict(filter::Verdict::Goto(to) | filter::Verdict::Jump(to)) => {
@@ -265,12 +265,12 @@ fn leads_on(rule: &Rule) -> bool {
     rule.parts.iter().any(on)
 }
 
-/// Packets are chosen by what is not told here, such as interfaces.
+/// Whether the rule has a condition that is not evaluated here, such as an interface.
 pub(super) fn chooses_otherwise(rule: &Rule) -> bool {
     rule.parts.contains(&Part::OnlyIf(Condition::Other))
 }
 
-/// The instances that choose packets by what is not told here.
+/// Returns the instances whose rules have conditions that are not evaluated here.
 pub(super) fn choosing_otherwise(chains: &[Chain]) -> Vec<&str> {
     let chooses = |own: &Vec<&Chain>| {
         own.iter().flat_map(|chain| &chain.rules).any(|rule| leads_on(rule) && chooses_otherwise(rule))

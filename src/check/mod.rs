@@ -1,6 +1,7 @@
-//! What on this host breaks, or weakens, transparent proxying, and what cures it.
+//! Diagnoses this host: reports the causes that break or weaken transparent proxying, with the commands that fix them.
 //!
-//! `host_state` gathers (read only), `diagnose` decides, with no look at the kernel; `findings` has the words.
+//! `host_state` collects the state (read only), `diagnose` derives findings from it without access to the kernel, and `findings` has
+//! their texts.
 
 mod diagnose;
 mod eval;
@@ -16,9 +17,9 @@ mod troubleshooting;
 
 pub use findings::{Finding, Kind, Severity};
 
-/// Looks at this process, its network namespace and the kernel, and says what it found.
+/// Inspects this process, its network namespace and the kernel, and returns the findings.
 ///
-/// Nothing is changed. What cannot be seen (for want of a privilege, mostly) is said too.
+/// Changes nothing. Reports which state it cannot read, for example because a privilege is missing.
 ///
 /// ```no_run
 /// for finding in tproxy::check::check() {

@@ -1,4 +1,4 @@
-//! What can only be known by trying it, and can be tried without changing anything.
+//! Tests of features that can be tried without changing anything.
 
 use std::os::fd::AsFd;
 
@@ -14,20 +14,20 @@ use crate::model::{Family, Protocol};
 use crate::netlink::Channel;
 use crate::{socket, sys};
 
-/// Whether sockets of a family can be made transparent.
+/// Result of the test for transparent sockets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Transparency {
-    /// One was made.
+    /// A socket was made transparent.
     Yes,
-    /// There are no sockets of this family.
+    /// The process cannot create sockets of this family.
     NoFamily,
-    /// The kernel refused to make one transparent.
+    /// The kernel refused to make the socket transparent.
     Refused(Error),
-    /// There was no socket to try it with.
+    /// The socket for the test could not be created.
     Unknown(sys::Errno),
 }
 
-/// Tries whether sockets of a family can be made transparent: one is, and closed again.
+/// Tests whether a socket of a family can be made transparent.
 pub(super) fn transparent(family: Family) -> Transparency {
     let domain = match family {
         Family::V4 => Domain::IPV4,
@@ -43,12 +43,12 @@ pub(super) fn transparent(family: Family) -> Transparency {
     }
 }
 
-/// Tables that nobody sees, for the transaction that has them is never committed.
+/// Names of tables in the test transaction, which is never committed.
 const TABLE: &str = "libtproxy--check";
 const OWNED: &str = "libtproxy--owned";
 const PERSISTENT: &str = "libtproxy--persistent";
 
-/// What nf_tables can do: what was asked for, and the error if it cannot.
+/// Tests the features of nf_tables. Returns the result of each.
 pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(), Error>)> {
     let slot = RoutingSlot { priority: 0, table: 0 };
     let chain = Object::Chain { name: "c", hook: None };
@@ -78,7 +78,7 @@ pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(),
             None => answers.push((kind, answer)),
         }
     }
-    // Without tables there is nothing to say about the rest.
+    // Without tables, the other features cannot be tested.
     if answers.first().is_some_and(|(_, answer)| answer.is_err()) {
         answers.truncate(1);
     }

@@ -1,20 +1,20 @@
-//! What /proc says, taken apart. Whatever is missing or odd is `None`, or left out: it is not known.
+//! Parsers for files in /proc. Missing or invalid values are `None` or omitted: they are unknown.
 
 use std::collections::HashMap;
 
 use crate::check::inspect::routing::Interface;
 
-/// The file of the user ids maps more than the initial namespace's: all to themselves.
+/// Whether a uid_map is that of the initial user namespace: it maps all IDs to themselves.
 pub(super) fn is_initial_user_namespace(uid_map: &str) -> bool {
     uid_map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
-/// The letter of a process's state in /proc/PID/stat; its name, in brackets, may have brackets and blanks in it.
+/// Returns the state letter of /proc/PID/stat. The name in brackets may contain brackets and blanks.
 pub(super) fn state_of(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
-/// The descriptors that a process may have, by /proc/PID/limits: soft and hard limit.
+/// Returns the soft and the hard descriptor limit of /proc/PID/limits.
 pub(super) fn descriptors(limits: &str) -> Option<(u64, u64)> {
     let mut words = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?.split_whitespace();
     let mut number = || match words.next()? {
@@ -24,20 +24,20 @@ pub(super) fn descriptors(limits: &str) -> Option<(u64, u64)> {
     Some((number()?, number()?))
 }
 
-/// A counter of /proc/net/netstat: a line of names, and a line of numbers.
+/// Returns a counter of /proc/net/netstat, which has lines of names and lines of numbers.
 pub(super) fn netstat(text: &str, group: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(':'));
     let at = lines.next()?.split_whitespace().position(|word| word == name)?;
     lines.next()?.split_whitespace().nth(at)?.parse().ok()
 }
 
-/// Major and minor number of a kernel's release.
+/// Returns the major and the minor number of a kernel release.
 pub(super) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// What the kernel's build says of an option and its module, for people; `None`: nothing that can be read does.
+/// Describes the availability of a kernel option and its module; `None`: unknown.
 ///
 /// `config` is /boot/config-*; `dep` and `builtin` are modules.dep and modules.builtin of /lib/modules/*.
 pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str, module: &str) -> Option<&'static str> {
@@ -59,17 +59,17 @@ pub(super) fn availability(config: &str, dep: &str, builtin: &str, option: &str,
     }
 }
 
-/// Sysctls below net, by their path: those of the namespace of this thread, as far as they could be read.
+/// Sysctls below net, by path, of the network namespace of this thread. Unreadable ones are missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Sysctls(HashMap<String, String>);
 
 impl Sysctls {
-    /// These paths and values.
+    /// Creates sysctls from paths and values.
     pub fn of(found: impl IntoIterator<Item = (String, String)>) -> Sysctls {
         Sysctls(found.into_iter().collect())
     }
 
-    /// Those that are asked for and can be read.
+    /// Reads the required sysctls.
     pub fn read() -> Sysctls {
         const PATHS: [&str; 15] = [
             "ipv4/ip_forward",
@@ -103,17 +103,17 @@ impl Sysctls {
         self.text(path)?.parse().ok()
     }
 
-    /// Whether a switch is on.
+    /// Whether a sysctl is not 0.
     pub fn is_on(&self, path: &str) -> Option<bool> {
         self.number(path).map(|value| value != 0)
     }
 
-    /// A switch of IPv4 for all interfaces together.
+    /// Returns an IPv4 sysctl of "all".
     pub fn of_all(&self, name: &str) -> Option<u64> {
         self.number(&format!("ipv4/conf/all/{name}"))
     }
 
-    /// Whether a switch is on for an interface, or for all: one is enough.
+    /// Whether a sysctl is on for an interface or for "all"; either suffices.
     pub fn is_on_any(&self, interface: &Interface, name: &str) -> Option<bool> {
         let on = |value: Option<u64>| value.map(|value| value != 0);
         match (on(self.of_all(name)), on(interface.switch(name))) {
@@ -123,7 +123,7 @@ impl Sysctls {
         }
     }
 
-    /// The lowest and the highest local port.
+    /// Returns the lowest and the highest local port.
     pub fn port_range(&self) -> Option<(u32, u32)> {
         let mut words = self.text("ipv4/ip_local_port_range")?.split_whitespace();
         Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))

@@ -1,5 +1,4 @@
-//! Words for sh(1) and for JSON, made of names that other programs gave: whatever is in a name, it is one word, and the
-//! command that it stands in is of printable ASCII.
+//! Quotes names of other programs for sh(1) and JSON. Any name becomes one word, and the command consists of printable ASCII.
 
 use std::fmt::Write;
 
@@ -10,21 +9,21 @@ macro_rules! put {
     ($to:expr, $($words:tt)+) => {{ let _ = write!($to, $($words)+); }};
 }
 
-/// A name that means itself, to a shell and to the programs that take it.
+/// Whether a name has no special meaning to a shell and to the programs that it is passed to.
 pub(super) fn is_plain(name: &Name) -> bool {
     let bytes = name.as_bytes();
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"_-./@+:,=%".contains(byte);
     !bytes.is_empty() && !bytes.starts_with(b"-") && bytes.iter().all(plain)
 }
 
-/// A name that is an identifier to `nft` (`string` in its scanner.l).
+/// Whether a name is an identifier in the language of `nft` (`string` in its scanner.l).
 pub(super) fn is_nft_identifier(name: &Name) -> bool {
     let bytes = name.as_bytes();
     let first = |byte: &u8| byte.is_ascii_alphabetic() || b"_.".contains(byte);
     bytes.first().is_some_and(first) && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b"/-_.".contains(byte))
 }
 
-/// A name as a word for a shell. `None`: no POSIX shell has a word for it (one that ends with a newline).
+/// Quotes a name for a shell. `None`: no POSIX shell can express it as a word (a name that ends with a newline).
 pub(super) fn word(name: &Name) -> Option<String> {
     let bytes = name.as_bytes();
     if is_plain(name) {
@@ -45,7 +44,8 @@ pub(super) fn word(name: &Name) -> Option<String> {
     if bytes.ends_with(b"\n") {
         return None;
     }
-    // Octal escapes are printf's in every shell; what is not a letter or digit might be a shell's or printf's own.
+    // printf has octal escapes in every shell. Every character that is not a letter or digit is escaped, because it may be special
+    // to the shell or to printf.
     word.push_str("\"$(printf '");
     for byte in bytes {
         match byte {
@@ -57,8 +57,7 @@ pub(super) fn word(name: &Name) -> Option<String> {
     Some(word)
 }
 
-/// A name as a JSON string that has nothing in it which a shell or a terminal would take for its own. `None`: it is not
-/// UTF-8.
+/// Quotes a name as a JSON string without characters that are special to a shell or a terminal. `None`: it is not UTF-8.
 pub(super) fn json(name: &Name) -> Option<String> {
     let mut string = String::from("\"");
     for unit in name.as_str()?.encode_utf16() {
@@ -77,7 +76,7 @@ mod tests {
     use proptest::prelude::*;
     use std::os::unix::ffi::OsStrExt;
 
-    /// The bytes that a shell makes of a word.
+    /// Returns the bytes that a shell reads from a word.
     fn said_by_shell(word: &str) -> Vec<u8> {
         let script = format!("printf %s {word}");
         std::process::Command::new("sh").args(["-c", &script]).output().unwrap().stdout

@@ -1,18 +1,18 @@
-//! `docs/troubleshooting.md`, made of the table of findings: a test compares it with the committed page, or writes it.
+//! Generates `docs/troubleshooting.md` from the table of findings. A test compares it with the committed page or updates it.
 
 use std::fmt::Write;
 use std::path::Path;
 
 use super::findings::{ENTRIES, Kind};
 
-/// What the troubleshooting page says of a kind; no finding does, and so a library without the page has none of it.
+/// Text that only the troubleshooting page has. It is compiled only for tests, so that the library does not contain it.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Which kind.
+    /// Kind of the finding.
     pub(super) kind: &'static Kind,
-    /// What people see. Empty: it is no trouble, and has no place among those that are.
+    /// Symptom. Empty: the finding reports no fault.
     pub(super) symptom: &'static str,
-    /// What is the matter.
+    /// Cause of the symptom.
     pub(super) cause: &'static str,
 }
 
@@ -20,12 +20,12 @@ pub(super) struct Entry {
 fn page() -> String {
     let mut page = String::from(
         "# Troubleshooting\n\n\
-         Transparent proxying fails silently: packets vanish and nothing says why. `tproxyctl check` (or `tp_check`) looks \
-         at the kernel and names what is wrong by an id. This page has every id: what people see, what is the matter, what it \
-         does to traffic, and the command that cures it. Words in braces stand for what the check fills in.\n\n\
-         `tproxyctl self-test` sends probes through a configuration in a network of its own, and says at which hook \
-         a lost one was last seen.\n\n\
-         <!-- Generated from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --lib troubleshooting` writes it anew. -->\n\n\
+         Transparent proxying fails silently: packets are lost without an error message. `tproxyctl check` (or `tp_check`) \
+         inspects the host and reports each fault with an id. This page lists every id with its symptom, its cause, its effect \
+         on traffic, and the command that fixes it. The check replaces words in braces by values of the host.\n\n\
+         `tproxyctl self-test` sends probes through a configuration in a temporary network namespace, and reports the last \
+         netfilter hook that saw a lost probe.\n\n\
+         <!-- Generated from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --lib troubleshooting` regenerates it. -->\n\n\
          | symptom | finding |\n|---|---|\n",
     );
     let troubles = || ENTRIES.iter().filter(|entry| !entry.symptom.is_empty());
@@ -36,11 +36,11 @@ fn page() -> String {
     for Entry { kind: Kind { id, impact, fix }, symptom, cause } in troubles() {
         let _ = write!(page, "\n## {id}\n\n{symptom}.\n\n* Cause: {cause}\n* Effect: {impact}\n");
         let _ = match fix {
-            &"" => writeln!(page, "* Fix: no command; the finding says what is known."),
+            &"" => writeln!(page, "* Fix: no command. The message of the finding has the details."),
             fix => writeln!(page, "* Fix: `{fix}`"),
         };
     }
-    page.push_str("\n## HostState that are no trouble\n\n| finding | what it says |\n|---|---|\n");
+    page.push_str("\n## Findings that report no fault\n\n| finding | meaning |\n|---|---|\n");
     for Entry { kind, cause, .. } in ENTRIES.iter().filter(|entry| entry.symptom.is_empty()) {
         let _ = writeln!(page, "| {} | {cause} {} |", kind.id, kind.impact);
     }
@@ -48,7 +48,7 @@ fn page() -> String {
 }
 
 #[test]
-fn the_committed_page_is_what_the_findings_say() {
+fn troubleshooting_page_matches_findings() {
     let page = page();
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/troubleshooting.md");
     if std::env::var_os("UPDATE_DOCS").is_some() {
@@ -59,22 +59,26 @@ fn the_committed_page_is_what_the_findings_say() {
     assert!(
         committed == page,
         "docs/troubleshooting.md differs from src/check/findings.rs; `UPDATE_DOCS=1 cargo test --lib troubleshooting` \
-         writes it anew"
+         regenerates it"
     );
 }
 
 #[test]
-fn every_finding_has_an_id_of_its_own_and_says_what_it_does() {
+fn findings_have_unique_ids_and_complete_texts() {
     let mut seen = std::collections::BTreeSet::new();
     for Entry { kind, symptom, cause } in ENTRIES {
-        assert!(seen.insert(kind.id), "{} is there twice", kind.id);
+        assert!(seen.insert(kind.id), "two findings have the id {}", kind.id);
         assert!(
             kind.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._".contains(&b)),
             "{}",
             kind.id
         );
         let bare: String = kind.fix.split('\'').step_by(2).collect();
-        assert!(!bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']), "a shell would misread {}", kind.fix);
+        assert!(
+            !bare.contains(['<', '>', '|', ';', '$', '`', '*', '(']),
+            "a shell would interpret a character of {}",
+            kind.fix
+        );
         for text in [*cause, kind.impact] {
             assert!(text.ends_with('.'), "{}: {text:?}", kind.id);
         }

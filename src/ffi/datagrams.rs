@@ -12,7 +12,7 @@ use super::sockets::TP_NONBLOCK;
 use crate::address::KernelAddr;
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::udp::{self, ControlRoom, Datagram, Replier, ReplierOptions};
+use crate::udp::{self, ControlBuffer, Datagram, Replier, ReplierOptions};
 
 /// The datagram was truncated: len equals capacity and the rest was discarded. In tp_datagram.flags.
 pub const TP_DGRAM_TRUNC: u32 = 0x1;
@@ -135,7 +135,7 @@ pub unsafe extern "C" fn tp_recvfrom(
             unsafe { (DatagramAddressOut::new("src", src, srclen)?, DatagramAddressOut::new("dst", dst, dstlen)?) };
         // SAFETY: the caller's descriptor, open during the call.
         let fd = unsafe { arg::fd(fd) }?;
-        let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
+        let (mut source, mut control) = (KernelAddr::NONE, ControlBuffer::EMPTY);
         let (received, orig_dst) = udp::receive_one(fd, buffer, flags, &mut source, &mut control)?;
         // SAFETY: by the caller's word.
         unsafe {

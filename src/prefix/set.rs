@@ -1,11 +1,12 @@
-//! Sets of prefixes, in the parts that the kernel can look up and change fast.
+//! Sets of prefixes, divided into parts that the kernel can look up and change
+//! fast.
 //!
-//! A set of ranges is searched in steps, more of them the more ranges it has,
-//! and the kernel walks all of it at every change (`nft_rbtree_commit`). A set
-//! of single keys is a hash table: one step, whatever its size, to find, add
-//! or remove one. So prefixes of a length of which there are many become keys
-//! of a set of their own, which is asked for a packet's address without the
-//! bits of the host. All the others become ranges.
+//! The kernel searches a set of ranges in a number of steps that grows with its
+//! size, and walks the whole set at every change (`nft_rbtree_commit`). A set of
+//! single keys is a hash table: to find, add or remove a key takes one step,
+//! whatever the size. Prefixes of a frequent length therefore become keys of a
+//! separate set. Rules look up the packet's address in it after clearing the
+//! bits after the prefix length. All other prefixes become ranges.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -15,53 +16,53 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family};
 
-/// Fewer prefixes of a length than this cost no more among ranges: a search takes some 25 ns for each doubling of the
-/// set, a look-up of its own, with what cuts off the bits of the host, some 50 ns, whatever is in it.
+/// Minimum number of prefixes of a length for a separate set. Fewer prefixes cost no more as ranges: a search takes about 25 ns
+/// for each doubling of the set; the lookup in a separate set, including the mask, takes about 50 ns for any size.
 const MANY: usize = 64;
 
-/// Each length with a set of its own costs every packet that look-up; four cost what a search among a few hundred
-/// ranges does. Lists have few lengths of which there are very many: that of single addresses, and those that networks
-/// are given out in. What is left is searched, as all would have been.
+/// Maximum number of separate sets. Each of them costs one lookup per packet. Four cost as much as a search among a few hundred
+/// ranges. Lists have few very frequent lengths: that of single addresses, and those in which networks are assigned. The remaining
+/// prefixes become ranges.
 pub(crate) const LENGTHS: usize = 4;
 
-/// What a prefix costs on its way into the kernel, in all the forms that it has here at the same time, but for the
-/// messages: in a set, among its contents, and in an object (with some to spare).
+/// Upper bound of the memory per prefix while it is sent to the kernel, without the messages: in the set, in its contents, and in
+/// an object.
 pub(crate) const BYTES_EACH: usize = 160;
 
-/// Prefixes of both families, each once. They may overlap: what is covered
-/// stays covered until the last prefix that covers it is removed.
+/// Prefixes of both families, each once. They may overlap: an address remains in
+/// the set until the last prefix that contains it is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PrefixSet {
     v4: FamilySet,
     v6: FamilySet,
 }
 
-/// The prefixes of one family.
+/// Prefixes of one family.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct FamilySet {
-    /// The lengths with a set of their own, and the networks of each.
+    /// The lengths with a separate set, and the prefixes of each.
     hashed: Vec<(u8, BTreeSet<Prefix>)>,
-    /// The others,
+    /// All other prefixes,
     rest: BTreeSet<Prefix>,
-    /// and how many of them are of each length that is there, in the order of lengths.
+    /// and their number per length, sorted by length.
     counts: Vec<(u8, usize)>,
 }
 
-/// What the kernel's sets of one family hold, or some of it.
+/// Contents of the kernel's sets of one family, or a part of them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Contents {
-    /// Networks by their length, in the sets of those lengths.
+    /// Prefixes in the separate sets, by length.
     pub networks: Vec<(u8, Vec<IpAddr>)>,
-    /// Ranges in order, with gaps between them.
+    /// Sorted ranges that do not touch.
     pub ranges: Vec<Range>,
 }
 
-/// How a set has changed.
+/// Change of a set.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Change {
     added: Vec<Prefix>,
     removed: Vec<Prefix>,
-    /// What of IPv4 and IPv6 is gone, and what is new.
+    /// Removed and added contents of IPv4 and of IPv6.
     pub gone: [Contents; 2],
     pub new: [Contents; 2],
 }
@@ -71,7 +72,7 @@ impl PrefixSet {
         PrefixSet::with_many(prefixes, MANY)
     }
 
-    /// As [`PrefixSet::new`], with another notion of many.
+    /// Like [`PrefixSet::new`], with another minimum for separate sets.
     fn with_many(prefixes: &[Prefix], many: usize) -> PrefixSet {
         let of = |family| FamilySet::new(prefixes.iter().filter(move |prefix| prefix.family() == family), many);
         PrefixSet { v4: of(Family::V4), v6: of(Family::V6) }
@@ -86,12 +87,12 @@ impl PrefixSet {
         family_set.hashed.iter().flat_map(|(_, networks)| networks.iter()).chain(family_set.rest.iter()).copied()
     }
 
-    /// The lengths of a family that have a set of their own.
+    /// Returns the lengths of a family that have a separate set.
     pub fn lengths(&self, family: Family) -> impl Iterator<Item = u8> {
         self.family_set(family).hashed.iter().map(|(len, _)| *len)
     }
 
-    /// What the kernel's sets of a family shall hold.
+    /// Returns the contents of the kernel's sets of a family.
     pub fn contents(&self, family: Family) -> Result<Contents> {
         let family_set = self.family_set(family);
         let addresses = |(len, networks): &(u8, BTreeSet<Prefix>)| {
@@ -106,9 +107,9 @@ impl PrefixSet {
 
     /// Adds and removes prefixes.
     ///
-    /// The work is in proportion to the change and to the ranges that it
-    /// touches, not to the set. A prefix that is there already may be added;
-    /// one that is not there cannot be removed, and then nothing is changed.
+    /// The work depends on the size of the change and of the affected ranges,
+    /// not on the size of the set. A prefix that is in the set may be added
+    /// again. If a prefix to remove is not in the set, nothing is changed.
     pub fn update(&mut self, add: &[Prefix], remove: &[Prefix]) -> Result<Change> {
         memory::require((add.len() + remove.len()) * BYTES_EACH)?;
         let sorted = |prefixes: &[Prefix]| {
@@ -132,15 +133,14 @@ impl PrefixSet {
         Ok(Change { added, removed, gone: [gone_4, gone_6], new: [new_4, new_6] })
     }
 
-    /// Takes a change back.
+    /// Reverts a change.
     pub fn undo(&mut self, change: &Change) {
         for (family, family_set) in [(Family::V4, &mut self.v4), (Family::V6, &mut self.v6)] {
             family_set.swap(family, &change.added, &change.removed);
         }
     }
 
-    /// The same prefixes in other parts, if changes have left so many of a length among the ranges that it is worth
-    /// the work.
+    /// Returns the set divided anew, if so many prefixes of one length have become ranges that a new division pays off.
     pub fn regrouped(&self) -> Result<Option<PrefixSet>> {
         let outgrown = Families::ALL.iter().any(|family| self.family_set(family).is_outgrown());
         let regroup = || {
@@ -201,14 +201,14 @@ impl FamilySet {
         }
     }
 
-    /// Removes and adds what is of this family.
+    /// Removes and adds the prefixes of this family.
     fn swap(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) {
         let of_family = |prefix: &&Prefix| prefix.family() == family;
         remove.iter().filter(of_family).for_each(|prefix| self.remove(prefix));
         add.iter().filter(of_family).for_each(|prefix| self.insert(prefix));
     }
 
-    /// As [`FamilySet::swap`]; gives what of the contents is gone, and what is new. On failure nothing is changed.
+    /// Like [`FamilySet::swap`]; returns the removed and the added contents. On failure nothing is changed.
     fn change(&mut self, family: Family, remove: &[Prefix], add: &[Prefix]) -> Result<(Contents, Contents)> {
         let affected =
             self.affected_ranges(family, remove.iter().chain(add).filter(|prefix| prefix.family() == family))?;
@@ -226,7 +226,7 @@ impl FamilySet {
         changed
     }
 
-    /// These ranges, and those of some prefixes that are in sets of their length.
+    /// Returns contents of these ranges, and of the prefixes that are in separate sets.
     fn contents_of(&self, family: Family, prefixes: &[Prefix], ranges: Vec<Range>) -> Result<Contents> {
         let mut networks = Vec::new();
         for (len, _) in &self.hashed {
@@ -239,27 +239,27 @@ impl FamilySet {
         Ok(Contents { networks, ranges })
     }
 
-    /// The parts of the address space whose ranges a change may touch, apart from each other.
+    /// Returns the disjoint parts of the address space whose ranges a change may affect.
     fn affected_ranges<'a>(&self, family: Family, changed: impl Iterator<Item = &'a Prefix>) -> Result<Vec<Range>> {
-        // As far as the ranges reach that it lies in or touches.
+        // Extended by the ranges that overlap or touch it.
         let around = changed.filter(|prefix| !self.is_hashed(prefix.len)).map(|p| self.around(family, p.range()));
         let mut affected = memory::gather(around)?;
         affected.sort_unstable_by_key(|range| range.first);
         merged(affected.into_iter())
     }
 
-    /// The range that is made of everything which overlaps or touches `own`.
+    /// Returns the union of `own` and of all ranges that overlap or touch it, directly or through others.
     fn around(&self, family: Family, own: Range) -> Range {
         let mut grown = own;
-        // Upwards: prefixes in order, as long as each begins within reach.
+        // Upwards: prefixes in order, while each begins within the range or directly above it.
         for prefix in self.from(family, own.first) {
             if !grown.reaches(&prefix.range()) {
                 break;
             }
             grown.last = grown.last.max(prefix.range().last);
         }
-        // Downwards: a prefix that reaches so far begins at the prefix of some length of an address
-        // within, or ends right below.
+        // Downwards: a prefix that overlaps the beginning contains its first address, and a prefix that touches it ends directly
+        // below.
         loop {
             let below = grown.first;
             for target in [Some(below), below.checked_sub(1)].into_iter().flatten() {
@@ -274,7 +274,7 @@ impl FamilySet {
         }
     }
 
-    /// The widest prefix that an address lies in.
+    /// Returns the shortest prefix that contains an address.
     fn covering(&self, family: Family, number: u128) -> Option<Range> {
         self.counts.iter().find_map(|(len, _)| {
             let prefix = Prefix { addr: address(family, number & !host_mask(family, *len)), len: *len };
@@ -282,12 +282,12 @@ impl FamilySet {
         })
     }
 
-    /// The prefixes that begin at an address or above.
+    /// Returns the prefixes that begin at an address or above it.
     fn from(&self, family: Family, first: u128) -> impl Iterator<Item = &Prefix> {
         self.rest.range(Prefix { addr: address(family, first), len: 0 }..)
     }
 
-    /// The ranges within affected that none of them crosses.
+    /// Returns the ranges within `affected`, which no range crosses.
     fn ranges_within(&self, family: Family, affected: &[Range]) -> Result<Vec<Range>> {
         let mut all = Vec::new();
         for window in affected {
@@ -299,7 +299,7 @@ impl FamilySet {
         Ok(all)
     }
 
-    /// A length should have a set of its own, and there is room for one, or another has become rare beside it.
+    /// Whether a length should get a separate set: the maximum number is not reached, or another length has become rarer.
     fn is_outgrown(&self) -> bool {
         let most = self.counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
         let least = self.hashed.iter().map(|(_, networks)| networks.len()).min().unwrap_or(0);
@@ -307,7 +307,7 @@ impl FamilySet {
     }
 }
 
-/// The count of a length, in a list that is in the order of lengths.
+/// Returns the counter of a length in a list sorted by length.
 fn count_of(counts: &mut Vec<(u8, usize)>, len: u8) -> &mut usize {
     let at = match counts.binary_search_by_key(&len, |(len, _)| *len) {
         Ok(at) => at,
@@ -334,7 +334,7 @@ mod tests {
         PrefixSet::new(&prefixes.iter().map(|p| prefix(p)).collect::<Vec<_>>())
     }
 
-    /// So many of a length, no two of them neighbours.
+    /// Returns a number of prefixes of a length, no two of which touch.
     fn scattered(count: usize, len: u8) -> Vec<Prefix> {
         let network = |n: u32| Prefix::new(std::net::Ipv4Addr::from_bits(n << (33 - len)).into(), len).unwrap();
         (0..count as u32).map(network).collect()
@@ -396,7 +396,7 @@ mod tests {
             set.update(&scattered(2 * MANY, len), &[]).unwrap();
             set = set.regrouped().unwrap().unwrap();
         }
-        // The rarest had to go, and comes back only as others go.
+        // The rarest length lost its set, and gets one again only if others lose theirs.
         assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (25..29).collect());
         assert_eq!(set.regrouped().unwrap(), None);
         set.update(&[], &scattered(2 * MANY, 28)[MANY / 2..]).unwrap();
@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(set.regrouped().unwrap(), None);
     }
 
-    /// In a small corner of the address space, where prefixes meet often.
+    /// Prefixes in a small part of the address space, where they often overlap.
     fn corner() -> impl Strategy<Value = Prefix> {
         (0..64u8, 24..=32u8, any::<bool>()).prop_map(|(host, len, v6)| match v6 {
             true => Prefix::new(address(Family::V6, host.into()), len + 96).unwrap(),
@@ -413,12 +413,12 @@ mod tests {
         })
     }
 
-    /// So few prefixes of a length are many, at times.
+    /// Small minimums for separate sets.
     fn many() -> impl Strategy<Value = usize> {
         prop_oneof![Just(1), Just(3), Just(8), Just(MANY)]
     }
 
-    /// Some elements taken out of the kernel's sets, and others put in; the kernel refuses what makes no sense.
+    /// Removes elements from a model of the kernel's sets, and adds others. The model refuses what the kernel refuses.
     fn applied(mut held: Contents, gone: &Contents, new: &Contents) -> Contents {
         for (len, networks) in &gone.networks {
             let (_, held) = held.networks.iter_mut().find(|(found, _)| found == len).unwrap();
@@ -476,7 +476,7 @@ mod tests {
                 let base = if family == Family::V4 { 0xFFFF_FF00u128 } else { 0 };
                 for number in base..base + 256 {
                     let covered = prefixes.iter().any(|p| p.family() == family && (p.range().first..=p.range().last).contains(&number));
-                    // As the rules look: the address's bits that count, in the set of the length.
+                    // The lookup of the rules: the masked address in the set of the length.
                     let found = |(len, networks): &(u8, Vec<IpAddr>)| {
                         let bits = mask(family, Some(*len)).map_or(u128::MAX, super::super::number);
                         networks.contains(&address(family, number & bits))

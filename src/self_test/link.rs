@@ -1,4 +1,4 @@
-//! Interfaces, addresses, routes and neighbours: what it takes to join two networks that nobody else uses.
+//! Creates interfaces, addresses, routes and neighbor entries, to connect two network namespaces.
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -27,15 +27,15 @@ const ROUTE_GATEWAY: u16 = 5;
 const NEIGHBOUR_DESTINATION: u16 = 1;
 const NEIGHBOUR_LINK_ADDRESS: u16 = 2;
 
-/// One end of a pair: `struct ifinfomsg` is all zero.
+/// One end of a pair. `struct ifinfomsg` is all zero.
 fn end(attrs: &mut Attrs<'_>, name: &str, mac: Mac) {
     attrs.string(LINK_NAME, name);
     attrs.bytes(LINK_ADDRESS, &mac);
 }
 
-/// Makes a veth pair: one end here, the other in another namespace.
+/// Creates a veth pair: one end in this namespace, the other in another.
 pub(crate) fn add_pair(channel: &mut Channel, here: (&str, Mac), there: (&str, Mac, BorrowedFd<'_>)) -> Result<()> {
-    /// `struct nlmsghdr`, which the peer's description does without.
+    /// Size of `struct nlmsghdr`, which the attribute of the peer does not have.
     const MESSAGE_HEADER: usize = 16;
     let mut peer = Buffer::default();
     peer.message(0, 0, 0, &[0; 16], |a| {
@@ -59,7 +59,7 @@ pub(crate) fn set_up(channel: &mut Channel, index: u32) -> Result<()> {
     header[4..8].copy_from_slice(&index.to_ne_bytes());
     header[8..12].copy_from_slice(&up);
     header[12..16].copy_from_slice(&up);
-    // Nothing is made: an interface of this index is changed.
+    // Changes the interface with this index, and creates none.
     act(channel, "link set up", libc::RTM_NEWLINK, &header, &|_| {})
 }
 
@@ -78,7 +78,7 @@ fn bits_of(addr: IpAddr) -> u8 {
     if addr.is_ipv4() { 32 } else { 128 }
 }
 
-/// Gives an interface an address, without a network, that is to be had at once (nobody is asked who else has it).
+/// Adds a full-length address to an interface. It is usable immediately, without duplicate address detection.
 pub(crate) fn add_address(channel: &mut Channel, index: u32, addr: IpAddr) -> Result<()> {
     /// IFA_F_NODAD.
     const AT_ONCE: u32 = 2;
@@ -91,9 +91,9 @@ pub(crate) fn add_address(channel: &mut Channel, index: u32, addr: IpAddr) -> Re
     })
 }
 
-/// Routes one address to an interface's link; or everything to a gateway on it.
+/// Adds a route for one address to an interface, or a default route to a gateway on it.
 pub(crate) fn add_route(channel: &mut Channel, index: u32, to: IpAddr, everything: bool) -> Result<()> {
-    /// RTPROT_STATIC, and RTNH_F_ONLINK: the gateway is a neighbour, whatever routes say.
+    /// RTPROT_STATIC, and RTNH_F_ONLINK: the gateway is a neighbor, regardless of routes.
     const STATIC: u8 = 4;
     const ON_LINK: u32 = 4;
     let [f0, f1, f2, f3] = if everything { ON_LINK } else { 0 }.to_ne_bytes();
@@ -105,7 +105,7 @@ pub(crate) fn add_route(channel: &mut Channel, index: u32, to: IpAddr, everythin
     })
 }
 
-/// Says who has an address on a link, so that nobody need ask.
+/// Adds a permanent neighbor entry, so that no neighbor discovery is needed.
 pub(crate) fn add_neighbour(channel: &mut Channel, index: u32, addr: IpAddr, mac: Mac) -> Result<()> {
     /// NUD_PERMANENT.
     const PERMANENT: u16 = 0x80;
@@ -118,7 +118,7 @@ pub(crate) fn add_neighbour(channel: &mut Channel, index: u32, addr: IpAddr, mac
     })
 }
 
-/// One change, which the kernel must acknowledge.
+/// Sends one request, which the kernel must acknowledge.
 fn act(channel: &mut Channel, what: &str, kind: u16, header: &[u8], attrs: &dyn Fn(&mut Attrs<'_>)) -> Result<()> {
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
     let seq = channel.next_seq();

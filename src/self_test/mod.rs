@@ -1,13 +1,13 @@
-//! Does a configuration work on this kernel? Its rules are installed in a network that exists only meanwhile, with
-//! listeners as it wants them, and probes are sent through, from in_client_ns.
+//! Tests a configuration on this kernel. Installs its rules in a temporary network namespace, with listeners as the configuration
+//! describes them, and sends probes through them from a second namespace.
 //!
 //! ```text
-//!   in_client_ns (a namespace) --- veth --- inside (another): the rules, the listeners, and a trace of every packet
+//!   client (a namespace) --- veth --- inside (another): the rules, the listeners, and a trace of every packet
 //! ```
 //!
-//! A network namespace belongs to a thread, and so this is done in a thread of its own, which has ended when the call
-//! returns; it gets no signals. (A child process could do it too, but in a program with threads a child may hardly do
-//! anything before exec.) The host's own rules are not there: `check` judges those.
+//! A network namespace belongs to a thread. The test therefore runs in a new thread, which receives no signals and has ended when
+//! the call returns. (A child process would not do: in a program with threads, a child may do little before exec.) The host's own
+//! rules are not tested; `check` inspects them.
 
 mod link;
 mod network;
@@ -22,19 +22,19 @@ use crate::rules::{Config, plan};
 use crate::sys;
 use probe::{Probe, ProbeResult};
 
-/// A name that the configuration chooses.
+/// Returns the name of an interface that the configuration selects.
 fn interface(interfaces: Option<&Interfaces>) -> String {
     let first = |list: fn(&Interfaces) -> &Vec<String>| interfaces.and_then(|interfaces| list(interfaces).first());
     match (first(|interfaces| &interfaces.names), first(|interfaces| &interfaces.prefixes)) {
         (Some(name), _) => name.clone(),
-        // "ppp*" is "ppp" too, which must do where there is no room for more.
+        // "ppp*" matches "ppp" too. This name is used if a longer one would not fit.
         (None, Some(prefix)) if prefix.len() + 1 < libc::IFNAMSIZ => format!("{prefix}0"),
         (None, Some(prefix)) => prefix.clone(),
         (None, None) => "eth0".to_owned(),
     }
 }
 
-/// Sends a connection and a datagram of each family, as far as the config asks for them, through its rules.
+/// Sends a connection and a datagram of each selected family through the rules of a config.
 ///
 /// Does so in a network namespace that exists only during the call, and gives a finding for each.
 ///
@@ -56,10 +56,10 @@ pub fn self_test(config: &Config) -> Result<Vec<Finding>> {
         skipped(config, &plan, &mut found);
         Ok(found.0)
     };
-    // A program's signals are for its own threads.
+    // Signals of the program are delivered to its own threads.
     let outcome = sys::without_signals(|| sys::in_a_thread("tp_self_test", worker));
-    let panicked = || Error::new(libc::ENOTRECOVERABLE, "an error in libtproxy itself (a panic); please report it");
-    outcome.map_err(|e| Error::io(format_args!("starting a thread"), e))?.ok_or_else(panicked)?
+    let panicked = || Error::new(libc::ENOTRECOVERABLE, "internal error of libtproxy (a panic); please report it");
+    outcome.map_err(|e| Error::io(format_args!("cannot start a thread"), e))?.ok_or_else(panicked)?
 }
 
 fn report(probe: &Probe, found: &mut Findings) {
@@ -69,20 +69,20 @@ fn report(probe: &Probe, found: &mut Findings) {
     };
     let severity = if probe.result == ProbeResult::Served { Severity::Ok } else { Severity::Failure };
     let result = std::fmt::from_fn(|f| match &probe.result {
-        ProbeResult::Served => f.write_str("delivered, and answered"),
+        ProbeResult::Served => f.write_str("delivered, and the reply was received"),
         ProbeResult::Wrong(what) => f.write_str(what),
         ProbeResult::Failed(e) => write!(f, "{e}{}", probe.seen()),
-        ProbeResult::Unanswered => write!(f, "delivered, but no answer came back{}", probe.seen()),
+        ProbeResult::Unanswered => write!(f, "delivered, but the reply was not received{}", probe.seen()),
         ProbeResult::Lost => write!(f, "lost{}", probe.seen()),
     });
     let (family, from, to) = (probe.family, probe.from, probe.to);
     found.push(severity, kind, format_args!("{family} {what} from {from} to {to}: {result}")).without_fix();
 }
 
-/// What the config does not ask for was not tried.
+/// Reports the families and protocols that the config does not select.
 fn skipped(config: &Config, plan: &crate::plan::Plan, found: &mut Findings) {
     let mut skip = |name: &dyn std::fmt::Display| {
-        found.push(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not asked for"));
+        found.push(Severity::Note, findings::SELF_SKIPPED, format_args!("{name}: not selected by the configuration"));
     };
     for family in [Family::V4, Family::V6] {
         if !plan.families.contains(family) || !probe::intercepts(config, family) {

@@ -1,4 +1,4 @@
-//! Two networks that nobody else uses, joined.
+//! Two new network namespaces, connected by a veth pair.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -16,7 +16,7 @@ const INSIDE_MAC: Mac = [2, 0, 0, 0, 0, 2];
 /// LOOPBACK_IFINDEX.
 const LOOPBACK: u32 = 1;
 
-/// The two namespaces; this thread is inside. They end with their descriptors and sockets.
+/// The two namespaces. This thread is in the inner one. They end with their last descriptor and socket.
 pub(super) struct Network {
     in_client_ns: OwnedFd,
     inside: OwnedFd,
@@ -25,10 +25,10 @@ pub(super) struct Network {
 }
 
 impl Network {
-    /// Takes this thread out of its network, for good.
+    /// Moves this thread to new namespaces, permanently.
     pub fn new(interface: &str) -> Result<Network> {
         let in_client_ns = unshared()?;
-        // `lo` answers for addresses that the probes come from.
+        // `lo` gets the addresses from which the probes are sent.
         let mut there = channel()?;
         link::set_up(&mut there, LOOPBACK)?;
         let inside = unshared()?;
@@ -42,7 +42,7 @@ impl Network {
         Ok(Network { in_client_ns, inside, link, outside_link })
     }
 
-    /// Gives the in_client_ns an address, and a way from there to everybody; and back.
+    /// Adds an address to the client namespace, a default route there, and the route back.
     pub fn connect(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
         let mut there = self.in_client_ns(channel)??;
         link::add_address(&mut there, self.outside_link, client)?;
@@ -55,13 +55,13 @@ impl Network {
         self.wait_for(client, gateway)
     }
 
-    /// The kernel takes a moment to notice that a link's other end is up (`linkwatch_event`), and drops till then what is
-    /// sent, without a word. So: until both have heard each other.
+    /// Waits until both ends of the veth pair have received a packet from each other. The kernel detects with a delay that the other
+    /// end is up (`linkwatch_event`), and silently drops packets until then.
     fn wait_for(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
         // Longer than a second: `linkwatch_event` runs once a second at most, and later while another process holds the RTNL lock.
         const PATIENCE: u64 = 10_000; // ms
         let failed = |e: sys::Errno| {
-            Error::io(format_args!("veth pair of the self-test, which is to carry packets within 10 seconds"), e)
+            Error::io(format_args!("veth pair of the self-test: no packet arrived within 10 seconds"), e)
         };
         let open = |own: IpAddr| -> sys::Result<(UdpSocket, SocketAddr)> {
             let socket = UdpSocket::bind((own, 0))?;
@@ -77,7 +77,7 @@ impl Network {
             if sys::coarse_ms() > deadline {
                 return Err(failed(sys::Errno(libc::ETIMEDOUT)));
             }
-            // What is not sent now is sent next time.
+            // A failed packet is sent again in the next round.
             let _ = near.send_to(b"?", far_addr);
             let _ = far.send_to(b"?", near_addr);
             std::thread::sleep(Duration::from_micros(200));
@@ -87,7 +87,7 @@ impl Network {
         Ok(())
     }
 
-    /// Gives the inside an address of its own.
+    /// Adds an address to the inner namespace.
     pub fn own(&self, addr: IpAddr) -> Result<()> {
         match link::add_address(&mut channel()?, LOOPBACK, addr) {
             Err(e) if e.errno() == libc::EEXIST => Ok(()),
@@ -95,7 +95,7 @@ impl Network {
         }
     }
 
-    /// Does something in_client_ns.
+    /// Runs a function in the client namespace.
     pub fn in_client_ns<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
         let failed = |e: sys::Errno| Error::io(format_args!("setns(CLONE_NEWNET)"), e);
         sys::enter_network(self.in_client_ns.as_fd()).map_err(failed)?;
@@ -130,5 +130,5 @@ fn interfaces(channel: &mut Channel) -> Result<Vec<Interface>> {
 
 fn index(channel: &mut Channel, name: &str) -> Result<u32> {
     let found = interfaces(channel)?.iter().find(|interface| interface.name == name).map(|interface| interface.index);
-    found.ok_or_else(|| Error::with(libc::ENODEV, format_args!("ip link show {name}: it is not there")))
+    found.ok_or_else(|| Error::with(libc::ENODEV, format_args!("ip link show {name}: the interface does not exist")))
 }

@@ -1,4 +1,4 @@
-//! The probes: a connection and a datagram, what they are sent to, and what became of each.
+//! The probes: a connection and a datagram, their destinations, and their results.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -20,34 +20,34 @@ use crate::self_test::trace::{Step, Tracer};
 use crate::socket::{self, ListenOptions};
 use crate::sys;
 
-/// In milliseconds. A SYN that is lost is sent again after a second (TCP_TIMEOUT_INIT); the rest is for a busy machine.
+/// Time limit in milliseconds. A lost SYN is sent again after a second (TCP_TIMEOUT_INIT). The rest is for a busy machine.
 const PATIENCE: u64 = 2500;
-/// A datagram is sent again by nobody else.
+/// Interval in milliseconds at which a datagram is sent again.
 const REPEAT: u64 = 300;
 const PAUSE: Duration = Duration::from_millis(2);
-/// An address of each family.
+/// One address per family.
 type Pair = (Ipv4Addr, Ipv6Addr);
-/// Who asks, and whom, unless the config says otherwise (RFC 5737, RFC 3849).
+/// Default source and destination of probes (RFC 5737, RFC 3849).
 const CLIENTS: Pair = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
 const SERVERS: Pair = (Ipv4Addr::new(203, 0, 113, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
 const ELSEWHERE: Pair = (Ipv4Addr::new(198, 18, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 2));
 const GATEWAYS: Pair = (Ipv4Addr::new(192, 0, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1));
 const PORT: u16 = 80;
 
-/// What became of a probe.
+/// Result of a probe.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ProbeResult {
     Served,
-    /// It was delivered, but not as it should.
+    /// The probe was delivered with a wrong address.
     Wrong(String),
-    /// It reached the listener, and the answer did not come back.
+    /// The probe reached the listener, and the reply was lost.
     Unanswered,
-    /// It was refused, or could not be sent.
+    /// The probe was refused, or could not be sent.
     Failed(String),
     Lost,
 }
 
-/// A probe, and what was seen of it.
+/// A probe and its state.
 #[derive(Debug)]
 pub(super) struct Probe {
     pub family: Family,
@@ -57,17 +57,17 @@ pub(super) struct Probe {
     pub result: ProbeResult,
     steps: Vec<Step>,
     socket: Option<Socket>,
-    /// The connection, as it was accepted.
+    /// The accepted connection.
     accepted: Option<Socket>,
     settled: bool,
 }
 
 impl Probe {
-    /// Where it was last seen, for people.
+    /// Describes where the probe was last seen.
     pub fn seen(&self) -> String {
-        // Its first packet; later ones go the same way.
+        // Only the first packet: later packets take the same path.
         let Some(packet) = self.steps.first().map(|step| step.packet) else {
-            return "; it was never seen to come in".to_owned();
+            return "; it did not arrive in the tested network namespace".to_owned();
         };
         let steps: Vec<&Step> = self.steps.iter().filter(|step| step.packet == packet).collect();
         if let Some(by) = steps.iter().find(|step| step.dropped) {
@@ -77,22 +77,22 @@ impl Probe {
         let Some(hook) = steps.iter().rev().find_map(|step| step.hook()) else { return String::new() };
         let meaning = match hook.split(',').next() {
             Some("prerouting") => "routing did not deliver it (a martian, or no route)",
-            Some("input") => "no socket took it",
-            Some("forward" | "postrouting") => "it was forwarded, past the listener",
+            Some("input") => "no socket received it",
+            Some("forward" | "postrouting") => "it was forwarded instead of delivered to the listener",
             _ => "",
         };
         format!("; last seen at hook {hook}: {meaning}")
     }
 }
 
-/// The config can intercept a probe of this family: none of its lists is empty.
+/// Whether the config can intercept a probe of this family: none of its lists is empty.
 pub(super) fn intercepts(config: &Config, family: Family) -> bool {
     let any_port = config.ports.as_ref().is_none_or(|ports| !ports.is_empty());
     let any_interface = config.interfaces.as_ref().is_none_or(|names| !names.is_empty());
     any_port && any_interface && client(config, family).is_some() && destination(config, family).is_some()
 }
 
-/// The address that sends the probes of a family; `None`: the config leaves none.
+/// Returns the source of the probes of a family; `None`: the config selects none.
 fn client(config: &Config, family: Family) -> Option<IpAddr> {
     match &config.src {
         Some(src) => of_family(src, family).map(Prefix::sample).next(),
@@ -100,7 +100,7 @@ fn client(config: &Config, family: Family) -> Option<IpAddr> {
     }
 }
 
-/// The address that the probes of a family are sent to; `None`: the config leaves none.
+/// Returns the destination of the probes of a family; `None`: the config selects none.
 fn destination(config: &Config, family: Family) -> Option<IpAddr> {
     let candidates: Vec<IpAddr> = match &config.dst {
         Some(dst) => of_family(dst, family).map(Prefix::sample).collect(),
@@ -118,17 +118,17 @@ fn sample((v4, v6): Pair, family: Family) -> IpAddr {
     if family == Family::V4 { v4.into() } else { v6.into() }
 }
 
-/// Makes listeners, installs the rules, sends all probes at once, and waits until each has met its result.
+/// Opens listeners, installs the rules, sends all probes, and waits until each has a result.
 pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec<Probe>> {
     let mut config = config.clone();
-    // Nothing outlives the network.
+    // The rules end with the network namespace.
     config.persist = false;
     let mut families = plan.families;
     for family in plan.families.iter() {
         let Some(from) = client(&config, family) else { continue };
         match network.connect(from, sample(GATEWAYS, family)) {
             Ok(()) => {}
-            // A kernel without this family; rules for both do without it, too.
+            // The kernel does not support this family. Rules for both families work without it.
             Err(_) if config.families.is_none() && family == Family::V6 => families.v6 = false,
             Err(e) => return Err(e),
         }
@@ -154,7 +154,7 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     let listeners = listeners(&config, network)?;
     let mut nft =
         Channel::open(libc::NETLINK_NETFILTER).map_err(|e| Error::io(format_args!("socket(NETLINK_NETFILTER)"), e))?;
-    // Where nf_tables is missing, iptables may do, and nothing is traced.
+    // Without nf_tables, the rules may use iptables, and packets are not traced.
     let mut tracer = Tracer::start(&mut nft).ok();
     let _rules = Rules::install(&config)?;
     network.in_client_ns(|| probes.iter_mut().for_each(send))?;
@@ -181,7 +181,8 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
     Ok(probes)
 }
 
-/// Where a probe goes. With nothing to intercept it goes to a listener's own foreign address, which is made if there is none.
+/// Returns the destination of a probe. If nothing is intercepted, it is the foreign address of a listener, which is opened if there
+/// is none.
 fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) -> Option<SocketAddr> {
     if plan.mode != Mode::DivertOnly {
         let port = plan.ports.as_ref().map_or(Some(PORT), |ports| ports.first().map(|range| range.first))?;
@@ -202,7 +203,7 @@ fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) 
     Some(to)
 }
 
-/// Listeners as the config has them.
+/// Opens listeners as the config describes them.
 fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket)>> {
     let mut made: Vec<(SocketAddr, Protocol, Socket)> = Vec::new();
     for listener in &config.listeners {
@@ -216,7 +217,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
                 if let Some(addr) = listener.addr {
                     network.own(addr)?;
                 }
-                ordinary(addr).map_err(|e| Error::io(format_args!("a listener on {addr}"), e))?
+                ordinary(addr).map_err(|e| Error::io(format_args!("listener on {addr}"), e))?
             }
             (_, Protocol::Tcp) => socket::listen(addr, ListenOptions::new().nonblocking(true))?,
             (_, Protocol::Udp) => {
@@ -230,7 +231,7 @@ fn listeners(config: &Config, network: &Network) -> Result<Vec<(Protocol, Socket
     Ok(made.into_iter().map(|(_, protocol, socket)| (protocol, socket)).collect::<Vec<_>>())
 }
 
-/// What NAT needs: a listener that is not transparent.
+/// Opens a listener that is not transparent, for NAT.
 fn ordinary(addr: SocketAddr) -> sys::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM.cloexec().nonblocking(), None)?;
     if addr.is_ipv6() {
@@ -241,7 +242,7 @@ fn ordinary(addr: SocketAddr) -> sys::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends a probe; this thread is in_client_ns.
+/// Sends a probe. This thread is in the client namespace.
 fn send(probe: &mut Probe) {
     let sent = || -> sys::Result<Socket> {
         let kind = if probe.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
@@ -277,7 +278,7 @@ impl Probe {
     }
 }
 
-/// Answers what has reached a listener.
+/// Replies to probes that have reached a listener.
 fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode) {
     let whose = |probes: &mut [Probe], peer: SocketAddr| {
         probes.iter().position(|probe| probe.protocol == protocol && probe.from == canonical(peer))
@@ -292,9 +293,12 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
                 };
                 match orig_dst(stream.as_fd()).map(canonical) {
                     Ok(found) if found == probe.to => probe.result = ProbeResult::Unanswered,
-                    Ok(found) => probe.finish(ProbeResult::Wrong(format!("delivered, but as one to {found}"))),
-                    Err(e) => probe
-                        .finish(ProbeResult::Wrong(format!("delivered, but its original destination is lost: {e}"))),
+                    Ok(found) => {
+                        probe.finish(ProbeResult::Wrong(format!("delivered, but with original destination {found}")))
+                    }
+                    Err(e) => {
+                        probe.finish(ProbeResult::Wrong(format!("delivered, but without original destination: {e}")))
+                    }
                 }
                 let _ = stream.write_all(b"!");
                 probe.accepted = Some(stream);
@@ -310,21 +314,21 @@ fn serve(protocol: Protocol, listener: &Socket, probes: &mut [Probe], mode: Mode
                 };
                 probe.result = ProbeResult::Unanswered;
                 if let Err(e) = reply(probe, listener, mode) {
-                    probe.finish(ProbeResult::Wrong(format!("delivered, but an answer cannot be sent: {e}")));
+                    probe.finish(ProbeResult::Wrong(format!("delivered, but the reply could not be sent: {e}")));
                 }
             }
         }
     }
 }
 
-/// Answers a datagram from the address that it was sent to.
+/// Replies to a datagram from its original destination.
 fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
     let failed = |e: io::Error| {
         let e = sys::Errno::from(e);
         Error::with(e.0, format_args!("{e}"))
     };
     if mode == Mode::DivertOnly {
-        // The listener has that very address.
+        // The listener is bound to this address.
         return listener.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed);
     }
     let socket = socket::socket(Domain::for_address(probe.to), Type::DGRAM.nonblocking(), None)?;
@@ -333,12 +337,12 @@ fn reply(probe: &Probe, listener: &Socket, mode: Mode) -> Result<()> {
     socket.send_to(b"!", &SockAddr::from(probe.from)).map(drop).map_err(failed)
 }
 
-/// Whether the answer has come.
+/// Whether the reply has arrived.
 fn poll_reply(probe: &mut Probe) {
     let (false, Some(socket)) = (probe.settled, &mut probe.socket) else { return };
     match socket.read(&mut [0; 16]).map_err(sys::Errno::from) {
         Ok(1..) if probe.result == ProbeResult::Unanswered => probe.finish(ProbeResult::Served),
-        Ok(_) => probe.finish(ProbeResult::Wrong("answered by somebody else".to_owned())),
+        Ok(_) => probe.finish(ProbeResult::Wrong("a reply arrived, but the listener received no probe".to_owned())),
         Err(sys::Errno(libc::EAGAIN | libc::ENOTCONN | libc::EINTR)) => {}
         Err(e) => probe.finish(ProbeResult::Failed(e.to_string())),
     }

@@ -1,4 +1,4 @@
-//! Following packets: a table that has them traced and watches every hook, and the kernel's reports.
+//! Traces packets: a table that enables tracing and has a chain at every hook, and the kernel's trace messages.
 
 use std::os::fd::AsFd;
 
@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
 
-/// The table that watches. No instance can have this name.
+/// Name of the table. No instance can have this name.
 const TABLE: &str = "libtproxy--trace";
 
-/// Before and behind everybody else's chains, by hook.
+/// Hooks and priorities of its chains, before and after all other chains.
 const WATCHED: [(&str, Hook); 7] = [
     ("prerouting, first", Hook::watching(0, "prerouting", -400)),
     ("prerouting, last", Hook::watching(0, "prerouting", 400)),
@@ -26,29 +26,29 @@ const WATCHED: [(&str, Hook); 7] = [
     ("postrouting, last", Hook::watching(4, "postrouting", 400)),
 ];
 
-/// What the kernel says of a packet in a chain.
+/// A trace message: a packet in a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Step {
-    /// Which packet; the kernel gives it no other name.
+    /// Identifier of the packet.
     pub packet: u32,
-    /// NFPROTO_IPV4 or NFPROTO_IPV6, and the transport protocol's number, where the packet is shown.
+    /// NFPROTO_IPV4 or NFPROTO_IPV6, and the number of the transport protocol, if the message has the packet's header.
     pub family: u32,
     pub protocol: Option<u8>,
     pub table: String,
     pub chain: String,
-    /// The rule's handle; `None`: the chain's policy.
+    /// Handle of the rule; `None`: the policy of the chain.
     pub rule: Option<u64>,
     pub dropped: bool,
 }
 
 impl Step {
-    /// The hook, if it is one of the watching chains.
+    /// Returns the hook, if the chain belongs to the tracing table.
     pub fn hook(&self) -> Option<&str> {
         (self.table == TABLE).then_some(self.chain.as_str())
     }
 }
 
-/// Follows every packet that comes into this network.
+/// Traces every packet that arrives in this network namespace.
 pub(crate) struct Tracer {
     reports: Socket,
     buffer: Vec<u8>,
@@ -71,11 +71,11 @@ impl Tracer {
         Ok(Tracer { reports, buffer: Vec::with_capacity(32 << 10) })
     }
 
-    /// What has been reported since.
+    /// Returns the trace messages since the last call.
     pub fn steps(&mut self) -> Vec<Step> {
         const TRACE: u16 = 17;
         let mut steps = Vec::new();
-        // Reports that were lost for want of room are lost; the others are worth as much.
+        // Messages that did not fit the buffer are lost. The other messages are still useful.
         while self.reports.receive(&mut self.buffer).is_ok() {
             let messages = wire::messages(&self.buffer);
             steps.extend(messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)));

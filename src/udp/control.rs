@@ -1,4 +1,4 @@
-//! Control data (`cmsg(3)`): read without trusting them, and written.
+//! Reads and writes control data (`cmsg(3)`). Control data that is read is not trusted.
 
 use std::net::SocketAddr;
 
@@ -8,27 +8,27 @@ use crate::address::{self, AddrRef, KernelAddr};
 pub(super) const UDP_GRO: i32 = 104;
 pub(super) const UDP_SEGMENT: i32 = 103;
 
-/// The size of a header, and what every message is aligned to (`CMSG_ALIGN`).
+/// Size of a header, and alignment of every message (`CMSG_ALIGN`).
 const HEADER: usize = align(size_of::<libc::cmsghdr>());
 
 const fn align(len: usize) -> usize {
     len.next_multiple_of(size_of::<usize>())
 }
 
-/// What control data say of a datagram.
+/// Control data of a received datagram.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Control {
     /// `IP_ORIGDSTADDR`, `IPV6_ORIGDSTADDR`.
     pub(crate) orig_dst: KernelAddr,
-    /// The length of each of the datagrams that were received as one, but for
-    /// the last, which may be shorter: `UDP_GRO`. 0: one datagram.
+    /// Length of each of the datagrams that were received as one batch
+    /// (`UDP_GRO`), except the last, which may be shorter. 0: one datagram.
     pub segment_len: u32,
 }
 
 impl Control {
-    /// Reads control data as `recvmsg(2)` gives them. Any bytes are fine: what
-    /// is cut short or makes no sense is passed over.
+    /// Reads control data as `recvmsg(2)` returns it. Any bytes are accepted:
+    /// truncated or invalid messages are ignored.
     ///
     /// ```
     /// use tproxy::udp::Control;
@@ -41,7 +41,7 @@ impl Control {
         control
     }
 
-    /// Where the datagram was going.
+    /// Returns the original destination.
     pub fn orig_dst(&self) -> Option<SocketAddr> {
         self.orig_dst.get()
     }
@@ -67,7 +67,7 @@ impl Control {
 const ORIG_DST_V4: (i32, i32) = (libc::SOL_IP, libc::IP_ORIGDSTADDR);
 const ORIG_DST_V6: (i32, i32) = (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR);
 
-/// The original destination alone, where it lies.
+/// Finds only the original destination, and returns it without a copy.
 #[inline(always)]
 pub(crate) fn orig_dst(data: &[u8]) -> Option<AddrRef<'_>> {
     find(data, |what, body| match what {
@@ -76,11 +76,12 @@ pub(crate) fn orig_dst(data: &[u8]) -> Option<AddrRef<'_>> {
     })
 }
 
-/// The address in such a message, unless it is one that no packet from a network can rightly be going to.
+/// Returns the address in such a message, unless it is not a valid destination of a packet from a network.
 ///
-/// A datagram of IPv4 has `IP_ORIGDSTADDR`, on a dual-stack socket too. So a v4-mapped address in `IPV6_ORIGDSTADDR` is
-/// what a sender wrote into an IPv6 header: a program that answered or connected to it would use IPv4, and reach what
-/// the sender cannot reach, such as 127.0.0.1. The same holds for `::` and 0.0.0.0, which `connect(2)` takes for this host.
+/// An IPv4 datagram has `IP_ORIGDSTADDR`, on a dual-stack socket too. A v4-mapped address in `IPV6_ORIGDSTADDR` therefore comes
+/// from the IPv6 header that the sender wrote. A program that replied or connected to it would use IPv4, and could reach
+/// destinations that the sender cannot reach, such as 127.0.0.1. The same applies to `::` and 0.0.0.0, which `connect(2)`
+/// interprets as this host.
 #[inline(always)]
 fn destination(what: (i32, i32), body: &[u8]) -> Option<AddrRef<'_>> {
     match AddrRef::parse(body)? {
@@ -90,7 +91,7 @@ fn destination(what: (i32, i32), body: &[u8]) -> Option<AddrRef<'_>> {
     }
 }
 
-/// What is first made of a message: of its level and type, and its bytes. One that is cut short ends them.
+/// Returns the first result of a function of level, type and bytes of each message. A truncated message ends the iteration.
 #[inline(always)]
 fn find<'a, T>(mut data: &'a [u8], mut make: impl FnMut((i32, i32), &'a [u8]) -> Option<T>) -> Option<T> {
     loop {
@@ -109,10 +110,10 @@ fn decode_header(header: &[u8; HEADER]) -> (usize, i32, i32) {
     (usize::from_ne_bytes(*len), int(0), int(4))
 }
 
-/// Room for what [`Outgoing`] writes: `struct in6_pktinfo` and a segment length.
+/// Size of the buffer of [`Outgoing`]: `struct in6_pktinfo` and a segment length.
 const OUTGOING: usize = 2 * HEADER + align(size_of::<libc::in6_pktinfo>()) + align(size_of::<u16>());
 
-/// Control data to send with: from which address, and in segments of which length.
+/// Control data for sending: the source address, and the segment length.
 #[repr(C, align(8))]
 pub(super) struct Outgoing {
     bytes: [u8; OUTGOING],
@@ -125,7 +126,7 @@ impl Outgoing {
     pub(super) fn new(source: &KernelAddr, scope: [u8; 4]) -> Outgoing {
         let mut outgoing = Outgoing { bytes: [0; OUTGOING], len: 0 };
         if source.is_ipv4() {
-            // struct in_pktinfo: the interface, the source, a destination that is not looked at.
+            // struct in_pktinfo: the interface, the source, and a destination that the kernel ignores.
             let body = outgoing.push::<{ size_of::<libc::in_pktinfo>() }>(libc::SOL_IP, libc::IP_PKTINFO);
             body[4..8].copy_from_slice(&source.ipv4());
         } else {
@@ -136,13 +137,13 @@ impl Outgoing {
         outgoing
     }
 
-    /// Adds `UDP_SEGMENT`. Once.
+    /// Adds `UDP_SEGMENT`. It may be called once.
     #[inline(always)]
     pub(super) fn add_segment_len(&mut self, len: u16) {
         *self.push(libc::SOL_UDP, UDP_SEGMENT) = len.to_ne_bytes();
     }
 
-    /// Appends a header, and gives the place of its `N` bytes.
+    /// Appends a header, and returns the buffer for its `N` bytes.
     #[inline(always)]
     fn push<const N: usize>(&mut self, level: i32, kind: i32) -> &mut [u8; N] {
         const LEN: usize = size_of::<usize>();
@@ -155,8 +156,8 @@ impl Outgoing {
         message[HEADER..].first_chunk_mut().expect("room for both messages")
     }
 
-    /// Up to the last message's end. What would align one more is left out: with that, the kernel has no room for an
-    /// `in6_pktinfo` on its stack, and allocates some for every datagram (____sys_sendmsg, net/socket.c).
+    /// Returns the bytes up to the end of the last message, without padding. With padding, an `in6_pktinfo` would not fit the
+    /// buffer on the kernel's stack, and the kernel would allocate memory for every datagram (____sys_sendmsg, net/socket.c).
     #[inline(always)]
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn control_header_equals_cmsg_macros() {
-        // SAFETY: arithmetic alone.
+        // SAFETY: the macros only compute sizes.
         #[allow(unsafe_code)]
         let (len, space) = unsafe { (libc::CMSG_LEN(5), libc::CMSG_SPACE(5)) };
         assert_eq!((len as usize, space as usize), (HEADER + 5, HEADER + align(5)));
@@ -230,11 +231,11 @@ mod tests {
             assert_eq!(Control::parse(&mapped(refused)), Control::default(), "{refused}");
             assert_eq!(orig_dst(&mapped(refused)), None, "{refused}");
         }
-        // Packets to ::1 come by lo.
+        // Packets to ::1 arrive on lo.
         for taken in ["::1", "2001:db8::1", "::fffe:192.0.2.1"] {
             assert!(orig_dst(&mapped(taken)).is_some(), "{taken}");
         }
-        // The address of one family under the name of the other.
+        // An address of one family in the message of the other.
         let body = &address("192.0.2.1:5".parse().unwrap())[HEADER..HEADER + 16];
         assert_eq!(orig_dst(&message(libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR, body)), None);
     }
@@ -279,7 +280,7 @@ mod tests {
             let data = [address(to), message(libc::SOL_UDP, UDP_GRO, &segment.to_ne_bytes())].concat();
             prop_assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: segment as u32 });
             prop_assert_eq!(orig_dst(&data).map(KernelAddr::from), Some(to.into()));
-            // However much is cut off, what is left is read or passed over.
+            // Every truncation is read or ignored.
             for len in 0..data.len() {
                 let cut = Control::parse(&data[..len]);
                 prop_assert!(cut.orig_dst().is_none_or(|found| found == to));

@@ -1,4 +1,4 @@
-//! The datagram that C and Rust share.
+//! The datagram struct that C and Rust share.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -39,16 +39,16 @@ pub struct Datagram<'a> {
     _memory: PhantomData<&'a mut [u8]>,
 }
 
-/// The datagram was longer than its place; the rest of it is lost.
+/// The datagram was truncated.
 pub(crate) const TRUNC: u32 = 0x1;
-/// The control data were cut: the socket reports more than there was room for.
+/// The control data was truncated, because the socket reports more than fits the buffer.
 pub(crate) const CTRUNC: u32 = 0x2;
-/// The kernel gave no original destination.
+/// The original destination is unknown.
 pub(crate) const NO_ORIG_DST: u32 = 0x4;
 
 impl<'a> Datagram<'a> {
-    /// A datagram whose bytes are in `memory`: room for what is received. To
-    /// send what is there already, [`set_len`](Self::set_len).
+    /// Creates an empty datagram with `memory` as its buffer. To send bytes that
+    /// are in the buffer, call [`set_len`](Self::set_len).
     ///
     /// ```
     /// use tproxy::udp::Datagram;
@@ -74,74 +74,75 @@ impl<'a> Datagram<'a> {
         }
     }
 
-    /// The bytes that were received, or are to be sent.
+    /// Returns the bytes that were received, or that will be sent.
     #[inline(always)]
     pub fn data(&self) -> &[u8] {
         storage::bytes(self.data, self.len)
     }
 
-    /// All of the memory.
+    /// Returns the whole buffer.
     pub fn memory(&mut self) -> &mut [u8] {
         storage::bytes_mut(self.data, self.capacity)
     }
 
-    /// How many bytes are to be sent; no more than there is memory.
+    /// Sets the number of bytes to send. It is limited to the size of the buffer.
     pub fn set_len(&mut self, len: usize) {
         self.len = len.min(self.capacity);
     }
 
-    /// See the field of this name.
+    /// Returns the segment size. If it is not 0 and less than the length, the datagram holds consecutive datagrams of this size;
+    /// the last may be shorter (UDP_GRO, UDP_SEGMENT).
     pub fn segment_len(&self) -> u32 {
         self.segment_len
     }
 
-    /// Data that are to be sent as several datagrams of this length.
+    /// Sets the segment size: the data is sent as several datagrams of this length.
     pub fn set_segment_len(&mut self, len: u32) {
         self.segment_len = len;
     }
 
-    /// Whether there was more than the memory holds.
+    /// Whether the received datagram was longer than the buffer.
     pub fn is_truncated(&self) -> bool {
         self.flags & TRUNC != 0
     }
 
-    /// The errno value that sending it gave, if it was not sent.
+    /// Returns the errno value of a datagram that was not sent.
     pub fn error(&self) -> Option<i32> {
         Some(self.error.get()).filter(|errno| *errno != 0)
     }
 
-    /// Who sent it, and whom a reply goes to.
+    /// Returns the sender of a received datagram, which is the destination of a reply.
     pub fn client(&self) -> Option<SocketAddr> {
         storage::address(&self.client).get()
     }
 
-    /// Where it was going, and where a reply comes from.
+    /// Returns the original destination of a received datagram, which is the source of a reply.
     pub fn orig_dst(&self) -> Option<SocketAddr> {
         storage::address(&self.orig_dst).get()
     }
 
-    /// Whom a reply goes to.
+    /// Sets the destination of a reply.
     pub fn set_client(&mut self, client: SocketAddr) {
         storage::store_address(&mut self.client, &client.into());
     }
 
-    /// Where a reply comes from.
+    /// Sets the source of a reply.
     pub fn set_orig_dst(&mut self, orig_dst: SocketAddr) {
         storage::store_address(&mut self.orig_dst, &orig_dst.into());
     }
 
-    /// Whether there should be room for bytes, and no memory that it is in.
+    /// Whether the buffer is NULL although its size is not 0.
     pub(crate) fn lacks_memory(&self) -> bool {
         self.data.is_null() && self.capacity != 0
     }
 
-    /// From whom it goes to whom, as they are there.
+    /// Returns the source and the destination of the reply, as stored.
     #[inline(always)]
     pub(super) fn ends(&self) -> (&KernelAddr, &KernelAddr) {
         (storage::address(&self.orig_dst), storage::address(&self.client))
     }
 
-    /// Whether there are bytes to send, and no memory that they are in.
+    /// Whether the buffer is NULL although the length is not 0.
     #[inline(always)]
     pub(super) fn lacks_data(&self) -> bool {
         self.data.is_null() && self.len != 0
@@ -152,19 +153,19 @@ impl<'a> Datagram<'a> {
         self.error.set(errno);
     }
 
-    /// Where `client` is; `orig_dst` lies right behind it.
+    /// Offset of `client`, which `orig_dst` follows.
     pub(super) const CLIENT_AT: usize = {
         let at = std::mem::offset_of!(Datagram<'_>, client);
         assert!(std::mem::offset_of!(Datagram<'_>, orig_dst) == at + size_of::<sockaddr_storage>());
         at
     };
 
-    /// Where the kernel puts a datagram's bytes, and how many.
+    /// Returns the buffer for received bytes, and its size.
     pub(super) fn memory_parts(&self) -> (*mut c_void, usize) {
         (self.data, self.capacity)
     }
 
-    /// What the kernel put there.
+    /// Sets the fields of a received datagram.
     #[inline(always)]
     pub(super) fn received(&mut self, len: usize, mut control: Control, cut: u32) {
         control.orig_dst.map_to_family(Some(self.client.ss_family.into()));

@@ -1,8 +1,8 @@
-//! Datagrams as the kernel takes and gives them: `struct msghdr`, many at a
-//! time. With `storage`, the one file of this folder that handles pointers.
+//! Sends and receives batches of `struct msghdr`. This file and `storage` are
+//! the only ones of this folder that handle pointers.
 //!
-//! Little of it is on the stack: what is received goes into the caller's structs, control data included, and what is sent
-//! is put together in memory that a replier has for that. Only what is used is written; nothing is allocated.
+//! Little of the data is on the stack: the kernel writes received data and control data into the caller's structs, and messages
+//! to send are assembled in memory of the replier. Only the used part of this memory is written. Nothing is allocated.
 
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, zeroed};
@@ -18,23 +18,23 @@ use super::raw;
 use crate::address::KernelAddr;
 use crate::sys;
 
-/// Room for a datagram's control data: an original destination (48 bytes), a
-/// segment length (24), and what else a program may have asked for: packet
-/// info (40), a time stamp (32), TTL and TOS (24 each).
+/// Size of the buffer for a datagram's control data: an original destination (48
+/// bytes), a segment length (24), and data that the program may have enabled:
+/// packet info (40), a time stamp (32), TTL and TOS (24 each).
 const CONTROL: usize = 192;
 
-/// Aligned as `struct cmsghdr` is.
+/// Buffer with the alignment of `struct cmsghdr`.
 #[repr(C, align(8))]
-pub(crate) struct ControlRoom([MaybeUninit<u8>; CONTROL]);
+pub(crate) struct ControlBuffer([MaybeUninit<u8>; CONTROL]);
 
-impl ControlRoom {
-    pub(crate) const EMPTY: ControlRoom = ControlRoom([MaybeUninit::uninit(); CONTROL]);
+impl ControlBuffer {
+    pub(crate) const EMPTY: ControlBuffer = ControlBuffer([MaybeUninit::uninit(); CONTROL]);
 
-    /// What the kernel wrote there.
+    /// Returns the bytes that the kernel wrote.
     #[inline(always)]
     fn written(&self, message: &msghdr) -> &[u8] {
         let len = message.msg_controllen.min(CONTROL);
-        // SAFETY: the kernel has written so many bytes.
+        // SAFETY: the kernel has written `len` bytes.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), len) }
     }
 }
@@ -50,22 +50,22 @@ fn msghdr_of(name: *mut c_void, name_len: usize, parts: *mut iovec, n_parts: usi
     message
 }
 
-/// One `recvmsg(2)`: how many bytes, and the control data. `source`, which was none, is from whom; of another family
-/// than IPv4 and IPv6 it has no more than the beginning.
+/// Calls `recvmsg(2)`; returns the number of bytes and the control data. `source` must be empty and receives the sender's
+/// address. An address of another family than IPv4 and IPv6 is truncated.
 #[inline(always)]
 pub(super) fn receive_one<'c>(
     fd: BorrowedFd<'_>,
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
     source: &mut KernelAddr,
-    control: &'c mut ControlRoom,
+    control: &'c mut ControlBuffer,
 ) -> sys::Result<(usize, &'c [u8])> {
     let mut part = iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let name = source.as_mut_bytes();
     let mut message = msghdr_of(name.as_mut_ptr().cast(), name.len(), &raw mut part, 1);
     message.msg_control = ptr::from_mut(control).cast();
     message.msg_controllen = CONTROL;
-    // SAFETY: what the message points to is alive, and as long as it says.
+    // SAFETY: the buffers that the message points to are alive, and have the given sizes.
     let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
     if len < 0 {
         return Err(sys::Errno::last());
@@ -73,15 +73,15 @@ pub(super) fn receive_one<'c>(
     Ok((len as usize, control.written(&message)))
 }
 
-/// Where a datagram's struct takes what the kernel tells: an address, and behind it control data. Both are within `client`
-/// and `orig_dst`, which lie one behind the other and are written anew when the control data have been read.
+/// Layout of the memory in a datagram's struct that the kernel writes: an address, followed by control data. Both are within
+/// `client` and `orig_dst`, which are adjacent and are set after the control data have been read.
 const NAME_LEN: usize = size_of::<KernelAddr>();
 const CONTROL_AT: usize = NAME_LEN.next_multiple_of(align_of::<libc::cmsghdr>());
 const _: () = assert!(CONTROL_AT + CONTROL <= 2 * size_of::<sockaddr_storage>());
 
-/// One `recvmmsg(2)`, straight into the datagrams. Those beyond the number that it gives are as they were.
+/// Calls `recvmmsg(2)` with the datagrams' memory, and returns the number of datagrams. Other datagrams are unchanged.
 pub(super) fn receive(fd: BorrowedFd<'_>, datagrams: &mut [Datagram<'_>], flags: i32) -> sys::Result<usize> {
-    // Stack in proportion to the number: programs with small stacks ask for few.
+    // The stack size follows the number: programs with small stacks pass few datagrams.
     match datagrams.len() {
         0..=1 => receive_at_most::<1>(fd, datagrams, flags),
         2..=4 => receive_at_most::<4>(fd, datagrams, flags),
@@ -105,13 +105,13 @@ fn receive_at_most<const N: usize>(
         parts[at].write(iovec { iov_base: data, iov_len: capacity });
         let addresses = addresses_of(datagram);
         let mut message = msghdr_of(addresses.cast(), NAME_LEN, (&raw mut parts[at]).cast(), 1);
-        // SAFETY: within the two addresses.
+        // SAFETY: the pointer is within the two addresses.
         message.msg_control = unsafe { addresses.add(CONTROL_AT) }.cast();
         message.msg_controllen = CONTROL;
         messages[at].write(mmsghdr { msg_hdr: message, msg_len: 0 });
     }
     let flags = flags | libc::MSG_WAITFORONE;
-    // SAFETY: count messages are initialised; what they point to is alive, and as long as they say.
+    // SAFETY: `count` messages are initialized; the buffers that they point to are alive, and have the given sizes.
     let received = unsafe {
         libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr().cast(), count as libc::c_uint, flags as _, ptr::null_mut())
     };
@@ -121,28 +121,28 @@ fn receive_at_most<const N: usize>(
         let message = unsafe { messages[at].assume_init_ref() };
         let written = message.msg_hdr.msg_controllen.min(CONTROL);
         let mut control = Control::default();
-        // SAFETY: so many bytes within the two addresses; the kernel has written them.
+        // SAFETY: the kernel has written `written` bytes within the two addresses.
         unsafe {
             let data = addresses_of(datagram).add(CONTROL_AT);
             control.read(std::slice::from_raw_parts(data, written));
-            // They are no part of the addresses.
+            // The control data must not remain in the addresses.
             data.write_bytes(0, written);
         }
-        let df_cleared = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
-        let df_cleared = df_cleared(libc::MSG_TRUNC, TRUNC) | df_cleared(libc::MSG_CTRUNC, CTRUNC);
-        datagram.received(message.msg_len as usize, control, df_cleared);
+        let flag = |kernel: i32, ours: u32| if message.msg_hdr.msg_flags & kernel != 0 { ours } else { 0 };
+        let flags = flag(libc::MSG_TRUNC, TRUNC) | flag(libc::MSG_CTRUNC, CTRUNC);
+        datagram.received(message.msg_len as usize, control, flags);
     }
     Ok(received)
 }
 
-/// The first byte of `client`; `orig_dst` lies behind it.
+/// Returns a pointer to `client`, which `orig_dst` follows.
 #[inline(always)]
 fn addresses_of(datagram: &mut Datagram<'_>) -> *mut u8 {
-    // SAFETY: within the struct.
+    // SAFETY: the offset is within the struct.
     unsafe { ptr::from_mut(datagram).cast::<u8>().add(Datagram::CLIENT_AT) }
 }
 
-/// Memory for a value for which all zero is valid, or ENOMEM: it goes through nobody's stack.
+/// Allocates a zeroed value without a copy on the stack, or fails with ENOMEM.
 pub(super) fn zeroed_box<T: Zeroed>() -> sys::Result<Box<T>> {
     let layout = std::alloc::Layout::new::<T>();
     const { assert!(size_of::<T>() != 0) };
@@ -156,13 +156,13 @@ pub(super) fn zeroed_box<T: Zeroed>() -> sys::Result<Box<T>> {
 /// Types for which all zero is a valid value.
 ///
 /// # Safety
-/// It is.
+/// All bytes zero must be a valid value of the type.
 pub(super) unsafe trait Zeroed {}
 
-// SAFETY: no items, whatever the memory for them holds.
+// SAFETY: the length is 0, so no item is read.
 unsafe impl<T, const N: usize> Zeroed for ArrayVec<T, N> {}
 
-/// At most `N` of something, in place: only what is pushed is written.
+/// Array of at most `N` items without allocation. Only pushed items are written.
 pub(super) struct ArrayVec<T, const N: usize> {
     items: [MaybeUninit<T>; N],
     len: usize,
@@ -178,14 +178,14 @@ impl<T: Copy, const N: usize> ArrayVec<T, N> {
         self.len = 0;
     }
 
-    /// Has as many of the same instead.
+    /// Replaces the contents by `len` copies of an item.
     #[inline(always)]
     pub(super) fn fill(&mut self, item: T, len: usize) {
         self.items[..len].fill(MaybeUninit::new(item));
         self.len = len;
     }
 
-    /// Appends one, for which there must be room.
+    /// Appends an item. Panics if the array is full.
     #[inline(always)]
     pub(super) fn push(&mut self, item: T) {
         self.items[self.len].write(item);
@@ -194,7 +194,7 @@ impl<T: Copy, const N: usize> ArrayVec<T, N> {
 
     #[inline(always)]
     pub(super) fn get(&self) -> &[T] {
-        // SAFETY: the first len are initialised: push() alone makes it more.
+        // SAFETY: the first `len` items are initialized: only push() and fill() increase `len`.
         unsafe { std::slice::from_raw_parts(self.items.as_ptr().cast(), self.len) }
     }
 
@@ -205,7 +205,7 @@ impl<T: Copy, const N: usize> ArrayVec<T, N> {
     }
 }
 
-/// From whom to whom: two addresses of one family.
+/// Source and destination: two addresses of one family.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Flow {
     pub from: KernelAddr,
@@ -219,46 +219,46 @@ impl Flow {
     }
 }
 
-/// A message that waits in an [`SendBatch`]: one datagram of a flow, or several of
-/// equal length, which the kernel cuts apart (`UDP_SEGMENT`).
+/// A message in a [`SendBatch`]: one datagram of a flow, or several of equal
+/// length, which the kernel sends as segments (`UDP_SEGMENT`).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Message<'d> {
     pub flow: &'d Flow,
-    /// How long each of its datagrams is, but for the last, which may be shorter.
+    /// Length of each of its datagrams, except the last, which may be shorter.
     pub segment: usize,
-    /// The place of its first datagram among those that were given to send.
+    /// Index of its first datagram in the caller's array.
     pub first: u16,
-    /// How many datagrams it is on the wire.
+    /// Number of datagrams on the wire.
     pub segments: u8,
     first_iovec: u8,
     first_part: u8,
     parts: u8,
 }
 
-/// The most datagrams that the kernel cuts a message into: `UDP_MAX_SEGMENTS`, include/linux/udp.h, before 6.9.
+/// Maximum number of segments of a message: `UDP_MAX_SEGMENTS`, include/linux/udp.h, before 6.9.
 pub(super) const MAX_SEGMENTS: usize = 64;
-/// The most bytes of such a message: what IPv4's length field leaves.
+/// Maximum size of such a message, from the length field of IPv4.
 pub(super) const MAX_GSO: usize = 65_507;
 
-/// What a raw socket is given besides.
+/// Additional data of a message that a raw socket sends.
 struct Raw {
     header: [u8; raw::HEADER],
-    /// Whom it goes to. Such a socket takes a port for a protocol (raw(7)).
+    /// Destination, with port 0: a raw socket interprets the port as a protocol (raw(7)).
     name: KernelAddr,
 }
 
-// SAFETY: memory that is uninitialised until it is written, whatever it holds.
+// SAFETY: all fields are MaybeUninit, for which any bytes are valid.
 unsafe impl Zeroed for SendBuffers {}
 
 // SAFETY: its pointers are read only while a SendBatch borrows it, which has written them.
 unsafe impl Send for SendBuffers {}
 
-/// Where the messages of an [`SendBatch`] are. Only what is used of it is written.
+/// Memory for the messages of a [`SendBatch`]. Only the used part is written.
 pub(super) struct SendBuffers {
     headers: [MaybeUninit<mmsghdr>; BATCH],
     controls: [MaybeUninit<Outgoing>; BATCH],
     raws: [MaybeUninit<Raw>; BATCH],
-    // A raw message has a part more, its header; it has one part of data.
+    // A raw message has one more part for its header, and one part of data.
     iovecs: [MaybeUninit<iovec>; 2 * BATCH],
 }
 
@@ -266,10 +266,10 @@ pub(super) struct SendBuffers {
 pub(super) struct SendBatch<'r, 'd> {
     room: &'r mut SendBuffers,
     messages: ArrayVec<Message<'d>, BATCH>,
-    /// How many parts of data there are.
+    /// Number of parts.
     parts: usize,
     n_iovecs: usize,
-    /// How long the last message is.
+    /// Length of the last message.
     len: usize,
 }
 
@@ -279,21 +279,21 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         SendBatch { room, messages: ArrayVec::new(), parts: 0, n_iovecs: 0, len: 0 }
     }
 
-    /// Whether there is room for neither a message nor a part of one.
+    /// Whether no further message or part fits.
     #[inline(always)]
     pub(super) fn is_full(&self) -> bool {
         self.parts == BATCH
     }
 
-    /// Appends a part to what the kernel reads.
+    /// Appends a part.
     #[inline(always)]
     fn iovec(&mut self, base: *const u8, len: usize) {
         self.room.iovecs[self.n_iovecs].write(iovec { iov_base: base.cast_mut().cast(), iov_len: len });
         self.n_iovecs += 1;
     }
 
-    /// Adds a message of a datagram, or of as many as `data` has of `segment` bytes, with a UDP header for a raw socket.
-    /// Not when it is full.
+    /// Adds a message with the data of one datagram, or of several with `segment` bytes each. With a UDP header for a raw
+    /// socket. The batch must not be full.
     #[inline(always)]
     pub(super) fn push(
         &mut self,
@@ -317,12 +317,12 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         self.iovec(data.as_ptr(), data.len());
         let n_iovecs = self.n_iovecs - first_iovec;
         let segments = if segment == data.len() { 1 } else { data.len().div_ceil(segment.max(1)) };
-        // A link-local source is one of the interface that the client is on.
+        // A link-local source address belongs to the interface of the client.
         let control = self.room.controls[at].write(Outgoing::new(&flow.from, flow.to.scope()));
         if segments > 1 {
             control.add_segment_len(segment as u16);
         }
-        // send() says where the parts are, when all of them are there.
+        // send() sets the pointer to the parts, after all of them were added.
         let mut msg_hdr = msghdr_of(name.cast_mut().cast(), flow.to.as_bytes().len(), ptr::null_mut(), n_iovecs);
         msg_hdr.msg_controllen = control.bytes().len();
         msg_hdr.msg_control = ptr::from_mut(control).cast();
@@ -340,8 +340,8 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         self.len = data.len();
     }
 
-    /// Adds a datagram to the message that came last, if that is of the same kind. Not when it is full, and not for a
-    /// raw socket.
+    /// Adds a datagram to the last message, if flow and length allow it. The batch must not be full, and not be for a raw
+    /// socket.
     #[inline(always)]
     pub(super) fn join(&mut self, flow: &Flow, data: &'d [u8]) -> bool {
         let Some(last) = self.messages.get_mut().last_mut() else { return false };
@@ -357,11 +357,11 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         last.parts += 1;
         self.len += data.len();
         let (segments, segment) = (last.segments, last.segment);
-        // SAFETY: as many headers as messages are initialised.
+        // SAFETY: as many headers as messages are initialized.
         let header = unsafe { &mut self.room.headers[self.messages.get().len() - 1].assume_init_mut().msg_hdr };
         header.msg_iovlen += 1;
         if segments == 2 {
-            // SAFETY: push() pointed it to its control data, which nobody else has a reference to.
+            // SAFETY: push() set the pointer to control data to which no other reference exists.
             let control = unsafe { &mut *header.msg_control.cast::<Outgoing>() };
             control.add_segment_len(segment as u16);
             header.msg_controllen = control.bytes().len();
@@ -371,10 +371,10 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         true
     }
 
-    /// The data of a message of this outbox, datagram by datagram as they were given.
+    /// Returns the data of a message, datagram by datagram.
     pub(super) fn parts(&self, message: &Message<'d>) -> impl Iterator<Item = &'d [u8]> {
         self.room.iovecs.iter().skip(message.first_part.into()).take(message.parts.into()).map(|part| {
-            // SAFETY: a message's are initialised, and were made of such slices.
+            // SAFETY: the parts of a message are initialized, and were made from such slices.
             unsafe {
                 let part = part.assume_init_ref();
                 std::slice::from_raw_parts(part.iov_base.cast(), part.iov_len)
@@ -382,7 +382,7 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         })
     }
 
-    /// Sends them all, and says which failed: one system call, and one more for each of those.
+    /// Sends all messages and reports which failed. Makes one system call, and one more for each failed message.
     #[inline(always)]
     pub(super) fn send(
         &mut self,
@@ -391,15 +391,15 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         mut failed: impl FnMut(&SendBatch<'_, 'd>, &Message<'d>, sys::Errno),
     ) {
         let len = self.messages.get().len();
-        // Once no more parts are written: a write to them would make a pointer made before invalid.
+        // After the last write to the parts, which would invalidate pointers created before.
         let iovecs = (&raw mut self.room.iovecs).cast::<iovec>();
         for (header, message) in self.room.headers.iter_mut().zip(self.messages.get()) {
-            // SAFETY: as many headers as messages are initialised, and their parts are within the array.
+            // SAFETY: as many headers as messages are initialized, and their parts are within the array.
             unsafe { header.assume_init_mut().msg_hdr.msg_iov = iovecs.add(message.first_iovec.into()) };
         }
         let mut at = 0;
         while at < len {
-            // SAFETY: len messages are initialised; what they point to is alive, and as long as they say.
+            // SAFETY: `len` messages are initialized; the buffers that they point to are alive, and have the given sizes.
             let sent = unsafe {
                 libc::sendmmsg(
                     fd.as_raw_fd(),
@@ -418,7 +418,7 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         self.n_iovecs = 0;
     }
 
-    /// Says that one failed, and gives which is to be tried next.
+    /// Reports a failed message, and returns the index of the next message to send.
     #[cold]
     #[inline(never)]
     fn say(
@@ -430,7 +430,7 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         let messages = self.messages.get();
         failed(self, &messages[at], error);
         if let sys::Errno(libc::EAGAIN | libc::EINTR) = error {
-            // No room, or a signal: the rest would fare no better.
+            // The buffer is full, or a signal arrived: the remaining messages would fail too.
             for rest in &messages[at + 1..] {
                 failed(self, rest, error);
             }

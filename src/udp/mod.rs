@@ -1,13 +1,13 @@
-//! Datagrams: received with their original destinations, answered from any
-//! source.
+//! Datagrams: receives them with their original destinations, and sends
+//! replies from any source.
 //!
 //! * [`receive_from`] and [`receive()`]: one datagram, or a batch.
-//! * [`Control`]: the original destination out of control data that a program
-//!   received by itself.
-//! * [`Replier`]: answers from any address and port.
+//! * [`Control`]: the original destination from control data that a program
+//!   has received with `recvmsg(2)`.
+//! * [`Replier`]: sends replies from any address and port.
 //!
-//! `message` alone knows how the kernel is handed all that, `storage` what is in a datagram's memory; `control` alone
-//! knows how control data are laid out.
+//! Only `message` contains the structs of the system calls, only `storage` the layout of a datagram's memory, and only
+//! `control` the layout of control data.
 
 mod control;
 mod datagram;
@@ -23,11 +23,11 @@ mod storage;
 pub use control::Control;
 pub(crate) use control::orig_dst;
 pub use datagram::Datagram;
-pub(crate) use message::ControlRoom;
+pub(crate) use message::ControlBuffer;
 pub(crate) use receive::receive_one;
 pub use receive::{Received, receive, receive_from};
 pub use replier::{Replier, ReplierOptions, ReplierStats};
 
-/// How many datagrams a system call takes at most. With more, the call's own
-/// cost is no longer to be seen in a datagram's.
+/// Maximum number of datagrams per system call. With larger batches, the cost of
+/// the call itself is negligible.
 pub const BATCH: usize = 64;

@@ -1,21 +1,21 @@
-//! The sockets that replies leave from: one for each source port.
+//! The sockets that send replies: one for each source port.
 //!
 //! A transparent socket sends from any address (`IP_PKTINFO`,
-//! `IPV6_PKTINFO`), but only from the port that it is bound to. So there is
-//! one for each port and family, whatever the addresses and clients. It must
-//! take nothing that is meant for others:
+//! `IPV6_PKTINFO`), but only from the port that it is bound to. The pool
+//! therefore has one socket for each port and family. A socket must not
+//! receive datagrams that are meant for other sockets:
 //!
-//! * It is bound to a dummy address, which no datagram is sent to, rather than
-//!   to the wildcard: no look-up of the kernel's finds it, neither for a
-//!   packet nor for nf_tables' or iptables' socket match. What a client sends
-//!   to the port goes where it always went.
-//! * It shares the port (SO_REUSEADDR) with everyone who is willing to: other
-//!   repliers, and services that set that option too. Bound to another
-//!   address, it takes nothing from them.
-//! * A filter drops what is sent to the dummy address nevertheless.
+//! * It is bound to a dummy address, to which no datagram is sent, and not to
+//!   the wildcard address: no lookup of the kernel finds it, neither for a
+//!   packet nor for the socket match of nf_tables or iptables. Datagrams that
+//!   clients send to the port are delivered as without the socket.
+//! * It shares the port (SO_REUSEADDR) with other sockets that set this option:
+//!   those of other repliers, and services. It is bound to another address and
+//!   receives none of their datagrams.
+//! * A filter drops datagrams that are sent to the dummy address.
 //!
-//! Who holds the port on the wildcard address and does not share it keeps it:
-//! then a raw socket sends, with a UDP header of our own.
+//! If a socket without SO_REUSEADDR has the port on the wildcard address, a raw
+//! socket sends the replies, with a UDP header that this module computes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -27,20 +27,20 @@ use crate::process::Held;
 use crate::socket::{bind, make_transparent, open};
 use crate::sys;
 
-/// Where a reply socket is bound to: addresses that are for nobody. The IPv4
-/// dummy address (RFC 7600) and the dummy IPv6 prefix (RFC 9780).
+/// Addresses to which reply sockets are bound. No host has them: the IPv4 dummy
+/// address (RFC 7600) and an address in the dummy IPv6 prefix (RFC 9780).
 const DUMMY_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 const DUMMY_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 1, 0, 0, 0, 1);
 
-/// The longest data of an IPv4 datagram that no path cuts: Linux takes none to be narrower than 552 bytes
-/// (`DEFAULT_MIN_PMTU`, net/ipv4/route.c), of which the headers are 28.
+/// Maximum payload of an IPv4 datagram that fits every path MTU: Linux assumes at least 552 bytes
+/// (`DEFAULT_MIN_PMTU`, net/ipv4/route.c), of which the headers take 28.
 const MAX_WITHOUT_PMTUD: usize = 552 - 28;
 
-/// How long a port counts as taken: one attempt a second costs nothing, and
-/// nobody waits longer for a port that is free again.
+/// Time for which a port counts as in use. One attempt per second costs little,
+/// and a port that becomes free is used within a second.
 const TAKEN_MS: u64 = 1000;
 
-/// What a socket is for: a port and a family, in one word.
+/// Key of a socket: port and family in one word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key(u32);
 
@@ -58,45 +58,45 @@ impl Key {
         self.0 as u16
     }
 
-    /// As a hash table needs it: the bits of each end are spread evenly. There are few keys at all, so nobody can choose
+    /// Returns a hash whose lowest and highest bits are evenly distributed. Only 131,072 keys exist, so a sender cannot choose
     /// many that collide.
     #[inline(always)]
     pub(super) fn spread(self) -> u64 {
-        // Knuth's: the golden ratio's part of 2^64.
+        // Fibonacci hashing (Knuth): 2^64 divided by the golden ratio.
         u64::from(self.0).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
     }
 }
 
-/// How a reply leaves.
+/// The socket that sends a reply.
 pub(super) enum Egress<'a> {
-    /// From a socket of its source port.
+    /// The socket of its source port.
     Port(BorrowedFd<'a>),
-    /// From the raw socket of its family.
+    /// The raw socket of its family.
     Raw,
 }
 
-/// What is known of a port.
+/// A port, and its socket.
 struct PoolEntry {
     key: Key,
-    /// `None`: it is taken.
+    /// `None`: the port is in use by another socket.
     socket: Option<Held>,
-    /// What it sends may be df_cleared on its way.
+    /// Routers may fragment the datagrams that the socket sends.
     df_cleared: bool,
-    /// When this was found out.
+    /// Time at which the entry was created.
     since: u64,
     used: u64,
-    /// The number of the use, which tells two of one moment apart.
+    /// Number of the last use. It orders uses within one millisecond.
     turn: u64,
 }
 
 impl PoolEntry {
-    /// What is known still holds.
+    /// Whether the entry is still valid.
     fn serves(&self, now: u64) -> bool {
         self.socket.is_some() || now < self.since + TAKEN_MS
     }
 }
 
-/// Counts of what was done.
+/// Counters of the pool.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Counts {
     pub hits: u64,
@@ -105,12 +105,12 @@ pub(super) struct Counts {
 }
 
 pub(super) struct SocketPool {
-    /// In the order of their keys.
+    /// Sorted by key.
     ports: Vec<PoolEntry>,
     raw: [Option<Held>; 2],
     limit: usize,
     idle_ms: u64,
-    /// Never a socket of a port.
+    /// Use only raw sockets.
     raw_only: bool,
     turn: u64,
     next_sweep: u64,
@@ -119,7 +119,7 @@ pub(super) struct SocketPool {
 
 impl SocketPool {
     pub(super) fn new(limit: usize, idle_ms: u64, raw_only: bool) -> Result<SocketPool> {
-        // All the room that there will ever be: a reply allocates nothing.
+        // The final capacity: replies allocate nothing.
         let mut ports = Vec::new();
         ports.try_reserve_exact(limit).map_err(|_| Error::no_memory())?;
         Ok(SocketPool {
@@ -134,12 +134,13 @@ impl SocketPool {
         })
     }
 
-    /// How many sockets are open.
+    /// Returns the number of open sockets.
     pub(super) fn open(&self) -> usize {
         self.ports.iter().filter(|source| source.socket.is_some()).count() + self.raw.iter().flatten().count()
     }
 
-    /// Closes what was not used for long. Cheap enough for every call: it looks at most four times in that time.
+    /// Closes sockets that have been idle for `idle_ms`. Every call of a replier calls it; it searches at most four times in that
+    /// period.
     pub(super) fn sweep(&mut self, now: u64) {
         if now < self.next_sweep {
             return;
@@ -149,7 +150,7 @@ impl SocketPool {
         self.ports.retain(|source| now < source.used.saturating_add(idle));
     }
 
-    /// How datagrams leave from a port, none of which is longer than this.
+    /// Returns the socket for datagrams from a port with at most `longest` bytes.
     pub(super) fn egress(&mut self, key: Key, longest: usize, now: u64) -> Result<Egress<'_>> {
         if self.raw_only {
             return Ok(Egress::Raw);
@@ -175,18 +176,18 @@ impl SocketPool {
         Ok(Egress::Port(socket))
     }
 
-    /// Where a port is, or would be.
+    /// Returns the index of a port, or the index at which to insert it.
     fn place(&self, key: Key) -> std::result::Result<usize, usize> {
         self.ports.binary_search_by_key(&key, |source| source.key)
     }
 
-    /// Finds out about a port of which nothing is known, or nothing that still holds.
+    /// Creates the entry of a port that has none, or replaces an entry that is no longer valid.
     #[cold]
     #[inline(never)]
     fn open_or_mark_taken(&mut self, key: Key, known: Option<usize>, now: u64) -> Result<&mut PoolEntry> {
         match known {
             Some(place) => drop(self.ports.remove(place)),
-            // First, so that there is never one more than allowed.
+            // Evicts before it opens, so that the limit is never exceeded.
             None if self.ports.len() >= self.limit => _ = self.evict(),
             None => {}
         }
@@ -196,7 +197,7 @@ impl SocketPool {
         Ok(&mut self.ports[place])
     }
 
-    /// The raw socket of a family.
+    /// Returns the raw socket of a family, and opens it at the first call.
     pub(super) fn raw(&mut self, v6: bool) -> Result<BorrowedFd<'_>> {
         let place = &mut self.raw[usize::from(v6)];
         let socket: &Held = match place {
@@ -206,22 +207,22 @@ impl SocketPool {
         Ok(socket.get_unchecked())
     }
 
-    /// A socket of a port, or `None` if it is another's.
+    /// Opens a socket for a port; `None`: another socket uses the port.
     fn open_port(&mut self, key: Key) -> Result<Option<Held>> {
         let refused = match port_socket(key) {
             Ok(socket) => return Ok(Some(Held::new(socket))),
             Err(refused) => refused,
         };
         match refused.errno() {
-            // Another's, or (below 1024) not permitted.
+            // In use by another socket, or (below 1024) not permitted.
             libc::EADDRINUSE | libc::EACCES => Ok(None),
-            // No descriptor left: one that we have not used for long is as good as new.
+            // No descriptor is left: close the least recently used socket.
             libc::EMFILE | libc::ENFILE if self.evict() => port_socket(key).map(Held::new).map(Some),
             _ => Err(refused),
         }
     }
 
-    /// Forgets what was not used for longest.
+    /// Removes the least recently used entry.
     fn evict(&mut self) -> bool {
         let oldest = (0..self.ports.len()).min_by_key(|place| self.ports[*place].turn);
         let evicted = oldest.map(|place| self.ports.remove(place)).is_some();
@@ -230,7 +231,7 @@ impl SocketPool {
     }
 }
 
-/// Whether this process may do at all what a replier does.
+/// Checks that this process may create transparent sockets.
 pub(super) fn check_privilege() -> Result<()> {
     make_transparent(&open(Domain::IPV4, Type::DGRAM, None)?, Domain::IPV4)
 }
@@ -248,29 +249,28 @@ fn port_socket(key: Key) -> Result<Socket> {
             .map_err(|e| Error::socket(SocketOp::Prepare, Endpoints { local: Some(addr.into()), remote: None }, e))
     };
     if key.is_v6() {
-        // Or it would share the port with IPv4's sockets too.
+        // Otherwise the socket would use the port of IPv4 too.
         set(libc::SOL_IPV6, libc::IPV6_V6ONLY, 1)?;
     }
     set(libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     bind(&socket, &addr.into())?;
     if !key.is_v6() {
-        // What nobody cuts needs no number to be put together by, which the kernel would have to find for each datagram.
+        // With DF set, the kernel need not allocate an IP ID per datagram.
         set(libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)?;
     }
     Ok(socket)
 }
 
-/// What a router further on has to say of a packet's size goes to whom the source address belongs, never here. So IPv4's
-/// routers shall fragment, rather than drop. (IPv6's cannot: there the path's MTU counts.)
-///
-/// A socket of IPv6's does not know the option.
+/// Clears DF, so that IPv4 routers fragment datagrams that exceed the MTU of a link. With DF they would drop them and send the
+/// ICMP error to the owner of the source address, not to this host. IPv6 routers never fragment, and an IPv6 socket does not
+/// support the option.
 #[cold]
 pub(super) fn clear_df(fd: BorrowedFd<'_>) -> Result<()> {
     sys::setsockopt_int(fd, libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
         .map_err(|e| Error::socket(SocketOp::Prepare, Endpoints::default(), e))
 }
 
-/// A socket that is given UDP headers and sends them in packets of the kernel's making, fragments included.
+/// Opens a raw socket: the caller writes the UDP header, and the kernel adds the IP header and fragments.
 fn raw_socket(v6: bool) -> Result<Socket> {
     let socket = send_only_socket(v6, Type::RAW, Some(Protocol::UDP))?;
     if !v6 {
@@ -280,12 +280,12 @@ fn raw_socket(v6: bool) -> Result<Socket> {
     Ok(socket)
 }
 
-/// A transparent socket that receives nothing.
+/// Opens a transparent socket that receives nothing.
 fn send_only_socket(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<Socket> {
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = open(domain, kind, protocol)?;
     make_transparent(&socket, domain)?;
-    // BPF_RET 0: keep no byte of it.
+    // BPF_RET 0 drops every packet.
     let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
     socket.attach_filter(&[nothing]).map_err(|e| Error::socket(SocketOp::Prepare, Endpoints::default(), e))?;
     Ok(socket)

@@ -1,16 +1,16 @@
-//! UDP by hand (RFC 768), for a raw socket, where no socket can have the
-//! source port.
+//! UDP headers (RFC 768) for a raw socket, which is used if the source port is
+//! in use.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// The length of a UDP header.
+/// Length of a UDP header.
 pub(super) const HEADER: usize = 8;
 
-/// The most bytes that a UDP header can tell of.
+/// Maximum payload, from the length field of the UDP header.
 pub(super) const LONGEST: usize = u16::MAX as usize - HEADER;
 
-/// The header of a datagram. The payload is no longer than [`LONGEST`], and
-/// both addresses are of one family.
+/// Returns the header of a datagram. The payload must not exceed [`LONGEST`],
+/// and both addresses must be of one family.
 pub(super) fn header(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> [u8; HEADER] {
     let len = (HEADER + payload.len()) as u16;
     let mut header = [0; HEADER];
@@ -30,12 +30,12 @@ pub(super) fn header(source: SocketAddr, destination: SocketAddr, payload: &[u8]
     header
 }
 
-/// The Internet checksum (RFC 1071) while it is summed up.
+/// Sum of an Internet checksum (RFC 1071).
 struct Sum(u64);
 
 impl Sum {
     fn add(&mut self, bytes: &[u8]) {
-        // 65,535 bytes in words of four stay far below 2^64; the halves are folded together at the end.
+        // The sum of 65,535 bytes in words of four bytes does not overflow. The halves are folded at the end.
         let mut words = bytes.chunks_exact(4);
         for word in &mut words {
             self.0 += u64::from(u32::from_be_bytes([word[0], word[1], word[2], word[3]]));
@@ -51,7 +51,7 @@ impl Sum {
             sum = (sum & 0xffff) + (sum >> 16);
         }
         match !(sum as u16) {
-            // RFC 768: 0 says that there is none.
+            // RFC 768: 0 means that there is no checksum.
             0 => 0xffff,
             sum => sum,
         }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The sum of 16-bit words, as RFC 1071 has it; right data with their checksum give 0xffff.
+    /// Returns the sum of 16-bit words (RFC 1071). Correct data with its checksum has the sum 0xffff.
     fn verify(source: SocketAddr, destination: SocketAddr, header: &[u8], payload: &[u8]) -> u16 {
         let mut bytes = Vec::new();
         for ip in [source.ip(), destination.ip()] {

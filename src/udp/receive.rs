@@ -1,4 +1,4 @@
-//! Datagrams in, with their original destinations.
+//! Receives datagrams with their original destinations.
 
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -6,23 +6,23 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use super::control;
 use super::datagram::Datagram;
-use super::message::{self, ControlRoom};
+use super::message::{self, ControlBuffer};
 use crate::address::{AddrRef, KernelAddr};
 use crate::error::{Endpoints, Error, Result, SocketOp};
 
-/// What [`receive_from`] says of a datagram.
+/// Result of [`receive_from`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Received {
-    /// The bytes received; with `MSG_TRUNC` asked for, the bytes that there were.
+    /// Number of bytes received; with the flag `MSG_TRUNC`, the length of the datagram.
     pub len: usize,
-    /// Who sent it. A socket that is connected to a stream gives `None`.
+    /// Sender. `None` for a stream socket.
     pub source: Option<SocketAddr>,
-    /// Where it was going; `None` if the socket does not report that.
+    /// Original destination; `None` if the socket does not report it.
     pub orig_dst: Option<SocketAddr>,
 }
 
-/// `recvfrom(2)` with the original destination, in one system call.
+/// Receives a datagram like `recvfrom(2)`, with its original destination, in one system call.
 ///
 /// ```no_run
 /// use std::mem::MaybeUninit;
@@ -34,29 +34,29 @@ pub struct Received {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn receive_from(fd: impl AsFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> Result<Received> {
-    let (mut source, mut control) = (KernelAddr::NONE, ControlRoom::EMPTY);
+    let (mut source, mut control) = (KernelAddr::NONE, ControlBuffer::EMPTY);
     let (len, orig_dst) = receive_one(fd.as_fd(), buffer, flags, &mut source, &mut control)?;
     let orig_dst = orig_dst.map(|found| found.of_family(source.family(), |addr| KernelAddr::from(addr).into()));
     Ok(Received { len, source: source.get(), orig_dst })
 }
 
-/// As [`receive_from`], for the caller to whom its time matters: `source` was none, and the original destination is
-/// where the kernel wrote it.
+/// Like [`receive_from`], without copies: `source` must be empty, and the original destination refers to the buffer that the
+/// kernel wrote.
 #[inline(always)]
 pub(crate) fn receive_one<'c>(
     fd: BorrowedFd<'_>,
     buffer: &mut [MaybeUninit<u8>],
     flags: i32,
     source: &mut KernelAddr,
-    control: &'c mut ControlRoom,
+    control: &'c mut ControlBuffer,
 ) -> Result<(usize, Option<AddrRef<'c>>)> {
     let (len, control) = message::receive_one(fd, buffer, flags, source, control)
         .map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))?;
     Ok((len, control::orig_dst(control)))
 }
 
-/// Receives as many datagrams as there are, up to [`BATCH`](super::BATCH): one
-/// `recvmmsg(2)`, which waits for the first alone. Gives their number.
+/// Receives all queued datagrams, up to [`BATCH`](super::BATCH), by one
+/// `recvmmsg(2)`, which waits only for the first. Returns their number.
 ///
 /// ```no_run
 /// use tproxy::udp::{Datagram, Replier, ReplierOptions, receive};
@@ -66,7 +66,7 @@ pub(crate) fn receive_one<'c>(
 /// let mut replier = Replier::new(ReplierOptions::new())?;
 /// loop {
 ///     let received = receive(&socket, &mut datagrams, 0)?;
-///     // Each goes back to its client, from where it was going: an echo.
+///     // Sends each back to its client, from its original destination.
 ///     replier.reply(&mut datagrams[..received]);
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())

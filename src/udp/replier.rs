@@ -1,4 +1,4 @@
-//! Answers, from any source.
+//! Sends replies from any source address.
 
 use std::cell::Cell;
 use std::os::fd::BorrowedFd;
@@ -12,7 +12,7 @@ use crate::address::KernelAddr;
 use crate::error::{Error, Result};
 use crate::sys::{self, Errno};
 
-/// How a [`Replier`] works. Each method changes one option and returns the options.
+/// Options of a [`Replier`]. Each method changes one option and returns the options.
 ///
 /// ```
 /// use std::time::Duration;
@@ -31,18 +31,18 @@ pub struct ReplierOptions {
 }
 
 impl ReplierOptions {
-    /// At most 256 sockets, of which those that are unused for a minute are closed.
+    /// Creates the default options: at most 256 sockets, closed after a minute without use.
     pub fn new() -> ReplierOptions {
         ReplierOptions { max_sockets: 256, idle: Duration::from_secs(60), nonblocking: false, raw: false }
     }
 
-    /// Sets how many sockets, one for each source port, may be open at the same time. 0 is the same as 1.
+    /// Sets the maximum number of open sockets. There is one per source port. 0 is the same as 1.
     pub fn max_sockets(mut self, sockets: usize) -> ReplierOptions {
         self.max_sockets = sockets;
         self
     }
 
-    /// Sets after which time an unused socket is closed.
+    /// Sets the time after which an unused socket is closed.
     pub fn idle(mut self, time: Duration) -> ReplierOptions {
         self.idle = time;
         self
@@ -67,19 +67,20 @@ impl Default for ReplierOptions {
     }
 }
 
-/// What a [`Replier`] has done.
+/// Counters of a [`Replier`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReplierStats {
-    /// Sockets that are open now, raw ones among them.
+    /// Sockets that are open now, including raw sockets.
     pub sockets: u64,
-    /// Groups of datagrams of one source port for which there was a socket, or for which it was known that there is none.
+    /// Cache hits: lookups that found a socket for the source port, or a cached "port in use". There is one lookup per source
+    /// port in a batch.
     pub hits: u64,
-    /// Those for which a socket was to be made.
+    /// Cache misses: lookups that had to create a socket.
     pub misses: u64,
-    /// Datagrams that left by a raw socket.
+    /// Datagrams sent through a raw socket.
     pub raw: u64,
-    /// Sockets that were closed for another's sake.
+    /// Sockets closed because the maximum number was reached.
     pub evictions: u64,
     /// Datagrams that were not sent.
     pub errors: u64,
@@ -87,10 +88,10 @@ pub struct ReplierStats {
     pub sent: u64,
 }
 
-/// Sends datagrams from any address and port. For one thread at a time.
+/// Sends datagrams from any address and port. Only one thread at a time may use it.
 pub struct Replier {
     sources: SocketPool,
-    /// What replies are put together in: too much for a small stack.
+    /// Buffers for messages. They are too large for a small stack.
     scratch: Scratch,
     flags: i32,
     raw: u64,
@@ -101,46 +102,46 @@ pub struct Replier {
 struct Scratch {
     batch: Batch,
     room: Box<SendBuffers>,
-    /// For those that are sent again, one by one, while the others wait.
+    /// For the segments of one message that are sent one by one.
     spare: Box<SendBuffers>,
 }
 
-/// Why a datagram cannot go from there to there: an errno value.
+/// Returns the errno value of a datagram that cannot be sent between two addresses.
 #[inline(always)]
 fn check(datagram: &Datagram<'_>, from: &KernelAddr, to: &KernelAddr) -> std::result::Result<(), i32> {
     match from {
         _ if from.port() == 0 || to.port() == 0 => Err(libc::EINVAL),
-        // The kernel would choose a source by itself.
+        // The kernel would choose a source address.
         _ if from.is_unspecified() || from.is_multicast() => Err(libc::EADDRNOTAVAIL),
-        // It would send to this host itself.
+        // The kernel would send it to this host.
         _ if to.is_unspecified() => Err(libc::EINVAL),
         _ if datagram.lacks_data() => Err(libc::EFAULT),
         _ => Ok(()),
     }
 }
 
-/// How many replies are sorted by their ports at once. More than a system call takes: the more there are, the more have a
-/// port in common.
+/// Number of replies that are sorted by source port together. It exceeds the size of a system call, because larger batches
+/// have more replies per port.
 const SORTED: usize = 256;
 
-/// A datagram that can go.
+/// A datagram that can be sent.
 #[derive(Clone, Copy)]
 struct Pending {
     flow: Flow,
     number: u16,
-    /// The place of the next one that goes by the same socket.
+    /// Index of the next datagram that the same socket sends.
     next: u16,
 }
 
-/// No item's place.
+/// Marks the end of a list.
 const END: u16 = u16::MAX;
 
-/// Items that go by the same socket, in the caller's order: a list.
+/// List of the datagrams that one socket sends, in the caller's order.
 #[derive(Clone, Copy)]
 struct Group {
     first: u16,
     last: u16,
-    /// How long the longest of them is.
+    /// Length of the longest datagram.
     longest: usize,
 }
 
@@ -148,8 +149,8 @@ struct Group {
 struct Batch {
     items: Box<ArrayVec<Pending, SORTED>>,
     ports: Box<ArrayVec<(Key, Group), SORTED>>,
-    /// A hash table: one more than the place in `ports`, or 0. Its length is a power of two, and half of it stays empty,
-    /// so that searches end.
+    /// Hash table of indices into `ports` plus one; 0: empty. Its length is a power of two, and half of it stays empty, so that
+    /// searches end.
     table: Box<ArrayVec<u16, { 2 * SORTED }>>,
 }
 
@@ -158,7 +159,7 @@ impl Batch {
         Ok(Batch { items: zeroed_box()?, ports: zeroed_box()?, table: zeroed_box()? })
     }
 
-    /// Makes it ready for so many datagrams.
+    /// Prepares the batch for a number of datagrams.
     #[inline(always)]
     fn clear(&mut self, datagrams: usize) {
         self.items.clear();
@@ -166,7 +167,7 @@ impl Batch {
         self.table.fill(0, 2 * datagrams.next_power_of_two());
     }
 
-    /// Adds a datagram, or says why it cannot go.
+    /// Adds a datagram. The error is an errno value.
     #[inline(always)]
     fn add(&mut self, datagram: &Datagram<'_>, number: usize) -> std::result::Result<(), i32> {
         let (from, to) = datagram.ends();
@@ -216,7 +217,7 @@ impl Batch {
     }
 }
 
-/// Makes two lists one.
+/// Appends one list to another.
 #[inline(always)]
 fn append(items: &mut [Pending], group: &mut Group, more: Group) {
     items[usize::from(group.last)].next = more.first;
@@ -224,7 +225,7 @@ fn append(items: &mut [Pending], group: &mut Group, more: Group) {
     group.longest = group.longest.max(more.longest);
 }
 
-/// A list from an item on.
+/// Iterates over a list, beginning with an item.
 #[inline(always)]
 fn from_item(items: &[Pending], first: u16) -> impl Iterator<Item = &Pending> {
     let mut next = first;
@@ -236,7 +237,7 @@ fn from_item(items: &[Pending], first: u16) -> impl Iterator<Item = &Pending> {
 }
 
 impl Replier {
-    /// A replier without a socket yet. Says already whether the privilege is there.
+    /// Creates a replier without sockets. Fails with EPERM if the process may not open transparent sockets.
     pub fn new(options: ReplierOptions) -> Result<Replier> {
         pool::check_privilege()?;
         let scratch = || sys::Result::Ok(Scratch { batch: Batch::new()?, room: zeroed_box()?, spare: zeroed_box()? });
@@ -252,9 +253,9 @@ impl Replier {
         })
     }
 
-    /// Sends each datagram from its `orig_dst` to its `client`, and gives how
-    /// many were sent; the others have an error. Datagrams of one flow keep
-    /// their order.
+    /// Sends each datagram from its `orig_dst` to its `client`, and returns the
+    /// number of datagrams that were sent. The others have an error. Datagrams
+    /// of one flow keep their order.
     ///
     /// ```no_run
     /// use tproxy::udp::{Datagram, Replier, ReplierOptions};
@@ -283,7 +284,7 @@ impl Replier {
         sent
     }
 
-    /// What has been done so far.
+    /// Returns the counters.
     pub fn stats(&self) -> ReplierStats {
         let counts = self.sources.counts;
         ReplierStats {
@@ -297,7 +298,7 @@ impl Replier {
         }
     }
 
-    /// One system call for each source port, and one for all that are raw.
+    /// Makes one system call for each source port, and one for all raw replies of a family.
     #[inline(always)]
     fn reply_batch(&mut self, datagrams: &[Datagram<'_>], now: u64) {
         let Replier { sources, scratch, flags, raw: by_raw, .. } = self;
@@ -340,7 +341,7 @@ impl Replier {
     }
 }
 
-/// A socket, and what is to be sent.
+/// A socket, and the datagrams that it sends.
 struct BatchSender<'a, 'b, 's> {
     items: &'a [Pending],
     datagrams: &'a [Datagram<'b>],
@@ -379,7 +380,7 @@ impl<'a> BatchSender<'a, '_, '_> {
         outbox.send(self.fd, self.flags, |outbox, message, error| self.failed(outbox, message, error));
     }
 
-    /// Adds what may be more than one message, or is to have a header.
+    /// Adds a datagram that needs several messages or a UDP header.
     #[inline(never)]
     fn push_pieces(&self, outbox: &mut SendBatch<'_, 'a>, place: u16, segment: usize) {
         let raw = self.raw;
@@ -389,7 +390,7 @@ impl<'a> BatchSender<'a, '_, '_> {
             self.datagrams[usize::from(item.number)].set_error(libc::EMSGSIZE);
             return;
         }
-        // What goes into one message.
+        // The segments of one message.
         let most = if raw { segment } else { segment * (MAX_GSO / segment.max(1)).clamp(1, MAX_SEGMENTS) };
         let flow = &item.flow;
         for data in pieces(data, most) {
@@ -413,7 +414,7 @@ impl<'a> BatchSender<'a, '_, '_> {
     #[inline(never)]
     fn failed(&self, outbox: &SendBatch<'_, 'a>, message: &Message<'a>, error: Errno) {
         let items = from_item(self.items, message.first);
-        // In fragments it may fit.
+        // It may fit as fragments.
         let df_cleared = refuses_segments(error) && !self.raw && pool::clear_df(self.fd).is_ok();
         let again = message.segments > 1 && refuses_segments(error) || df_cleared && error == Errno(libc::EMSGSIZE);
         for (item, part) in items.zip(outbox.parts(message)) {
@@ -432,14 +433,14 @@ impl<'a> BatchSender<'a, '_, '_> {
     }
 }
 
-/// Whether the kernel may take the same bytes one by one: no segment offload
-/// on the way out (EIO, and EINVAL before Linux 4.18), or a segment that only
-/// fits in fragments (EINVAL, EMSGSIZE).
+/// Whether the kernel may accept the same segments one by one: the route does
+/// not support segmentation (EIO, and EINVAL before Linux 4.18), or a segment
+/// must be fragmented (EINVAL, EMSGSIZE).
 fn refuses_segments(error: Errno) -> bool {
     matches!(error.0, libc::EINVAL | libc::EMSGSIZE | libc::EIO | libc::EOPNOTSUPP)
 }
 
-/// Sends each segment as a datagram of its own.
+/// Sends each segment as a separate datagram.
 fn send_one_by_one(
     flow: &Flow,
     segment: usize,
@@ -463,7 +464,7 @@ fn send_one_by_one(
     first_error.map_or(Ok(()), Err)
 }
 
-/// Data in pieces of a length; no data are one piece.
+/// Splits data into segments of a length. Empty data are one segment.
 #[inline(always)]
 fn pieces(data: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
     let (first, rest) = data.split_at(len.min(data.len()));
@@ -480,7 +481,7 @@ mod tests {
     proptest! {
         #[test]
         fn reply_batch_is_grouped_by_port_and_family_in_order(
-            // ArrayVec ports, so that some are the same, and many.
+            // Few ports, so that several datagrams have the same one.
             ports in prop_oneof![
                 proptest::collection::vec((1u16..8, 0u8..4), 0..=SORTED),
                 proptest::collection::vec((any::<u16>(), 0u8..4), 0..=SORTED),
@@ -494,7 +495,7 @@ mod tests {
                     ("192.0.2.1", "198.51.100.1"),
                     ("::ffff:192.0.2.1", "198.51.100.1"),
                     ("2001:db8::1", "2001:db8::2"),
-                    // Which cannot go.
+                    // These cannot be sent.
                     ("2001:db8::1", "198.51.100.1"),
                 ][usize::from(*kind)];
                 let mut datagram = Datagram::new(&mut []);

@@ -7,6 +7,7 @@ Runs itself in namespaces of its own, as the demo does. Exits non-zero with a se
 """
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -252,6 +253,34 @@ def forwarded_to_itself(program, *options):
     demo.run(*demo.on("proxy", "nft", "delete table inet forward"))
 
 
+def own_addresses(program, allow, *options):
+    """A rule of another program gives the proxy a connection to a service of its host: the proxy connects only if allowed."""
+    hosts.textbook("tcp", 8080)
+    count = """table inet count {
+        chain output {
+            type filter hook output priority 0
+            oif lo tcp dport 8080 tcp flags syn / syn,ack counter
+        }
+    }"""
+    for address in (("198.51.100.1", 8080), ("2001:db8:1::1", 8080)):
+        for extra in ([], [allow]):
+            demo.run(*demo.on("proxy", "nft", count))
+            with Proxy(program, *options, *extra, "3129", "80"):
+                try:
+                    client = on("client", lambda address=address: call(address, limit(2)))
+                except ConnectionError:
+                    client = None
+                # A refused connection is reset immediately. Otherwise the proxy waits for the service.
+                reset = client is None or is_reset(client)
+                if client:
+                    client.close()
+            rules = subprocess.run(demo.on("proxy", "nft", "list table inet count"), capture_output=True, text=True, check=True)
+            packets = int(re.search(r"counter packets (\d+)", rules.stdout)[1])
+            demo.run(*demo.on("proxy", "nft", "delete table inet count"))
+            assert (reset, packets > 0) == ((False, True) if extra else (True, False)), (program, address, extra, reset, packets)
+    demo.run(*demo.on("proxy", "nft", "delete table inet textbook"))
+
+
 def server_that_does_not_accept(program, seconds, *options):
     """It is given up in time, however much its client says meanwhile."""
     nobody = ("203.0.113.9", "2001:db8:2::9")
@@ -282,6 +311,7 @@ def test(examples):
     for program, options, seconds in ((tcp_proxy, [], 10), (relay, ["-d", "0", "-t", "1"], 20)):
         accept_fails(program, *options)
         forwarded_to_itself(program, *options)
+        own_addresses(program, "-o" if program == relay else "--allow-own", *options)
         server_that_does_not_accept(program, seconds, *options)
     few_descriptors(tcp_proxy)
     silent_ones_end(tcp_proxy, "--idle", "1")

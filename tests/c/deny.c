@@ -1,5 +1,5 @@
-/* examples-c/deny.h: which destinations the examples refuse, and what they take for this host's own address. Run in a network
- * namespace of its own, with lo up. */
+/* Tests examples-c/deny.h: the destinations that the examples refuse, and the addresses that they classify as this host's
+ * own. Needs a network namespace with lo up. */
 #include <stdio.h>
 
 #include "../../examples-c/deny.h"
@@ -33,10 +33,10 @@ int main(void)
     static const char *const refused[] = {
         "127.0.0.1", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "::ffff:0.0.0.0", "0.1.2.3", "169.254.169.254",
         "::ffff:169.254.169.254", "fe80::1", "febf::1", "224.0.0.1", "255.255.255.255", "ff02::1", "fd00:ec2::254", "::7f00:1",
-        "240.0.0.1",
+        "240.0.0.1", "fd20:ce::254", "100.100.100.200", "::ffff:100.100.100.200", "168.63.129.16", "192.0.0.192",
     };
     static const char *const called[] = { "192.0.2.1", "10.0.0.1", "::ffff:192.0.2.1", "2001:db8::1", "fd00:ec2::253", "223.255.255.255",
-                                          "64:ff9b::7f00:1", "169.253.255.255", "169.255.0.0", "fe00::1" };
+                                          "64:ff9b::7f00:1", "169.253.255.255", "169.255.0.0", "fe00::1", "fd20:ce::253", "100.100.100.201", "168.63.129.17", "192.0.0.193" };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         expect(&list, 1, refused[i]);
     for (size_t i = 0; i < sizeof called / sizeof *called; i++)
@@ -53,7 +53,7 @@ int main(void)
     static const char *const bad[] = { "", "10.0.0.0/33", "::/129", "10.0.0.0/", "10.0.0.0/8x", "10.0.0", "a", "10.0.0.0/-1", "::1/1/1" };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         if (deny_add(&list, bad[i]))
-            printf("%s is taken for a prefix\n", bad[i]), failed = 1;
+            printf("%s was accepted as a prefix\n", bad[i]), failed = 1;
     if (!deny_add(&list, "none") || list.n != 0)
         failed = 1;
     expect(&list, 0, "127.0.0.1");

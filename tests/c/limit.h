@@ -5,8 +5,8 @@
 #include <err.h>
 #include <stdlib.h>
 
-/* A time limit in milliseconds, multiplied by the environment variable TPROXY_TEST_TIME_FACTOR (default: 1). */
-static int limit(int milliseconds)
+/* Returns a time limit in milliseconds, multiplied by the environment variable TPROXY_TEST_TIME_FACTOR (default: 1). */
+static inline int limit(int milliseconds)
 {
     const char *text = getenv("TPROXY_TEST_TIME_FACTOR");
     double factor = text != NULL ? atof(text) : 1;

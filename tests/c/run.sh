@@ -1,8 +1,7 @@
 #!/bin/bash
-# The installed library as C and C++ programs see it: the files, the header, the
-# symbols, pkg-config, bad input, system calls. Installs into a tree of its own.
-# Prints a line for each test and the total; exits non-zero if one failed. A test that cannot run on this machine prints a line
-# with "skipped: " (tests/check.sh).
+# Tests the installed library from C and C++: the files, the header, the symbols, pkg-config, bad input, system calls, and the
+# examples. Installs the library into build/stage. Prints a line for each test and the totals. The exit status is not 0 if a test
+# failed. A test that cannot run on this machine prints a line with "skipped: " (tests/check.sh).
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -11,25 +10,25 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 skipped=0
 
-# The rest of the arguments is a command that must succeed; its output is shown if it does not.
+# Runs the command in the remaining arguments, which must succeed. Prints its output if it fails.
 expect() {
-    local what=$1
+    local name=$1
     shift
     if ! "$@" > "$work/output" 2>&1; then
         failed=$((failed + 1))
-        echo "FAILED  $what: $*"
+        echo "FAILED  $name: $*"
         head -n 40 "$work/output"
     elif grep -q '^skipped: ' "$work/output"; then
         skipped=$((skipped + 1))
         grep '^skipped: ' "$work/output"
     else
         passed=$((passed + 1))
-        echo "ok      $what"
+        echo "ok      $name"
     fi
 }
 
-# In a network of its own, with loopback up, and with a /run of its own, where the legacy iptables has its lock.
-alone() { unshare --map-root-user --net --mount sh -c 'ip link set lo up && mount -t tmpfs tmpfs /run && exec "$@"' sh "$@"; }
+# Runs a command in a new network namespace with loopback up, and with a new /run, where legacy iptables has its lock.
+isolated() { unshare --map-root-user --net --mount sh -c 'ip link set lo up && mount -t tmpfs tmpfs /run && exec "$@"' sh "$@"; }
 
 make -C "$root" -s install DESTDIR= PREFIX="$stage" LIBDIR="$stage/lib" || exit 1
 export PKG_CONFIG_PATH=$stage/lib/pkgconfig
@@ -37,26 +36,26 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/Cargo.toml" | head -n 1)
 library=$stage/lib/libtproxy.so.$version
 flags="-pedantic -Wall -Wextra -Werror"
 
-# The files.
+# The installed files.
 expect "soname" test "$(readelf -d "$library" | sed -n 's/.*soname: \[\(.*\)\]/\1/p')" = libtproxy.so.0
 expect "three names" test "$(readlink "$stage/lib/libtproxy.so") $(readlink "$stage/lib/libtproxy.so.0")" = "libtproxy.so.0 libtproxy.so.$version"
 nm -D --defined-only "$library" | awk '{ print $3 }' | sort > "$work/symbols"
 expect "exported symbols" diff "$here/symbols.txt" "$work/symbols"
-# Without comments, which mention calls too.
+# Strips comments, which mention calls too.
 cc -fpreprocessed -dD -E -P "$stage/include/tproxy.h" | grep -o '\btp_[a-z_]*(' | tr -d '(' | sort -u > "$work/declared"
 declares_all() { comm -23 "$here/symbols.txt" "$work/declared" | grep . && return 1 || return 0; }
-expect "the header declares each" declares_all
-# Without link-time optimisation the archive is some 22 MB (the standard library whole).
-expect "link-time optimisation" test "$(stat -c %s "$stage/lib/libtproxy.a")" -lt 12000000
-# Unwinding is libgcc's. The dynamic loader is there without being named.
+expect "the header declares every symbol" declares_all
+# Without link-time optimization, the archive contains the whole standard library (22 MB).
+expect "link-time optimization" test "$(stat -c %s "$stage/lib/libtproxy.a")" -lt 12000000
+# libgcc unwinds the stack. The dynamic loader may be listed too.
 needed_ok() { ! readelf -d "$library" | grep NEEDED | grep -vF -e '[libc.so.6]' -e '[libgcc_s.so.1]'; }
 expect "needs the C library and libgcc only" needed_ok
-# With the standard library's backtraces it would be 1.3 MB. What a feature adds should be worth what it weighs.
+# A budget for the stripped library: 20 KiB of it are the code that distinguishes a forked child's copy of a handle. With the
+# standard library's backtraces it would be 1.3 MB.
 is_small() { strip -o "$work/stripped.so" "$library" && stat -c '%s bytes' "$work/stripped.so" && test "$(stat -c %s "$work/stripped.so")" -le $((740 * 1024)); }
-# A budget: 20 KiB of it are what tells a forked child's copy of a handle from the installer's.
 expect "at most 740 KiB" is_small
 
-# make install into a DESTDIR and make uninstall: nothing more, nothing left.
+# make install into a DESTDIR installs exactly these files, and make uninstall removes all of them.
 installs_cleanly() {
     make -C "$root" -s install DESTDIR="$work/dest" PREFIX=/usr LIBDIR=/usr/lib/multi &&
         test "$(cd "$work/dest" && find . ! -type d ! -path './usr/share/man/man3/*' | sort | tr '\n' ' ')" = "./usr/bin/tproxyctl ./usr/include/tproxy.h ./usr/lib/multi/libtproxy.a \
@@ -68,9 +67,9 @@ installs_cleanly() {
         test -z "$(find "$work/dest" ! -type d)"
 }
 expect "install and uninstall" installs_cleanly
-expect "man pages: mandoc has no complaint" mandoc -Tlint "$root"/man/*.[378]
+expect "man pages: mandoc reports nothing" mandoc -Tlint "$root"/man/*.[378]
 
-# The header alone, in every language version.
+# Only the header, in every language version.
 echo '#include <tproxy.h>' > "$work/header.c"
 cp "$work/header.c" "$work/header.cc"
 for std in c99 c11 c17 c2x; do
@@ -82,7 +81,7 @@ done
 
 # pkg-config, from C and C++, shared and static.
 cp "$here/link.c" "$work/link.cc"
-# The archive itself, and what it needs; else the linker takes the shared library that lies beside it.
+# Names the archive explicitly: otherwise the linker uses the shared library in the same directory.
 static=$(pkg-config --static --libs tproxy | sed 's/-ltproxy/-l:libtproxy.a/')
 for language in "cc c" "g++ cc"; do
     set -- $language
@@ -102,34 +101,34 @@ for program in bad_input syscalls environment; do
     expect "$program: build" cc -std=c11 -O2 $flags $(pkg-config --cflags tproxy) "$here/$program.c" $(pkg-config --libs tproxy) \
         -Wl,-rpath,"$stage/lib" -o "$work/$program"
 done
-expect "bad input: errno, outputs, descriptors" alone "$work/bad_input"
-expect "no call reads an environment variable" alone "$work/environment"
+expect "bad input: errno, outputs, descriptors" isolated "$work/bad_input"
+expect "no call reads an environment variable" isolated "$work/environment"
 expect "set_user_id: build" cc -std=c11 -O2 $flags -static $(pkg-config --cflags tproxy) "$here/set_user_id.c" \
     $(pkg-config --static --libs tproxy | sed 's/-lgcc_s/-lgcc_eh/') -o "$work/set_user_id"
-expect "set-user-ID programs and file capabilities: no program of the user's is run" "$here/set_user_id.sh" \
+expect "set-user-ID programs and file capabilities: no program of the user is run" "$here/set_user_id.sh" \
     "$work/set_user_id" "$stage/bin/tproxyctl"
 
-# What strace saw between the two marks: the calls with their arguments, and without descriptors, ports, and the room that
-# there is for an address.
+# Lists the system calls between the two marks with their arguments, without descriptors, ports, and the buffer sizes of
+# addresses.
 traced() {
-    alone strace -o "$work/trace" "$work/syscalls" "$1" "$2" &&
+    isolated strace -o "$work/trace" "$work/syscalls" "$1" "$2" &&
         awk '/^write\(-1, "mark"/ { inside = !inside; next } inside' "$work/trace" |
         sed -e 's/(\([0-9]*\),/(fd,/' -e 's/sin6*_port=htons([0-9]*)/port/g' -e 's/ = [0-9]*$/ = n/' \
             -e '/^getsockname/s/, \[[0-9]* => /, [/' -e '/^accept4/s/ \[[0-9]* => / [/'
 }
 same_calls() {
-    traced "$1" hand > "$work/hand" && traced "$1" library > "$work/library" && test -s "$work/hand" &&
-        diff "$work/hand" "$work/library"
+    traced "$1" hand > "$work/equivalent" && traced "$1" library > "$work/library" && test -s "$work/equivalent" &&
+        diff "$work/equivalent" "$work/library"
 }
 for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data orig_dst4 orig_dst6 \
     connect4-same connect6-same connect4-given connect6-given connect4-given-same connect6-given-same \
     accept4 accept6 accept4-tproxy accept6-tproxy accept4-tproxy-null accept6-tproxy-null; do
-    expect "system calls as by hand: $name" same_calls "$name"
+    expect "system calls of equivalent C code: $name" same_calls "$name"
 done
 two_calls() { traced "$1" library > "$work/library" && test "$(grep -c . "$work/library")" -le 2; }
 expect "tp_orig_dst: at most two system calls" two_calls orig_dst6
 expect "tp_accept of a transparent listener: at most two system calls" two_calls accept6-tproxy
-# A call of this name, no more often than that, and no other.
+# The only system call is the given one, with the given number of calls.
 calls() {
     traced "$1" library > "$work/library" && test "$(grep -c "^$2(" "$work/library")" = "$3" &&
         test "$(wc -l < "$work/library")" = "$3"
@@ -138,21 +137,21 @@ for family in 4 6; do
     expect "tp_recvfrom: one system call, IPv$family" calls recvfrom$family recvmsg 1
     expect "tp_recv_datagrams: one system call for 64, IPv$family" calls recv_datagrams$family recvmmsg 1
     expect "tp_reply: one system call for each of 3 ports, with 64 datagrams each, IPv$family" calls reply$family sendmmsg 3
-    expect "tp_reply: one system call for all that are raw, IPv$family" calls reply$family-raw sendmmsg 1
+    expect "tp_reply: one system call for all raw replies, IPv$family" calls reply$family-raw sendmmsg 1
 done
 
-# The tool, as it was installed.
-expect "tproxyctl: output, JSON, exit status, completion" alone python3 "$here/tproxyctl.py" "$stage"
+# The installed tool.
+expect "tproxyctl: output, JSON, exit status, completion" isolated python3 "$here/tproxyctl.py" "$stage"
 
-# The examples, built by pkg-config alone.
+# The examples, built with pkg-config.
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"
 expect "tcp_proxy: half-closed, few descriptors, bad arguments" python3 "$here/tcp_proxy.py" "$root/build/examples"
 expect "udp_proxy: both ways, --to, idle, few sessions, refusals, bad arguments" python3 "$here/udp_proxy.py" "$root/build/examples"
 expect "deny.h: build" cc -std=c11 -pedantic -O2 -D_GNU_SOURCE $flags "$here/deny.c" -o "$work/deny"
-expect "deny.h: destinations that are refused, and this host's own addresses" alone "$work/deny"
-expect "deny.h: the same on a host whose sockets bind to any address" alone sh -c \
+expect "deny.h: refused destinations, and addresses of this host" isolated "$work/deny"
+expect "deny.h: the same on a host whose sockets bind to any address" isolated sh -c \
     'for v in 4 6; do echo 1 > /proc/sys/net/ipv$v/ip_nonlocal_bind; done; exec "$1"' sh "$work/deny"
-expect "examples attacked: silent clients, no descriptors, destinations that are denied" python3 "$here/attacked.py" "$root/build/examples"
+expect "examples attacked: silent clients, no descriptors, denied destinations, addresses of the host" python3 "$here/attacked.py" "$root/build/examples"
 expect "udp_load: build" cc -std=c11 -O2 $flags "$here/udp_load.c" -o "$work/udp_load"
 expect "udp_proxy: a thousand clients, fifty servers, twenty ports" python3 "$here/udp_stress.py" "$root/build/examples" "$work/udp_load"
 expect "tcp_load: build" cc -std=c11 -pedantic -O2 $flags -pthread "$here/tcp_load.c" -o "$work/tcp_load"
@@ -160,7 +159,7 @@ expect "relay: ends, resets, back-pressure, limits, idle, stop, and a mixed load
 expect "load: build" cc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread "$root/benches/load.c" -o "$work/load"
 expect "networks: built twice beside named namespaces, no mount changes" python3 "$here/network.py" "$work/load"
 
-# A library in which every call panics when it is told to: no panic may leave it, print anything or go unnoticed.
+# A library in which a call can be made to panic: no panic may leave the library, print a message, or be reported as success.
 with_panics() {
     CARGO_TARGET_DIR="$root/build/panics" RUSTFLAGS=--cfg=tproxy_panics "${CARGO:-cargo}" shared &&
         ln -sf libtproxy.so "$root/build/panics/release/libtproxy.so.0" &&
@@ -168,24 +167,24 @@ with_panics() {
 }
 expect "panics: build" env -C "$root" bash -c "$(declare -f with_panics); root=$root here=$here work=$work flags='$flags' with_panics"
 panics() {
-    alone env LD_LIBRARY_PATH="$root/build/panics/release" "$work/panics" > "$work/panicked" 2> "$work/printed" || return 1
+    isolated env LD_LIBRARY_PATH="$root/build/panics/release" "$work/panics" > "$work/panicked" 2> "$work/printed" || return 1
     test ! -s "$work/printed" && sort "$work/panicked" | diff - <(sort "$here/symbols.txt")
 }
-expect "panics: every exported call answers -1 and ENOTRECOVERABLE, and prints nothing" panics
+expect "panics: every exported call fails with ENOTRECOVERABLE, and prints nothing" panics
 
 expect "stack: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/stack.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/stack"
-expect "stack: no call needs more than the header says" alone "$work/stack"
+expect "stack: no call needs more than the header states" isolated "$work/stack"
 expect "memory: build" cc -std=gnu11 -O2 $flags $(pkg-config --cflags tproxy) "$here/memory.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/memory"
-expect "memory: large allocations that fail are ENOMEM, and nothing is left" alone "$work/memory"
+expect "memory: failed large allocations are ENOMEM, and leave nothing behind" isolated "$work/memory"
 expect "cancel: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/cancel.c" \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/cancel"
-expect "pthread_cancel: no call ends in the middle" alone "$work/cancel" recvfrom recv_datagrams accept connect socket-error \
+expect "pthread_cancel: no call is interrupted" isolated "$work/cancel" recvfrom recv_datagrams accept connect socket-error \
     reply install iptables purge check self_test
-is_no_cancellation_point() { alone "$work/cancel" > "$work/made" && sort -u "$work/made" | diff - <(sort "$here/symbols.txt"); }
+is_no_cancellation_point() { isolated "$work/cancel" > "$work/made" && sort -u "$work/made" | diff - <(sort "$here/symbols.txt"); }
 expect "pthread_cancel: no exported call is a cancellation point" is_no_cancellation_point
-expect "lifecycle: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here/lifecycle.c" \
+expect "lifecycle: build" cc -std=gnu11 -O2 $flags -pthread $(pkg-config --cflags tproxy) "$here"/lifecycle*.c \
     $(pkg-config --libs tproxy) -Wl,-rpath,"$stage/lib" -o "$work/lifecycle"
 expect "lifecycle: fork, daemon, exec, exit, closefrom, chroot, users, capabilities, networks, threads" \
     python3 "$here/lifecycle.py" "$root/build/examples" "$work/lifecycle"

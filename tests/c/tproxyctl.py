@@ -1,4 +1,4 @@
-"""The output and exit status of every command of tproxyctl, as text and as JSON, in a network of its own (run.sh)."""
+"""Checks the output and exit status of every command of tproxyctl, as text and as JSON, in a network namespace (run.sh)."""
 import atexit
 import json
 import os
@@ -33,9 +33,9 @@ def tables():
 
 
 def start(*args):
-    """Starts `install` and waits until it says so."""
+    """Starts `install` and waits for its first line."""
     child = subprocess.Popen([PROGRAM, "install", *RULES, *args], stdout=subprocess.PIPE, text=True)
-    # If the test fails, too.
+    # A failed test must not leave the process behind.
     atexit.register(child.kill)
     return child, child.stdout.readline()
 
@@ -68,7 +68,7 @@ def check():
     assert [one for one in everything if one["severity"] != "ok"] == some
     subprocess.run(["ip", "rule", "del", "pref", "32766"], check=True)
     text = out("check", status=1)
-    assert "failure  rule.main_missing: IPv4: no routing rule leads to the table main\n" in text, text
+    assert "failure  rule.main_missing: IPv4: no routing rule selects the table main\n" in text, text
     assert "         fix: ip -4 rule add pref 32766 lookup main\n" in text and "1 failure, 0 warnings\n" in text
     found = [one for one in json.loads(out("--json", "check", status=1)) if one["severity"] == "failure"]
     assert [one["id"] for one in found] == ["rule.main_missing"]
@@ -101,7 +101,7 @@ def install():
     listener.listen()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         child, said = start()
-        assert said == "tproxy: installed, until a signal\n" and "libtproxy-tproxy" in tables()
+        assert said == "tproxy: installed until a signal\n" and "libtproxy-tproxy" in tables()
         assert "elements = { 80, 8000-8010 }" in subprocess.run(
             ["nft", "list", "set", "inet", "libtproxy-tproxy", "ports"], capture_output=True, text=True, check=True).stdout
         assert end(child, number) == "tproxy: removed\n" and tables() == ""
@@ -117,7 +117,7 @@ def install():
     child.kill()
     child.wait()
     assert tables() == ""
-    # Without its listener the same is a failure that check names.
+    # Without a listener, check reports a failure.
     listener.close()
     child, _ = start()
     found = [one["id"] for one in json.loads(out("--json", "check", status=1)) if one["severity"] == "failure"]
@@ -127,7 +127,7 @@ def install():
 
 def persist():
     child, said = start("--persist")
-    assert "the rules stay" in said
+    assert "the rules remain" in said
     assert "tproxyctl purge" in end(child, signal.SIGTERM) and "libtproxy-tproxy" in tables()
     assert out("purge", "--json") == '{"state": "purged"}\n' and tables() == ""
     assert out("purge", "never") == ""
@@ -136,12 +136,12 @@ def persist():
 def stats():
     assert "there are no rules of this name" in run("stats", status=3).stderr
     child, _ = start("--local-output")
-    # There is no listener: the packet is dropped.
+    # No listener exists: the packet is dropped.
     probe = socket.socket()
     probe.setblocking(False)
     subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
     probe.connect_ex(("203.0.113.1", 80))
-    # Closed, the socket does not send its first packet again.
+    # A closed socket does not retransmit its first packet.
     probe.close()
     counted = json.loads(out("stats", "--json"))
     assert list(counted) == ["intercepted", "diverted", "dropped", "direct"]
@@ -171,7 +171,7 @@ def render():
 
 def self_test():
     text = out("self-test", *RULES, "--udp", "--tcp", "--all")
-    lines = re.findall(r"^ok +self_test\.(\w+): (IPv[46]) .*: delivered, and answered$", text, re.M)
+    lines = re.findall(r"^ok +self_test\.(\w+): (IPv[46]) .*: delivered, and the reply was received$", text, re.M)
     assert lines == [("connection", "IPv4"), ("datagram", "IPv4"), ("connection", "IPv6"), ("datagram", "IPv6")], text
     assert out("self-test", *RULES, "--tcp", "--udp") == "0 failures, 0 warnings\n" and tables() == ""
     lost = ["--json", "self-test", "--listen", "127.0.0.1:3129", "--redirect", "--local-output"]

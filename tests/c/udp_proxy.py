@@ -103,7 +103,7 @@ def relays(programs):
         server.close()
     counts = statistics(proxy)
     assert counts["now"] == counts["sessions opened"] == 2, counts
-    assert counts["requests unsent"] == counts["answers unsent"] == 0, counts
+    assert counts["requests unsent"] == counts["replies unsent"] == 0, counts
     # What came as one was passed on as one.
     assert counts["requests"] < 2 * (5 + 10), counts
     end(proxy)
@@ -267,7 +267,7 @@ def impossible_addresses_get_no_session(programs):
                 pass
     counts = statistics(proxy)
     good = (len(pairs) + 15) // 16
-    assert counts["sessions opened"] == counts["answers"] == good, counts
+    assert counts["sessions opened"] == counts["replies"] == good, counts
     # These came to the listener, so that it was the proxy that refused them.
     assert counts["sessions denied"] >= 8, counts
     demo.run(*demo.on("proxy", "nft", "delete table inet textbook"))
@@ -287,7 +287,7 @@ def addresses_that_come_later(programs):
         eventually(proxy, "the session goes on", lambda counts, n=before["now"] - 1: counts["now"] <= n)
         time.sleep(0.3)
         after = statistics(proxy)
-        assert after["answers"] <= before["answers"] + 8, f"{after['answers'] - before['answers']} answers to one datagram"
+        assert after["replies"] <= before["replies"] + 8, f"{after['answers'] - before['answers']} answers to one datagram"
         # A network that is local by a route is this host's, too; the rest is not.
         demo.run(*demo.on("proxy", "ip", "addr", "del", addr, "dev", "lo"))
         network = f"{addr}/{128 if ':' in addr else 32}"

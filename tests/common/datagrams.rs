@@ -11,7 +11,7 @@ use tproxy::ffi::*;
 use tproxy::udp::Datagram;
 
 pub use super::eventually;
-use super::{Failed, at, bind_nonlocal, canonical, checked, ip, patience, socket};
+use super::{Failed, Lab, Rules, at, bind_nonlocal, canonical, checked, intercept, ip, patience, socket};
 
 /// include/uapi/linux/udp.h
 pub const UDP_SEGMENT: c_int = 103;
@@ -254,4 +254,27 @@ pub fn receiver(addr: SocketAddr) -> OwnedFd {
     let fd = socket(domain, libc::SOCK_DGRAM).unwrap();
     bind_nonlocal(&fd, addr).unwrap();
     fd
+}
+
+/// Sends one reply, and returns its error.
+pub fn send_reply(replier: &mut Replier, from: SocketAddr, to: SocketAddr, bytes: &[u8]) -> Option<i32> {
+    let mut bytes = bytes.to_vec();
+    let mut one = [reply_of(&mut bytes, from, to)];
+    let sent = replier.reply(&mut one);
+    assert_eq!(sent == 0, one[0].error().is_some());
+    one[0].error()
+}
+
+/// Opens a replier.
+pub fn open_replier(config: &tp_replier_config) -> Replier {
+    Replier::open(config).unwrap()
+}
+
+/// Opens a transparent socket, and installs rules that deliver the datagrams to a port to it.
+pub fn intercept_udp(lab: &Lab, port: u16) -> (OwnedFd, Rules) {
+    lab.proxy.run(|| {
+        let listener = receiver(at(ip("::"), 3129));
+        let rules = intercept(&listener, port).unwrap();
+        (listener, rules)
+    })
 }

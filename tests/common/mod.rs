@@ -1,5 +1,5 @@
-//! What the tests share, by subject. Each name is reachable as `common::NAME`, those for datagrams as
-//! `common::datagrams::NAME`.
+//! Code that the tests share, by subject. Each name is reachable as `common::NAME`, those for datagrams and for programs of
+//! iptables as `common::datagrams::NAME` and `common::iptables::NAME`.
 
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
 
@@ -8,6 +8,7 @@ mod config;
 mod counters;
 pub mod datagrams;
 mod findings;
+pub mod iptables;
 mod lab;
 mod namespace;
 pub mod process;

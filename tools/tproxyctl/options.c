@@ -27,7 +27,7 @@ static unsigned long number(const char *what, const char *text, unsigned long mo
     return value;
 }
 
-/* 80, 8000-8010, or several of them with commas between. */
+/* Adds ports such as 80, 8000-8010 or 80,443. */
 static void add_ports(struct options *options, char *text)
 {
     size_t before = options->config.n_ports;
@@ -46,7 +46,7 @@ static void add_ports(struct options *options, char *text)
     options->config.ports = options->ports;
 }
 
-/* 192.0.2.0/24, 2001:db8::/32; an address alone is a prefix of its full length. */
+/* Adds a prefix such as 192.0.2.0/24 or 2001:db8::/32. An address without a length is a full-length prefix. */
 static void add_prefix(const char *what, struct tp_prefix *prefixes, size_t *n, char *text)
 {
     char *slash = strchr(text, '/');
@@ -66,7 +66,7 @@ static void add_prefix(const char *what, struct tp_prefix *prefixes, size_t *n, 
     ++*n;
 }
 
-/* 127.0.0.1:3129, [::]:3129, or a port alone: every address of both families. */
+/* Sets the listener to an address such as 127.0.0.1:3129 or [::]:3129. A port alone means [::]. */
 static void set_listener(struct options *options, char *text)
 {
     struct sockaddr_in *v4 = (struct sockaddr_in *)&options->listen;
@@ -109,7 +109,7 @@ static uint32_t one_of(const char *what, const char *text, const char *const nam
     for (size_t i = 0; i < n; ++i)
         if (strcmp(names[i], text) == 0)
             return (uint32_t)i;
-    usage_error("%s: %s is not known", what, text);
+    usage_error("%s: %s is not a known value", what, text);
 }
 
 const struct option long_options[] = {
@@ -139,7 +139,7 @@ const struct option long_options[] = {
     { "json", no_argument, NULL, JSON },
     { "all", no_argument, NULL, ALL },
     { "watch", optional_argument, NULL, WATCH },
-    { "color", required_argument, NULL, COLOUR },
+    { "color", required_argument, NULL, COLOR },
     { "help", no_argument, NULL, 'h' },
     { "version", no_argument, NULL, VERSION },
     { NULL, 0, NULL, 0 },
@@ -148,7 +148,7 @@ const struct option long_options[] = {
 void set_option(struct options *options, int option, char *value)
 {
     static const char *const backends[] = { "auto", "nft", "iptables" }, *const formats[] = { "nft", "iptables" },
-                      *const colours[] = { "never", "always", "auto" };
+                      *const colors[] = { "never", "always", "auto" };
     struct tp_rules_config *config = &options->config;
     switch (option) {
     case NAME: config->name = value; break;
@@ -187,11 +187,11 @@ void set_option(struct options *options, int option, char *value)
         if (options->seconds == 0)
             usage_error("--watch: at least one second");
         break;
-    case COLOUR: {
-        uint32_t colour = one_of("--color", value, colours, 3);
-        options->colour = colour == 2 ? -1 : (int)colour;
+    case COLOR: {
+        uint32_t color = one_of("--color", value, colors, 3);
+        options->color = color == 2 ? -1 : (int)color;
         break;
     }
-    default: exit(USAGE); /* getopt has said why */
+    default: exit(USAGE); /* getopt_long has printed the cause */
     }
 }

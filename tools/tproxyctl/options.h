@@ -1,5 +1,5 @@
 /*
- * The command line of tproxyctl, as a struct tp_rules_config.
+ * Converts the command line of tproxyctl to a struct tp_rules_config.
  */
 #ifndef TPROXYCTL_OPTIONS_H
 #define TPROXYCTL_OPTIONS_H
@@ -13,15 +13,15 @@
 
 enum exit_code { FINE = 0, FOUND_FAILURES = 1, USAGE = 2, FAILED = 3 };
 
-/* Prefixes, ports and names that one command line may have of a kind. */
+/* Maximum number of prefixes, ports or names of one kind on a command line. */
 enum { MANY = 4096 };
 
 struct options {
     bool json, all, persist, watch;
     unsigned seconds;
     uint32_t format;
-    int colour;                               /* -1: if standard output is a terminal */
-    const char *argument;                     /* what follows the command, if anything */
+    int color;                                /* 1: on; 0: off; -1: on if standard output is a terminal */
+    const char *argument;                     /* the word after the command, or NULL */
     struct tp_rules_config config;
     struct sockaddr_storage listen;
     struct tp_port_range ports[MANY];
@@ -29,14 +29,14 @@ struct options {
     const char *interfaces[MANY];
 };
 
-/* What has no letter of its own. */
+/* Values that getopt_long returns for options without a letter. */
 enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
-       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, FORMAT, JSON, ALL, WATCH, COLOUR, VERSION };
+       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, FORMAT, JSON, ALL, WATCH, COLOR, VERSION };
 
-/* For getopt_long. */
+/* The options, for getopt_long. */
 extern const struct option long_options[];
 
-/* What an option says; a usage error ends the program. */
+/* Applies one option. An invalid value ends the program. */
 void set_option(struct options *options, int option, char *value);
 
 __attribute__((noreturn, format(printf, 1, 2))) void usage_error(const char *format, ...);

@@ -1,10 +1,10 @@
 /*
- * tproxyctl: what libtproxy does, from a shell.
+ * tproxyctl: libtproxy for the shell.
  *
- *     tproxyctl check                                  what breaks transparent proxying here, and what fixes it
- *     tproxyctl install --listen [::]:3129 --port 80   rules for a listener in another process, until a signal
+ *     tproxyctl check                                  reports causes that break transparent proxying, with fixes
+ *     tproxyctl install --listen [::]:3129 --port 80   installs rules for a listener in another process
  *
- * tproxyctl(8) has the rest. It uses the public calls alone.
+ * tproxyctl(8) documents all commands. The program uses only the public calls.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,36 +20,43 @@
 static const char help[] =
     "usage: tproxyctl COMMAND [OPTION]...\n"
     "\n"
-    "  check                 what on this host breaks transparent proxying, and what fixes it\n"
-    "  self-test RULES       send probes through rules, in a network that exists meanwhile\n"
-    "  install RULES         install rules, and hold them until SIGINT, SIGTERM or SIGHUP\n"
-    "  render RULES          show the script that would do the same\n"
-    "  purge [NAME]          remove what a dead or persistent instance left; all of them without a name\n"
-    "  stats [NAME]          what the rules of an instance have done\n"
+    "  check                 report causes that break transparent proxying, and the commands that fix them\n"
+    "  self-test RULES       send probes through the rules, in a temporary network namespace\n"
+    "  install RULES         install rules, and keep them until SIGINT, SIGTERM or SIGHUP\n"
+    "  render RULES          print the equivalent script\n"
+    "  purge [NAME]          remove the rules of a dead or persistent instance; without NAME, of all of them\n"
+    "  stats [NAME]          print the packets and bytes that the rules of an instance counted\n"
     "\n"
     "RULES:\n"
-    "  --listen ADDR:PORT    where the packets go: [::]:3129, 127.0.0.1:3129; a port alone is [::]\n"
-    "  --port PORT[-PORT]    destination ports to intercept (all); again, or with commas, for more\n"
-    "  --dst, --src PREFIX   destinations and sources to intercept (all); again for more\n"
-    "  --bypass PREFIX       destinations never to intercept; again for more\n"
-    "  --interface NAME      where forwarded traffic comes in (everywhere); again for more\n"
-    "  --tcp --udp -4 -6     protocols (TCP) and families (the listener's)\n"
-    "  --redirect --divert-only --local-output --fail-open --allow-direct --notrack --persist\n"
-    "                        as the flags TP_RULES_... of tproxy.h\n"
+    "  --listen ADDR:PORT    address and port of the listener: [::]:3129, 127.0.0.1:3129; a port alone means [::]\n"
+    "  --port PORT[-PORT],.. destination ports to intercept (default: all); may be repeated\n"
+    "  --dst, --src PREFIX   destinations and sources to intercept (default: all); may be repeated\n"
+    "  --bypass PREFIX       destinations that are never intercepted; may be repeated\n"
+    "  --interface NAME      interface on which forwarded traffic arrives (default: all); a name that ends in\n"
+    "                        '*' is a pattern; may be repeated\n"
+    "  --tcp --udp           protocols (default: those of the listener, or TCP)\n"
+    "  -4 -6                 families (default: those of the listener)\n"
+    "  --redirect            intercept by NAT redirection\n"
+    "  --divert-only         only deliver packets to existing transparent sockets\n"
+    "  --local-output        also intercept traffic that this host sends\n"
+    "  --fail-open           forward traffic normally while no listener exists\n"
+    "  --allow-direct        accept packets addressed directly to the listener\n"
+    "  --notrack             exempt the packets from connection tracking\n"
+    "  --persist             keep the rules when tproxyctl ends\n"
     "  --name NAME --mark MARK[/MASK] --table N --priority N --backend auto|nft|iptables\n"
     "\n"
-    "  --json                output for programs: JSON, an object or a list a line\n"
-    "  --all                 check, self-test: what is as it should be, too\n"
-    "  --format nft|iptables render: the script's commands (nft)\n"
-    "  --watch[=SECONDS]     stats: again and again (every second)\n"
+    "  --json                print JSON\n"
+    "  --all                 check, self-test: also print the checks that passed\n"
+    "  --format nft|iptables render: the programs that the script calls (default: nft)\n"
+    "  --watch[=SECONDS]     stats: repeat (default: every second)\n"
     "  --color WHEN          auto (a terminal, and NO_COLOR is not set), always, never\n"
     "  --help, --version\n"
     "\n"
-    "exit status: 0 fine, 1 failures were found, 2 usage, 3 a call failed\n";
+    "exit status: 0 success, 1 failures were found, 2 invalid command line, 3 a call failed\n";
 
-static struct options options = { .format = TP_FORMAT_NFT, .colour = -1 };
+static struct options options = { .format = TP_FORMAT_NFT, .color = -1 };
 
-/* A JSON string. The library's texts are UTF-8. */
+/* Prints a JSON string. The library's texts are UTF-8. */
 static void print_json(const char *text)
 {
     putchar('"');
@@ -65,15 +72,15 @@ static void print_json(const char *text)
     putchar('"');
 }
 
-/* "key": "text", and what comes behind. */
-static void print_field(const char *key, const char *text, const char *behind)
+/* Prints "key": "text", followed by `suffix`. */
+static void print_field(const char *key, const char *text, const char *suffix)
 {
     printf("\"%s\": ", key);
     print_json(text);
-    fputs(behind, stdout);
+    fputs(suffix, stdout);
 }
 
-/* Says why the last call failed. */
+/* Prints why the last call failed. */
 static int failed(const char *command)
 {
     if (options.json) {
@@ -85,11 +92,11 @@ static int failed(const char *command)
     return FAILED;
 }
 
-static bool coloured(void)
+static bool use_color(void)
 {
     const char *no_color = secure_getenv("NO_COLOR");
-    if (options.colour >= 0)
-        return options.colour;
+    if (options.color >= 0)
+        return options.color;
     return isatty(STDOUT_FILENO) && !(no_color && *no_color);
 }
 
@@ -97,9 +104,9 @@ struct report {
     unsigned printed, warnings;
 };
 
-/* The names of severities, and their colours (ECMA-48). */
+/* The names of severities, and their colors (ECMA-48). */
 static const char *const severities[] = { "ok", "note", "warning", "failure" };
-static const char *const colours[] = { "32", "36", "33", "31" };
+static const char *const colors[] = { "32", "36", "33", "31" };
 
 static void print_finding(const struct tp_finding *finding, void *context)
 {
@@ -118,8 +125,8 @@ static void print_finding(const struct tp_finding *finding, void *context)
         return;
     }
     ++report->printed;
-    if (coloured())
-        printf("\033[%sm%-7s\033[0m  ", colours[severity], severities[severity]);
+    if (use_color())
+        printf("\033[%sm%-7s\033[0m  ", colors[severity], severities[severity]);
     else
         printf("%-7s  ", severities[severity]);
     printf("%s: %s\n", finding->id, finding->message);
@@ -155,8 +162,8 @@ static int self_test(void)
     return end_report("self-test", &report, failures);
 }
 
-/* Signals that end what goes on until then: blocked, to be waited for. */
-static sigset_t ends(void)
+/* Blocks the signals that end a command, so that the command can wait for them. */
+static sigset_t block_end_signals(void)
 {
     sigset_t set;
     sigemptyset(&set);
@@ -167,7 +174,7 @@ static sigset_t ends(void)
     return set;
 }
 
-static void say(const char *state, const char *words)
+static void print_state(const char *state, const char *text)
 {
     const char *name = options.config.name ? options.config.name : "tproxy";
     if (options.json) {
@@ -175,7 +182,7 @@ static void say(const char *state, const char *words)
         print_field("name", name, ", ");
         print_field("state", state, "}\n");
     } else {
-        printf("%s: %s\n", name, words);
+        printf("%s: %s\n", name, text);
     }
     fflush(stdout);
 }
@@ -183,21 +190,21 @@ static void say(const char *state, const char *words)
 static int install(void)
 {
     tp_rules *rules;
-    sigset_t set = ends();
+    sigset_t set = block_end_signals();
     if (tp_install_rules(&options.config, sizeof options.config, &rules) != 0)
         return failed("install");
-    say("installed", options.persist ? "installed; a signal ends this program, and the rules stay"
-                                     : "installed, until a signal");
+    print_state("installed", options.persist ? "installed; the rules remain after this program ends"
+                                     : "installed until a signal");
     int signal_number;
     sigwait(&set, &signal_number);
     if (options.persist) {
-        /* The end of the process leaves them without an owner, in force. */
-        say("persists", "the rules stay; tproxyctl purge removes them");
+        /* At the end of the process the kernel keeps the table, without an owner. */
+        print_state("persists", "the rules remain; tproxyctl purge removes them");
         return FINE;
     }
     if (tp_remove_rules(rules) != 0)
         return failed("install");
-    say("removed", "removed");
+    print_state("removed", "removed");
     return FINE;
 }
 
@@ -249,7 +256,7 @@ static void print_stats(const struct tp_rules_stats *stats)
 
 static int stats(void)
 {
-    sigset_t set = ends();
+    sigset_t set = block_end_signals();
     struct timespec pause = { .tv_sec = options.seconds };
     struct tp_rules_stats counted;
     do {
@@ -262,7 +269,7 @@ static int stats(void)
     return FINE;
 }
 
-/* The commands, and whether they take a name. */
+/* The commands, and whether they take the name of an instance. */
 static const struct command {
     const char *name;
     int (*run)(void);
@@ -287,7 +294,7 @@ int main(int argc, char **argv)
         set_option(&options, option, optarg);
     }
     if (optind == argc)
-        usage_error("which command?");
+        usage_error("no command given");
     const char *name = argv[optind++];
     options.argument = optind < argc ? argv[optind++] : options.config.name;
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; ++i) {

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Answers DNS queries in the name of the servers that they were sent to.
+"""Replies to DNS queries from the addresses of the servers that they were sent to.
 
     dns_interceptor.py LISTEN-PORT NAME ADDRESS
 
-Whatever server a query that this host forwards is for, the answer to NAME is
-ADDRESS (IPv4 or IPv6); anything else does not exist. Until SIGINT or SIGTERM.
+Intercepts the DNS queries that this host would forward to any server. The reply
+to a query for NAME is ADDRESS (IPv4 or IPv6). Every other name does not exist.
 
-It keeps nothing of a query and connects to nobody, so it needs no limits and no
-list of denied destinations.
+It stores no query and opens no connection, so it needs no limits and no list of
+denied destinations.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ A, AAAA, ANSWER, NO_SUCH_NAME = 1, 28, 0x8400, 0x8403
 
 
 def answer(query: bytes, name: str, address: str) -> bytes:
-    """RFC 1035: the query's header and question, and perhaps one record. ValueError for what is no query."""
+    """Returns the reply to a query (RFC 1035), with at most one record. Raises ValueError for other data."""
     if len(query) < 12 or query[2] & 0x80:
-        raise ValueError("no header, or an answer itself")
+        raise ValueError("the header is missing, or the message is a reply")
     labels, at = [], 12
     while at < len(query) and (length := query[at]):
         labels.append(query[at + 1 : at + 1 + length].decode("ascii"))
         at += 1 + length
     if len(query) < at + 5:
-        raise ValueError("the question is cut short")
+        raise ValueError("the question is truncated")
     (kind,) = struct.unpack_from("!H", query, at + 1)
     question, ip = query[12 : at + 5], ipaddress.ip_address(address)
     if ".".join(labels).lower() != name.lower():
         return query[:2] + struct.pack("!5H", NO_SUCH_NAME, 1, 0, 0, 0) + question
     fits = kind == (A if ip.version == 4 else AAAA)
-    # 0xC00C: the name is the question's. Class IN, a minute.
+    # 0xC00C refers to the name in the question. Class IN, TTL 60 seconds.
     record = struct.pack("!3HIH", 0xC00C, kind, 1, 60, len(ip.packed)) + ip.packed if fits else b""
     return query[:2] + struct.pack("!5H", ANSWER, 1, int(fits), 0, 0) + question + record
 
@@ -51,7 +51,7 @@ async def main(port: int, name: str, address: str) -> None:
         with tproxy.install_rules(listeners=[endpoint.socket], ports=[53]):
             print("listening", flush=True)
             async for query, client, server in endpoint:
-                # What is no query, or cannot be answered within a second, goes without.
+                # Ignores data that is not a query, and replies that cannot be sent within a second.
                 with contextlib.suppress(ValueError, OSError, asyncio.TimeoutError):
                     if server:
                         await asyncio.wait_for(endpoint.reply(answer(query, name, address), client, server), 1)

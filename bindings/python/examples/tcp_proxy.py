@@ -4,19 +4,19 @@
     tcp_proxy.py [--deny PREFIX]... [--connections N] [--connect SECONDS]
                  [--idle SECONDS] LISTEN-PORT PORT...
 
-intercepts every connection that this host would forward to one of the PORTs,
-over IPv4 and IPv6, and connects onward from the client's own address. Until
-SIGINT or SIGTERM, which leave nothing behind.
+Intercepts every connection that this host would forward to one of the PORTs,
+over IPv4 and IPv6, and connects to the server from the client's own address.
+SIGINT or SIGTERM ends it and removes the rules.
 
 A connection is reset if its server does not accept in time (--connect), or if
-no byte moves for too long (--idle). At the limit (--connections) a new client
-takes the place of the connection that was silent for longest, if that is a
-second; else the new one is reset.
+no byte moves for too long (--idle). At the limit (--connections) a new
+connection replaces the one that has been silent for the longest time, if that
+is at least a second; otherwise the new one is reset.
 
-Connections to denied destinations are reset: loopback, link-local (cloud
-metadata services answer at 169.254.169.254), multicast and reserved addresses,
-fd00:ec2::254, this host's own, and every --deny PREFIX. Name the networks that
-clients must not reach through this host, such as networks for management.
+Connections to denied destinations are reset: loopback, link-local, multicast and
+reserved addresses, the metadata services of clouds, this host's own addresses,
+and every --deny PREFIX. Deny the networks that clients must not reach through
+this host, such as management networks.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ import tproxy
 T = TypeVar("T")
 
 DENIED = ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"]
-DENIED += ["::/96", "fe80::/10", "fec0::/10", "ff00::/8", "fd00:ec2::254"]
-# After so many seconds without a byte a connection makes room for another, at the limit.
+DENIED += ["::/96", "fe80::/10", "fec0::/10", "ff00::/8"]
+# Metadata services, by the documentation of the clouds. Most of them are at 169.254.169.254, which is link-local.
+DENIED += ["fd00:ec2::254"]  # AWS EC2: Instance Metadata Service over IPv6
+DENIED += ["fd20:ce::254"]  # Google Compute Engine: metadata server over IPv6
+DENIED += ["100.100.100.200"]  # Alibaba Cloud ECS: instance metadata
+DENIED += ["168.63.129.16"]  # Microsoft Azure: WireServer, the platform's virtual public address
+DENIED += ["192.0.0.192"]  # Oracle Cloud Infrastructure Classic: instance metadata
+# Seconds without a byte after which a connection may be ended for a new one, at the limit.
 SILENT_FOR = 1
 
-# When a byte moved last, for each connection: the one that was silent for longest is the first.
+# Time of the last byte of each connection. The connection that has been silent for the longest time is the first.
 last_byte: dict[asyncio.Task[None], float] = {}
 
 
@@ -51,7 +57,7 @@ def note_byte(connection: asyncio.Task[None]) -> None:
 
 
 def make_room() -> bool:
-    """Ends the connection that was silent for longest, if there is one that was long enough."""
+    """Ends the connection that has been silent for the longest time. False: none has been silent long enough."""
     oldest = next(iter(last_byte))
     if asyncio.get_running_loop().time() - last_byte[oldest] < SILENT_FOR:
         return False
@@ -61,13 +67,13 @@ def make_room() -> bool:
 
 def is_denied(to: tproxy.SockAddr, options: argparse.Namespace) -> bool:
     address = ipaddress.ip_address(to[0].partition("%")[0])
-    # A v4-mapped address is the IPv4 address that it stands for.
+    # A v4-mapped address is compared as IPv4.
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in options.deny) or is_this_host(to)
 
 
 def is_this_host(to: tproxy.SockAddr) -> bool:
-    """Whether the kernel takes the destination itself for the source of a packet that goes there."""
+    """Whether the kernel chooses the destination as the source address of a packet to it."""
     with socket.socket(socket.AF_INET6 if ":" in to[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((to[0], 9, *to[2:]))
@@ -77,7 +83,7 @@ def is_this_host(to: tproxy.SockAddr) -> bool:
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
-    """Ends a connection at once. close() would wait until a reader that does not read has read all."""
+    """Resets a connection. close() would wait until the peer has read all data."""
     with contextlib.suppress(OSError):
         on_close = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on_close)
@@ -85,7 +91,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: asyncio.Task[None]) -> None:
-    """Passes on what comes, and the end of it."""
+    """Passes data on, and then the end of stream."""
     while data := await reader.read(65536):
         note_byte(connection)
         writer.write(data)
@@ -95,7 +101,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, conne
 
 
 async def relay(pumps: list[asyncio.Task[None]], connection: asyncio.Task[None], idle: float) -> None:
-    """Until both directions have ended, one has failed, or nothing has moved for too long."""
+    """Runs until both directions have ended, one has failed, or no byte has moved for `idle` seconds."""
     try:
         while running := [one for one in pumps if not one.done()]:
             left = last_byte[connection] + idle - asyncio.get_running_loop().time()
@@ -111,7 +117,7 @@ async def relay(pumps: list[asyncio.Task[None]], connection: asyncio.Task[None],
 
 
 async def within(seconds: float, work: Awaitable[T]) -> T:
-    """As asyncio.wait_for(), which before Python 3.12 may lose the cancellation that ends the program."""
+    """Like asyncio.wait_for(), which before Python 3.12 can lose the cancellation that ends the program."""
     task = asyncio.ensure_future(work)
     try:
         done, _ = await asyncio.wait([task], timeout=seconds)
@@ -146,12 +152,12 @@ async def handle(
         note_byte(connection)
         directions = [(reader, to_server), (from_server, writer)]
         await relay([asyncio.create_task(pump(*one, connection)) for one in directions], connection, options.idle)
-        # What is still to be sent, is: but not for longer than it may take.
+        # Sends the remaining data, within the time limit.
         for one in writers:
             one.close()
         await within(options.idle, asyncio.gather(*(one.wait_closed() for one in writers)))
     except OSError:
-        # A client or a server that goes is their own affair. TimeoutError is an OSError too.
+        # A client or a server that disconnects is not a fault of the proxy. TimeoutError is an OSError too.
         pass
     finally:
         last_byte.pop(connection, None)
@@ -163,7 +169,7 @@ async def main(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Its end does not wait for the clients: they are cut off when the loop ends.
+    # The end does not wait for clients: their connections are closed when the loop ends.
     server = await tproxy.start_server(partial(handle, options), ("::", options.listen_port))
     with contextlib.closing(server), tproxy.install_rules(listeners=server.sockets, ports=options.ports):
         print("listening", flush=True)

@@ -1,12 +1,15 @@
-"""The command, the examples, and how the library is found: each as a program of its own."""
+"""Tests the command, the examples, and how the library is found. Each runs as a separate process."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes.util
+import ipaddress
 import json
 import os
 import queue
+import runpy
 import shutil
 import signal
 import socket
@@ -347,6 +350,24 @@ def test_example_tcp_proxy_denies_destinations(lab: Lab, hosts: Hosts) -> None:
                 stream.close()
                 assert seen[0].removeprefix("::ffff:") == other.client
         proxy.stop(signal.SIGTERM)
+
+
+def test_example_tcp_proxy_denies_metadata_services() -> None:
+    program = runpy.run_path(str(EXAMPLES / "tcp_proxy.py"))
+    options = argparse.Namespace(deny=[ipaddress.ip_network(one) for one in program["DENIED"]])
+    for address in (
+        "169.254.169.254",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+    ):
+        assert program["is_denied"]((address, 80), options), address
+        if "." in address:
+            assert program["is_denied"]((f"::ffff:{address}", 80), options), address
+    for address in ("192.0.2.1", "100.100.100.201", "fd20:ce::253"):
+        assert not program["is_denied"]((address, 80), options), address
 
 
 def test_example_tcp_proxy_ends_silent_connections(lab: Lab, hosts: Hosts) -> None:

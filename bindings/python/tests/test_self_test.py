@@ -32,7 +32,7 @@ def test_self_test_of_working_config_is_delivered(net: Net) -> None:
         "IPv6 connection",
         "IPv6 datagram",
     ]
-    assert all(":80: delivered, and answered" in finding.message for finding in findings)
+    assert all(":80: delivered, and the reply was received" in finding.message for finding in findings)
     assert state(net) == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
 

@@ -1,7 +1,7 @@
 """Transparent proxying on Linux, by libtproxy.
 
-Sockets here are ordinary :class:`socket.socket` objects, and addresses are the
-tuples that those give. A transparent TCP proxy is::
+Sockets are ordinary :class:`socket.socket` objects, and addresses are the
+tuples that these use. A transparent TCP proxy::
 
     listener = tproxy.listen("[::]:3129")
     with tproxy.install_rules(listeners=[listener], ports=[80]):
@@ -10,9 +10,9 @@ tuples that those give. A transparent TCP proxy is::
             server = tproxy.connect_from(source, destination)
             ...  # relay
 
-An error of the library is :class:`Error`, an :class:`OSError` whose message is
-the library's sentence. What is wrong already in Python (no valid address, a
-number out of range) is ValueError or TypeError.
+A failed call of the library raises :class:`Error`, an :class:`OSError` with the
+library's message. Invalid arguments (a bad address, a number out of range)
+raise ValueError or TypeError.
 """
 
 from ._address import Address, PortRange, Prefix, SockAddr
@@ -85,5 +85,5 @@ __all__ = [
 
 
 def version() -> str:
-    """The version of the library that was loaded."""
+    """Returns the version of the loaded library."""
     return str(_tp_version().decode())

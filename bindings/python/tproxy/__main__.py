@@ -1,4 +1,4 @@
-"""``python -m tproxy``: what keeps this host from intercepting, rules as a script, and what dead programs left."""
+"""``python -m tproxy``: checks this host, prints rules as a script, and removes rules of dead programs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tproxy import Finding, Format, Protocol, RulesConfig, RulesFlag, Severity
 _COLOURS = {Severity.OK: "32", Severity.NOTE: "36", Severity.WARNING: "33", Severity.FAILURE: "31;1"}
 
 
-def _coloured(severity: Severity, text: str) -> str:
+def _colored(severity: Severity, text: str) -> str:
     return f"\033[{_COLOURS[severity]}m{text}\033[0m"
 
 
-def _table(findings: Sequence[Finding], colours: bool, width: int) -> list[str]:
-    """A line for each finding; below those that matter, what they do and what fixes them."""
+def _table(findings: Sequence[Finding], colors: bool, width: int) -> list[str]:
+    """Prints a line for each finding; for warnings and failures also the effect and the fix."""
     first = max((len(finding.severity.name) for finding in findings), default=0)
     second = max((len(finding.id) for finding in findings), default=0)
     lines = []
     for finding in findings:
         name = finding.severity.name.lower().ljust(first)
-        name = _coloured(finding.severity, name) if colours else name
+        name = _colored(finding.severity, name) if colors else name
         lines.append(f"{name}  {finding.id.ljust(second)}  {finding.message}")
         if finding.severity > Severity.OK:
             margin = " " * (first + 2)
             lines += textwrap.wrap(finding.impact, width, initial_indent=margin, subsequent_indent=margin)
-            # A command is copied, and so not broken.
+            # A command is not wrapped, so that it can be copied.
             lines += [f"{margin}fix: {line}" for line in finding.fix.splitlines()]
     return lines
 
@@ -43,8 +43,8 @@ def _check(arguments: argparse.Namespace) -> int:
         print(json.dumps(listed, indent=2))
     else:
         # https://no-color.org
-        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n".join(_table(findings, colours, 100)))
+        colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n".join(_table(findings, colors, 100)))
     return 1 if any(finding.severity == Severity.FAILURE for finding in findings) else 0
 
 
@@ -65,11 +65,12 @@ def _render(arguments: argparse.Namespace) -> int:
         "listen_addr": arguments.listen,
         "flags": flags,
         "protocols": protocols,
-        "ports": arguments.port,
-        "dst": arguments.dst,
-        "src": arguments.src,
-        "bypass": arguments.bypass,
-        "interfaces": arguments.interface,
+        # An empty list would select nothing.
+        "ports": arguments.port or None,
+        "dst": arguments.dst or None,
+        "src": arguments.src or None,
+        "bypass": arguments.bypass or None,
+        "interfaces": arguments.interface or None,
     }
     print(tproxy.render_rules(Format[arguments.format], **config), end="")
     return 0
@@ -95,21 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tproxy", description="Transparent proxying on Linux.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    check = commands.add_parser("check", help="what keeps this host from intercepting traffic, and what fixes it")
-    check.add_argument("--json", action="store_true", help="for programs")
+    check = commands.add_parser(
+        "check", help="report causes that break transparent proxying, and the commands that fix them"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
-    render = commands.add_parser("render", help="the script that would make the rules; changes nothing")
+    render = commands.add_parser("render", help="print the script that installs the rules; changes nothing")
     render.add_argument("--listen", metavar="ADDRESS:PORT", help="the listener: [::]:3129 serves both families")
-    render.add_argument("--name", help="of the instance (tproxy)")
+    render.add_argument("--name", help="name of the instance (default: tproxy)")
     for option, what, kind, choices, words in (
-        ("--port", "PORT[-PORT]", _port_range, None, "to intercept (all)"),
-        ("--dst", "PREFIX", str, None, "destination to intercept (all)"),
-        ("--src", "PREFIX", str, None, "source to intercept (all)"),
-        ("--bypass", "PREFIX", str, None, "destination never to intercept"),
-        ("--interface", "NAME", str, None, "by which traffic comes in (all)"),
-        ("--protocol", None, _enum_name, [p.name for p in Protocol], "what the listener is (tcp)"),
-        ("--flag", None, _enum_name, [f.name for f in RulesFlag], "what else the rules do"),
+        ("--port", "PORT[-PORT]", _port_range, None, "destination port to intercept (default: all)"),
+        ("--dst", "PREFIX", str, None, "destination to intercept (default: all)"),
+        ("--src", "PREFIX", str, None, "source to intercept (default: all)"),
+        ("--bypass", "PREFIX", str, None, "destination that is never intercepted"),
+        ("--interface", "NAME", str, None, "interface on which traffic arrives (default: all)"),
+        ("--protocol", None, _enum_name, [p.name for p in Protocol], "protocol of the listener (default: tcp)"),
+        ("--flag", None, _enum_name, [f.name for f in RulesFlag], "flag of the rules"),
     ):
         render.add_argument(
             option,
@@ -118,24 +121,24 @@ def _parser() -> argparse.ArgumentParser:
             choices=choices,
             action="append",
             default=[],
-            help=words + "; can be repeated",
+            help=words + "; may be repeated",
         )
     render.add_argument(
         "--format", type=_enum_name, choices=[f.name for f in Format], default="NFT", help="nft, iptables"
     )
     render.set_defaults(run=_render)
 
-    purge = commands.add_parser("purge", help="removes what a dead or persistent instance left")
-    purge.add_argument("name", nargs="?", help="of the instance; without it, all of them")
+    purge = commands.add_parser("purge", help="remove the rules of a dead or persistent instance")
+    purge.add_argument("name", nargs="?", help="name of the instance; default: all of them")
     purge.set_defaults(run=_purge)
 
-    version = commands.add_parser("version", help="which library this is, and where it was found")
+    version = commands.add_parser("version", help="print the version and the path of the library")
     version.set_defaults(run=_version)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: well. 1: it failed, or a check did. 2: bad arguments."""
+    """Returns the exit status. 0: success. 1: a call failed, or failures were found. 2: invalid arguments."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:

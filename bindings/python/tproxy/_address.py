@@ -1,4 +1,4 @@
-"""Addresses, prefixes and ports: Python's, and C's."""
+"""Converts addresses, prefixes and ports between Python and C."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Union
 
 from . import _ctypes as c
 
-#: An address as Python's socket module gives it: ``(host, port)`` for IPv4,
+#: An address in the format of Python's socket module: ``(host, port)`` for IPv4,
 #: ``(host, port, flowinfo, scope_id)`` for IPv6.
 SockAddr = Union[tuple[str, int], tuple[str, int, int, int]]
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
-#: An address as it may be given: such a tuple, whose host may be an
+#: An address argument: such a tuple, whose host may be an
 #: :mod:`ipaddress` object; ``"192.0.2.1:80"``, ``"[2001:db8::1]:80"``; or a host
-#: alone, whose port is 0. Numbers only: names are not looked up.
+#: without a port, which is then 0. Names are not resolved.
 Address = Union[tuple[Union[str, IPAddress], int], tuple[Union[str, IPAddress], int, int, int], str, IPAddress]
 
 #: A prefix: ``"10.0.0.0/8"``, a host, or an :mod:`ipaddress` object.
@@ -29,17 +29,17 @@ Prefix = Union[str, IPAddress, IPNetwork]
 #: A port, or the first and the last of a range.
 PortRange = Union[int, tuple[int, int], range]
 
-# struct sockaddr_in, sockaddr_in6, without their family. All but scope_id is in network byte order.
+# struct sockaddr_in, sockaddr_in6, without the family. All fields except scope_id are in network byte order.
 _IN = struct.Struct("!2xH4s8x")
 _IN6 = struct.Struct("!2xHI16sI")
 
-# For those to whom it matters what a call costs: (port, host), (port, flowinfo, host, scope_id before ntohl).
+# For hot paths: (port, host), (port, flowinfo, host, scope_id before ntohl).
 unpack_in = _IN.unpack
 unpack_in6 = _IN6.unpack
 
 
 def _split(text: str) -> tuple[str, int]:
-    """A host, and a port if there is one."""
+    """Splits text into a host and an optional port."""
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]")
         if not bracket or (port and not port.startswith(":")):
@@ -59,7 +59,7 @@ def _scope(name: str) -> int:
 
 
 def _parts(address: Address) -> tuple[IPAddress, int, int, int]:
-    """Host, port, flow information and scope, each of them valid."""
+    """Returns host, port, flow information and scope, all validated."""
     flow = scope = 0
     host: object
     if isinstance(address, tuple):
@@ -78,7 +78,7 @@ def _parts(address: Address) -> tuple[IPAddress, int, int, int]:
         if percent:
             scope = _scope(zone)
     elif isinstance(host, ipaddress.IPv6Address):
-        # Since Python 3.9 it may have a zone.
+        # From Python 3.9 on, the address may have a zone.
         zone = host.scope_id or ""
         host, scope = host.packed, _scope(zone) if zone else scope
     elif not isinstance(host, ipaddress.IPv4Address):
@@ -91,7 +91,7 @@ def _parts(address: Address) -> tuple[IPAddress, int, int, int]:
 
 
 def store(place: c.sockaddr_storage, address: Address) -> int:
-    """Writes an address as C has it; gives its length."""
+    """Writes an address as a C struct, and returns its length."""
     ip, port, flow, scope = _parts(address)
     if isinstance(ip, ipaddress.IPv4Address):
         _IN.pack_into(place, 0, port, ip.packed)
@@ -103,13 +103,13 @@ def store(place: c.sockaddr_storage, address: Address) -> int:
 
 
 def encode(address: Address) -> tuple[c.sockaddr_storage, int]:
-    """An address as C has it, and its length."""
+    """Returns an address as a C struct, and its length."""
     place = c.sockaddr_storage()
     return place, store(place, address)
 
 
 def decode(place: c.sockaddr_storage) -> SockAddr | None:
-    """The address that C wrote; ``None`` if it wrote none."""
+    """Returns the address in a C struct; ``None`` if it is empty."""
     if place.ss_family == socket.AF_INET:
         port, ip = _IN.unpack_from(place)
         return socket.inet_ntoa(ip), port
@@ -120,12 +120,12 @@ def decode(place: c.sockaddr_storage) -> SockAddr | None:
 
 
 def family_of(address: c.sockaddr_storage) -> socket.AddressFamily:
-    """The family, as an ``AF_`` constant."""
+    """Returns the family as an ``AF_`` constant."""
     return socket.AddressFamily(address.ss_family)
 
 
 def prefixes(wanted: Iterable[Prefix]) -> ctypes.Array[c.tp_prefix]:
-    """An array of prefixes; bits of the host are dropped, as C drops them."""
+    """Returns an array of prefixes. Bits after the prefix length are cleared, as in C."""
     if isinstance(wanted, str):
         raise TypeError(f"{wanted!r}: a list of prefixes is needed, not one")
     networks = [ipaddress.ip_network(prefix, strict=False) for prefix in wanted]
@@ -139,7 +139,7 @@ def prefixes(wanted: Iterable[Prefix]) -> ctypes.Array[c.tp_prefix]:
 
 
 def ports(wanted: Iterable[PortRange]) -> ctypes.Array[c.tp_port_range]:
-    """An array of port ranges. A Python :class:`range` excludes its end, a tuple includes it."""
+    """Returns an array of port ranges. A Python :class:`range` excludes its end, a tuple includes it."""
     ranges = []
     for item in wanted:
         if isinstance(item, int):
@@ -150,7 +150,7 @@ def ports(wanted: Iterable[PortRange]) -> ctypes.Array[c.tp_port_range]:
             first, last = item[0], item[-1]
         else:
             first, last = item
-        # C has 16 bits for each, and would take another port for one that is too large.
+        # The C struct has 16 bits: a larger number would become another port.
         if not 1 <= first <= last <= 0xFFFF:
             raise ValueError(f"{item!r}: ports are 1 to 65535, the lower first")
         ranges.append(c.tp_port_range(first, last))

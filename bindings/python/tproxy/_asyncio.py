@@ -19,11 +19,11 @@ from ._sockets import Flags, bind_nonlocal, connect_from, listen, orig_dst, rais
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, SockAddr], Optional[Awaitable[None]]]
 
-# asyncio holds a handler by its connection, and a connection by the events that it waits for. That of a client that
-# has said all waits for none: without these references its handler would be garbage.
+# asyncio references a handler by its connection, and a connection by the events that it waits for. After the end of
+# stream, a connection waits for no event: without these references, its handler could be garbage-collected.
 _HANDLING: set[asyncio.Task[None]] = set()
 
-#: As much as asyncio's own streams.
+#: The limit of asyncio's own streams.
 _LIMIT = 1 << 16
 
 
@@ -38,14 +38,14 @@ async def start_server(
     ssl: _ssl.SSLContext | None = None,
     start_serving: bool = True,
 ) -> asyncio.Server:
-    """As :func:`asyncio.start_server`, on a transparent listener; the handler also gets the original destination.
+    """Like :func:`asyncio.start_server`, with a transparent listener. The handler also gets the original destination.
 
     ``handler(reader, writer, orig_dst)`` is a function or a coroutine function.
-    addr: as for :func:`listen`. sock: a listener in its place, such as an
-    ordinary one for ``RulesFlag.REDIRECT``; a connection that was not
-    intercepted is closed then, and the loop's exception handler told.
+    addr: as for :func:`listen`. sock: a listener instead of addr, such as an
+    ordinary one for ``RulesFlag.REDIRECT``. A connection that was not
+    intercepted is closed, and reported to the loop's exception handler.
 
-    The listener for :func:`install_rules` is ``server.sockets[0]``.
+    Pass ``server.sockets`` to :func:`install_rules` as the listeners.
     """
     if (addr is None) == (sock is None):
         raise ValueError("one of addr and sock is needed")
@@ -59,7 +59,7 @@ async def start_server(
         try:
             await handle(reader, writer)
         except asyncio.CancelledError:
-            # The loop ends. Some versions of asyncio complain about a handler that was cancelled.
+            # The loop ends. Some versions of asyncio report an error for a handler that was cancelled.
             writer.close()
         finally:
             _HANDLING.discard(task)
@@ -82,7 +82,8 @@ async def start_server(
         )
     except BaseException:
         if sock is not None:
-            # Cancelled, it may serve already: the loop forgets the listener before another socket has its number.
+            # When the call is cancelled, the server may already run. The loop must forget the listener before its
+            # number is reused.
             asyncio.get_running_loop().remove_reader(sock)
             if addr is not None:
                 sock.close()
@@ -98,7 +99,7 @@ async def open_connection_from(
     ssl: _ssl.SSLContext | None = None,
     server_hostname: str | None = None,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """As :func:`asyncio.open_connection`, so that the server sees the connection come from src. flags: KEEP_PORT."""
+    """Like :func:`asyncio.open_connection`, with the source address src. flags: KEEP_PORT."""
     if flags & SocketFlag.DGRAM:
         raise ValueError("a stream of datagrams: take connect_from and the loop's create_datagram_endpoint")
     sock = connect_from(src, dst, flags=flags | SocketFlag.NONBLOCK)
@@ -129,9 +130,9 @@ async def _writable(sock: _socket.socket) -> None:
 async def open_datagram_endpoint(
     addr: Address, *, batch: int = 64, size: int = 2048, flags: int | ReplierFlag = 0
 ) -> DatagramEndpoint:
-    """Datagrams with their original destinations, and replies from there.
+    """Opens an endpoint that receives datagrams with their original destinations and replies from there.
 
-    addr: where to bind, on any address; ``"[::]:PORT"`` serves both families.
+    addr: address to bind, owned by this host or not; ``"[::]:PORT"`` serves both families.
     batch, size: as for :class:`Batch`. flags: ReplierFlag.RAW.
     """
     place, _ = encode(addr)
@@ -157,24 +158,24 @@ class DatagramEndpoint:
     """
 
     def __init__(self, sock: _socket.socket, batch: Batch, replier: Replier) -> None:
-        #: The listener for :func:`install_rules`.
+        #: Pass it to :func:`install_rules` as a listener.
         self.socket = sock
         self._batch = batch
         self._replier = replier
         self._received: deque[tuple[bytes, SockAddr, SockAddr | None]] = deque()
-        # The loop has one reader for a descriptor.
+        # The loop allows only one reader per descriptor.
         self._one_at_a_time = asyncio.Lock()
         self._waiting: asyncio.Future[None] | None = None
 
     async def recv(self) -> tuple[bytes, SockAddr, SockAddr | None]:
-        """The next datagram: its bytes, who sent it, where it was going. An :class:`Error` when it is closed."""
+        """Returns the next datagram: data, sender, original destination. Raises :class:`Error` when it is closed."""
         async with self._one_at_a_time:
             while not self._received:
                 await self._receive()
             return self._received.popleft()
 
     async def _receive(self) -> None:
-        """Takes what the kernel has, or waits for more."""
+        """Receives a queued datagram, or waits for one."""
         if self.socket.fileno() < 0:
             raise Error(errno.EBADF, "the datagram endpoint is closed")
         try:
@@ -192,11 +193,11 @@ class DatagramEndpoint:
             assert datagram.client, "a datagram has a sender"
             for segment in datagram.segments:
                 self._received.append((bytes(segment), datagram.client, datagram.orig_dst))
-        # However fast they come, others have their turn.
+        # Other tasks run, even if datagrams arrive without a pause.
         await asyncio.sleep(0)
 
     def _wake(self) -> None:
-        """Ends the waiting, if somebody waits."""
+        """Wakes the waiting task, if there is one."""
         waiting, self._waiting = self._waiting, None
         if waiting:
             waiting.get_loop().remove_reader(self.socket)
@@ -204,16 +205,16 @@ class DatagramEndpoint:
                 waiting.set_result(None)
 
     async def reply(self, data: Buffer, client: Address, orig_dst: Address) -> None:
-        """Sends a datagram to client that comes from orig_dst; waits while there is no room for it."""
+        """Sends a datagram from orig_dst to client. Waits while the socket buffer is full."""
         while True:
             try:
                 return self._replier.reply(data, client, orig_dst)
             except BlockingIOError:
-                # The replier's sockets are its own: there is nothing that the loop could watch.
+                # The sockets are internal to the replier, so the loop cannot watch them.
                 await asyncio.sleep(0.001)
 
     def close(self) -> None:
-        """Closes it; who waits for a datagram gets an :class:`Error`."""
+        """Closes the endpoint. A task that waits for a datagram gets an :class:`Error`."""
         self._wake()
         self.socket.close()
         self._replier.close()

@@ -1,4 +1,4 @@
-"""What keeps this host, or this kernel, from intercepting traffic, as the library finds it."""
+"""Findings of the library about this host and kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Severity(IntEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = c.TP_SEVERITY_OK
     NOTE = c.TP_SEVERITY_NOTE
@@ -25,46 +25,46 @@ class Severity(IntEnum):
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """Result of one check."""
 
     severity: Severity
-    #: Stable, for programs: "sysctl.src_valid_mark".
+    #: Stable identifier for programs: "sysctl.src_valid_mark".
     id: str
-    #: What was found.
+    #: Human-readable description.
     message: str
-    #: What that does to traffic.
+    #: Effect on traffic.
     impact: str
-    #: The command that fixes it.
+    #: Command that fixes it, or an empty text.
     fix: str
 
 
 def check() -> list[Finding]:
-    """Asks the library for its findings; nothing is changed, and little privilege is needed.
+    """Diagnoses this host. Changes nothing, and needs no privilege.
 
-    It looks at what is there: this process, its network, everybody's rules.
+    Inspects this process, its network namespace, and the rules of all programs.
     """
     return _findings(c.tp_check)
 
 
 def self_test(**config: Unpack[RulesConfig]) -> list[Finding]:
-    """Tries whether rules work on this kernel, by a connection and a datagram of each family that go through them.
+    """Tests rules on this kernel: sends a connection and a datagram of each family through them.
 
-    The keywords are those of :func:`install_rules`. All of it happens in a
-    network that exists only during the call, with listeners made there;
-    nothing of the host is changed. It takes milliseconds, at most three
-    seconds. PermissionError: it needs CAP_SYS_ADMIN too, which ``unshare -r``
-    gives to anybody.
+    The keywords are those of :func:`install_rules`. The test runs in a temporary
+    network namespace with its own listeners, and does not change the host.
+    Usually takes milliseconds, and a few seconds if a probe is lost.
+    PermissionError: CAP_SYS_ADMIN is missing, which ``unshare -r`` gives to any
+    user.
     """
     struct = config_struct(config)
     return _findings(c.tp_self_test, byref(struct), ctypes.sizeof(struct))
 
 
 def _findings(function: Any, *arguments: Any) -> list[Finding]:
-    """What a function of the library reports."""
+    """Collects the findings that a function of the library reports."""
     findings: list[tuple[int, list[bytes | None]]] = []
 
-    # An exception in here would be printed and forgotten: it takes what there is, and no more. The texts are the
-    # library's, and gone after this call; ctypes copies them.
+    # ctypes would only print an exception of this callback. The texts are valid only during the callback; ctypes
+    # copies them.
     def report(finding: ctypes._Pointer[c.tp_finding], _: object) -> None:
         it = finding.contents
         findings.append((it.severity, [it.id, it.message, it.impact, it.fix]))

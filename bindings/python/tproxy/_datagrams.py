@@ -1,4 +1,4 @@
-"""Datagrams: received with their original destinations, answered from any source."""
+"""Receives datagrams with their original destinations, and sends replies from any source."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ _UNSPECIFIED4 = bytes(4)
 _UNSPECIFIED6 = bytes(16)
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
-#: Bytes that are sent.
+#: Data to send.
 Buffer = Union[bytes, bytearray, memoryview]
 
 
 def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes, SockAddr, SockAddr | None]:
-    """Receives a datagram: its bytes, who sent it, and where it was going.
+    """Receives a datagram. Returns data, sender and original destination.
 
-    As ``sock.recvfrom``, of a socket by :func:`socket` or :func:`set_transparent`;
-    ``None`` if the kernel does not tell the original destination. An AF_INET6
-    socket gives IPv4 addresses v4-mapped. A timeout of the socket is heeded.
-    With UDP_GRO on the socket use :func:`recv_datagrams`.
+    Like ``sock.recvfrom``, for a socket of :func:`socket` or :func:`set_transparent`.
+    The original destination is ``None`` if it is unknown. An AF_INET6 socket
+    returns v4-mapped IPv4 addresses. The socket's timeout applies.
+    If UDP_GRO is set on the socket, use :func:`recv_datagrams`.
     """
-    # One recvmsg, as tp_recvfrom makes it. Python's own takes half the time of a call by ctypes, knows timeouts and
-    # signals, and brings the control data taken apart; what is left is to pick the message and decode an address.
-    # 512 bytes are room for that, and for other things that the program may have asked for. Numbers, as names cost too.
+    # Makes one recvmsg call, as tp_recvfrom does. Python's recvmsg takes half the time of a ctypes call, handles
+    # timeouts and signals, and splits the control data; only one message must be found and decoded. The buffer of 512
+    # bytes also holds control data that the program has enabled. Numbers are used because looking up names costs
+    # time.
     try:
         if flags:
             data, control, _, client = _recvmsg(sock, bufsize, flags)
@@ -52,20 +53,20 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
         [(level, kind, body)] = control
     except ValueError:
         level, kind, body = _orig_dst_among(control)
-    # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR.
-    # A v4-mapped address, or ::, in the second was written into an IPv6 header by a sender who wants the program to
-    # reach what only this host can reach, such as 127.0.0.1: None, as of tp_recvfrom.
+    # SOL_IP, IP_ORIGDSTADDR; SOL_IPV6, IPV6_ORIGDSTADDR. A v4-mapped address or :: in the second comes from the IPv6
+    # header of a hostile sender, who wants the program to connect to an address that only this host can reach, such
+    # as 127.0.0.1. The result is then None, as with tp_recvfrom.
     if kind == 20 and level == 0:
         port, ip = unpack_in(body)
         if not ip[0] and ip == _UNSPECIFIED4:
             return data, client, None
-        # The address is of the sender's family.
+        # The address has the family of the sender.
         if len(client) == 2:
             return data, client, (inet_ntoa(ip), port)
         return data, client, ("::ffff:" + inet_ntoa(ip), port, 0, 0)
     if kind == 74 and level == 41:
         port, flow, ip, scope = unpack_in6(body)
-        # The first byte decides for all that are usual.
+        # For most addresses, the first byte suffices.
         if not ip[0] and (ip.startswith(_V4_MAPPED) or ip == _UNSPECIFIED6):
             return data, client, None
         return data, client, (inet_ntop(AF_INET6, ip), port, flow, scope and ntohl(scope))
@@ -73,14 +74,14 @@ def recvfrom(sock: _socket.socket, bufsize: int, flags: int = 0) -> tuple[bytes,
 
 
 def _recvmsg(sock: _socket.socket, bufsize: int, flags: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
-    # With a timeout Python waits whatever the flags say.
+    # If the socket has a timeout, Python waits regardless of the flags.
     if flags & _socket.MSG_DONTWAIT and sock.gettimeout() and not _readable(sock):
         raise kernel_error(errno.EAGAIN, "receiving datagrams")
     return sock.recvmsg(bufsize, 512, flags)
 
 
 def _orig_dst_among(control: list[tuple[int, int, bytes]]) -> tuple[int, int, bytes]:
-    """There is none, or the program asked for other things too: for so many that this one was cut, perhaps."""
+    """Finds the original destination if it is not the only control message, or if the control data was truncated."""
     for level, kind, body in control:
         if (level, kind, len(body)) in ((0, 20, 16), (41, 74, 28)):
             return level, kind, body
@@ -94,10 +95,10 @@ def _readable(sock: _socket.socket) -> bool:
 
 
 class Datagram:
-    """A datagram: a place for what is received, or what is to be sent.
+    """A received datagram, or a datagram to send, with its buffer.
 
-    A :class:`Batch` has many, to be used again and again. One by itself is made
-    to be sent: ``Datagram(data, client, orig_dst)``.
+    A :class:`Batch` has many, which can be reused. To send a single datagram,
+    create it with ``Datagram(data, client, orig_dst)``.
     """
 
     __slots__ = ("_buffer", "_struct")
@@ -111,15 +112,15 @@ class Datagram:
         self.segment_len = segment_len
 
     def _place(self, struct: c.tp_datagram, buffer: memoryview, address: int) -> None:
-        """Takes a struct, and memory whose owner the view keeps alive."""
+        """Wraps a struct, and a view that keeps the owner of the memory alive."""
         self._struct, self._buffer = struct, buffer
         struct.data, struct.capacity = address, len(buffer)
 
     @property
     def data(self) -> memoryview:
-        """The bytes received, or to be sent: a view, valid until the place is used again.
+        """The received data, or the data to send, as a view. It is valid until the buffer is reused.
 
-        To set it copies the bytes; ValueError if there is no room for them.
+        Setting it copies the bytes. Raises ValueError if they do not fit the buffer.
         """
         return self._buffer[: self._struct.len]
 
@@ -134,7 +135,7 @@ class Datagram:
 
     @property
     def client(self) -> SockAddr | None:
-        """Who sent it, and who gets the reply."""
+        """The sender, which is the destination of a reply."""
         return decode(self._struct.client)
 
     @client.setter
@@ -143,7 +144,7 @@ class Datagram:
 
     @property
     def orig_dst(self) -> SockAddr | None:
-        """Where it was going, and where the reply comes from; ``None`` if the kernel did not tell."""
+        """The original destination, which is the source of a reply; ``None`` if it is unknown."""
         return decode(self._struct.orig_dst)
 
     @orig_dst.setter
@@ -152,7 +153,7 @@ class Datagram:
 
     @property
     def segment_len(self) -> int:
-        """If less than the length: that of each datagram in data, but for the last (UDP_GRO, UDP_SEGMENT)."""
+        """Length of each datagram in data except the last (UDP_GRO, UDP_SEGMENT). 0: data is one datagram."""
         return int(self._struct.segment_len)
 
     @segment_len.setter
@@ -161,19 +162,19 @@ class Datagram:
 
     @property
     def segments(self) -> Iterator[memoryview]:
-        """Each of the datagrams that data has: one, unless it was received by UDP_GRO."""
+        """The datagrams in data: one, unless they were received with UDP_GRO."""
         data = self.data
         step = self.segment_len or max(1, len(data))
         return (data[at : at + step] for at in range(0, max(1, len(data)), step))
 
     @property
     def flags(self) -> DatagramFlag:
-        """What is to be said of a received one."""
+        """Flags of a received datagram."""
         return DatagramFlag(self._struct.flags)
 
     @property
     def error(self) -> Error | None:
-        """Why it was not sent, or ``None``."""
+        """The error of a datagram that was not sent, or ``None``."""
         number = self._struct.error
         return kernel_error(number, f"a datagram from {self.orig_dst} to {self.client}") if number else None
 
@@ -182,10 +183,10 @@ class Datagram:
 
 
 class Batch(Sequence[Datagram]):
-    """Places for datagrams, allocated once, that :func:`recv_datagrams` fills again and again."""
+    """Buffers for datagrams, which :func:`recv_datagrams` fills. They can be reused."""
 
     def __init__(self, count: int = c.TP_BATCH_MAX, size: int = 2048) -> None:
-        """count: how many; a call receives at most 64. size: how many bytes each has room for (UDP_GRO: 65,535)."""
+        """count: number of buffers; a call receives at most 64. size: bytes per buffer (with UDP_GRO: 65,535)."""
         if count < 1 or size < 0:
             raise ValueError(f"{count} datagrams of {size} bytes make no batch")
         self._array = (c.tp_datagram * count)()
@@ -209,11 +210,11 @@ class Batch(Sequence[Datagram]):
 
 
 def recv_datagrams(sock: _socket.socket, batch: Batch, flags: int = 0) -> list[Datagram]:
-    """Receives as many datagrams as there are into a batch, by one system call; gives those that were filled.
+    """Receives all queued datagrams into a batch, by one system call. Returns the received datagrams.
 
-    It waits for the first, as the socket's timeout says, and never for more.
-    flags: ``socket.MSG_DONTWAIT``. The datagrams are the batch's own: what they
-    hold is overwritten by the next call. One batch is for one thread at a time.
+    Waits only for the first datagram, up to the socket's timeout.
+    flags: ``socket.MSG_DONTWAIT``. The datagrams belong to the batch: the next
+    call overwrites them. Only one thread at a time may use a batch.
     """
     timeout = sock.gettimeout()
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -222,7 +223,7 @@ def recv_datagrams(sock: _socket.socket, batch: Batch, flags: int = 0) -> list[D
         if count >= 0:
             return batch._datagrams[:count]
         error = last_error()
-        # A socket with a timeout is non-blocking for C; Python's own calls wait like this.
+        # A socket with a timeout is non-blocking in C. Python's own calls wait in the same way.
         if isinstance(error, BlockingIOError) and timeout and deadline and not flags & _socket.MSG_DONTWAIT:
             wait_for(sock, select.POLLIN, deadline)
         elif not isinstance(error, InterruptedError):
@@ -230,17 +231,17 @@ def recv_datagrams(sock: _socket.socket, batch: Batch, flags: int = 0) -> list[D
 
 
 class ReplierStats(NamedTuple):
-    """What a replier has done since it was opened."""
+    """Counters of a replier since it was opened."""
 
     #: Sockets that are open now.
     sockets: int
-    #: How often there was a socket for a source port, in a batch.
+    #: Cache hits: lookups that found a socket for the source port, or a cached "port in use".
     hits: int
-    #: How often one had to be made.
+    #: Cache misses: lookups that had to create a socket.
     misses: int
-    #: Datagrams sent by a raw socket, since their source port is another's.
+    #: Datagrams sent through a raw socket because another socket uses the source port.
     raw: int
-    #: Sockets closed because there were too many.
+    #: Sockets closed because the maximum number was reached.
     evictions: int
     #: Datagrams that were not sent.
     errors: int
@@ -251,15 +252,14 @@ class ReplierStats(NamedTuple):
 class Replier:
     """Sends datagrams from any address and port; a context manager.
 
-    There is one socket for each source port, and none for an address or a
-    client. Calls from several threads wait for each other: have one replier for
-    each thread.
+    It has one socket for each source port, whatever the addresses and clients.
+    Calls from several threads wait for each other: use one replier per thread.
     """
 
     def __init__(self, *, flags: int | ReplierFlag = 0, max_sockets: int = 0, idle_ms: int = 0) -> None:
-        """max_sockets: 0 is 256. idle_ms: after how long without use a socket is closed; 0 is a minute."""
+        """max_sockets: 0 means 256. idle_ms: time after which an unused socket is closed; 0 means a minute."""
         self._handle: int | None = None
-        # Also while C is at work without the GIL, another thread must not close it.
+        # C calls release the GIL: another thread must not close the replier during a call.
         self._lock = threading.Lock()
         numbers = (uint32("flags", flags), uint32("max_sockets", max_sockets), uint32("idle_ms", idle_ms))
         config = c.tp_replier_config(*numbers)
@@ -270,7 +270,7 @@ class Replier:
         self._many = (c.tp_datagram * c.TP_BATCH_MAX)()
 
     def reply(self, data: Buffer, client: Address, orig_dst: Address) -> None:
-        """Sends a datagram to client that comes from orig_dst; an :class:`Error` says why it was not sent."""
+        """Sends a datagram from orig_dst to client. Raises :class:`Error` if it was not sent."""
         data = data if isinstance(data, bytes) else bytes(data)
         one = self._one
         with self._lock:
@@ -283,11 +283,11 @@ class Replier:
         raise kernel_error(number, f"a reply from {orig_dst} to {client}")
 
     def send(self, datagrams: Iterable[Datagram]) -> int:
-        """Sends datagrams, each from its orig_dst to its client; gives how many were sent.
+        """Sends each datagram from its orig_dst to its client. Returns the number of datagrams that were sent.
 
-        One that cannot be sent does not keep the others from it: see its
-        ``error``. Those of one flow and equal length leave in one pass through
-        the kernel (UDP_SEGMENT).
+        A datagram that fails does not stop the others; it has an ``error``.
+        Datagrams of one flow and equal length are sent as one batch
+        (UDP_SEGMENT).
         """
         wanted = list(datagrams)
         sent = 0
@@ -295,7 +295,7 @@ class Replier:
         with self._lock:
             for start in range(0, len(wanted), len(many)):
                 some = wanted[start : start + len(many)]
-                # What they point to stays with those that were given.
+                # The given datagrams keep the memory alive.
                 for at, datagram in enumerate(some):
                     many[at] = datagram._struct
                 sent += checked(c.tp_reply(self._open(), many, len(some)))
@@ -304,7 +304,7 @@ class Replier:
         return sent
 
     def stats(self) -> ReplierStats:
-        """What it has done so far."""
+        """Returns the counters."""
         stats = c.tp_replier_stats()
         with self._lock:
             checked(c.tp_replier_stats_(self._open(), byref(stats), ctypes.sizeof(stats)))
@@ -316,7 +316,7 @@ class Replier:
         return self._handle
 
     def close(self) -> None:
-        """Closes its sockets. To close it twice is fine."""
+        """Closes the sockets. May be called more than once."""
         with self._lock:
             handle, self._handle = self._handle, None
             c.tp_replier_close(handle)

@@ -1,4 +1,4 @@
-"""What is raised when a call of the library fails."""
+"""Exceptions for failed calls of the library."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from . import _ctypes as c
 
 
 class Error(OSError):
-    """A call of the library failed: ``errno``, and in ``strerror`` the library's sentence.
+    """A call of the library failed: ``errno``, and the library's message in ``strerror``.
 
-    The sentence says which step failed, why, and a fix where one is known.
-    An error whose errno has a class of its own in Python is of that class too:
+    The message contains the failed operation, the cause and, if known, a fix.
+    If Python has a class for the errno, the exception is also an instance of it:
     ``except PermissionError`` catches a missing capability.
     """
 
@@ -23,7 +23,7 @@ class Error(OSError):
         return super().__new__(cls, *args)
 
 
-# As errno values are given classes by OSError itself (PEP 3151).
+# The classes that OSError itself assigns to errno values (PEP 3151).
 
 
 class BlockingIOError(Error, builtins.BlockingIOError):
@@ -51,11 +51,11 @@ class ConnectionResetError(Error, builtins.ConnectionResetError):
 
 
 class FileExistsError(Error, builtins.FileExistsError):
-    """EEXIST: somebody else has what was asked for."""
+    """EEXIST: another instance or program uses the requested name, table or priority."""
 
 
 class FileNotFoundError(Error, builtins.FileNotFoundError):
-    """ENOENT: a connection that was not intercepted, a prefix that is not there."""
+    """ENOENT: a connection that was not intercepted, or a prefix that is not in the set."""
 
 
 class InterruptedError(Error, builtins.InterruptedError):
@@ -86,18 +86,18 @@ _CLASSES = {cls.__mro__[2]: cls for cls in Error.__subclasses__()}
 
 
 def last_error() -> Error:
-    """The error of this thread's call that just failed."""
+    """Returns the error of this thread's last failed call."""
     sentence = c.tp_last_error()
     return Error(ctypes.get_errno(), sentence.decode("utf-8", "replace"))
 
 
 def kernel_error(errno: int, step: str) -> Error:
-    """An error of a system call that Python made, or that has no sentence."""
+    """Returns the error of a system call that Python made, or that has no message."""
     return Error(errno, f"{step}: {os.strerror(errno)}")
 
 
 def checked(result: int) -> int:
-    """The result of a call that gives -1 when it fails."""
+    """Returns the result of a call. Raises :class:`Error` if it is -1."""
     if result < 0:
         raise last_error()
     return result

@@ -9,32 +9,32 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-#: The interface that this package speaks. A library of another major version
-#: has another soname, and perhaps other structs under the same names.
+#: Soname of the library. A library of another major version has another
+#: soname, and may have different structs with the same names.
 SONAME = "libtproxy.so.0"
 MAJOR = 0
 
-#: What the library is called beside the package, where a wheel has it.
+#: File name of the library in the package directory of a wheel.
 BESIDE = Path(__file__).with_name(SONAME)
 
 
 def _candidates() -> Iterator[tuple[str, str | None]]:
-    """Where the library may be, in order: what the place is called, and the path or name to load."""
-    # `python -I` and `-E` say that the user's environment decides nothing.
+    """Returns the candidates in order: a description, and the path or name to load."""
+    # `python -I` and `-E` ignore the user's environment.
     trusted = not sys.flags.ignore_environment
     chosen = os.environ.get("LIBTPROXY") if trusted else None
     yield "$LIBTPROXY", chosen
-    # Who names a library means that one: another in its place would be found out late.
+    # If the user selects a library, no other library is tried.
     if chosen:
         return
     yield "beside the package", str(BESIDE) if BESIDE.exists() else None
     yield "the loader", SONAME
-    # This runs a compiler that it finds by PATH.
+    # find_library runs a compiler found by PATH.
     yield "find_library", ctypes.util.find_library("tproxy") if trusted else None
 
 
 def load() -> ctypes.CDLL:
-    """The library; :class:`ImportError` says what was tried and what came of it."""
+    """Loads the library. Raises :class:`ImportError` with all candidates and their errors."""
     tried = []
     for place, name in _candidates():
         if not name:

@@ -1,4 +1,4 @@
-"""The kernel's rules that bring packets to the program."""
+"""Kernel rules that deliver packets to the program."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 
 class RulesConfig(TypedDict, total=False):
-    """What to intercept, for whom: the keywords of :func:`install_rules` and its kin. All may be left out.
+    """Keywords of :func:`install_rules` and related functions. All are optional.
 
-    ``None`` is the same as leaving a keyword out. A list that is left out restricts nothing; an empty ``ports``,
+    ``None`` is the same as an omitted keyword. An omitted list restricts nothing; an empty ``ports``,
     ``dst``, ``src`` or ``interfaces`` selects nothing.
 
     ====================  ============================================================================
-    ``name``              the instance's; "tproxy". One network can have several
-    ``listeners``         the listening sockets that get what is intercepted
-    ``listen_addr``       in their place, the address of a listener in another process
+    ``name``              name of the instance; default: "tproxy"
+    ``listeners``         listening sockets that receive intercepted traffic
+    ``listen_addr``       address of a listener in another process, instead of listeners
     ``flags``             :class:`RulesFlag`
-    ``backend``           :class:`Backend`; nf_tables, or else iptables
-    ``protocols``         :class:`Protocol`; what the listeners are, else TCP
-    ``families``          :class:`Family`; those of the listeners, else both
-    ``mark, mark_mask``   the packet mark for "to a local socket", and its bits; 0x2000/0x3000
-    ``table, priority``   of routing; some that are free
-    ``ports``             destination ports to intercept: 80, (8000, 8100), range(...); every port
-    ``dst``               destinations to intercept; every one but this host's own
-    ``src``               sources to intercept; every one
-    ``bypass``            destinations never to intercept
-    ``interfaces``        by which forwarded traffic comes in; every one
+    ``backend``           :class:`Backend`; default: nf_tables if possible, otherwise iptables
+    ``protocols``         :class:`Protocol`; default: those of the listeners, or TCP
+    ``families``          :class:`Family`; default: those of the listeners, or both
+    ``mark, mark_mask``   packet mark that routes to a local socket, and its mask
+    ``table, priority``   routing table, and first rule priority; default: free ones
+    ``ports``             destination ports: 80, (8000, 8100), range(...); default: all
+    ``dst``               destinations; default: all except this host's own addresses
+    ``src``               sources; default: all
+    ``bypass``            destinations that are never intercepted
+    ``interfaces``        interfaces on which forwarded traffic arrives; default: all
     ====================  ============================================================================
     """
 
@@ -66,7 +66,7 @@ _NUMBERS = ("flags", "backend", "protocols", "families", "mark", "mark_mask", "t
 
 
 def _text(what: str, text: str) -> bytes:
-    """C would see the part before a NUL alone."""
+    """Encodes a name. C would read only the part before a NUL."""
     if "\0" in text:
         raise ValueError(f"{what}: {text!r} has a NUL in it")
     return text.encode()
@@ -77,7 +77,7 @@ def _name(name: str | None) -> bytes | None:
 
 
 def _names(names: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
-    """An array of the names of interfaces."""
+    """Returns an array of the names of interfaces."""
     if isinstance(names, str):
         raise TypeError(f"interfaces: {names!r}: a list of names is needed, not one")
     encoded = [_text("interfaces", name) for name in names]
@@ -85,7 +85,7 @@ def _names(names: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
 
 
 def config_struct(given: RulesConfig) -> c.tp_rules_config:
-    """What is asked for as C has it. The arrays live as long as the struct."""
+    """Returns the configuration as a C struct, which keeps its arrays alive."""
     unknown = given.keys() - RulesConfig.__annotations__.keys()
     if unknown:
         raise TypeError(
@@ -120,18 +120,18 @@ def config_struct(given: RulesConfig) -> c.tp_rules_config:
 
 
 class RulesStats(NamedTuple):
-    """What rules have done since they were installed: packets, and their bytes from the IP header on."""
+    """Counters of rules since they were installed: packets, and bytes including the IP header."""
 
-    #: Given to a listener.
+    #: Delivered to a listener.
     intercepted_packets: int
     intercepted_bytes: int
-    #: Given to a transparent socket that they belong to.
+    #: Delivered to an existing transparent socket.
     diverted_packets: int
     diverted_bytes: int
-    #: Dropped, because there was no listener.
+    #: Dropped because no listener existed.
     dropped_packets: int
     dropped_bytes: int
-    #: Dropped, because they were sent straight to a listener.
+    #: Dropped because they were addressed directly to a listener.
     direct_packets: int
     direct_bytes: int
 
@@ -141,31 +141,31 @@ def _stats(stats: c.tp_rules_stats) -> RulesStats:
 
 
 class Rules:
-    """Installed rules; :func:`install_rules` makes them. A context manager, at whose end they are removed.
+    """Installed rules, returned by :func:`install_rules`. A context manager that removes them at its end.
 
-    Any thread may use it. Whoever drops the last reference without
-    :meth:`remove` gets a ResourceWarning, and the rules are removed; but not
+    Any thread may use it. If the last reference is dropped without
+    :meth:`remove`, a ResourceWarning is issued and the rules are removed, except
     those with ``RulesFlag.PERSIST``.
 
-    A child by ``fork`` (``multiprocessing`` with that start method) has a copy.
-    While the parent lives, the methods of the copy raise OSError (EBUSY), and
-    :meth:`remove`, the end of a ``with`` block and the end of the copy leave the
-    rules alone. Workers call :meth:`forget`, so that the rules end with the parent.
+    A forked child (``multiprocessing`` with the start method fork) has a copy.
+    While the parent runs, the methods of the copy raise OSError (EBUSY), and
+    :meth:`remove`, the end of a ``with`` block and the end of the copy remove
+    nothing. Workers call :meth:`forget`, so that the rules end with the parent.
     """
 
     def __init__(self, handle: int | None, persist: bool) -> None:
         self._handle = handle
         self._persist = persist
         self._owner = os.getpid()
-        # While C is at work without the GIL, another thread must not free the handle.
+        # C calls release the GIL: another thread must not free the handle during a call.
         self._thread_lock = threading.Lock()
         self._lock_owner = self._owner
 
     @property
     def _lock(self) -> threading.Lock:
         if self._lock_owner != os.getpid():
-            # A thread of the parent may have had it at the fork, and is not here to release it. The library has a lock
-            # of its own, which knows.
+            # A thread of the parent may have held the lock at the fork, and does not exist in this process. The
+            # library has its own lock, which detects that.
             self._thread_lock, self._lock_owner = threading.Lock(), os.getpid()
         return self._thread_lock
 
@@ -175,10 +175,10 @@ class Rules:
         return self._handle
 
     def update(self, which: AddressSet | int, *, add: Iterable[Prefix] = (), remove: Iterable[Prefix] = ()) -> None:
-        """Adds prefixes to a set and removes others, in one transaction, while the rules work.
+        """Adds prefixes to a set and removes others, in one transaction, while traffic flows.
 
         ``AddressSet.DST`` and ``SRC`` can be changed if the rules were given
-        a list of them, empty or not, ``BYPASS`` always. FileNotFoundError: one to be removed is not there.
+        a list of them, empty or not, ``BYPASS`` always. FileNotFoundError: a prefix to remove is not in the set.
         """
         added, removed = prefixes(add), prefixes(remove)
         with self._lock:
@@ -187,26 +187,26 @@ class Rules:
             )
 
     def replace(self, **config: Unpack[RulesConfig]) -> None:
-        """Replaces what the rules ask for, in one transaction: all of it, as :func:`install_rules` has it."""
+        """Replaces the whole configuration, in one transaction. The keywords are those of :func:`install_rules`."""
         struct = config_struct(config)
         with self._lock:
             checked(c.tp_replace_rules(self._installed(), byref(struct), ctypes.sizeof(struct)))
 
     def stats(self) -> RulesStats:
-        """What they have done so far."""
+        """Returns the counters."""
         stats = c.tp_rules_stats()
         with self._lock:
             checked(c.tp_rules_stats_(self._installed(), byref(stats), ctypes.sizeof(stats)))
         return _stats(stats)
 
     def remove(self) -> None:
-        """Removes them. To remove them twice is fine."""
+        """Removes the rules. May be called more than once."""
         with self._lock:
             handle, self._handle = self._handle, None
             checked(c.tp_remove_rules(handle))
 
     def forget(self) -> None:
-        """Gives up a forked child's copy: closes its descriptors and removes nothing. To forget twice is fine."""
+        """Frees a forked child's copy: closes its descriptors and removes nothing. May be called more than once."""
         with self._lock:
             handle, self._handle = self._handle, None
             c.tp_forget_rules(handle)
@@ -226,7 +226,7 @@ class Rules:
 
 
 def install_rules(**config: Unpack[RulesConfig]) -> Rules:
-    """Makes the kernel bring connections to the listeners; the keywords are those of :class:`RulesConfig`.
+    """Installs rules that deliver traffic to the listeners. The keywords are those of :class:`RulesConfig`.
 
     ::
 
@@ -234,9 +234,11 @@ def install_rules(**config: Unpack[RulesConfig]) -> Rules:
             with tproxy.install_rules(listeners=[listener], ports=[80, (8000, 8100)], dst=["10.0.0.0/8"]) as rules:
                 ...
 
-    The rules belong to the process, and end with it. All or nothing: if it
-    fails, nothing is left. PermissionError: no CAP_NET_ADMIN over this network.
-    FileExistsError, or an errno of EBUSY: somebody else has what was asked for.
+    The rules belong to the process, and the kernel removes them when it ends. A
+    call that fails leaves nothing behind. PermissionError: CAP_NET_ADMIN is
+    missing in the user namespace that owns this network namespace.
+    FileExistsError, or errno EBUSY: another instance or program uses the
+    requested name, table or priority.
     """
     struct = config_struct(config)
     handle = ctypes.c_void_p()
@@ -245,7 +247,7 @@ def install_rules(**config: Unpack[RulesConfig]) -> Rules:
 
 
 def render_rules(format: Format | int = Format.NFT, **config: Unpack[RulesConfig]) -> str:  # noqa: A002
-    """The shell script that would do what :func:`install_rules` does. Does nothing else, and needs no privilege."""
+    """Returns the shell script that is equivalent to :func:`install_rules`. Needs no privilege."""
     struct = config_struct(config)
     arguments = (byref(struct), ctypes.sizeof(struct), uint32("format", format))
     size = ctypes.c_size_t()
@@ -256,10 +258,10 @@ def render_rules(format: Format | int = Format.NFT, **config: Unpack[RulesConfig
 
 
 def read_stats(name: str | None = None) -> RulesStats:
-    """What the rules of an instance have done, whatever process they belong to.
+    """Returns the counters of an instance, whichever process owns it.
 
-    name: the instance's; ``None``: "tproxy". FileNotFoundError: there are no
-    rules of this name. PermissionError: no CAP_NET_ADMIN over this network.
+    name: name of the instance; ``None``: "tproxy". FileNotFoundError: no rules
+    of this name exist. PermissionError: CAP_NET_ADMIN is missing.
     """
     stats = c.tp_rules_stats()
     checked(c.tp_read_stats(_name(name), byref(stats), ctypes.sizeof(stats)))
@@ -267,5 +269,5 @@ def read_stats(name: str | None = None) -> RulesStats:
 
 
 def purge_rules(name: str | None = None) -> None:
-    """Removes what a dead or persistent instance left, or all of them; never what a living process has."""
+    """Removes the rules of dead or persistent instances: of one, or of all. Never those of a running process."""
     checked(c.tp_purge_rules(_name(name)))

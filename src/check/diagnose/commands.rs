@@ -1,5 +1,5 @@
-//! Commands that change other people's packet filters, by whatever names these have: each one changes one rule, and no
-//! chain or rule but the one that it is about.
+//! Commands that change other programs' packet filters, whatever their names are. Each command changes exactly the one rule that its
+//! finding reports.
 
 use std::fmt::{self, Write};
 
@@ -7,24 +7,24 @@ use crate::check::inspect::filter::{Chain, Origin, Rule};
 use crate::check::shell::{is_nft_identifier, is_plain, json, word};
 use crate::model::{Family, Mark};
 
-/// What a packet has to be, for a rule that lets it through.
+/// Condition of a rule that accepts packets.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Clause<'a> {
     OfFamily(Family),
-    /// Of a protocol, and to one of these ports; none: to any.
+    /// Protocol, and destination ports; empty: all ports.
     To(u8, &'a [(u16, u16)]),
     NotToThisHost,
     NotFromThisHost,
     Marked(Mark),
-    /// A transparent socket sends it.
+    /// The packet is sent by a transparent socket.
     FromTransparent,
-    /// Some socket of this host sends it.
+    /// The packet is sent by a socket of this host.
     FromSocket,
 }
 
-/// xt_multiport has room for so many ports, of which a range takes two.
+/// Maximum number of ports in xt_multiport. A range counts as two.
 const MULTIPORT: usize = 15;
-/// A command with more ports than this is none for people.
+/// Maximum number of port ranges in a command, so that it stays readable.
 const RANGES_MAX: usize = 64;
 
 fn protocol_name(protocol: u8) -> Option<&'static str> {
@@ -35,13 +35,13 @@ fn protocol_name(protocol: u8) -> Option<&'static str> {
     }
 }
 
-/// A range of ports, with what is between its ends.
+/// Formats a range of ports with a separator.
 fn range(&(first, last): &(u16, u16), between: &str) -> String {
     if first == last { first.to_string() } else { format!("{first}{between}{last}") }
 }
 
 impl Clause<'_> {
-    /// In nft's language; `None`: there is no way to say it.
+    /// Returns the condition in the language of nft; `None`: it cannot be expressed.
     fn by_nft(self, chain: &Chain) -> Option<String> {
         Some(match self {
             Clause::OfFamily(_) if chain.family.is_some() => String::new(),
@@ -62,7 +62,7 @@ impl Clause<'_> {
         })
     }
 
-    /// In the JSON of libnftables-json(5), with a comma behind.
+    /// Returns the condition in JSON (libnftables-json(5)), followed by a comma.
     fn by_json(self, chain: &Chain) -> Option<String> {
         let matched = |op: &str, left: &str, right: &str| {
             format!("{{\"match\":{{\"op\":\"{op}\",\"left\":{left},\"right\":{right}}}}},")
@@ -107,7 +107,7 @@ impl Clause<'_> {
                 (taken <= MULTIPORT).then(|| format!("-p {name} -m multiport --dports {} ", ports.join(",")))?
             }
             Clause::NotToThisHost => "-m addrtype ! --dst-type LOCAL ".to_owned(),
-            // xt_socket cannot be used in OUTPUT: what has another's address is told by that.
+            // xt_socket cannot be used in OUTPUT: packets of transparent sockets are recognized by their foreign source address.
             Clause::NotFromThisHost | Clause::FromTransparent => "-m addrtype ! --src-type LOCAL ".to_owned(),
             Clause::Marked(Mark { value, mask }) => format!("-m mark --mark {value:#x}/{mask:#x} "),
             Clause::FromSocket => "-m owner --socket-exists ".to_owned(),
@@ -132,7 +132,7 @@ fn program(origin: Origin, family: Family) -> &'static str {
     }
 }
 
-/// A chain as its program calls it, for people.
+/// Displays a chain by the name that its program uses.
 pub(super) fn named(chain: &Chain) -> impl fmt::Display {
     std::fmt::from_fn(move |f| {
         let Chain { table, name, .. } = chain;
@@ -143,8 +143,8 @@ pub(super) fn named(chain: &Chain) -> impl fmt::Display {
     })
 }
 
-/// A change of a rule by `nft`, in words or, for a chain whose names are none in nft's language, in JSON. Empty: there is
-/// none (a name that is not UTF-8).
+/// Returns an `nft` command that changes a rule: in the language of nft, or in JSON if a name is not an identifier. Empty: a name is
+/// not UTF-8.
 fn by_nft(chain: &Chain, words: impl FnOnce(&str) -> String, object: impl FnOnce(&str) -> String) -> String {
     let Chain { table, name, .. } = chain;
     let family = nft_family(chain);
@@ -156,7 +156,8 @@ fn by_nft(chain: &Chain, words: impl FnOnce(&str) -> String, object: impl FnOnce
     format!("nft -j '{{\"nftables\":[{object}]}}'")
 }
 
-/// The command that puts a rule first in a base chain, which lets through what is all of this. Empty: there is none.
+/// Returns the command that inserts a rule at the beginning of a base chain, which accepts packets that match all conditions. Empty:
+/// the rule cannot be expressed.
 pub(super) fn insertion(chain: &Chain, family: Family, clauses: &[Clause<'_>]) -> String {
     let joined = |of: &dyn Fn(Clause<'_>) -> Option<String>| {
         clauses.iter().try_fold(String::new(), |all, clause| Some(all + &of(*clause)?))
@@ -171,7 +172,7 @@ pub(super) fn insertion(chain: &Chain, family: Family, clauses: &[Clause<'_>]) -
                 |chain| format!("{{\"insert\":{{\"rule\":{{{chain},\"expr\":[{objects}{{\"accept\":null}}]}}}}}}"),
             )
         }
-        // The kernel's own chains have plain names.
+        // Built-in chains have plain names.
         origin if is_plain(&chain.name) && is_plain(&chain.table) => match joined(&|clause| clause.by_iptables()) {
             Some(words) => {
                 let (program, Chain { table, name, .. }) = (program(origin, family), chain);
@@ -183,11 +184,11 @@ pub(super) fn insertion(chain: &Chain, family: Family, clauses: &[Clause<'_>]) -
     }
 }
 
-/// The command that removes a rule. Empty: there is none that is sure to remove this one.
+/// Returns the command that deletes a rule. Empty: no command certainly deletes this rule.
 pub(super) fn removal(chain: &Chain, rule: &Rule) -> String {
     let handle = rule.handle;
     match chain.origin {
-        // A handle means one rule for ever, a number another one after the next change.
+        // A handle always refers to the same rule. A number refers to another rule after a change.
         Origin::Nft | Origin::IptablesNft => {
             let by_handle = by_nft(
                 chain,
@@ -200,7 +201,7 @@ pub(super) fn removal(chain: &Chain, rule: &Rule) -> String {
     }
 }
 
-/// In a chain of the kernel's own, other commands of ours may insert rules, and change the numbers.
+/// Deletes a rule by number. Not in built-in chains, where other suggested commands may insert rules and change the numbers.
 fn by_number(chain: &Chain, rule: &Rule) -> String {
     let Chain { table, name, .. } = chain;
     let program = program(chain.origin, chain.family.unwrap_or(Family::V4));
@@ -211,13 +212,13 @@ fn by_number(chain: &Chain, rule: &Rule) -> String {
     }
 }
 
-/// A chain's name that iptables takes (`assert_valid_chain_name` in its xshared.c).
+/// Whether iptables accepts the name of a chain (`assert_valid_chain_name` in its xshared.c).
 fn is_for_iptables(name: &[u8]) -> bool {
     let first = name.first().is_some_and(|byte| !b"-!".contains(byte));
     first && name.len() <= 28 && !name.iter().any(|byte| byte.is_ascii_whitespace() || *byte == b'\x0b')
 }
 
-/// The command that removes the jump to one of our chains from a chain of the kernel's own.
+/// Returns the command that deletes the jump from a built-in chain to a chain of this library.
 pub(super) fn removal_of_jump(chain: &Chain, instance: &str, to: &str) -> String {
     let Chain { table, name, .. } = chain;
     let program = program(chain.origin, chain.family.unwrap_or(Family::V4));

@@ -1,4 +1,4 @@
-//! Other people's packet filters, and what they do to what is intercepted.
+//! Effects of other programs' packet filters on intercepted packets.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -27,7 +27,8 @@ pub(super) fn check_filters(context: &Context<'_>, found: &mut Findings) {
         }
     }
     for (number, base) in context.chains.bases() {
-        // A table of ours has nothing of others; an iptables chain that leads to ours may.
+        // A table of this library has no rules of other programs. An iptables base chain that jumps to a chain of this
+        // library may have some.
         if base.origin == Origin::Nft && instances::is_ours(base) {
             continue;
         }
@@ -44,14 +45,14 @@ pub(super) fn check_filters(context: &Context<'_>, found: &mut Findings) {
             found,
             Severity::Note,
             findings::UNSEEN,
-            "rules: there are more of them, and more that is intercepted, than can be followed; not all was"
+            "rules: the host has too many rules and interceptions; their effects were evaluated only in part"
         );
     }
     collisions(context, found);
     keep_port(context, found);
 }
 
-/// What interceptions have in common whose packets differ only in their ports.
+/// Key of interceptions whose packets differ only in their ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Group {
     family: Family,
@@ -67,17 +68,18 @@ impl Group {
         Group { family, protocol, mark, priority, by_iptables: chain.origin != Origin::Nft }
     }
 
-    /// Of two chains of one priority that comes first which was made last (`nf_hook_entries_grow`); nobody can see which.
+    /// Of two chains with the same priority, the one created last comes first (`nf_hook_entries_grow`). The kernel does not
+    /// report which one that is.
     fn is_behind(&self, hook: Hook) -> Order {
         match hook.priority.cmp(&self.priority) {
             Ordering::Greater => Order::Behind,
-            // Chains by iptables are all in one, in an order of their own.
+            // All iptables rules of a hook are in one chain, in their own order.
             Ordering::Equal if !self.by_iptables => Order::Unknown,
             _ => Order::Before,
         }
     }
 
-    /// The packet at a hook: until it meets the rules it is anybody's, from then on it has the mark and a socket.
+    /// The packet at a hook. It has no mark and no socket before the rules that intercept it, and both after them.
     fn packet(&self, hook: Hook, port: Option<u16>) -> Packet {
         let met = match hook.point {
             HookPoint::Prerouting => self.is_behind(hook) != Order::Before,
@@ -94,12 +96,12 @@ impl Group {
     }
 }
 
-/// At this hook it is the proxy's own packets, with any port.
+/// At this hook, the packets are those that the proxy sends, with any port.
 fn is_for_replies(hook: Hook) -> bool {
     matches!(hook.point, HookPoint::Output | HookPoint::Postrouting)
 }
 
-/// Whether a base chain sees packets before the rules that intercept them, or behind.
+/// Whether a base chain sees packets before or after the rules that intercept them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
     Before,
@@ -107,8 +109,8 @@ enum Order {
     Unknown,
 }
 
-/// Sends what a group of interceptions stands for through a base chain: one packet for all between whose ports no rule on
-/// its way distinguishes (`ports`).
+/// Evaluates a base chain for a group of interceptions. One packet stands for all interceptions whose ports are in the same
+/// interval between two elements of `ports`, because no rule distinguishes them.
 fn eval_chain(
     context: &Context<'_>,
     (number, base): (usize, &Chain),
@@ -138,7 +140,7 @@ fn eval_chain(
     }
 }
 
-/// Interceptions whose packets fare alike in a base chain of others.
+/// Interceptions whose packets have the same result in a base chain of another program.
 struct FilterCheck<'a> {
     context: &'a Context<'a>,
     base: &'a Chain,
@@ -162,7 +164,7 @@ impl FilterCheck<'_> {
         }
     }
 
-    /// An effect that is the interception.
+    /// Whether the effect is the interception itself.
     fn is_itself(&self, effect: &Effect<'_>) -> bool {
         self.members.iter().all(|member| std::ptr::eq(effect.rule, member.rule))
     }
@@ -175,13 +177,13 @@ impl FilterCheck<'_> {
         words: fmt::Arguments<'_>,
     ) -> &'f mut Finding {
         let severity = if sure { Severity::Failure } else { Severity::Warning };
-        let unsure = if sure { "" } else { ", unless one of its rules says otherwise" };
+        let unsure = if sure { "" } else { ", unless another rule of the chain prevents it" };
         report!(found, severity, kind, "{words}{unsure}")
     }
 
     fn dropped(&self, chain: &Chain, rule: Option<&Rule>, sure: bool, found: &mut Findings) {
         let (kind, whose, fix) = match self.hook.point {
-            // NAT's listener is an ordinary one: the firewall's owner has to let its port in.
+            // With NAT, the listener is an ordinary socket: the owner of the firewall must accept its port.
             HookPoint::Input if self.group.mark.is_some() => {
                 (findings::INPUT_DROP, "packets that are intercepted", self.exempt())
             }
@@ -223,7 +225,9 @@ impl FilterCheck<'_> {
                         found,
                         findings::MARK_OVERWRITTEN,
                         sure,
-                        format_args!("{rule} sets the mark of {of}packets that are intercepted, and keeps not {mark}"),
+                        format_args!(
+                            "{rule} sets the mark of intercepted {of}packets, and does not preserve mark {mark}"
+                        ),
                     )
                     .fix_with(format_args!("{}", self.exempt()));
                 }
@@ -233,7 +237,7 @@ impl FilterCheck<'_> {
                     found,
                     findings::TPROXY_ELSEWHERE,
                     sure,
-                    format_args!("{rule} gives {of}packets that are intercepted to a listener on port {port}"),
+                    format_args!("{rule} assigns intercepted {of}packets to a listener on port {port}"),
                 )
                 .fix_with(format_args!("{}", self.exempt()));
             }
@@ -243,7 +247,7 @@ impl FilterCheck<'_> {
                     found,
                     findings::NAT,
                     effect.sure,
-                    format_args!("{rule} translates the destination of {of}packets that are to be intercepted"),
+                    format_args!("{rule} translates the destination of {of}packets that should be intercepted"),
                 )
                 .fix_with(format_args!("{fix}"));
             }
@@ -254,7 +258,7 @@ impl FilterCheck<'_> {
                     found,
                     Severity::Note,
                     findings::MASQUERADE,
-                    "{rule} translates the source of {of}packets that leave"
+                    "{rule} translates the source of {of}packets that leave this host"
                 )
                 .fix_with(format_args!("{fix}"));
             }
@@ -262,7 +266,7 @@ impl FilterCheck<'_> {
         }
     }
 
-    /// Lets what has our mark through the base chain.
+    /// Returns the command that makes the base chain accept packets with this library's mark.
     fn exempt(&self) -> String {
         match self.group.mark {
             Some(mark) => insertion(self.base, self.group.family, &[Clause::Marked(mark)]),
@@ -270,10 +274,10 @@ impl FilterCheck<'_> {
         }
     }
 
-    /// Lets through the base chain what is going to be intercepted, and has no mark yet: no more than that, since others
-    /// rely on what the chain drops.
+    /// Returns the command that makes the base chain accept only the packets that will be intercepted and have no mark yet.
+    /// Other programs rely on the chain to drop all other packets.
     fn exempt_selected(&self) -> String {
-        // A range is one number: its first port, then its last.
+        // A range is encoded as one number: the first port in the upper half, the last in the lower half.
         let mut ports: Vec<u32> = Vec::new();
         for member in self.members {
             if member.ports.is_empty() {
@@ -290,7 +294,7 @@ impl FilterCheck<'_> {
     }
 }
 
-/// A rule, as its program calls it.
+/// Displays a rule by the name that its program uses.
 pub(super) fn ruled(rule: &Rule, chain: &Chain) -> impl fmt::Display {
     std::fmt::from_fn(move |f| {
         let number = if chain.origin == Origin::Nft { rule.handle } else { rule.number as u64 };
@@ -298,7 +302,7 @@ pub(super) fn ruled(rule: &Rule, chain: &Chain) -> impl fmt::Display {
     })
 }
 
-/// "IPv4 ", if a chain is for that alone.
+/// Returns "IPv4 " or "IPv6 " if the chain is for one family, and "" otherwise.
 fn of_family(chain: &Chain) -> &'static str {
     match chain.family {
         None => "",
@@ -307,11 +311,11 @@ fn of_family(chain: &Chain) -> &'static str {
     }
 }
 
-/// Rules of others that give packets the mark that is ours.
+/// Reports rules of other programs that set this library's mark.
 fn collisions(context: &Context<'_>, found: &mut Findings) {
     let mut marking = Vec::new();
     for chain in context.others() {
-        // The last first, so that the numbers of the others stay when it is deleted.
+        // In reverse order, so that a deletion does not change the numbers of the remaining rules.
         for rule in chain.rules.iter().rev() {
             let delivers = rule.parts.iter().any(|part| matches!(part, Part::Tproxy { .. }));
             let sets = rule.parts.iter().filter_map(|part| match part {
@@ -330,7 +334,7 @@ fn collisions(context: &Context<'_>, found: &mut Findings) {
             if set & mark.mask != mark.value {
                 continue;
             }
-            // What the rule does besides would be lost with it.
+            // Deleting the rule would also delete its other effects.
             let harmless = |part: &Part| matches!(part, Part::OnlyIf(_) | Part::OnlyIfNot(_) | Part::SetMark { .. });
             let fix = if rule.parts.iter().all(harmless) { removal(chain, rule) } else { String::new() };
             let (rule, name) = (ruled(rule, chain), &instance.name);
@@ -338,14 +342,14 @@ fn collisions(context: &Context<'_>, found: &mut Findings) {
                 .push(
                     Severity::Warning,
                     findings::MARK_COLLISION,
-                    format_args!("{rule} gives packets the mark {mark}, which is instance {name}'s"),
+                    format_args!("{rule} sets mark {mark}, which instance {name} uses"),
                 )
                 .fix_with(format_args!("{fix}"));
         }
     }
 }
 
-/// Connection tracking, where both halves of a connection that keeps its port are one.
+/// Reports connection tracking, which treats both halves of a connection that keeps its port as one connection.
 fn keep_port(context: &Context<'_>, found: &mut Findings) {
     let tracked = context.interceptions.iter().any(|interception| {
         interception.mark.is_some() && context.instance(interception).is_none_or(|instance| !instance.notrack)
@@ -365,11 +369,11 @@ fn keep_port(context: &Context<'_>, found: &mut Findings) {
         return;
     }
     let finding = report!(found, Severity::Note, findings::KEEP_PORT, "connection tracking is in use").without_fix();
-    // A firewall that knows answers by their connections would drop what is kept out of it.
+    // A firewall that accepts replies by connection state would drop untracked packets.
     if context.others().flat_map(|chain| &chain.rules).any(accepts_answers) {
         return;
     }
-    // Keeps what transparent sockets send and get out of it.
+    // Exempts the packets that transparent sockets send and receive.
     finding.fix_with(format_args!("nft add table inet {UNTRACKED}"));
     for hook in ["prerouting", "output"] {
         finding
@@ -378,7 +382,7 @@ fn keep_port(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// A rule that lets packets through because their connection is known.
+/// Whether a rule accepts packets because their connection is established.
 fn accepts_answers(rule: &Rule) -> bool {
     /// NF_CT_STATE_BIT(IP_CT_ESTABLISHED).
     const ESTABLISHED: u32 = 2;
@@ -390,5 +394,5 @@ fn accepts_answers(rule: &Rule) -> bool {
     rule.parts.iter().any(known) && rule.parts.iter().any(accepts)
 }
 
-/// The table that the fix makes.
+/// Name of the table that the fix creates.
 const UNTRACKED: &str = "transparent-untracked";

@@ -1,4 +1,4 @@
-//! The process, the kernel, and what could not be seen.
+//! Checks the process and the kernel, and reports state that could not be read.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use crate::check::probes::Transparency;
 use crate::check::procfs;
 use crate::model::Family;
 
-/// The default limit of most systems; a proxy that has less was given less.
+/// Default descriptor limit of most systems. A lower limit was set deliberately.
 const DESCRIPTORS: u64 = 1024;
 const DESCRIPTORS_WANTED: u64 = 65_536;
 
@@ -44,7 +44,7 @@ pub(super) fn check_host(context: &Context<'_>, found: &mut Findings) {
                 found,
                 Severity::Warning,
                 findings::NET_ADMIN,
-                "CAP_NET_ADMIN is in effect{namespace}, and this network belongs to another"
+                "CAP_NET_ADMIN is in effect{namespace}, but another user namespace owns this network namespace"
             )
             .without_fix();
         }
@@ -59,25 +59,25 @@ pub(super) fn check_host(context: &Context<'_>, found: &mut Findings) {
         match outcome {
             Transparency::Yes => good(found, kind, format_args!("an {family} socket was made transparent")),
             Transparency::NoFamily => {
-                report!(found, Severity::Note, findings::FAMILY, "there are no {family} sockets for this process");
+                report!(found, Severity::Note, findings::FAMILY, "this process cannot create {family} sockets");
             }
             Transparency::Refused(e) => {
                 let capable = [NET_ADMIN, NET_RAW].into_iter().any(|capability| host.has(capability) == Some(true));
                 let why = if capable { String::new() } else { refused(context, &[NET_ADMIN, NET_RAW]) };
-                // Who has a capability that is no good here gets none by being started with it.
+                // A process that has the capability is not helped by a restart with it.
                 let command = if capable { String::new() } else { starting(context) };
                 report!(found, Severity::Failure, kind, "{family}: {e}{why}").fix_with(format_args!("{command}"));
             }
             Transparency::Unknown(e) => {
                 let kind = findings::UNSEEN;
-                report!(found, Severity::Note, kind, "whether {family} sockets can be made transparent: socket(): {e}");
+                report!(found, Severity::Note, kind, "transparent {family} sockets: not tested, socket(): {e}");
             }
         }
     }
     for (kind, outcome) in &host.features {
         let needed = if *kind == findings::PERSIST { Severity::Note } else { Severity::Failure };
         match outcome {
-            Ok(()) => good(found, kind, format_args!("the kernel would take it")),
+            Ok(()) => good(found, kind, format_args!("the kernel supports it")),
             Err(e) => _ = report!(found, needed, kind, "{e}"),
         }
     }
@@ -94,23 +94,21 @@ pub(super) fn check_host(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// Why this process cannot be given capabilities, where that is known.
+/// Returns why this process cannot have the capabilities, or an empty text if that is unknown.
 fn refused(context: &Context<'_>, capabilities: &[u32]) -> String {
     match capabilities.iter().all(|capability| context.host.out_of_bounds.contains(capability)) {
-        true => {
-            "; nor can a program that it starts have it (the bounding set): what started the container or the service \
-                 has to grant it"
-                .to_owned()
-        }
+        true => "; no program that it starts can have it either, because the bounding set lacks it: the container or \
+             service manager must grant it"
+            .to_owned(),
         false => String::new(),
     }
 }
 
-/// The command that starts a program with the capabilities that it takes, and with no other, as the user that this one
-/// runs as. Empty: there is none (who started this process lets nobody have them).
+/// Returns the command that starts a program with only the required capabilities, as the user of this process. Empty: the
+/// bounding set does not allow it.
 ///
-/// Never setcap(8): the capabilities of a file are everybody's who can start it, and those of an interpreter every
-/// script's. The arguments of this process are left out: they may be secrets.
+/// The command never is setcap(8): every user who can execute a file has the file's capabilities, and every script has
+/// those of its interpreter. The arguments of this process are omitted, because they may contain secrets.
 fn starting(context: &Context<'_>) -> String {
     let host = context.host;
     if [NET_ADMIN, NET_RAW].into_iter().any(|capability| host.out_of_bounds.contains(&capability)) {
@@ -123,7 +121,7 @@ fn starting(context: &Context<'_>) -> String {
     format!("setpriv {ids}--inh-caps=+net_admin,+net_raw --ambient-caps=+net_admin,+net_raw PROGRAM")
 }
 
-/// Few are a proxy's end, and so are many when it has them all.
+/// Warns if the limit is low or nearly reached.
 fn descriptors(of: &Descriptors, found: &mut Findings) {
     let Descriptors { pid, soft, hard, used } = *of;
     let whose = std::fmt::from_fn(|f| match pid == std::process::id() {
@@ -133,9 +131,11 @@ fn descriptors(of: &Descriptors, found: &mut Findings) {
     let exhausted = used.filter(|used| *used >= soft.saturating_sub(soft / 10));
     let kind = findings::DESCRIPTORS;
     let words = std::fmt::from_fn(|f| match exhausted {
-        Some(used) => write!(f, "{whose} has {used} of the {soft} descriptors that it may have"),
-        None if soft < DESCRIPTORS => write!(f, "{whose} may have {soft} descriptors: some {} connections", soft / 2),
-        None => write!(f, "{whose} may have {soft} descriptors"),
+        Some(used) => write!(f, "{whose} has {used} open descriptors, and its limit is {soft}"),
+        None if soft < DESCRIPTORS => {
+            write!(f, "the descriptor limit of {whose} is {soft}, which allows about {} connections", soft / 2)
+        }
+        None => write!(f, "the descriptor limit of {whose} is {soft}"),
     });
     if exhausted.is_none() && soft >= DESCRIPTORS {
         return good(found, kind, format_args!("{words}"));
@@ -143,7 +143,7 @@ fn descriptors(of: &Descriptors, found: &mut Findings) {
     report!(found, Severity::Warning, kind, "{words}").with("pid", &pid).with("limit", &wanted(soft, hard));
 }
 
-/// As many as the hard limit lets; only the administrator of the whole host can raise that one.
+/// Returns the limits to set. Only an administrator of the whole host can raise the hard limit.
 fn wanted(soft: u64, hard: u64) -> impl fmt::Display {
     let wanted = DESCRIPTORS_WANTED.max(soft.saturating_mul(2));
     std::fmt::from_fn(move |f| match hard {
@@ -153,7 +153,7 @@ fn wanted(soft: u64, hard: u64) -> impl fmt::Display {
     })
 }
 
-/// As it should be: there is nothing to fix.
+/// Reports a passed check, which has no fix.
 pub(super) fn good(found: &mut Findings, kind: &'static Kind, words: fmt::Arguments<'_>) {
     found.push(Severity::Ok, kind, words).without_fix();
 }
@@ -172,7 +172,7 @@ fn iptables(context: &Context<'_>, found: &mut Findings) {
         }
     }
     let listed = |tables: &[String]| if tables.is_empty() { "no tables".to_owned() } else { tables.join(", ") };
-    let unknown = || "not known".to_owned();
+    let unknown = || "unknown".to_owned();
     let by_nft = if host.ruleset.is_some() { listed(&by_nft) } else { unknown() };
     let legacy = if host.legacy_known { listed(&host.legacy_tables) } else { unknown() };
     report!(

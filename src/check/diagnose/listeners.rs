@@ -54,16 +54,16 @@ fn ending(owner: &Holder) -> String {
     }
 }
 
-/// Whose an instance is, and whether that one is well.
+/// Reports the owner of an instance, and whether the owner is stopped.
 fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
     let Instance { name, table, slot, .. } = instance;
     let Some(owner) = &instance.owner else {
         let finding = found.push(
             Severity::Failure,
             findings::ORPHAN,
-            format_args!("instance {name} (table inet {table}) persists, and no process owns it"),
+            format_args!("instance {name} (table inet {table}) exists, and no process owns it"),
         );
-        // Its name has nothing in it that nft or a shell would take for its own.
+        // The name has no characters that are special to nft or a shell.
         finding.fix_with(format_args!("nft delete table inet {table}"));
         let rules = &context.host.rules;
         let rules = if context.chains.step(rules.len()) { rules.as_slice() } else { &[] };
@@ -95,7 +95,7 @@ fn owners(context: &Context<'_>, instance: &Instance, found: &mut Findings) {
             .push(
                 Severity::Failure,
                 findings::STOPPED,
-                format_args!("process {}, which instance {name} belongs to, is stopped", process.pid),
+                format_args!("process {}, which owns instance {name}, is stopped", process.pid),
             )
             .with("pid", &process.pid);
     }
@@ -123,14 +123,14 @@ fn listener(
         let finding = found.push(
             Severity::Failure,
             kind,
-            format_args!("{whose} gives {family} {called} packets to {to}, port {port}, where {what}"),
+            format_args!("{whose} delivers {family} {called} packets to {to}, port {port}: {what}"),
         );
         match context.instance(interception).map(|instance| instance.owner.as_ref()) {
             Some(owner) => {
                 let command = owner.map(ending).unwrap_or_default();
                 finding.fix_with(format_args!("{command}"));
                 if let (Some(owner), true) = (owner, command.is_empty()) {
-                    let _ = write!(finding.message, "; the rules are those of {owner}");
+                    let _ = write!(finding.message, "; the rules belong to {owner}");
                 }
             }
             None => {
@@ -140,7 +140,7 @@ fn listener(
         }
     };
     if candidates.is_empty() {
-        return say(findings::LISTENER_GONE, format_args!("nothing listens"));
+        return say(findings::LISTENER_GONE, format_args!("no socket listens there"));
     }
     if interception.nat {
         return;
@@ -148,22 +148,21 @@ fn listener(
     let reachable = |listener: &&&Listener| match (addr, listener.addr.map(|addr| addr.to_canonical())) {
         (_, None) => true,
         (Some(wanted), Some(own)) => *wanted == own,
-        // The address of some interface will do, if it is the one that the packets come in by.
+        // An address of some interface suffices, if packets arrive on that interface.
         (None, Some(own)) => !own.is_loopback(),
     };
     let reached: Vec<&&Listener> = candidates.iter().filter(reachable).collect();
     if reached.is_empty() {
         let addrs: Vec<String> =
             candidates.iter().filter_map(|l| l.addr).map(|addr| addr.to_string()).take(SHOWN).collect();
-        return say(findings::UNREACHABLE, format_args!("a listener is, but on {}", addrs.join(", ")));
+        return say(findings::UNREACHABLE, format_args!("the only listeners of this port are on {}", addrs.join(", ")));
     }
     if reached.iter().all(|listener| listener.transparent == Some(false)) {
         return say(findings::NOT_TRANSPARENT, format_args!("the listener is not transparent"));
     }
     let interface = |index: u32| context.host.interfaces.iter().find(|interface| interface.index == index);
     if reached.iter().all(|listener| listener.interface != 0) && !chooses_otherwise {
-        let name =
-            |l: &&&Listener| interface(l.interface).map_or("one that is gone".to_owned(), |i| i.name.to_string());
+        let name = |l: &&&Listener| interface(l.interface).map_or("a deleted one".to_owned(), |i| i.name.to_string());
         let names: Vec<String> = reached.iter().map(name).take(SHOWN).collect();
         return say(findings::BOUND, format_args!("the listener is bound to an interface ({})", names.join(", ")));
     }
@@ -173,19 +172,19 @@ fn listener(
         found.push(
             Severity::Warning,
             findings::LISTENER_FULL,
-            format_args!("port {port}: {waiting} connections wait to be accepted, and {backlog} may"),
+            format_args!("port {port}: {waiting} connections wait to be accepted, and the backlog is {backlog}"),
         );
     }
 }
 
-/// So many addresses or names are listed in a sentence.
+/// Maximum number of addresses or names in a message.
 const SHOWN: usize = 8;
 
-/// Jumps to iptables chains of instances that have no living owner.
+/// Reports jumps to iptables chains of instances without a running owner.
 fn forsaken_chains(context: &Context<'_>, found: &mut Findings) {
-    // Without a look at the tables of nf_tables nobody can tell who lives.
+    // Only the tables of nf_tables show which instances have an owner.
     let able = context.host.tables.is_some();
-    // Where the finding of each instance is.
+    // Index of the finding of each instance.
     let mut said: HashMap<&str, usize> = HashMap::new();
     let bases = context.ruleset().chains.iter().filter(|c| able && c.origin != Origin::Nft && c.hook.is_some());
     for (chain, rule) in bases.flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule))) {
@@ -204,7 +203,7 @@ fn forsaken_chains(context: &Context<'_>, found: &mut Findings) {
                 .push(
                     Severity::Failure,
                     findings::IPTABLES_ORPHAN,
-                    format_args!("iptables has chains of instance {instance}, which no process owns"),
+                    format_args!("iptables has chains of instance {instance}, and no process owns it"),
                 )
                 .without_fix();
             found.0.len() - 1

@@ -1,6 +1,6 @@
-//! From host to findings, with no look at the kernel: each file judges one part.
+//! Derives findings from the state of the host, without access to the kernel. Each file checks one part.
 
-/// Says that something was found: where, how bad it is, what it is, and the particulars.
+/// Adds a finding with a severity, a kind and a formatted message.
 macro_rules! report {
     ($found:expr, $severity:expr, $kind:expr, $($words:tt)+) => {
         $found.push($severity, $kind, format_args!($($words)+))
@@ -22,21 +22,21 @@ use super::host_state::HostState;
 use super::instances::{self, Instance, Interception};
 use crate::check::inspect::filter::{Chain, Rule, Ruleset};
 
-/// Of one kind no more findings are told: nobody reads thousands.
+/// Maximum number of findings of one kind that are reported.
 const OF_A_KIND_MAX: usize = 100;
 
-/// Who intercepts what, on the host that the host are of.
+/// State of the host, and the instances and interceptions derived from it.
 struct Context<'a> {
     host: &'a HostState,
     ruleset: &'a Ruleset,
     chains: Chains<'a>,
     instances: Vec<Instance>,
-    /// Where each is, by its name.
+    /// Index of each instance, by name.
     numbers: HashMap<String, usize>,
     interceptions: Vec<Interception<'a>>,
 }
 
-/// Everything that is to be said, the host itself first; each thing once.
+/// Returns all findings, those of the host first, each once.
 pub(super) fn diagnose(host: &HostState) -> Vec<Finding> {
     let nothing = Ruleset::default();
     let context = Context::new(host, host.ruleset.as_ref().unwrap_or(&nothing));
@@ -53,16 +53,16 @@ pub(super) fn diagnose(host: &HostState) -> Vec<Finding> {
     once(found.0)
 }
 
-/// Each finding once, and of each kind so many that they can be read.
+/// Removes duplicate findings, and limits the number per kind.
 fn once(found: Vec<Finding>) -> Vec<Finding> {
-    let (mut cured, mut said) = (HashSet::new(), HashSet::new());
+    let (mut fixed, mut reported) = (HashSet::new(), HashSet::new());
     let mut counts: Vec<(&str, usize)> = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     for finding in found {
-        // One command cures both families, often.
+        // One command often fixes both families.
         let known = match finding.fix.is_empty() {
-            true => !said.insert((finding.kind.id, finding.severity, finding.message.clone())),
-            false => !cured.insert((finding.kind.id, finding.fix.clone())),
+            true => !reported.insert((finding.kind.id, finding.severity, finding.message.clone())),
+            false => !fixed.insert((finding.kind.id, finding.fix.clone())),
         };
         if known {
             continue;
@@ -80,7 +80,7 @@ fn once(found: Vec<Finding>) -> Vec<Finding> {
     let mut more = Findings(findings);
     for (id, count) in counts.into_iter().filter(|(_, count)| *count > OF_A_KIND_MAX) {
         let left = count - OF_A_KIND_MAX;
-        report!(more, Severity::Note, findings::UNSEEN, "{left} more findings like these: {id}");
+        report!(more, Severity::Note, findings::UNSEEN, "{left} more findings of this kind: {id}");
     }
     more.0
 }
@@ -106,23 +106,23 @@ impl<'a> Context<'a> {
         self.instance_named(interception.instance?)
     }
 
-    /// Something is intercepted here.
+    /// Whether any rule intercepts packets.
     fn intercepts(&self) -> bool {
         !self.interceptions.is_empty()
     }
 
-    /// Every rule, and its chain.
+    /// Returns every rule with its chain.
     fn rules(&self) -> impl Iterator<Item = (&'a Chain, &'a Rule)> {
         self.ruleset.chains.iter().flat_map(|chain| chain.rules.iter().map(move |rule| (chain, rule)))
     }
 
-    /// The chains that this library did not make.
+    /// Returns the chains that this library did not create.
     fn others(&self) -> impl Iterator<Item = &'a Chain> {
         self.ruleset.chains.iter().filter(|chain| !instances::is_ours(chain))
     }
 }
 
-/// The option of `ip` that means a family.
+/// Returns the option of `ip` for a family.
 fn flag(family: crate::model::Family) -> &'static str {
     match family {
         crate::model::Family::V4 => "-4",
@@ -616,7 +616,7 @@ mod tests {
         let gone = found.iter().filter(|finding| finding.kind.id == "listener.gone").count();
         assert_eq!(gone, OF_A_KIND_MAX);
         let more = found.iter().find(|finding| finding.kind.id == "check.unseen").unwrap();
-        assert_eq!(more.message, "900 more findings like these: listener.gone");
+        assert_eq!(more.message, "900 more findings of this kind: listener.gone");
     }
 
     #[test]

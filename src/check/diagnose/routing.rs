@@ -1,4 +1,4 @@
-//! Where marked packets are led.
+//! Routing of marked packets.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,7 +13,7 @@ use crate::check::shell::word;
 use crate::model::{Family, Mark};
 use crate::name::Name;
 
-/// What marks rules and routes as ours (`route::PROTOCOL`).
+/// Protocol number of this library's rules and routes (`route::PROTOCOL`).
 pub(super) const PROTOCOL: u8 = crate::backend::route::PROTOCOL;
 const LAST: u32 = crate::backend::route::RULES - 1;
 const LOCAL: Action = Action::Lookup(255);
@@ -28,7 +28,7 @@ pub(super) fn check_routing(context: &Context<'_>, found: &mut Findings) {
     let marks = Marks::of(context);
     for instance in context.instances.iter().filter(|instance| instance.owner.is_some()) {
         for family in instance.families.iter().filter(|family| context.host.routed.contains(*family)) {
-            // To follow a packet through the rules takes a step for each.
+            // Evaluating the rules for a packet takes one step per rule.
             if let Some(mark) = instance.mark.filter(|_| context.chains.step(context.host.rules.len())) {
                 let place = InstanceRouting { context, rules: &rules, marks, instance, family, mark };
                 place.rules(found);
@@ -45,14 +45,14 @@ pub(super) fn check_routing(context: &Context<'_>, found: &mut Findings) {
     system_rules(context, found);
 }
 
-/// What looks up the way back, or the answer's way, with a packet's mark.
+/// Lookups of the reverse route, or of the route of a reply, that use the packet's mark.
 #[derive(Debug, Clone, Copy)]
 struct Marks {
-    /// On some interface a packet whose way back, by its mark, is local, is dropped.
+    /// Some interface drops packets whose reverse route, looked up with the mark, is local.
     martians: bool,
     /// tcp_fwmark_accept.
     answers: bool,
-    /// A rule asks for the way back, with the mark.
+    /// A packet filter rule looks up the reverse route with the mark.
     filters: bool,
 }
 
@@ -72,10 +72,10 @@ impl Marks {
     }
 }
 
-/// One family of one instance, in its place.
+/// One family of one instance.
 struct InstanceRouting<'a> {
     context: &'a Context<'a>,
-    /// All rules, by their preference.
+    /// All routing policy rules, by priority.
     rules: &'a HashMap<(Family, u32), Vec<&'a Rule>>,
     marks: Marks,
     instance: &'a Instance,
@@ -118,7 +118,7 @@ impl InstanceRouting<'_> {
                     found,
                     Severity::Failure,
                     findings::RULE_MISSING,
-                    format_args!("there is no routing rule {priority}: fwmark {mark} lookup {table}"),
+                    format_args!("routing rule {priority} (fwmark {mark} lookup {table}) does not exist"),
                 )
                 .fix_with(format_args!(
                     "ip {flag} rule add pref {priority} fwmark {mark} lookup {table} protocol {PROTOCOL}"
@@ -136,7 +136,9 @@ impl InstanceRouting<'_> {
                     found,
                     severity,
                     findings::GUARD_MISSING,
-                    format_args!("the routing rules {first} (iif lo ... goto {last}) and {last} are not both there"),
+                    format_args!(
+                        "routing rules {first} (iif lo fwmark {own} goto {last}) and {last} (nop) do not both exist"
+                    ),
                 )
                 .without_fix();
             if !nop {
@@ -154,7 +156,7 @@ impl InstanceRouting<'_> {
         }
     }
 
-    /// A rule before ours that takes our packets.
+    /// Reports a rule that precedes this library's rules and matches marked packets.
     fn shadowed(&self, found: &mut Findings) {
         let host = self.context.host;
         let way = eval::routed(&host.rules, &host.routes, self.family, self.mark, Some(""));
@@ -168,13 +170,19 @@ impl InstanceRouting<'_> {
             found,
             severity,
             kind,
-            format_args!("routing rule {} ({}) comes before ours, {}", rule.priority, shown(rule), self.priority()),
+            format_args!(
+                "routing rule {} ({}) precedes rule {} of this library",
+                rule.priority,
+                shown(rule),
+                self.priority()
+            ),
         );
-        // What refuses everything does more harm than that.
+        // A rule that refuses every packet does not only affect interception: its deletion is the fix.
         let everything = rule.action.refuses() && rule.incoming.is_none() && rule.mark.is_none() && sure;
         match rule.priority.checked_sub(1).filter(|_| !everything) {
             None => finding.fix_with(format_args!("{}", deletion(host.rules.as_slice(), rule))),
-            // The same two of ours, once more, before it: rules of one preference are asked in the order of their making.
+            // Two rules of this library are added again before it. Rules with the same priority are evaluated in the order
+            // in which they were added.
             Some(before) => {
                 let (flag, mark, table) = (flag(self.family), self.mark, self.instance.slot.table);
                 let after = self.priority() + LAST;
@@ -220,11 +228,11 @@ impl InstanceRouting<'_> {
                 found,
                 Severity::Failure,
                 findings::ROUTE_FOREIGN,
-                format_args!("routing table {table} has routes of somebody else: {}", names.join(", ")),
+                format_args!("routing table {table} has routes of other programs: {}", names.join(", ")),
             )
             .without_fix();
         for route in foreign.into_iter().take(SHOWN) {
-            // With its kind: the route to this host, which is ours, may have the same destination.
+            // The type is needed: this library's local route may have the same destination.
             if let Some(kind) = route.kind_name() {
                 finding.and(format_args!("ip {flag} route del {kind} {} table {table}", to(&route.destination)));
             }
@@ -232,10 +240,10 @@ impl InstanceRouting<'_> {
     }
 }
 
-/// So many rules or routes are listed in a sentence, and removed by a command.
+/// Maximum number of rules or routes that a message lists and a command removes.
 const SHOWN: usize = 50;
 
-/// Rules that lead others' packets into the tables of instances.
+/// Reports rules of other programs that select the routing tables of instances.
 fn shared(context: &Context<'_>, found: &mut Findings) {
     let mut tables: HashMap<u32, &Instance> = HashMap::new();
     for instance in context.instances.iter().filter(|i| i.owner.is_some() && i.mark.is_some()) {
@@ -254,7 +262,7 @@ fn shared(context: &Context<'_>, found: &mut Findings) {
                 Severity::Warning,
                 findings::TABLE_SHARED,
                 format_args!(
-                    "instance {name}, {family}: routing rule {priority} ({}) leads to our table {table}",
+                    "instance {name}, {family}: routing rule {priority} ({}) selects routing table {table} of this library",
                     shown(rule)
                 ),
             )
@@ -283,9 +291,10 @@ fn loopback_down(context: &Context<'_>, found: &mut Findings) {
     report!(found, severity, findings::LO_DOWN, "lo is down").with("routes", &lost);
 }
 
-/// TPROXY rules of others, made by hand or by scripts: they need a rule, a route, and luck with the way back.
+/// Checks TPROXY rules that other programs or scripts installed. They need a routing rule, a local route, and an exemption
+/// from the reverse-path check.
 fn recipes(context: &Context<'_>, marks: Marks, found: &mut Findings) {
-    // What is to be said of them depends on the mark only.
+    // The result depends only on the family and the mark.
     let mut ports: HashMap<(Family, Mark), Vec<u16>> = HashMap::new();
     let mut order = Vec::new();
     for recipe in context.interceptions.iter().filter(|interception| interception.instance.is_none()) {
@@ -307,12 +316,12 @@ fn recipes(context: &Context<'_>, marks: Marks, found: &mut Findings) {
     }
 }
 
-/// The TPROXY rules of others with one mark.
+/// TPROXY rules of other programs with one mark.
 struct Recipe<'a> {
     context: &'a Context<'a>,
     family: Family,
     mark: Mark,
-    /// Of the listeners.
+    /// Ports of the listeners.
     ports: &'a [u16],
 }
 
@@ -363,7 +372,7 @@ impl Recipe<'_> {
                 None => write!(f, " && ip {flag} route replace local default dev lo table {table}"),
             });
             let fix = format_args!("ip {flag} rule add fwmark {mark} lookup {table}{route}");
-            let words = format_args!("no routing rule is for that mark");
+            let words = format_args!("no routing rule matches this mark");
             return self.report(found, findings::RULE_MISSING, words, Some(fix), [0, table]);
         };
         if host.local_default(family, table) == Some(false) {
@@ -376,25 +385,28 @@ impl Recipe<'_> {
             && other.priority < rule.priority
         {
             let words =
-                format_args!("routing rule {} ({}) comes before {}", other.priority, shown(other), rule.priority);
+                format_args!("routing rule {} ({}) precedes rule {}", other.priority, shown(other), rule.priority);
             self.report(found, findings::RULE_SHADOWED, words, None, [other.priority, table]);
         }
-        // The host's own look-ups, of the way back and of answers, find the local route: only a sysctl away from harm.
+        // The kernel's own lookups, of the reverse route and of the route of replies, find the local route. Some sysctls and
+        // rules make them use the mark.
         let Way::Local(by) = way(Some("lo")) else { return };
         let by_mark = [
             (findings::SRC_VALID_MARK, family == Family::V4 && marks.martians, "src_valid_mark is set"),
             (findings::FWMARK_ACCEPT, marks.answers, "tcp_fwmark_accept is set"),
-            (findings::RPFILTER, marks.filters, "a rule looks for the way back with the mark"),
+            (findings::RPFILTER, marks.filters, "a reverse-path rule uses the mark"),
         ];
         for (kind, _, words) in by_mark.into_iter().filter(|(_, applies, _)| *applies) {
-            let words =
-                format_args!("{words}, and the way back of marked packets is local, by routing rule {}", by.priority);
+            let words = format_args!(
+                "{words}, and routing rule {} makes the reverse route of marked packets local",
+                by.priority
+            );
             self.report(found, kind, words, None, [by.priority, table]);
         }
     }
 }
 
-/// Rules of ours that no instance speaks for, and rules that are there twice.
+/// Reports rules of this library without an instance, and duplicate rules.
 fn left_behind(context: &Context<'_>, found: &mut Findings) {
     let host = context.host;
     let in_place = |rule: &Rule| {
@@ -405,7 +417,7 @@ fn left_behind(context: &Context<'_>, found: &mut Findings) {
         context.instances.iter().any(covers)
     };
     let orphans: Vec<&Rule> = host.rules.iter().filter(|rule| rule.protocol == PROTOCOL && !in_place(rule)).collect();
-    // Without a look at the tables nobody can tell who lives.
+    // Only the tables show which instances exist.
     if host.tables.is_some() && !orphans.is_empty() {
         let shown = orphans.iter().take(SHOWN);
         let mut numbers: Vec<String> = shown.map(|rule| format!("{} {}", rule.family, rule.priority)).collect();
@@ -416,7 +428,7 @@ fn left_behind(context: &Context<'_>, found: &mut Findings) {
             .push(
                 Severity::Note,
                 findings::RULE_ORPHAN,
-                format_args!("routing rules that nobody owns: {}", numbers.join(", ")),
+                format_args!("routing rules without an instance: {}", numbers.join(", ")),
             )
             .without_fix();
         for rule in orphans.iter().take(SHOWN) {
@@ -441,7 +453,7 @@ fn left_behind(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// The rules that every host has.
+/// Checks the routing policy rules that every host has.
 fn system_rules(context: &Context<'_>, found: &mut Findings) {
     for family in context.host.routed.iter() {
         let has = |action| context.host.rules.iter().any(|rule| rule.family == family && rule.action == action);
@@ -449,16 +461,16 @@ fn system_rules(context: &Context<'_>, found: &mut Findings) {
         for (action, kind, name) in [(LOCAL, findings::LOCAL_MISSING, "local"), (MAIN, findings::MAIN_MISSING, "main")]
         {
             if any && !has(action) {
-                report!(found, Severity::Failure, kind, "{family}: no routing rule leads to the table {name}")
+                report!(found, Severity::Failure, kind, "{family}: no routing rule selects the table {name}")
                     .with("flag", &flag(family));
             }
         }
     }
 }
 
-/// The command that deletes a rule. Empty: there is none, since it would delete another.
+/// Returns the command that deletes a rule. Empty: the command would delete another rule.
 pub(super) fn deletion(rules: &[Rule], rule: &Rule) -> String {
-    // The kernel deletes the first rule that has all that is asked for (`rule_find`), whatever else that one has.
+    // The kernel deletes the first rule that matches all given attributes (`rule_find`), whatever other attributes it has.
     let asked = conditions(rule);
     let same = |other: &&Rule| {
         (other.family, other.priority, other.action) == (rule.family, rule.priority, rule.action) && {

@@ -1,4 +1,4 @@
-//! Switches of the kernel.
+//! Checks of sysctls.
 
 use super::Context;
 use crate::check::findings::{self, Findings, Severity};
@@ -7,7 +7,7 @@ use crate::check::inspect::routing::Interface;
 use crate::check::shell::{is_plain, word};
 use crate::model::Family;
 
-/// Fewer local ports than this are a proxy's bottleneck.
+/// Minimum number of local ports without a warning.
 const PORTS: u32 = 1000;
 
 pub(super) fn check_sysctls(context: &Context<'_>, found: &mut Findings) {
@@ -21,7 +21,7 @@ pub(super) fn check_sysctls(context: &Context<'_>, found: &mut Findings) {
     if let Some((first, last)) = sysctls.port_range()
         && last.saturating_sub(first) < PORTS
     {
-        report!(found, Severity::Warning, findings::PORT_RANGE, "local ports are {first} to {last}");
+        report!(found, Severity::Warning, findings::PORT_RANGE, "the local port range is {first} to {last}");
     }
     if sysctls.number("ipv4/ip_early_demux") == Some(0) {
         report!(found, Severity::Note, findings::EARLY_DEMUX, "net.ipv4.ip_early_demux is 0");
@@ -35,12 +35,13 @@ pub(super) fn check_sysctls(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// The command that sets a switch of an interface, by its directory below net. Empty: there is none.
+/// Returns the command that sets a sysctl of an interface, in the given directory below net. Empty: the name cannot be
+/// written in a shell.
 fn setting(directory: &str, interface: &Interface, switch: &str, value: u32) -> String {
     let name = &interface.name;
     let bytes = name.as_bytes();
     match word(name) {
-        // To sysctl(8) a `=` ends the name, and what begins with a `*` is a pattern.
+        // In sysctl(8) a `=` ends the name, and a name that begins with `*` is a pattern.
         Some(word) if is_plain(name) && !bytes.contains(&b'=') => {
             format!("sysctl -w net/{directory}/conf/{word}/{switch}={value}")
         }
@@ -49,7 +50,7 @@ fn setting(directory: &str, interface: &Interface, switch: &str, value: u32) -> 
     }
 }
 
-/// So many interfaces are listed in a sentence.
+/// Maximum number of interfaces in a message.
 const SHOWN: usize = 16;
 
 fn listed(interfaces: &[&Interface]) -> String {
@@ -60,18 +61,18 @@ fn listed(interfaces: &[&Interface]) -> String {
     }
 }
 
-/// A host that intercepts what it would forward is a router, for the rest.
+/// Checks forwarding: a host that intercepts forwarded traffic must also forward the rest.
 fn forwarding(context: &Context<'_>, found: &mut Findings) {
     let sysctls = &context.host.sysctls;
-    // Who intercepts the host's own traffic may want no more.
+    // A host that intercepts its own traffic may not need to forward any.
     let for_others = context.intercepts() && context.instances.iter().all(|instance| instance.output_mark.is_none());
     let severity = if for_others { Severity::Warning } else { Severity::Note };
-    // A host that intercepts for nobody else need not be a router.
+    // Only a host that intercepts the traffic of other hosts must be a router.
     if sysctls.number("ipv6/conf/all/forwarding") == Some(0) {
         let finding =
             report!(found, severity, findings::FORWARDING_V6, "net.ipv6.conf.all.forwarding is 0").without_fix();
         if for_others {
-            // A router believes no other, and would lose the routes that it has from one.
+            // A router ignores router advertisements, and would lose the routes that it has from them.
             let outside = context.host.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.accept_ra == Some(1));
             for interface in outside.take(SHOWN) {
                 finding.and(format_args!("{}", setting("ipv6", interface, "accept_ra", 2)));
@@ -86,7 +87,7 @@ fn forwarding(context: &Context<'_>, found: &mut Findings) {
         }
         return;
     }
-    // A bridge's port forwards by the bridge.
+    // The ports of a bridge do not forward IP packets themselves.
     let outside = context.host.interfaces.iter().filter(|i| i.up && i.name != "lo" && i.master == 0);
     for interface in outside.filter(|interface| interface.switch("forwarding") == Some(0)) {
         let name = &interface.name;
@@ -98,12 +99,12 @@ fn forwarding(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// Strict is no fault by itself; that it has dropped something is a sign.
+/// Reports a strict reverse-path filter only if it has dropped packets.
 fn reverse_path(context: &Context<'_>, found: &mut Findings) {
     const STRICT: u64 = 1;
     const LOOSE: u32 = 2;
     let Some(dropped) = context.host.filtered_by_rp.filter(|dropped| *dropped > 0) else { return };
-    // The greater of both counts (`IN_DEV_RPFILTER`).
+    // The kernel uses the greater of the two values (`IN_DEV_RPFILTER`).
     let Some(all) = context.host.sysctls.of_all("rp_filter") else { return };
     let strict = |interface: &&Interface| interface.switch("rp_filter").is_some_and(|own| own.max(all) == STRICT);
     let outside = context.host.interfaces.iter().filter(|interface| interface.name != "lo");
@@ -117,7 +118,7 @@ fn reverse_path(context: &Context<'_>, found: &mut Findings) {
         findings::RP_FILTER,
         format_args!("rp_filter is strict on {names}, and has dropped {dropped} packets"),
     );
-    // Only these: loose is stricter than what others may have.
+    // Only for these interfaces: others may have no filter at all.
     finding.without_fix();
     for interface in strict.iter().take(SHOWN) {
         finding.and(format_args!("{}", setting("ipv4", interface, "rp_filter", LOOSE)));
@@ -133,7 +134,7 @@ fn bridges(context: &Context<'_>, found: &mut Findings) {
         (Family::V4, findings::BRIDGE_V4, "bridge/bridge-nf-call-iptables"),
         (Family::V6, findings::BRIDGE_V6, "bridge/bridge-nf-call-ip6tables"),
     ];
-    // Others may have rules for what is bridged.
+    // Other programs may have rules for bridged packets.
     let filtered = context.others().any(|chain| {
         chain.hook.is_some_and(|hook| hook.point == HookPoint::Forward) && (chain.drops || !chain.rules.is_empty())
     });
@@ -143,7 +144,7 @@ fn bridges(context: &Context<'_>, found: &mut Findings) {
             let severity = if concerned { Severity::Warning } else { Severity::Note };
             let name = path.replace('/', ".");
             let finding =
-                report!(found, severity, kind, "net.{name} is 1, and there are bridges: {}", listed(&bridges));
+                report!(found, severity, kind, "net.{name} is 1, and these bridges exist: {}", listed(&bridges));
             if filtered || !concerned {
                 finding.without_fix();
             }
@@ -151,7 +152,7 @@ fn bridges(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// Translation to 127.0.0.1.
+/// Checks the translation of destinations to 127.0.0.1.
 fn to_loopback(context: &Context<'_>, found: &mut Findings) {
     let sysctls = &context.host.sysctls;
     let mut parts = context.rules().flat_map(|(_, rule)| &rule.parts);
@@ -175,14 +176,14 @@ fn to_loopback(context: &Context<'_>, found: &mut Findings) {
     }
 }
 
-/// How many connections are tracked, of how many that may be.
+/// Checks the number of tracked connections against its limit.
 fn connections(context: &Context<'_>, found: &mut Findings) {
     let number = |name| context.host.sysctls.number(name);
     let counts = (number("netfilter/nf_conntrack_count"), number("netfilter/nf_conntrack_max"));
     let (Some(count), Some(max)) = counts else { return };
     if max > 0 && count >= max - max / 20 {
         let severity = if count >= max { Severity::Failure } else { Severity::Warning };
-        report!(found, severity, findings::CONNTRACK_FULL, "{count} connections are tracked, and {max} may be")
+        report!(found, severity, findings::CONNTRACK_FULL, "{count} connections are tracked, and the limit is {max}")
             .with("max", &max.saturating_mul(2));
     }
 }

@@ -1,4 +1,4 @@
-//! Packet filter rules of any origin, in as many words as it takes to say what they do to an intercepted packet.
+//! Packet filter rules of any origin, reduced to the conditions and effects that matter for an intercepted packet.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use crate::model::Family;
 use crate::name::Name;
 
-/// Who made a chain, and so by which program it can be changed.
+/// Origin of a chain, which determines the program that can change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
     Nft,
@@ -15,7 +15,7 @@ pub(crate) enum Origin {
     IptablesLegacy,
 }
 
-/// Where a base chain hangs.
+/// Hook of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HookPoint {
     Prerouting,
@@ -34,7 +34,7 @@ impl HookPoint {
     }
 }
 
-/// A base chain's hook.
+/// Hook and priority of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Hook {
     pub point: HookPoint,
@@ -44,41 +44,41 @@ pub(crate) struct Hook {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Chain {
     pub origin: Origin,
-    /// `None`: both (`inet`).
+    /// `None`: both families (`inet`).
     pub family: Option<Family>,
     pub table: Name,
     pub name: Name,
-    /// `None`: others jump to it.
+    /// `None`: not a base chain.
     pub hook: Option<Hook>,
-    /// What no rule decides is dropped.
+    /// The policy is drop.
     pub drops: bool,
     pub rules: Vec<Rule>,
-    /// There may be more rules, which were not read.
+    /// The chain may have more rules, which were not read.
     pub cut: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Rule {
-    /// nf_tables' handle; legacy iptables has none.
+    /// Handle in nf_tables; legacy iptables has none.
     pub handle: u64,
-    /// The rule's number in its chain, as iptables counts.
+    /// Number of the rule in its chain, as iptables counts.
     pub number: usize,
     pub parts: Vec<Part>,
 }
 
-/// What is known of the ports in a set.
+/// Known ports of a set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PortSet {
-    /// These ranges are in it, in order, both ends included.
+    /// Ranges in the set, sorted, including both ends.
     pub ranges: Vec<(u16, u16)>,
-    /// No others are.
+    /// The set has no other ranges.
     pub complete: bool,
-    /// For further ports, whether they are in it.
+    /// Results of queries for single ports.
     pub asked: BTreeMap<u16, bool>,
 }
 
 impl PortSet {
-    /// Whether a port is in it; `None`: it is not known.
+    /// Whether the set contains a port; `None`: unknown.
     pub fn contains(&self, port: u16) -> Option<bool> {
         let before = self.ranges.partition_point(|(first, _)| *first <= port).checked_sub(1);
         match before.and_then(|at| self.ranges.get(at)) {
@@ -89,20 +89,20 @@ impl PortSet {
     }
 }
 
-/// Chains, and the sets of ports that their rules name.
+/// Chains, and the sets of ports that their rules refer to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Ruleset {
     pub chains: Vec<Chain>,
     pub port_sets: Vec<PortSet>,
 }
 
-/// One part of a rule: all conditions have to hold, then the rest happens.
+/// One part of a rule. The effects apply if all conditions hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Part {
     OnlyIf(Condition),
-    /// The condition turned round.
+    /// The negated condition.
     OnlyIfNot(Condition),
-    /// mark = mark & keep ^ set; without `set`, to something unknown in the bits that are not kept.
+    /// mark = mark & keep ^ set. `set` is `None`: the bits that are not kept get an unknown value.
     SetMark {
         keep: u32,
         set: Option<u32>,
@@ -112,9 +112,9 @@ pub(crate) enum Part {
         addr: Option<IpAddr>,
         port: u16,
     },
-    /// Translates the destination; `None`: to this host, or unknown.
+    /// Translates the destination; `None`: to an address of this host, or unknown.
     TranslateDestination(Option<IpAddr>),
-    /// `redirect`: to this host, at this port.
+    /// `redirect` to this port of this host.
     Redirect(Option<u16>),
     TranslateSource,
     Verdict(Verdict),
@@ -124,27 +124,27 @@ pub(crate) enum Part {
 pub(crate) enum Condition {
     Family(Family),
     Protocol(u8),
-    /// The destination port is one of these, both ends included.
+    /// The destination port is in this range, including both ends.
     Ports(u16, u16),
-    /// The destination port is in the port set of this number.
+    /// The destination port is in the port set with this index.
     PortSet(usize),
     Mark {
         mask: u32,
         value: u32,
     },
-    /// The packet came in by `lo`.
+    /// The packet arrived on `lo`.
     Loopback,
     DestinationIsLocal,
     TransparentSocket,
-    /// There is no way back to the source by the interface that the packet came in by; whether the mark is considered.
+    /// The source has no reverse route on the interface on which the packet arrived; whether the lookup uses the mark.
     RpFilterMiss {
         mark: bool,
     },
-    /// The connection is in one of these states (NF_CT_STATE_BIT); `None`: something else about it.
+    /// The connection is in one of these states (NF_CT_STATE_BIT); `None`: another condition on the connection.
     Connection {
         states: Option<u32>,
     },
-    /// Anything else.
+    /// Any other condition.
     Other,
 }
 
@@ -155,6 +155,6 @@ pub(crate) enum Verdict {
     Return,
     Jump(Name),
     Goto(Name),
-    /// Someone in user space decides, or nobody knows.
+    /// A program decides (nfqueue), or the verdict is unknown.
     Other,
 }

@@ -1,8 +1,8 @@
-//! What the kernel holds, whoever made it, as far as it decides over the packets that are intercepted: read only.
+//! Reads the state of the kernel that affects intercepted packets, whichever program created it. Changes nothing.
 //!
-//! `filter` has the words; `nft` and `xtables` read rules into them, `routing` and `sockets` the rest. Nothing here
-//! judges. What makes no sense is left out, never a panic: these are other programs' rules, in other versions' words.
-//! Other programs may have any number of them: what is read is bounded, and a bound that was reached is told.
+//! `filter` has the types of packet filter rules, which `nft` and `xtables` read. `routing` and `sockets` read the rest. Nothing here
+//! diagnoses. Invalid data is ignored and never causes a panic: the rules belong to other programs, and their format may be of
+//! another version. Other programs may have any number of rules: the amount that is read is bounded, and a reached bound is reported.
 
 pub(crate) mod filter;
 pub(crate) mod nft;

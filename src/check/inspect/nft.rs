@@ -1,5 +1,5 @@
-//! The rules of nf_tables, everybody's; `reader` understands each. Other programs may have any number of rules and
-//! elements: what is read of them is bounded, and what was not read is not taken for known.
+//! Reads all rules of nf_tables; `reader` interprets each. Other programs may have any number of rules and elements: the amount that
+//! is read is bounded, and the rest is unknown.
 
 mod reader;
 
@@ -21,33 +21,32 @@ const GET_RULE: u16 = 7;
 const GET_SET: u16 = 10;
 const GET_ELEMENTS: u16 = 13;
 
-/// A host of Kubernetes has some ten thousand chains and rules. Each takes some microseconds, and some hundred bytes.
+/// Maximum number of chains and of rules. A Kubernetes host has about ten thousand. Each takes some microseconds and some hundred
+/// bytes.
 const CHAINS_MAX: usize = 20_000;
 const RULES_MAX: usize = 20_000;
 const SETS_MAX: usize = 20_000;
-/// So many elements of sets of ports are read, in all: whether a port is in a further or in a large set is asked port by
-/// port.
+/// Maximum number of elements of port sets that are read in total. For further or large sets, single ports are queried.
 const ELEMENTS_MAX: usize = 8_000;
-/// So often the kernel is made to look for a set, by its name, in the list of all: each time takes longer, the more there
-/// are.
+/// Maximum number of lookups of a set by name. The kernel searches a list, so each lookup takes longer the more sets exist.
 const LOOKUPS_MAX: usize = 1_000;
 const COMPARED_MAX: usize = 500_000;
 
-/// What was read of nf_tables.
+/// Result of reading nf_tables.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub ruleset: Ruleset,
-    /// How many objects the kernel sent.
+    /// Number of objects that the kernel sent.
     pub objects: usize,
-    /// What was not read, in words.
+    /// Descriptions of lists that were not read completely.
     pub cut: Vec<String>,
-    /// Where the sets of ports are, in the order of `ruleset.port_sets`; `None`: it turned out to be none of ports.
+    /// Names of the port sets, in the order of `ruleset.port_sets`; `None`: not a set of ports.
     places: Vec<Option<SetPlace>>,
-    /// So often the kernel may still be made to look for a set.
+    /// Remaining number of lookups of sets.
     lookups: usize,
 }
 
-/// A set: the family and the name of its table, and its own.
+/// Name of a set: the family and the name of its table, and its own name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct SetPlace {
     family: u8,
@@ -55,7 +54,7 @@ struct SetPlace {
     set: Name,
 }
 
-/// Every chain of the families IPv4, IPv6 and inet, with its rules.
+/// Reads every chain of the families IPv4, IPv6 and inet, with its rules.
 ///
 /// EPERM without CAP_NET_ADMIN.
 pub(crate) fn read() -> sys::Result<Found> {
@@ -68,7 +67,7 @@ pub(crate) fn read() -> sys::Result<Found> {
     }
     let (rules, all) = found.first(GET_RULE, RULES_MAX, "rules", &parse_rule)?;
     let mut sets: HashMap<SetPlace, usize> = HashMap::new();
-    // Those that say what is intercepted come first.
+    // Chains of this library are read first.
     let mut first: Vec<usize> = Vec::new();
     let mut last = 0;
     for (Whereabouts { family, table, chain }, read) in rules {
@@ -94,7 +93,7 @@ pub(crate) fn read() -> sys::Result<Found> {
             chain.rules.push(rule);
         }
     }
-    // The kernel gives rules in the order of their chains (`nf_tables_dump_rules`).
+    // The kernel sends rules in the order of their chains (`nf_tables_dump_rules`).
     for chain in found.ruleset.chains.iter_mut().skip(last).filter(|_| !all) {
         chain.cut = true;
     }
@@ -103,7 +102,7 @@ pub(crate) fn read() -> sys::Result<Found> {
 }
 
 impl Found {
-    /// The first objects of a kind, and whether they are all; if not, it is noted.
+    /// Returns the first objects of a kind, and whether they are all. Notes an incomplete list.
     fn first<T>(
         &mut self,
         kind: u16,
@@ -116,18 +115,18 @@ impl Found {
         let FirstRead { found, objects, all } = read;
         self.objects += objects;
         if !all {
-            self.cut.push(format!("nf_tables {what}: all but the first {objects}"));
+            self.cut.push(format!("nf_tables {what}: only the first {objects} were read"));
         }
         Ok((found, all))
     }
 
-    /// Reads the sets of ports, some of them first, as far as they are small, and not too many.
+    /// Reads the small port sets, up to the maximum number of elements. Those of given chains come first.
     fn read_sets(&mut self, first: &[usize]) -> sys::Result<()> {
         self.ruleset.port_sets = vec![PortSet::default(); self.places.len()];
         if self.places.is_empty() {
             return Ok(());
         }
-        // Others may be concatenations that begin with a port; what these hold is not known.
+        // Other sets may be concatenations that begin with a port, and are not interpreted.
         let before = self.objects;
         let (of_ports, _) = self.first(GET_SET, SETS_MAX, "sets", &parse_set)?;
         let of_ports: HashSet<SetPlace> = of_ports.into_iter().collect();
@@ -158,7 +157,7 @@ impl Found {
         Ok(())
     }
 
-    /// Asks the kernel whether these ports are in the sets of which not all is known.
+    /// Queries the kernel whether these ports are in the incompletely known sets.
     pub fn ask(&mut self, ports: &[u16]) -> sys::Result<()> {
         let sets = self.places.iter().zip(&mut self.ruleset.port_sets);
         let mut sets: Vec<(&SetPlace, &mut PortSet)> =
@@ -169,7 +168,7 @@ impl Found {
         let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
         let mut cut = false;
         for port in ports {
-            // One that does not tell is none of ports.
+            // If the query fails, the set is not a set of ports.
             sets.retain_mut(|(place, set)| {
                 if self.lookups == 0 {
                     cut = true;
@@ -193,14 +192,14 @@ impl Found {
     }
 }
 
-/// The table and the name of every chain of a family, where these are text.
+/// Returns the table and the name of every chain of a family. Names that are not UTF-8 are omitted.
 pub(crate) fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
     let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
     let names = |(_, chain): (u8, Chain)| Some((chain.table.as_str()?.to_owned(), chain.name.as_str()?.to_owned()));
     Ok(dumped.iter().filter_map(|payload| names(parse_chain(payload)?)).collect())
 }
 
-/// Whether the tables of a family that are `iptables-nft`'s have rules. No more is read than that takes.
+/// Whether the tables of `iptables-nft` in a family have rules. Reads no more than needed.
 pub(crate) fn iptables_has_rules(family: Family) -> sys::Result<bool> {
     for table in IPTABLES {
         let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
@@ -213,7 +212,7 @@ pub(crate) fn iptables_has_rules(family: Family) -> sys::Result<bool> {
     Ok(false)
 }
 
-/// The families whose chains see IP packets as such.
+/// Families whose chains process IP packets.
 fn family_of(nfproto: u8) -> Option<Option<Family>> {
     match nfproto {
         INET => Some(None),
@@ -223,10 +222,10 @@ fn family_of(nfproto: u8) -> Option<Option<Family>> {
     }
 }
 
-/// The tables of `iptables-nft`, in the families of its own.
+/// Names of the tables of `iptables-nft`, in the families that it uses.
 const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
 
-/// `iptables-nft` has tables and base chains of these names.
+/// Whether `iptables-nft` uses a table and a base chain of these names.
 fn origin_of(family: Option<Family>, table: &Name) -> Origin {
     match family {
         Some(_) if IPTABLES.iter().any(|name| *table == **name) => Origin::IptablesNft,
@@ -259,7 +258,7 @@ fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
     Some((nfproto, Chain { origin, family, table, name, hook, drops, rules: Vec::new(), cut: false }))
 }
 
-/// The chain that a rule is in.
+/// Returns the chain of a rule.
 #[derive(Debug)]
 struct Whereabouts {
     family: u8,
@@ -284,7 +283,7 @@ fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
     Some((place, reader.read))
 }
 
-/// A set whose keys have the size of a port.
+/// Returns a set whose keys have the size of a port.
 fn parse_set(payload: &[u8]) -> Option<SetPlace> {
     const TABLE: u16 = 1;
     const NAME: u16 = 2;
@@ -307,9 +306,9 @@ const VALUE: u16 = 1;
 const INTERVAL_END: u32 = 1;
 const CATCHALL: u32 = 2;
 
-/// The first elements of a set and whether they are all, if it is there; and the channel, if it is still of use.
+/// Returns the first elements of a set and whether they are all, if the set exists; and the channel, if it can still be used.
 fn elements(mut channel: Channel, place: &SetPlace) -> (Option<(Vec<Element>, bool)>, Option<Channel>) {
-    /// Each message has some hundred elements. Behind the first comes another, or the end.
+    /// A message has some hundred elements. Another message or the end follows the first.
     const MESSAGES_MAX: usize = 2;
     let of = |a: &mut wire::Attrs<'_>| {
         a.name(OF_TABLE, &place.table);
@@ -322,8 +321,7 @@ fn elements(mut channel: Channel, place: &SetPlace) -> (Option<(Vec<Element>, bo
     }
 }
 
-/// Whether a port is in a set; `None`: the kernel does not say. (Not asked for is `*`, which stands for all other keys, and
-/// needs none beside it in a set of ports.)
+/// Queries whether a set contains a port; `None`: the query fails. (The element `*`, which matches all other keys, is not queried.)
 fn is_in(channel: &mut Channel, place: &SetPlace, port: u16) -> Option<bool> {
     let named = |a: &mut wire::Attrs<'_>| {
         a.name(OF_TABLE, &place.table);
@@ -337,12 +335,12 @@ fn is_in(channel: &mut Channel, place: &SetPlace, port: u16) -> Option<bool> {
     }
 }
 
-/// An element of a set.
+/// Element of a set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Element {
-    /// `None`: it stands for every key (`*`).
+    /// `None`: it matches every key (`*`).
     key: Option<Vec<u8>>,
-    /// It ends an interval.
+    /// The element is the end of an interval.
     end: bool,
 }
 
@@ -355,13 +353,13 @@ fn parse_elements(attrs: &[u8]) -> Vec<Element> {
     wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).collect()
 }
 
-/// What elements say of a set, which may have others, too.
+/// Converts elements to ranges. The set may have more elements.
 fn port_set(elements: &[Element], all: bool) -> PortSet {
     if elements.iter().any(|element| element.key.is_none()) {
         return PortSet { ranges: vec![(0, u16::MAX)], complete: true, asked: BTreeMap::new() };
     }
     let intervals = elements.iter().any(|element| element.end);
-    // Where one range ends and the next begins, the end comes first.
+    // If a range ends where the next begins, the end is sorted first.
     let key = |element: &Element| {
         let port = u16::from_be_bytes(element.key.as_deref()?.try_into().ok()?);
         Some(u32::from(port) << 1 | u32::from(!element.end))
@@ -380,7 +378,7 @@ fn port_set(elements: &[Element], all: bool) -> PortSet {
         let last = match keys.peek() {
             _ if !intervals => first,
             Some((next, true)) => next.saturating_sub(1),
-            // Two that begin, one behind the other: the end between was not read. Without a next, the interval goes to
+            // If two begins follow each other, the end between them was not read. A begin without a following element extends to
             // the last port.
             Some((next, false)) if all => next.saturating_sub(1),
             None if all => u16::MAX,
@@ -402,7 +400,7 @@ mod tests {
     use crate::netlink::wire::Buffer;
     use proptest::prelude::*;
 
-    /// A rule of ours as the kernel would dump it: the attributes are the same.
+    /// Returns a rule of this library as the kernel would dump it: the attributes are the same.
     fn read_back(statements: Vec<Statement>) -> Rule {
         let object = Object::Rule { chain: "c", statements, comment: "" };
         let mut buffer = Buffer::default();

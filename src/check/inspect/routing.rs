@@ -1,4 +1,4 @@
-//! Everybody's routing policy rules, the routes of a table, and the interfaces. It needs no privilege.
+//! Reads all routing policy rules, the routes of a table, and the interfaces. This needs no privilege.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use crate::name::Name;
 use crate::netlink::{Channel, FirstRead, wire};
 use crate::sys;
 
-/// What a routing policy rule does.
+/// Action of a routing policy rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
     Lookup(u32),
@@ -19,7 +19,7 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// It answers for the packet by dropping it.
+    /// Whether the action drops or refuses the packet.
     pub fn refuses(self) -> bool {
         matches!(self, Action::Blackhole | Action::Unreachable | Action::Prohibit)
     }
@@ -34,17 +34,17 @@ pub(crate) struct Rule {
     pub action: Action,
     /// `None`: any mark.
     pub mark: Option<Mark>,
-    /// The interface that the packet has to come in by.
+    /// Interface on which the packet must arrive.
     pub incoming: Option<Name>,
-    /// There are more conditions, or not every route counts.
+    /// The rule has more conditions, or ignores some routes.
     pub conditional: bool,
-    /// It says what packets it is not for.
+    /// The rule is inverted (`not`).
     pub inverted: bool,
-    /// It is for packets of sockets that are bound to an interface, or of VRFs.
+    /// The rule is for packets of sockets that are bound to an interface, or of VRFs.
     pub by_interface: bool,
-    /// The further conditions, each as the option of `ip rule` and its value.
+    /// Further conditions: the option of `ip rule` and its value.
     pub others: Vec<(&'static str, Name)>,
-    /// There are conditions of which this library does not know the option.
+    /// The rule has conditions whose option this library does not know.
     pub unknown: bool,
 }
 
@@ -74,10 +74,10 @@ const IP_PROTOCOL: u16 = 22;
 const SOURCE_PORT: u16 = 23;
 const DESTINATION_PORT: u16 = 24;
 
-/// So many rules of a family are read. Each packet is compared with each, so that no host has more.
+/// Maximum number of rules that are read per family. The kernel compares each packet with each rule, so hosts have few.
 const RULES_MAX: usize = 10_000;
 
-/// The rules of a family, in the order in which they are asked.
+/// Reads the rules of a family, in the order of evaluation.
 pub(crate) fn rules(family: Family) -> sys::Result<FirstRead<Rule>> {
     let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut channel = Channel::open_wide(libc::NETLINK_ROUTE)?;
@@ -101,7 +101,7 @@ fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
         let ports = || Some(format!("{}-{}", two(0)?, two(2)?));
         let (option, words) = match kind {
             IIF | GOTO | PRIORITY | MARK | MASK | TABLE | PADDING | PROTOCOL => continue,
-            // The kernel says all ones where there is no suppression.
+            // The kernel reports all ones if nothing is suppressed.
             SUPPRESS_PREFIX | SUPPRESS_GROUP if wire::u32_at(value, 0) == Some(u32::MAX) => continue,
             L3MDEV if value.first() != Some(&1) => continue,
             OIF => {
@@ -163,7 +163,7 @@ fn prefix(bytes: &[u8], len: u8) -> Option<String> {
     Some(format!("{}/{len}", address(bytes)?))
 }
 
-/// A route, as far as interception cares.
+/// The attributes of a route that affect interception.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Route {
     pub family: Family,
@@ -175,12 +175,12 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    /// To this host.
+    /// Whether the route leads to this host.
     pub fn is_local(&self) -> bool {
         self.kind == libc::RTN_LOCAL
     }
 
-    /// The kind, as `ip route` calls it.
+    /// Returns the type by the name of `ip route`.
     pub fn kind_name(&self) -> Option<&'static str> {
         const NAMES: [(u8, &str); 9] = [
             (libc::RTN_UNICAST, "unicast"),
@@ -197,7 +197,7 @@ impl Route {
     }
 }
 
-/// The first routes of a table; the Internet has a million. With `local`, of those to this host.
+/// Reads the first routes of a table, which may have a million. `local`: only routes to this host.
 ///
 /// A table of IPv4 begins with its default route; one of IPv6 ends with it (`fib6_walk_continue`).
 pub(crate) fn routes(family: Family, table: u32, local: bool, most: usize) -> sys::Result<FirstRead<Route>> {
@@ -208,10 +208,10 @@ pub(crate) fn routes(family: Family, table: u32, local: bool, most: usize) -> sy
         header[7] = libc::RTN_LOCAL;
     }
     let mut channel = Channel::open(libc::NETLINK_ROUTE)?;
-    // A kernel before 4.20 sends the routes of all tables.
+    // Linux before 4.20 sends the routes of all tables.
     let parse = |payload: &[u8]| parse_route(family, payload).filter(|route| route.table == table);
     match channel.read_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), most, &parse) {
-        // A table that has never had a route.
+        // The table has never had a route.
         Err(sys::Errno(libc::ENOENT)) => Ok(FirstRead { found: Vec::new(), objects: 0, all: true }),
         read => read,
     }
@@ -240,26 +240,26 @@ pub(crate) struct Interface {
     pub up: bool,
     /// "bridge", "veth", ...; empty for hardware.
     pub kind: Name,
-    /// The index of the bridge or bond that it is a port of.
+    /// Index of the bridge or bond that it is a port of.
     pub master: u32,
-    /// IPv4's switches (net.ipv4.conf.NAME), those of [`SWITCHES`]; none if it has no IPv4.
+    /// IPv4 sysctls (net.ipv4.conf.NAME) of [`SWITCHES`]; empty if the interface has no IPv4.
     pub switches: Vec<(&'static str, u32)>,
-    /// IPv6's accept_ra: 1 means that routers are believed as long as this host is none. `None`: it has no IPv6.
+    /// IPv6 accept_ra; 1: router advertisements are accepted if this host is not a router. `None`: the interface has no IPv6.
     pub accept_ra: Option<u32>,
 }
 
 impl Interface {
-    /// One of IPv4's switches; `None`: it is not known.
+    /// Returns an IPv4 sysctl; `None`: unknown.
     pub fn switch(&self, name: &str) -> Option<u64> {
         self.switches.iter().find(|(known, _)| *known == name).map(|(_, value)| u64::from(*value))
     }
 }
 
-/// IPV4_DEVCONF_*, less one, and the names of their sysctls. A read of one from /proc takes as long as this whole dump.
+/// IPV4_DEVCONF_* minus one, and the names of the sysctls. Reading one from /proc takes as long as this whole dump.
 const SWITCHES: [(usize, &str); 5] =
     [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
 
-/// So many interfaces are read.
+/// Maximum number of interfaces that are read.
 const INTERFACES_MAX: usize = 4096;
 
 pub(crate) fn interfaces(channel: &mut Channel) -> sys::Result<FirstRead<Interface>> {
@@ -306,7 +306,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// An interface as kernels tell of it, with so many bytes of switches.
+    /// Returns the message of an interface, with a number of bytes of sysctls.
     fn interface(switches: usize) -> Vec<u8> {
         let mut buffer = crate::netlink::wire::Buffer::default();
         buffer.message(1, 0, 1, &[0; 16], |a| {

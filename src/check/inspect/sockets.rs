@@ -1,4 +1,4 @@
-//! Who listens, by sock_diag(7). It needs no privilege.
+//! Listening sockets, by sock_diag(7). Reading them needs no privilege.
 
 use std::net::IpAddr;
 
@@ -6,27 +6,27 @@ use crate::model::{Family, Protocol};
 use crate::netlink::{Channel, wire};
 use crate::sys;
 
-/// A socket that gets what comes for a port.
+/// A socket that receives connections or datagrams for a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Listener {
     pub family: Family,
     pub protocol: Protocol,
-    /// `None`: every address.
+    /// `None`: the wildcard address.
     pub addr: Option<IpAddr>,
     pub port: u16,
-    /// Of IPv6, and deaf to IPv4.
+    /// IPV6_V6ONLY: the socket receives no IPv4.
     pub v6_only: bool,
-    /// `None`: the kernel does not say (before 5.10).
+    /// `None`: unknown (Linux before 5.10).
     pub transparent: Option<bool>,
-    /// Bound to one interface, by its index.
+    /// Index of the interface that the socket is bound to, or 0.
     pub interface: u32,
-    /// Connections that wait to be accepted, and how many may.
+    /// Connections that wait to be accepted, and the limit of their number.
     pub waiting: u32,
     pub backlog: u32,
 }
 
 impl Listener {
-    /// It gets packets of a family.
+    /// Whether the socket receives packets of a family.
     pub fn serves(&self, family: Family) -> bool {
         let mapped = |addr: IpAddr| matches!(addr, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
         match (self.family, family) {
@@ -37,27 +37,27 @@ impl Listener {
     }
 }
 
-/// The sockets that get what comes for a port.
+/// Sockets that receive connections or datagrams for a port.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Listeners {
     pub found: Vec<Listener>,
-    /// Protocols of which not all sockets were read, and why.
+    /// Protocols whose sockets were not all read, with the reason.
     pub cut: Vec<(Protocol, String)>,
-    /// How many sockets the kernel told of.
+    /// Number of sockets that the kernel reported.
     pub objects: usize,
 }
 
 impl Listeners {
-    /// Every listener of a protocol is known.
+    /// Whether every listener of a protocol is known.
     pub fn knows(&self, protocol: Protocol) -> bool {
         self.cut.iter().all(|(cut, _)| *cut != protocol)
     }
 }
 
-/// So many sockets of a family and protocol are read: a user may have thousands, which have nothing to do with this.
+/// Maximum number of sockets that are read per family and protocol. A user may have thousands of unrelated sockets.
 const SOCKETS_MAX: usize = 10_000;
 
-/// Every listening TCP socket and every bound, unconnected UDP socket.
+/// Reads every listening TCP socket and every bound, unconnected UDP socket.
 pub(crate) fn listeners() -> sys::Result<Listeners> {
     /// SOCK_DIAG_BY_FAMILY; TCP_LISTEN and TCP_CLOSE (a UDP socket that is not connected), as bits.
     const BY_FAMILY: u16 = 20;
@@ -66,7 +66,7 @@ pub(crate) fn listeners() -> sys::Result<Listeners> {
     let mut listeners = Listeners::default();
     for family in [Family::V4, Family::V6] {
         for (protocol, states) in [(Protocol::Tcp, LISTEN), (Protocol::Udp, CLOSE)] {
-            // struct inet_diag_req_v2: family, protocol, extensions, states, and a socket that is none in particular.
+            // struct inet_diag_req_v2: family, protocol, extensions, states, and no particular socket.
             let mut request = [0; 56];
             request[0] = family.nfproto();
             request[1] = protocol.number();
@@ -77,10 +77,10 @@ pub(crate) fn listeners() -> sys::Result<Listeners> {
                     listeners.found.extend(read.found);
                     listeners.objects += read.objects;
                     if !read.all {
-                        listeners.cut.push((protocol, format!("all but the first {}", read.objects)));
+                        listeners.cut.push((protocol, format!("only the first {} were read", read.objects)));
                     }
                 }
-                // ENOENT: the module that knows them (tcp_diag, udp_diag) is not there.
+                // ENOENT: the kernel has no module for them (tcp_diag, udp_diag).
                 Err(e) => listeners.cut.push((protocol, e.to_string())),
             }
         }

@@ -1,4 +1,4 @@
-//! The matches and targets of iptables, as both its variants have them, and the tables of the legacy one.
+//! Reads matches and targets of iptables, which both variants use, and the tables of legacy iptables.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,7 +12,7 @@ use crate::name::Name;
 use crate::netlink::wire::{u16_at, u32_at};
 use crate::sys;
 
-/// A match (`-m`) by its name and its `struct xt_*_info`.
+/// Converts a match (`-m`), by its name and its `struct xt_*_info`.
 pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
     let number = |at| u32_at(info, at).unwrap_or(0);
     let (condition, inverted) = match name {
@@ -38,8 +38,8 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
     vec![if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) }]
 }
 
-/// xt_tcp and xt_udp: source ports, destination ports; of TCP an option, a mask and a value of flags; what is inverted
-/// (XT_TCP_INV_DSTPT 2, as of UDP).
+/// xt_tcp and xt_udp: source ports, destination ports; for TCP an option, a mask and a value of flags; inversion flags
+/// (XT_TCP_INV_DSTPT 2, the same for UDP).
 fn ports(name: &str, info: &[u8]) -> Vec<Part> {
     const ALL: (u16, u16) = (0, u16::MAX);
     let range = |at| (u16_at(info, at).unwrap_or(ALL.0), u16_at(info, at + 2).unwrap_or(ALL.1));
@@ -68,7 +68,7 @@ fn connection_states(name: &str, info: &[u8]) -> Option<u32> {
     }
 }
 
-/// A target (`-j`) by its name, revision and `struct xt_*_info`.
+/// Converts a target (`-j`), by its name, revision and `struct xt_*_info`.
 pub(crate) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Part> {
     let number = |at| u32_at(info, at).unwrap_or(0);
     match name {
@@ -77,7 +77,7 @@ pub(crate) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Part> {
         // xt_connmark_tginfo1: ctmark, ctmask, nfmask, mode (XT_CONNMARK_RESTORE 2).
         "CONNMARK" if info.get(12) == Some(&2) => vec![Part::SetMark { keep: !number(8), set: None }],
         "TPROXY" => tproxy(revision, info),
-        // nf_nat_range2: flags, lowest address; of revision 0, the number of ranges first.
+        // nf_nat_range2: flags, lowest address. In revision 0, the number of ranges precedes them.
         "DNAT" => {
             let addr = info.get(4..20).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
             vec![Part::TranslateDestination(addr.and_then(|addr| translated(revision, addr)))]
@@ -100,7 +100,7 @@ fn tproxy(revision: u32, info: &[u8]) -> Vec<Part> {
         return Vec::new();
     };
     let port = u16::from_be_bytes(port.try_into().unwrap_or_default());
-    // Which family it is, the chain says: an IPv4 address is the first four bytes.
+    // The chain determines the family. An IPv4 address is in the first four bytes.
     let addr = match (<[u8; 4]>::try_from(addr), <[u8; 16]>::try_from(addr)) {
         (Ok([0, 0, 0, 0]), _) | (_, Ok([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])) => None,
         (Ok(v4), _) => Some(IpAddr::from(v4)),
@@ -128,9 +128,9 @@ fn redirected(info: &[u8]) -> Option<u16> {
     (port != 0).then_some(port)
 }
 
-/// The names of the tables that the legacy variant has now (asking for another would make it).
+/// Returns the names of the existing tables of legacy iptables. (A query for another table would create it.)
 ///
-/// EACCES: only root may know. ENOENT: there is no /proc.
+/// EACCES: only root may read the names. ENOENT: /proc does not exist.
 pub(crate) fn legacy_tables(family: Family) -> sys::Result<Vec<String>> {
     const DIRECTORY: &str = "/proc/thread-self/net";
     let file = match family {
@@ -139,30 +139,30 @@ pub(crate) fn legacy_tables(family: Family) -> sys::Result<Vec<String>> {
     };
     match std::fs::read_to_string(format!("{DIRECTORY}/{file}")).map_err(sys::Errno::from) {
         Ok(text) => Ok(text.lines().map(str::to_owned).collect()),
-        // The kernel has none of it.
+        // The kernel has no legacy iptables.
         Err(sys::Errno(libc::ENOENT)) if std::fs::exists(DIRECTORY).unwrap_or(false) => Ok(Vec::new()),
         Err(e) => Err(e),
     }
 }
 
-/// The chains of one table of the legacy variant. EFBIG: it is larger than anybody would read.
+/// Returns the chains of a table of legacy iptables. EFBIG: the table is too large.
 pub(crate) fn legacy_chains(family: Family, table: &str) -> sys::Result<Vec<Chain>> {
-    /// Some twenty thousand rules.
+    /// About twenty thousand rules.
     const MOST: usize = 4 << 20;
     let (info, entries) = legacy_entries(family, table, MOST)?;
     Ok(parse_legacy(family, table, &info, &entries))
 }
 
-/// The names of all chains in one table of the legacy variant but the kernel's own, where these are text.
+/// Returns the names of all user-defined chains in a table of legacy iptables. Names that are not UTF-8 are omitted.
 pub(crate) fn legacy_chain_names(family: Family, table: &str) -> sys::Result<Vec<String>> {
-    /// A table of this size has some 200,000 rules.
+    /// A table of this size has about 200,000 rules.
     const MOST: usize = 64 << 20;
     let (_, entries) = legacy_entries(family, table, MOST)?;
     let names = entries_of(family, &entries).filter_map(|entry| Some(entry.begins()?.as_str()?.to_owned()));
     Ok(names.collect())
 }
 
-/// Whether a table of the legacy variant has more than the chains and policies that every table has.
+/// Whether a table of legacy iptables has more than its built-in chains and policies.
 pub(crate) fn legacy_has_rules(family: Family, table: &str) -> sys::Result<bool> {
     let socket = legacy_socket(family)?;
     let info = legacy_info(&socket, family, table)?;
@@ -171,11 +171,11 @@ pub(crate) fn legacy_has_rules(family: Family, table: &str) -> sys::Result<bool>
     Ok(u32_at(&info, INFO - 8).unwrap_or(0) > hooks + 1)
 }
 
-/// `struct ipt_getinfo`, the same for IPv6, and the name in it.
+/// Sizes of `struct ipt_getinfo`, which is the same for IPv6, and of the name in it.
 const INFO: usize = 84;
 const NAME: usize = 32;
 
-/// The options are asked of any socket of the family.
+/// The options can be read from any socket of the family.
 fn legacy_socket(family: Family) -> sys::Result<Socket> {
     let domain = match family {
         Family::V4 => Domain::IPV4,
@@ -184,7 +184,7 @@ fn legacy_socket(family: Family) -> sys::Result<Socket> {
     Ok(Socket::new(domain, Type::DGRAM.cloexec(), None)?)
 }
 
-/// Fills what comes behind a table's name.
+/// Reads an option whose buffer begins with the name of the table.
 fn ask_legacy(socket: &Socket, family: Family, option: i32, table: &str, buffer: &mut [u8]) -> sys::Result<()> {
     let level = match family {
         Family::V4 => libc::SOL_IP,
@@ -202,12 +202,12 @@ fn legacy_info(socket: &Socket, family: Family, table: &str) -> sys::Result<[u8;
     Ok(info)
 }
 
-/// All of a table: `struct ipt_getinfo`, and the entries. EFBIG: they are more bytes than that.
+/// Reads a table: `struct ipt_getinfo` and the entries. EFBIG: the entries exceed the maximum size.
 fn legacy_entries(family: Family, table: &str, most: usize) -> sys::Result<([u8; INFO], Vec<u8>)> {
     /// IPT_SO_GET_ENTRIES, the same number for IPv6, and the head of `struct ipt_get_entries`.
     const GET_ENTRIES: i32 = 65;
     const HEAD: usize = 40;
-    /// A table that was replaced between the two questions has another size (EAGAIN).
+    /// EAGAIN: the table was replaced between the two queries, and its size has changed.
     const TRIES: usize = 16;
     let socket = legacy_socket(family)?;
     for _ in 0..TRIES {
@@ -234,7 +234,7 @@ fn legacy_entries(family: Family, table: &str, most: usize) -> sys::Result<([u8;
     Err(sys::Errno(libc::EAGAIN))
 }
 
-/// Where the parts of `struct ipt_entry` or `ip6t_entry` are.
+/// Offsets of the parts of `struct ipt_entry` or `ip6t_entry`.
 struct Layout {
     in_interface: usize,
     out_interface: usize,
@@ -278,16 +278,15 @@ struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// The name of the chain that begins behind this entry: its target is called ERROR and has the name.
+    /// Returns the name of the chain that begins after this entry: the entry has the target ERROR with the name.
     fn begins(&self) -> Option<Name> {
         let ("ERROR", _, name) = self.target else { return None };
-        // The last entry of a table is called so too.
+        // The last entry of a table has the same target.
         Some(Name::new(name))
     }
 }
 
-/// A match or a target: its size, name, revision and data. Its name is a kernel module's; any other is of none that is
-/// known here.
+/// Reads a match or a target: its size, name, revision and data. A name that is not UTF-8 is unknown.
 fn extension(bytes: &[u8]) -> Option<(usize, &str, u32, &[u8])> {
     let size = usize::from(u16_at(bytes, 0)?);
     let name = bytes.get(2..31)?.split(|byte| *byte == 0).next()?;
@@ -299,7 +298,7 @@ fn layout(family: Family) -> &'static Layout {
     if family == Family::V4 { &V4 } else { &V6 }
 }
 
-/// The entries of a table, as far as they make sense.
+/// Reads the entries of a table up to the first invalid one.
 fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = Entry<'_>> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -312,7 +311,7 @@ fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = Entry<'_>> {
 fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
     let layout = layout(family);
     let entries: Vec<Entry<'_>> = entries_of(family, blob).collect();
-    // Where chains begin: at a hook's entry, or behind one whose target is called ERROR and has the name.
+    // A chain begins at the entry of a hook, or after an entry with the target ERROR.
     let mut chains: Vec<(usize, Chain, Option<usize>)> = Vec::new();
     let new = |name: Name, hook: Option<Hook>| Chain {
         origin: Origin::IptablesLegacy,
@@ -324,7 +323,7 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
         rules: Vec::new(),
         cut: false,
     };
-    // In the order in which they begin, as the entries are.
+    // Sorted by their beginning, as the entries are.
     for entry in &entries {
         if let Some(name) = entry.begins() {
             chains.push((entry.next, new(name, None), None));
@@ -340,7 +339,7 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
         }
     }
     let names: HashMap<usize, Name> = chains.iter().map(|(start, chain, _)| (*start, chain.name.clone())).collect();
-    // Where the kernel gave what makes no sense there may be more.
+    // After an invalid entry, more entries may follow.
     let cut = entries.last().map_or(0, |entry| entry.next) < blob.len();
     for entry in entries.iter().filter(|entry| entry.target.0 != "ERROR") {
         let Some(point) = chains.partition_point(|(start, ..)| *start <= entry.at).checked_sub(1) else { continue };
@@ -384,7 +383,7 @@ fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>
         parts.push(only_if(Condition::Protocol(protocol as u8), NOT_PROTOCOL));
     }
     let addresses = bytes.get(..layout.in_interface).unwrap_or_default();
-    // Addresses with their masks; interfaces; and whatever is turned round.
+    // Addresses with their masks, interfaces, and inversion flags.
     let interface = bytes.get(layout.in_interface..layout.in_interface + 16).unwrap_or_default();
     let outgoing = bytes.get(layout.out_interface).copied().unwrap_or(0);
     if interface.starts_with(b"lo\0") {
@@ -411,7 +410,8 @@ fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>
     parts
 }
 
-/// The standard target: -1 - NF_DROP, -1 - NF_ACCEPT, XT_RETURN, or where to go on; the next rule means nothing at all.
+/// Converts the standard target: -1 - NF_DROP, -1 - NF_ACCEPT, XT_RETURN, or the offset of a chain. The offset of the next rule means no
+/// verdict.
 fn standard(verdict: i32, next: usize, goto: bool, chains: &HashMap<usize, Name>) -> Option<Verdict> {
     const DROP: i32 = -1;
     const ACCEPT: i32 = -2;
@@ -477,7 +477,7 @@ mod tests {
             }
         }
 
-        /// Entries whose lengths make sense, and nothing else does.
+        /// Entries with valid lengths and arbitrary contents.
         #[test]
         fn xtables_entry_of_any_bytes_does_not_panic(fill: u8, target_offset in 0..400u16, next in 0..400u16) {
             let mut blob = vec![fill; 800];

@@ -1,4 +1,4 @@
-//! What a rule's expressions do, by following what each puts into the registers.
+//! Interprets the expressions of a rule, by tracking the contents of the registers.
 
 use std::net::IpAddr;
 
@@ -11,11 +11,11 @@ use crate::netlink::wire;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Read {
     pub rule: Rule,
-    /// Conditions that a port is in a set: which part, and the set's name.
+    /// Conditions on a port set: index of the part, and name of the set.
     pub port_sets: Vec<(usize, Name)>,
 }
 
-/// What a register holds.
+/// Contents of a register.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Value {
     Constant(Vec<u8>),
@@ -34,19 +34,19 @@ enum Value {
         mark: bool,
     },
     TransparentSocket,
-    /// The connection's state, as far as these bits; `u32::MAX`: all of them.
+    /// The state of the connection, masked by these bits; `u32::MAX`: all bits.
     Connection {
         states: u32,
     },
-    /// Anything else about the connection.
+    /// Another attribute of the connection.
     Tracked,
 }
 
-/// Reads one rule's expressions in their order.
+/// Interprets the expressions of one rule in order.
 #[derive(Default)]
 pub(super) struct Reader {
     pub read: Read,
-    /// Which have a value that is known, and the value.
+    /// Registers with known contents.
     registers: Vec<(u32, Value)>,
 }
 
@@ -104,7 +104,7 @@ impl Reader {
             "queue" => parts.push(Part::Verdict(Verdict::Other)),
             "match" => parts.extend(xtables::matched(xt_name(data), xt_info(data))),
             "target" => parts.extend(xtables::target(xt_name(data), number(2).unwrap_or(0), xt_info(data))),
-            // These watch, and let pass.
+            // These have no effect on the packet.
             "counter" | "log" | "notrack" | "objref" | "last" | "dup" | "dynset" | "exthdr" | "ct" | "byteorder" => {}
             _ => parts.push(Part::OnlyIf(Condition::Other)),
         }
@@ -169,7 +169,7 @@ impl Reader {
         let number = |kind| wire::be32_of(data, kind);
         let operand = |kind| wire::attribute(wire::attribute(data, kind)?, 1).and_then(|v| wire::u32_at(v, 0));
         let value = number(1).and_then(|source| value_in(&self.registers, source).cloned());
-        // NFT_BITWISE_MASK_XOR is 0; shifts and operations on two registers are too much.
+        // NFT_BITWISE_MASK_XOR is 0; shifts and operations on two registers are not interpreted.
         let simple = number(6).unwrap_or(0) == 0;
         let value = match (value, operand(4), operand(5)) {
             (Some(Value::Mark { keep, flip }), Some(mask), Some(xor)) if simple => {
@@ -204,7 +204,7 @@ impl Reader {
         let number = |kind| wire::be32_of(data, kind);
         let end = |kind| wire::attribute(data, kind).and_then(|value| wire::be32_of(value, 1));
         let value = number(1).and_then(|source| value_in(&self.registers, source));
-        // All types behind RTN_UNICAST are this host's, or nobody's.
+        // All types after RTN_UNICAST are addresses of this host, or addresses that no host has.
         let condition = match (value, end(3), end(4)) {
             (Some(Value::DestinationType), Some(first), Some(last))
                 if (u32::from(libc::RTN_LOCAL)..=last).contains(&first) =>
@@ -232,7 +232,7 @@ impl Reader {
         let inverted = number(5).unwrap_or(0) & INVERTED != 0;
         parts.push(if inverted { Part::OnlyIfNot(condition) } else { Part::OnlyIf(condition) });
         match number(3) {
-            // A verdict map: who knows which.
+            // The verdict of a map is unknown.
             Some(0) => parts.push(Part::Verdict(Verdict::Other)),
             to => self.load(to, None),
         }
@@ -260,12 +260,12 @@ impl Reader {
     }
 }
 
-/// Registers 1 to 4 of 16 bytes are the same as 8 to 23 of 4 bytes.
+/// Registers 1 to 4 (16 bytes) are the same memory as registers 8 to 23 (4 bytes).
 fn register(number: u32) -> u32 {
     if (1..=4).contains(&number) { 8 + (number - 1) * 4 } else { number }
 }
 
-/// What is known to be in a register.
+/// Returns the known contents of a register.
 fn value_in(registers: &[(u32, Value)], from: u32) -> Option<&Value> {
     let from = register(from);
     registers.iter().find(|(register, _)| *register == from).map(|(_, value)| value)
@@ -279,7 +279,7 @@ fn compared(value: &Value, operation: u32, constant: &[u8]) -> Option<Condition>
             _ => Condition::Ports(port, u16::MAX),
         });
     }
-    // From RTN_LOCAL on all types are this host's, or nobody's; in network order, as what is compared in size is.
+    // All types from RTN_LOCAL on are addresses of this host, or addresses that no host has. Values are compared in network byte order.
     if let (Value::DestinationType, AT_MOST | AT_LEAST) = (value, operation) {
         let kind = constant.first_chunk().map(|bytes| u32::from_be_bytes(*bytes))?;
         return (kind >= u32::from(libc::RTN_LOCAL)).then_some(Condition::DestinationIsLocal);
