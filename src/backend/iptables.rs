@@ -179,16 +179,11 @@ impl Builder<'_> {
         }
     }
 
-    /// As in the nf_tables rules: leaves alone packets that an instance has taken already and what this host sends to
-    /// itself, refuses what no other host can have sent, and has the rest intercepted. It is reached
-    /// from PREROUTING only, where `-i` and `--limit-iface-in` may be used. The nat table does not allow DROP: there
-    /// RETURN leaves such packets alone.
-    ///
-    /// An instance with another mark is not recognized: iptables cannot ask whether a packet has a socket (`-m owner` is
-    /// for packets that are sent).
+    /// As in the nf_tables rules: leaves alone what another instance loops and what this host sends to itself, refuses
+    /// what no other host can have sent, and has the rest intercepted. It is reached from PREROUTING only, where `-i` and
+    /// `--limit-iface-in` may be used. The nat table does not allow DROP: there RETURN leaves such packets alone.
     fn vet(&self, refuse: &str) -> Chain {
         let mut chain = self.chain("v");
-        chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
         if let Some(looped) = self.plan.mark.second() {
             chain.rule(format_args!("-i lo -m mark --mark {looped} -j RETURN"));
         }
@@ -276,12 +271,8 @@ impl Builder<'_> {
 
     fn own_output(&self, then: &str) -> Chain {
         let mut chain = self.chain("o");
-        // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so are packets with a foreign source, and those
-        // that another instance has taken.
+        // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
-        if let Some(looped) = self.plan.loop_mark {
-            chain.rule(format_args!("-m mark --mark {looped} -j RETURN"));
-        }
         if self.plan.may_match_replies(Protocol::Tcp) {
             // As in the nf_tables rules: data has to be of a connection that was accepted.
             chain.rule(format_args!("-p tcp -m conntrack --ctdir REPLY --ctstatus ASSURED -j RETURN"));

@@ -6,6 +6,7 @@
 //! ip rule add pref P   iif lo fwmark M/MASK goto P+3
 //! ip rule add pref P+1 fwmark M/MASK lookup T
 //! ip rule add pref P+2 fwmark O/MASK lookup T
+//! ip rule add pref P+2 from 127.0.0.0/8 iif lo lookup T      (::1 for IPv6; only for servers of this host)
 //! ip rule add pref P+3 nop
 //! ip route add local default dev lo table T
 //! ```
@@ -15,12 +16,15 @@
 //! `iif lo` and with the packet's mark, for a route back to the client, would
 //! find the local table, and drop the packet as a martian
 //! (`net/ipv4/fib_frontend.c`, `__fib_validate_source`). The third is for the
-//! host's own packets, which do come in by `lo`, and so need a mark of their own.
+//! host's own packets, which do come in by `lo`, and so need a mark of their own. The fourth is for a server on a loopback
+//! address that replies to another host's address: the kernel looks for a route before any rule of netfilter can set a
+//! mark, and refuses to send from such an address by another interface (`__mkroute_output`).
 //!
 //! Unlike nf_tables, rtnetlink has no transactions: each message stands for
 //! itself.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::error::{Error, Result};
 use crate::model::{Families, Family, Mark};
@@ -51,8 +55,10 @@ pub(crate) fn is_system_table(table: u32) -> bool {
 pub(crate) struct Routing {
     pub families: Families,
     pub mark: Mark,
-    /// The mark of the host's own packets, if they are intercepted.
+    /// The mark of packets that this host sends and that return by `lo`, if there are such.
     pub output_mark: Option<Mark>,
+    /// Servers on loopback addresses reply to transparent sockets of this host.
+    pub from_loopback: bool,
     pub table: u32,
     pub priority: u32,
 }
@@ -77,7 +83,7 @@ impl FoundRule {
     /// The routing table that it leads to.
     pub fn table(&self) -> Option<u32> {
         match self.kind {
-            RuleKind::Lookup(table) => Some(table),
+            RuleKind::Lookup(table) | RuleKind::LookupFromLoopback(table) => Some(table),
             _ => None,
         }
     }
@@ -98,6 +104,8 @@ impl Routing {
 pub(crate) enum RuleKind {
     Goto(u32),
     Lookup(u32),
+    /// What this host sends from a loopback address.
+    LookupFromLoopback(u32),
     Nop,
     /// One that we never make.
     Foreign,
@@ -130,7 +138,7 @@ pub(crate) fn rules(channel: &mut Channel, needed: Families) -> Result<Vec<Found
             continue;
         }
         let spared = !needed.contains(family) || needed == Families::ALL && family == Family::V6;
-        match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0), &|_| {}) {
+        match channel.dump(libc::RTM_GETRULE, &rule_header(family, 0, 0), &|_| {}) {
             Ok(dumped) => found.extend(dumped.iter().filter_map(|payload| parse_rule(payload))),
             Err(e) if spared && is_absent(e) => {}
             Err(e) => return Err(failed(if family == Family::V4 { "-4 " } else { "-6 " }, e)),
@@ -280,11 +288,11 @@ pub(crate) fn commands(routing: &Routing) -> impl Iterator<Item = String> {
 /// In the order in which they are added: a look-up without its route, or a jump without its target, would lead
 /// marked packets past.
 fn entries(routing: &Routing) -> Vec<Entry> {
-    let Routing { families, mark, output_mark, table, priority } = *routing;
+    let Routing { families, mark, output_mark, from_loopback, table, priority } = *routing;
     let [first, second, third, after] = [0, 1, 2, RULES - 1].map(|number| priority.saturating_add(number));
     let none = Mark { value: 0, mask: 0 };
-    // Of both families, a route and four rules each.
-    let mut entries = Vec::with_capacity(10);
+    // Of both families, a route and five rules each.
+    let mut entries = Vec::with_capacity(12);
     for family in families.iter() {
         entries.push(Entry::Route { family, table });
     }
@@ -295,6 +303,9 @@ fn entries(routing: &Routing) -> Vec<Entry> {
         rule(second, RuleKind::Lookup(table), mark);
         if let Some(mark) = output_mark {
             rule(third, RuleKind::Lookup(table), mark);
+        }
+        if from_loopback {
+            rule(third, RuleKind::LookupFromLoopback(table), none);
         }
     }
     entries
@@ -367,9 +378,17 @@ fn rejected(entry: &Entry, failure: &Failure) -> Error {
     Error::with(failure.errno, format_args!("ip {command}: {failure}{before}{fix}"))
 }
 
-/// `struct fib_rule_hdr`.
-fn rule_header(family: Family, action: u8) -> [u8; 12] {
-    [family.nfproto(), 0, 0, 0, 0, 0, 0, action, 0, 0, 0, 0]
+/// `struct fib_rule_hdr`; the length of the source is its third byte.
+fn rule_header(family: Family, source_len: u8, action: u8) -> [u8; 12] {
+    [family.nfproto(), 0, source_len, 0, 0, 0, 0, action, 0, 0, 0, 0]
+}
+
+/// The loopback addresses of a family, and the length of their prefix.
+fn loopback(family: Family) -> (IpAddr, u8) {
+    match family {
+        Family::V4 => (IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)), 8),
+        Family::V6 => (IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+    }
 }
 
 /// `struct rtmsg`, of the local default route.
@@ -382,6 +401,7 @@ fn route_header(family: Family) -> [u8; 12] {
 const ACT_TO_TABLE: u8 = 1;
 const ACT_GOTO: u8 = 2;
 const ACT_NOP: u8 = 3;
+const RULE_SRC: u16 = 2;
 const RULE_IIF: u16 = 3;
 const RULE_GOTO: u16 = 4;
 const RULE_PRIORITY: u16 = 6;
@@ -391,9 +411,9 @@ const RULE_SUPPRESS_PREFIXLEN: u16 = 14;
 const RULE_TABLE: u16 = 15;
 const RULE_MARK_MASK: u16 = 16;
 const RULE_PROTOCOL: u16 = 21;
-/// FRA_DST, _SRC, _FLOW, _TUN_ID, _SUPPRESS_IFGROUP, _OIFNAME, _L3MDEV, _UID_RANGE, _IP_PROTO, and the ranges of ports
+/// FRA_DST, _FLOW, _TUN_ID, _SUPPRESS_IFGROUP, _OIFNAME, _L3MDEV, _UID_RANGE, _IP_PROTO, and the ranges of ports
 /// from FRA_SPORT_RANGE on (later ones are selectors too).
-const OTHER_SELECTORS: [u16; 17] = [1, 2, 11, 12, 13, 17, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30];
+const OTHER_SELECTORS: [u16; 16] = [1, 11, 12, 13, 17, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30];
 const ROUTE_OIF: u16 = 4;
 const ROUTE_TABLE: u16 = 15;
 
@@ -414,10 +434,15 @@ impl Entry {
                 let action = match kind {
                     RuleKind::Goto(_) => ACT_GOTO,
                     RuleKind::Nop => ACT_NOP,
-                    RuleKind::Lookup(_) | RuleKind::Foreign => ACT_TO_TABLE,
+                    RuleKind::Lookup(_) | RuleKind::LookupFromLoopback(_) | RuleKind::Foreign => ACT_TO_TABLE,
                 };
-                messages.message(libc::RTM_NEWRULE + op, flags, seq, &rule_header(family, action), |a| {
-                    encode_rule(a, priority, kind, mark);
+                let source_len = match kind {
+                    RuleKind::LookupFromLoopback(_) => loopback(family).1,
+                    _ => 0,
+                };
+                let header = rule_header(family, source_len, action);
+                messages.message(libc::RTM_NEWRULE + op, flags, seq, &header, |a| {
+                    encode_rule(a, family, priority, kind, mark);
                 });
             }
             Entry::Route { family, table } => {
@@ -440,6 +465,10 @@ impl Entry {
                 let what = match kind {
                     RuleKind::Goto(target) => format!("iif lo fwmark {mark} goto {target}"),
                     RuleKind::Lookup(table) => format!("fwmark {mark} lookup {table}"),
+                    RuleKind::LookupFromLoopback(table) => {
+                        let (addr, len) = loopback(family);
+                        format!("from {addr}/{len} iif lo lookup {table}")
+                    }
                     RuleKind::Nop => "nop".to_owned(),
                     RuleKind::Foreign => String::new(),
                 };
@@ -459,10 +488,10 @@ fn flag(family: Family) -> &'static str {
     }
 }
 
-fn encode_rule(attrs: &mut Attrs<'_>, priority: u32, kind: RuleKind, mark: Mark) {
+fn encode_rule(attrs: &mut Attrs<'_>, family: Family, priority: u32, kind: RuleKind, mark: Mark) {
     attrs.u32(RULE_PRIORITY, priority);
     attrs.u8(RULE_PROTOCOL, PROTOCOL);
-    if kind != RuleKind::Nop {
+    if mark.mask != 0 {
         attrs.u32(RULE_MARK, mark.value);
         attrs.u32(RULE_MARK_MASK, mark.mask);
     }
@@ -472,6 +501,14 @@ fn encode_rule(attrs: &mut Attrs<'_>, priority: u32, kind: RuleKind, mark: Mark)
             attrs.u32(RULE_GOTO, target);
         }
         RuleKind::Lookup(table) => attrs.u32(RULE_TABLE, table),
+        RuleKind::LookupFromLoopback(table) => {
+            match loopback(family).0 {
+                IpAddr::V4(addr) => attrs.bytes(RULE_SRC, &addr.octets()),
+                IpAddr::V6(addr) => attrs.bytes(RULE_SRC, &addr.octets()),
+            }
+            attrs.string(RULE_IIF, "lo");
+            attrs.u32(RULE_TABLE, table);
+        }
         RuleKind::Nop | RuleKind::Foreign => {}
     }
 }
@@ -479,9 +516,21 @@ fn encode_rule(attrs: &mut Attrs<'_>, priority: u32, kind: RuleKind, mark: Mark)
 fn parse_rule(payload: &[u8]) -> Option<FoundRule> {
     let family = Families::ALL.iter().find(|family| payload.first() == Some(&family.nfproto()))?;
     let action = *payload.get(7)?;
-    let attrs = payload.get(rule_header(family, 0).len()..)?;
+    let attrs = payload.get(rule_header(family, 0, 0).len()..)?;
     let number = |kind| wire::u32_of(attrs, kind);
+    let from_loopback = || -> Option<bool> {
+        let (addr, len) = loopback(family);
+        let source = wire::attributes(attrs).find(|(kind, _)| *kind == RULE_SRC)?.1;
+        let is_loopback = match addr {
+            IpAddr::V4(addr) => source == addr.octets(),
+            IpAddr::V6(addr) => source == addr.octets(),
+        };
+        Some(is_loopback && payload.get(2) == Some(&len))
+    };
     let kind = match action {
+        ACT_TO_TABLE if from_loopback() == Some(true) => {
+            number(RULE_TABLE).map_or(RuleKind::Foreign, RuleKind::LookupFromLoopback)
+        }
         ACT_GOTO => number(RULE_GOTO).map_or(RuleKind::Foreign, RuleKind::Goto),
         ACT_TO_TABLE => number(RULE_TABLE).map_or(RuleKind::Foreign, RuleKind::Lookup),
         ACT_NOP => RuleKind::Nop,
@@ -507,13 +556,15 @@ fn is_ours(rule: &FoundRule, payload: &[u8], attrs: &[u8]) -> bool {
     const INVERT: u32 = 2;
     let number = |kind| wire::u32_of(attrs, kind);
     // struct fib_rule_hdr: the lengths of destination and source, the type of service, and the flags.
-    let [_, 0, 0, 0, ..] = payload else { return false };
+    let [_, 0, source_len, 0, ..] = *payload else { return false };
+    let has_source = source_len != 0 || wire::attributes(attrs).any(|(kind, _)| kind == RULE_SRC);
     let inverted = wire::u32_at(payload, 8).is_none_or(|flags| flags & INVERT != 0);
     let selects = wire::attributes(attrs).any(|(kind, _)| OTHER_SELECTORS.contains(&kind))
         || number(RULE_SUPPRESS_PREFIXLEN).is_some_and(|len| len != u32::MAX);
     let fits = match rule.kind {
         RuleKind::Goto(target) => rule.priority.checked_add(RULES - 1) == Some(target) && rule.mark.mask != 0,
         RuleKind::Lookup(table) => !is_system_table(table) && rule.mark.mask != 0,
+        RuleKind::LookupFromLoopback(table) => !is_system_table(table) && rule.mark.mask == 0,
         RuleKind::Nop => rule.mark.mask == 0,
         RuleKind::Foreign => false,
     };
@@ -522,7 +573,8 @@ fn is_ours(rule: &FoundRule, payload: &[u8], attrs: &[u8]) -> bool {
         && !inverted
         && !selects
         && fits
-        && from_loopback == matches!(rule.kind, RuleKind::Goto(_)).then_some(true)
+        && has_source == matches!(rule.kind, RuleKind::LookupFromLoopback(_))
+        && from_loopback == matches!(rule.kind, RuleKind::Goto(_) | RuleKind::LookupFromLoopback(_)).then_some(true)
 }
 
 #[cfg(test)]
@@ -537,6 +589,7 @@ mod tests {
             families: Families::ALL,
             mark: Mark::DEFAULT,
             output_mark: Mark::DEFAULT.second(),
+            from_loopback: true,
             table: 7470,
             priority: 200,
         };
@@ -554,8 +607,14 @@ mod tests {
     #[test]
     fn routing_commands_equal_documentation() {
         let families = Families { v4: true, v6: false };
-        let routing =
-            Routing { families, mark: Mark::DEFAULT, output_mark: Mark::DEFAULT.second(), table: 7470, priority: 200 };
+        let routing = Routing {
+            families,
+            mark: Mark::DEFAULT,
+            output_mark: Mark::DEFAULT.second(),
+            from_loopback: true,
+            table: 7470,
+            priority: 200,
+        };
         let commands: Vec<String> = entries(&routing).iter().map(|e| e.command(Operation::Add).to_string()).collect();
         assert_eq!(
             commands,
@@ -565,6 +624,7 @@ mod tests {
                 "-4 rule add pref 200 iif lo fwmark 0x2000/0x3000 goto 203 protocol 116",
                 "-4 rule add pref 201 fwmark 0x2000/0x3000 lookup 7470 protocol 116",
                 "-4 rule add pref 202 fwmark 0x1000/0x3000 lookup 7470 protocol 116",
+                "-4 rule add pref 202 from 127.0.0.0/8 iif lo lookup 7470 protocol 116",
             ]
         );
     }

@@ -452,7 +452,14 @@ fn delete_table(nft: &mut Channel, table: &str) -> Result<()> {
 /// The routing of a plan at its slot. NAT redirection needs none.
 pub(super) fn routing(plan: &Plan, slot: table::RoutingSlot) -> Routing {
     let families = if plan.mode == Mode::Redirect { Families::default() } else { plan.families };
-    Routing { families, mark: plan.mark, output_mark: plan.loop_mark, table: slot.table, priority: slot.priority }
+    Routing {
+        families,
+        mark: plan.mark,
+        output_mark: plan.loop_mark,
+        from_loopback: plan.local_servers,
+        table: slot.table,
+        priority: slot.priority,
+    }
 }
 
 mod by_iptables;

@@ -15,6 +15,9 @@
 //! `vet` drops packets whose addresses cannot be those of a connection between two hosts, which a proxy would take for
 //! its own or for those of loopback; so does `reserved`, for IPv6, in `vet` and in `divert`.
 //!
+//! Where several instances select a packet, the first that was installed has it: of two chains of one hook and
+//! priority, the kernel runs the one that was registered first last (`nf_hook_entries_grow`), and the last `tproxy` counts.
+//!
 //! `select` has the addresses, and returns replies of connections that others began; where neither is needed, it is a
 //! statement of the rules that would lead there. With NAT redirection `intercept` translates,
 //! and hangs from the nat hooks; without connection tracking the raw hooks
@@ -228,7 +231,6 @@ impl Ruleset<'_> {
         if let Some(mark) = plan.loop_mark.filter(|_| plan.local_output) {
             // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
             self.chain((REROUTE, None));
-            self.rule(REROUTE, "another instance has it", &[&[Statement::LoopedBy(None), ACCEPT]]);
             let reroute = [Statement::SetMark(mark), Statement::SetLooped(Looped::by(&plan.name)), ACCEPT];
             self.rule(REROUTE, "looped back via lo", &[&reroute]);
             self.select_chain(&TO_REROUTE);
@@ -387,8 +389,6 @@ impl Ruleset<'_> {
     /// service, and a proxy's own datagram to a link-local address would come back to it for ever. Packets of this host to
     /// others may come by `lo` too, where a route says so, or where another instance loops them.
     ///
-    /// Leaves alone what earlier rules have given to a socket: where instances overlap, the first that was installed wins.
-    ///
     /// Drops what no other host can have sent: packets from an address of this host, to which a proxy's answers would
     /// come back as if they were new, from a broadcast or multicast address, and packets to loopback. IPv4's routing does
     /// much the same (`fib_validate_source`, unless accept_local is set), IPv6's does not.
@@ -403,7 +403,6 @@ impl Ruleset<'_> {
         self.chain((VET, None));
         let by_lo = [Statement::FromLoopback(true), Statement::Verdict(Verdict::Jump(VET_BY_LO))];
         self.rule(VET, "of this host", &[&by_lo]);
-        self.rule(VET, "given to a socket already", &[&[Statement::HasSocket, RETURN]]);
         let spoofed = [Statement::FromLoopback(false), Statement::SourceIsNoOther];
         self.rule(VET, "not from another host", &[&spoofed, &drop]);
         self.refuse_reserved(VET);

@@ -72,8 +72,6 @@ pub(crate) enum Statement {
     LoopedBy(Option<Looped>),
     /// Says which instance sends the packet back by `lo`.
     SetLooped(Looped),
-    /// Only packets that rules before these have given to a socket. Packets that come in have no socket before.
-    HasSocket,
     /// Only packets of connections that both sides have agreed to.
     Assured,
     /// Only packets from an address of this host, or from any other.
@@ -252,7 +250,6 @@ impl fmt::Display for Statement {
                 write!(f, "meta priority {}-{}", Looped(Looped::FIRST), Looped(Looped::LAST))
             }
             Statement::SetLooped(looped) => write!(f, "meta priority set {looped}"),
-            Statement::HasSocket => write!(f, "meta skuid != {}", u32::MAX),
             Statement::SourceIsLocal(true) => f.write_str("fib saddr type local"),
             Statement::SourceIsLocal(false) => f.write_str("fib saddr type != local"),
             Statement::DestinationIsThisHost => f.write_str("fib daddr type local"),
@@ -443,11 +440,6 @@ impl Statement {
                 rule.immediate(REG_1, &looped.0.to_ne_bytes());
                 rule.meta_set(META_PRIORITY, REG_1);
             }
-            Statement::HasSocket => {
-                // Without a socket the rule ends here (`nft_meta_get_eval_skugid`). No user has the highest number.
-                rule.meta_load(META_SKUID, REG_1);
-                rule.compare_as(NOT_EQ, REG_1, &u32::MAX.to_ne_bytes());
-            }
             Statement::SourceIsLocal(yes) => {
                 rule.load_address_type(FIB_SOURCE, REG_1);
                 rule.compare_as(if *yes { EQ } else { NOT_EQ }, REG_1, &u32::from(libc::RTN_LOCAL).to_ne_bytes());
@@ -547,7 +539,6 @@ const META_PRIORITY: u32 = 2;
 const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
 const META_IIFNAME: u32 = 6;
-const META_SKUID: u32 = 10;
 const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
