@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows tcp_proxy, udp_proxy and bind_nonlocal at work, on a network of its own.
+"""Runs tcp_proxy, udp_proxy and bind_nonlocal in a network of three hosts.
 
     demo.py DIRECTORY-OF-THE-PROGRAMS
 
@@ -7,12 +7,12 @@ Three hosts, each a network namespace, joined by veth pairs:
 
     client ---- proxy ---- server
 
-The client fetches a few megabytes over HTTP from the server, whose only way is
-through the proxy's host, once over IPv4 and once over IPv6; then it asks a name
-of the server's resolver, and of addresses that nobody owns. What each of the
-three saw is put side by side, and the exit status is 0 only if all of it is
-right. The network namespaces have no names and no mounts: they end with this
-program. It needs root, or permission to create user namespaces.
+The client fetches a few megabytes over HTTP from the server, through the proxy's
+host, once over IPv4 and once over IPv6. Then it sends DNS queries to the server's
+resolver, and to addresses that no host owns. Tables show what each of the three
+hosts received. The exit status is 0 only if all results are correct. The network
+namespaces have no names and no mounts, and end with this program. It needs root,
+or permission to create user namespaces.
 """
 
 import concurrent.futures
@@ -40,15 +40,15 @@ LINKS = (
 )
 GATEWAYS = (("client", ("198.51.100.1", "2001:db8:1::1")), ("server", ("203.0.113.1", "2001:db8:2::1")))
 FETCHES = (("IPv4", "198.51.100.2", "203.0.113.2"), ("IPv6", "2001:db8:1::2", "2001:db8:2::2"))
-# Whom the client asks for a name besides the server: nobody.
+# Addresses that no host owns, to which the client sends DNS queries.
 NOBODY = ("192.0.2.53", "2001:db8:53::53")
 NAME = "name.example"
-# The type that is asked for, and what the resolver knows.
+# Types of the queries, and the records of the resolver.
 RECORDS = (("A", "192.0.2.80"), ("AAAA", "2001:db8:80::80"))
 
 
 def limit(seconds):
-    """A time limit, multiplied by TPROXY_TEST_TIME_FACTOR (CONTRIBUTING.md)."""
+    """Returns a time limit, multiplied by TPROXY_TEST_TIME_FACTOR (CONTRIBUTING.md)."""
     return seconds * float(os.environ.get("TPROXY_TEST_TIME_FACTOR", "1"))
 
 
@@ -61,13 +61,13 @@ CLONE_NEWNET = 0x40000000
 
 
 def path_of(host):
-    """The path of a host's network namespace, for commands that open it."""
-    # os.getpid() would be wrong: without a /proc of its own, a PID namespace sees the process numbers of its parent.
+    """Returns the path of a host's network namespace."""
+    # Not os.getpid(): in a PID namespace without a new /proc, /proc has the PIDs of the parent namespace.
     return f"/proc/{os.readlink('/proc/self')}/fd/{namespaces[host]}"
 
 
 def on(host, *command):
-    """The command line that runs a command on a host."""
+    """Returns the command line that runs a command on a host."""
     return ["nsenter", f"--net={path_of(host)}", *command]
 
 
@@ -80,7 +80,7 @@ def ip(host, *arguments):
 
 
 def new_namespace():
-    """A descriptor of a new network namespace, which ends with its last descriptor and its last process."""
+    """Creates a network namespace and returns a descriptor. It ends with its last descriptor and its last process."""
 
     def make():
         # unshare(2) moves only the calling thread.
@@ -93,7 +93,7 @@ def new_namespace():
 
 
 def build_network():
-    """Makes the hosts; replaces those of an earlier call."""
+    """Creates the hosts, and replaces those of an earlier call."""
     for host in HOSTS:
         if host in namespaces:
             os.close(namespaces.pop(host))
@@ -108,7 +108,7 @@ def build_network():
     for host, gateways in GATEWAYS:
         for gateway in gateways:
             ip(host, "route", "add", "default", "via", gateway)
-    # The proxy's host is a router: what it does not intercept it would pass on.
+    # The proxy's host is a router: it forwards packets that it does not intercept.
     for path in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         run(*on("proxy", "sh", "-c", f"echo 1 > /proc/sys/net/{path}"))
 
@@ -122,7 +122,7 @@ def at_port(addr, port):
 
 
 def serve():
-    """The server: answers every request with the same bytes, and says who asked."""
+    """The server: replies to every request with the same bytes, and reports the client's address."""
     content = body()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -146,7 +146,7 @@ def serve():
 
 
 class Program:
-    """A program that runs on a host, and the lines that it prints."""
+    """A program that runs on a host, and its output lines."""
 
     def __init__(self, host, *command, **options):
         self.process = subprocess.Popen(on(host, *command), stdout=subprocess.PIPE, text=True, **options)
@@ -159,11 +159,11 @@ class Program:
         self.lines.put(None)
 
     def expect(self, start):
-        """The rest of the next line that starts so; "nothing" if none comes."""
+        """Returns the rest of the next line with this beginning; "nothing" after a timeout."""
         return self.find(lambda line: line[len(start):].strip() if line.startswith(start) else None)
 
     def find(self, part):
-        """What it finds in the first line in which it finds anything; "nothing" if none comes."""
+        """Returns the match in the first line that matches; "nothing" after a timeout."""
         try:
             while (line := self.lines.get(timeout=PATIENCE)) is not None:
                 if (found := part(line)) is not None:
@@ -182,7 +182,7 @@ def port_of(addr):
 
 
 def fetch(family, client, server, proxy, http_server):
-    """One row of the table, and whether it is right."""
+    """Returns a row of the table, and whether it is correct."""
     asked = at_port(server, PORT)
     got = subprocess.run(
         on("client", "curl", "-q", "-s", "-g", "--noproxy", "*", "-m", str(PATIENCE), f"http://{asked}/"), capture_output=True, check=False
@@ -201,9 +201,9 @@ def fetch(family, client, server, proxy, http_server):
 
 
 def start_resolver():
-    """A resolver on the server that knows one name; None if it does not start."""
+    """Starts a resolver on the server that has one name; None if it does not start."""
     records = [f"--host-record={NAME},{','.join(value for _, value in RECORDS)}"]
-    # All in the foreground, as whoever runs the demo, and without the host's own settings.
+    # In the foreground, as the user of the demo, and without the host's configuration.
     settings = ["--no-daemon", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]
     logs = ["--log-queries=extra", "--log-facility=-"]
     resolver = Program("server", "dnsmasq", *settings, *logs, *records, stderr=subprocess.STDOUT)
@@ -211,13 +211,13 @@ def start_resolver():
 
 
 def asked_by(line):
-    """Who asks, of the resolver's line "... 1 198.51.100.2/40000 query[A] ..."."""
+    """Returns the client in a line of the resolver such as "... 1 198.51.100.2/40000 query[A] ..."."""
     found = re.search(r" (\S+)/(\d+) query\[", line)
     return at_port(*found.groups()) if found else None
 
 
 def resolve(family, client, asked, proxy, resolver, keeps_port):
-    """One row of the table, and whether it is right. dig takes no answer but from the address that it asked."""
+    """Returns a row of the table, and whether it is correct. dig accepts a reply only from the address of its query."""
     kind, known = RECORDS[family == "IPv6"]
     dig = ["dig", "-r", f"@{asked}", NAME, kind, "+short", "+norecurse", "+tries=1", f"+timeout={PATIENCE}"]
     outcome = subprocess.run(on("client", *dig), capture_output=True, text=True, check=False)
@@ -232,12 +232,12 @@ def resolve(family, client, asked, proxy, resolver, keeps_port):
         and caller == at_port(client, port_of(caller))
         and seen_by_resolver == (caller if keeps_port else at_port(client, port_of(seen_by_resolver)))
     )
-    # Of what dig has to say, such as "reply from unexpected source", the first line.
+    # The first line of dig's messages, such as "reply from unexpected source".
     return (family, caller, at_port(asked, 53), seen_by_proxy, seen_by_resolver, answer.partition("\n")[0]), right
 
 
 def show_names(programs):
-    """Asks the server for a name, and addresses that nobody owns; gives whether all is right."""
+    """Sends queries to the server and to addresses that no host owns. Returns whether all results are correct."""
     resolver = start_resolver()
     servers = [server for _, _, server in FETCHES]
     to_server = [f"--to={at_port(server, 53)}" for server in servers]
@@ -250,7 +250,7 @@ def show_names(programs):
             rows.append((*row, "ok" if row_right else "WRONG"))
             right = row_right and right
         right = proxy.stop() == 0 and right
-    print("\nA name, through udp_proxy; the last two ask addresses that nobody owns:")
+    print("\nDNS queries through udp_proxy; no host owns the addresses of the last two:")
     print_table(("", "client", "asked", "original destination", "resolver saw", "answer", ""), rows)
     if resolver:
         resolver.stop()
@@ -258,7 +258,7 @@ def show_names(programs):
 
 
 def start_proxy(programs):
-    """The proxy, once it says that it is ready; None if it never does."""
+    """Starts the proxy and waits until it is ready; None if it fails."""
     proxy = Program("proxy", os.path.join(programs, "tcp_proxy"), "3129", str(PORT))
     return proxy if proxy.expect("listening") != "nothing" else None
 
@@ -268,7 +268,7 @@ def our_tables():
 
 
 def leftovers():
-    """What a proxy that ended might have left on its host."""
+    """Returns rules and routes that a proxy may have left on its host."""
     rules = [line for f in ("-4", "-6") for line in ip("proxy", f, "rule").splitlines() if "116" in line]
     routes = [
         line
@@ -307,18 +307,18 @@ def show(programs):
     tables = our_tables()
     proxy = start_proxy(programs)
     verdicts.append(not tables and proxy is not None)
-    print(f"\nKilled, it left {', '.join(tables) or 'no table'}; a second start", "worked." if proxy else "FAILED.")
+    print(f"\nAfter SIGKILL, the proxy left {', '.join(tables) or 'no table'}; a second start", "worked." if proxy else "FAILED.")
 
     status = proxy.stop() if proxy else None
     left = leftovers()
     verdicts.append(status == 0 and not left)
-    print(f"Stopped, it ended with status {status} and left", f"{'; '.join(left) or 'nothing'}.")
+    print(f"After SIGTERM, it ended with status {status} and left", f"{'; '.join(left) or 'nothing'}.")
 
     bound = subprocess.run(
         on("proxy", os.path.join(programs, "bind_nonlocal")), capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     verdicts.append(bound.returncode == 0)
-    print(f"An address that nobody owns, through bind_nonlocal: {bound.stdout.strip() or bound.stderr.strip()}.")
+    print(f"bind_nonlocal, with an address that no host owns: {bound.stdout.strip() or bound.stderr.strip()}.")
     return 0 if all(verdicts) else 1
 
 
@@ -328,7 +328,7 @@ def main():
     elif sys.argv[1] == "--inside":
         sys.exit(show(sys.argv[2]))
     else:
-        # The processes and the namespaces end with the first of them, however it ends.
+        # All processes and namespaces end with the first process.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         new = ["unshare", *user, "--net", "--pid", "--fork", "--kill-child"]
         os.execvp(new[0], [*new, sys.executable, __file__, "--inside", os.path.abspath(sys.argv[1])])

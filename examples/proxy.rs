@@ -2,9 +2,9 @@
 //!
 //!     proxy LISTEN-PORT PORT
 //!
-//! Intercepts what this host forwards to PORT of other hosts, over IPv4 and IPv6, and connects to the server from the
-//! client's own address. A connection that is silent for five minutes ends, and a server has ten seconds to answer; at most
-//! 1,000 connections are open at a time. Until SIGINT.
+//! Intercepts connections that this host would forward to PORT of other hosts, over IPv4 and IPv6, and connects to the server
+//! from the client's own address. A connection without a byte for five minutes is closed. A server must accept within ten
+//! seconds. At most 1,000 connections are open at a time. SIGINT ends the proxy.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -50,7 +50,7 @@ async fn main() -> Result<(), Anything> {
                         drop(place);
                     });
                 }
-                // Descriptors, mostly: others may be closed in a moment.
+                // Usually a lack of descriptors: other connections may end soon.
                 Err(error) => {
                     eprintln!("accept: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -69,7 +69,7 @@ async fn main() -> Result<(), Anything> {
 async fn relay(mut client: TcpStream, from: SocketAddr) -> Result<(), Anything> {
     let to = tproxy::orig_dst(&client)?;
     if must_not_be_called(to.ip().to_canonical()) {
-        return Err(format!("{to} is not to be called").into());
+        return Err(format!("refused: denied destination {to}").into());
     }
     let options = ConnectOptions::new().nonblocking(true);
     let mut server = TcpStream::from_std(tproxy::socket::connect_from(from, to, options)?.into())?;
@@ -84,7 +84,7 @@ async fn relay(mut client: TcpStream, from: SocketAddr) -> Result<(), Anything> 
     Ok(())
 }
 
-/// What only this host reaches, or nobody: a proxy connects from inside.
+/// Destinations that the proxy must not connect to for its clients, because it connects from inside the network.
 fn must_not_be_called(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_link_local() || ip.is_multicast(),
@@ -92,7 +92,7 @@ fn must_not_be_called(ip: IpAddr) -> bool {
     }
 }
 
-/// Moves bytes until their end, which is passed on.
+/// Moves bytes until the end of stream, which is passed on.
 async fn pump(from: &mut (impl AsyncReadExt + Unpin), to: &mut (impl AsyncWriteExt + Unpin)) -> Result<(), Anything> {
     let mut buffer = vec![0; 16 << 10];
     loop {

@@ -48,14 +48,14 @@
 //! }
 //! ```
 //!
-//! | module | what it has |
+//! | module | contents |
 //! |---|---|
 //! | [`socket`] | sockets that bind, listen on and connect from addresses that this host does not own |
-//! | [`orig_dst()`], [`accept()`] | the destination of an intercepted connection, by itself or along with the connection |
-//! | [`rules`] | the nf_tables rules and the policy routing that bring the packets to such sockets |
+//! | [`orig_dst()`], [`accept()`] | the original destination of a connection, for an accepted socket or together with accept |
+//! | [`rules`] | the nf_tables rules and the policy routing that deliver packets to such sockets |
 //! | [`udp`] | datagrams with their original destinations, and replies from any source |
-//! | [`check`] | what on this host breaks transparent proxying, and what fixes it |
-//! | [`self_test()`] | whether rules work on this kernel, by probes through a temporary network |
+//! | [`check`] | causes that break transparent proxying on this host, and the commands that fix them |
+//! | [`self_test()`] | tests rules on this kernel, by probes through a temporary network namespace |
 //! | [`ffi`] | the functions of the C library, `include/tproxy.h` |
 //!
 //! A call that fails returns an [`Error`] with an errno and a message, and leaves nothing behind: no descriptor, rule or

@@ -1,9 +1,9 @@
 //! Transparent sockets: bind, listen and connect with addresses that this host
 //! does not own.
 //!
-//! "Transparent" is the kernel's `IP_TRANSPARENT` (`ip(7)`); it needs
-//! CAP_NET_RAW or CAP_NET_ADMIN. Setting it at either level (SOL_IP, SOL_IPV6)
-//! sets the one flag that both families look at.
+//! A socket is transparent if `IP_TRANSPARENT` is set (`ip(7)`), which needs
+//! CAP_NET_RAW or CAP_NET_ADMIN. Both levels (SOL_IP, SOL_IPV6) set the same
+//! flag, which both families use.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,7 +14,7 @@ use crate::address::{KernelAddr, canonical};
 use crate::error::{Endpoints, Error, Result, SocketOp};
 use crate::sys;
 
-/// How [`listen`] makes its socket. Each method changes one option and returns the options.
+/// Options of [`listen`]. Each method changes one option and returns the options.
 ///
 /// ```
 /// use tproxy::socket::ListenOptions;
@@ -32,7 +32,7 @@ pub struct ListenOptions {
 }
 
 impl ListenOptions {
-    /// A blocking socket that has its port to itself.
+    /// Creates the default options: a blocking socket that does not share its port.
     pub fn new() -> ListenOptions {
         ListenOptions::default()
     }
@@ -43,13 +43,13 @@ impl ListenOptions {
         self
     }
 
-    /// Lets several listeners share the port (SO_REUSEPORT); the kernel spreads the connections.
+    /// Lets several listeners share the port (SO_REUSEPORT); the kernel distributes the connections.
     pub fn reuse_port(mut self, yes: bool) -> ListenOptions {
         self.reuse_port = yes;
         self
     }
 
-    /// Makes a socket that serves IPv6 only (IPV6_V6ONLY). The address must then be an IPv6 address.
+    /// Creates a socket that serves only IPv6 (IPV6_V6ONLY). The address must then be an IPv6 address.
     pub fn only_v6(mut self, yes: bool) -> ListenOptions {
         self.only_v6 = yes;
         self
@@ -63,7 +63,7 @@ impl ListenOptions {
     }
 }
 
-/// How [`connect_from`] and [`connect_socket`] connect. Each method changes one option and returns the options.
+/// Options of [`connect_from`] and [`connect_socket`]. Each method changes one option and returns the options.
 ///
 /// ```
 /// use tproxy::socket::{ConnectOptions, SourcePort};
@@ -81,7 +81,7 @@ pub struct ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// A blocking stream socket, from any port of the source.
+    /// Creates the default options: a blocking stream socket, and any source port.
     pub fn new() -> ConnectOptions {
         ConnectOptions::default()
     }
@@ -94,13 +94,13 @@ impl ConnectOptions {
         self
     }
 
-    /// Sets whether the port of the source address counts, [`SourcePort::Any`] by default.
+    /// Sets how the source port is chosen. The default is [`SourcePort::Any`].
     pub fn port(mut self, port: SourcePort) -> ConnectOptions {
         self.port = port;
         self
     }
 
-    /// Makes a UDP socket that is connected to the destination, and receives only from there.
+    /// Creates a UDP socket that is connected to the destination, and receives only from there.
     ///
     /// Not for [`connect_socket`]: the caller's socket has its own type.
     pub fn datagram(mut self, yes: bool) -> ConnectOptions {
@@ -108,14 +108,14 @@ impl ConnectOptions {
         self
     }
 
-    /// Says that the caller will send at once: the final ACK of the handshake is delayed, to carry the data.
+    /// The caller will send data immediately: delays the final ACK of the handshake so that it carries the data.
     pub fn data_follows(mut self, yes: bool) -> ConnectOptions {
         self.data_follows = yes;
         self
     }
 }
 
-/// Whether the port of the source address counts.
+/// Choice of the source port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SourcePort {
@@ -128,7 +128,7 @@ pub enum SourcePort {
     Same,
 }
 
-/// `socket(2)`, transparent and close-on-exec.
+/// Creates a transparent, close-on-exec socket (`socket(2)`).
 ///
 /// An IPv6 stream or datagram socket is dual-stack; a datagram socket also
 /// reports original destinations (`IP_RECVORIGDSTADDR`,
@@ -144,13 +144,13 @@ pub fn socket(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Result<
     make_once(domain, kind, protocol, false)
 }
 
-/// As [`make`], as one function for callers to whom its time does not matter.
+/// Like [`make`], as one function without inlining, for callers that are not hot.
 #[inline(never)]
 fn make_once(domain: Domain, kind: Type, protocol: Option<Protocol>, only_v6: bool) -> Result<Socket> {
     make(domain, kind, protocol, only_v6)
 }
 
-/// As [`socket()`], for the caller to whom its time matters.
+/// Like [`socket()`], inlined into hot callers.
 #[inline(always)]
 pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>, only_v6: bool) -> Result<Socket> {
     if domain != Domain::IPV4 && domain != Domain::IPV6 {
@@ -172,11 +172,10 @@ pub(crate) fn make(domain: Domain, kind: Type, protocol: Option<Protocol>, only_
     Ok(socket)
 }
 
-/// Makes a socket transparent that the caller has already.
+/// Makes an existing socket transparent.
 ///
-/// A datagram socket also reports original destinations from now on. Nothing
-/// else about the socket changes: whether an IPv6 socket is dual-stack stays
-/// as it is.
+/// A datagram socket then also reports original destinations. Nothing else
+/// changes, such as whether an IPv6 socket is dual-stack.
 ///
 /// ```no_run
 /// let socket = std::net::UdpSocket::bind("[::]:3053")?;
@@ -195,10 +194,10 @@ pub fn set_transparent(fd: impl AsFd) -> Result<()> {
     Ok(())
 }
 
-/// `bind(2)` to any address, whether this host owns it or not.
+/// Binds a socket to any address, whether this host owns it or not (`bind(2)`).
 ///
 /// Makes the socket transparent first. A stream socket that is bound to port 0
-/// gets its port when it connects (or listens), not now, so that one address
+/// gets its port when it connects or listens, not immediately, so that one address
 /// can hold more connections than there are ephemeral ports
 /// (`IP_BIND_ADDRESS_NO_PORT`).
 ///
@@ -230,10 +229,10 @@ pub fn bind_nonlocal(fd: impl AsFd, addr: SocketAddr) -> Result<()> {
     if is_stream { bind_without_port(&socket, &addr) } else { bind(&socket, &addr) }
 }
 
-/// A listening transparent stream socket.
+/// Creates a listening transparent stream socket.
 ///
 /// An IPv6 socket is dual-stack, unless [`ListenOptions::only_v6`] is set. SO_REUSEADDR is set, so that a restarted
-/// program need not wait for its old connections to end.
+/// program need not wait until its old connections have ended.
 ///
 /// ```no_run
 /// use tproxy::socket::{ListenOptions, listen};
@@ -255,15 +254,15 @@ pub fn listen(addr: SocketAddr, options: ListenOptions) -> Result<Socket> {
         socket.set_reuse_port(true).map_err(|e| Error::socket(SocketOp::ReusePort, ends, e))?;
     }
     bind(&socket, &addr)?;
-    // The kernel takes the backlog for an unsigned number, and no more than net.core.somaxconn (`__sys_listen`).
+    // The kernel interprets the backlog as unsigned, and limits it to net.core.somaxconn (`__sys_listen`).
     let backlog = options.backlog.map_or(-1, |backlog| i32::try_from(backlog).unwrap_or(i32::MAX));
     socket.listen(backlog).map_err(|e| Error::socket(SocketOp::Listen, ends, e))?;
     Ok(socket)
 }
 
-/// Connects to `dst` so that the server sees the connection come from `src`.
+/// Connects to `dst` with the source address `src`.
 ///
-/// [`ConnectOptions::port`] says whether the port of `src` counts. v4-mapped addresses are taken as the IPv4 addresses that they stand for.
+/// [`ConnectOptions::port`] selects the source port. v4-mapped addresses are used as IPv4 addresses.
 ///
 /// ```no_run
 /// use tproxy::socket::{ConnectOptions, SourcePort, connect_from};
@@ -277,8 +276,8 @@ pub fn connect_from(src: SocketAddr, dst: SocketAddr, options: ConnectOptions) -
     connect_between(&mut src.into(), &mut dst.into(), options)
 }
 
-/// As [`connect_from`], for the caller to whom its time matters. The addresses
-/// become what is bound and connected to.
+/// Like [`connect_from`], inlined into hot callers. The addresses are changed to
+/// those of `bind` and `connect`.
 #[inline(always)]
 pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, options: ConnectOptions) -> Result<Socket> {
     check_ends(src, dst)?;
@@ -288,7 +287,7 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
     }
 }
 
-/// Makes both addresses canonical, and refuses what no connection can have.
+/// Converts v4-mapped addresses to IPv4, and refuses pairs of addresses that no connection can have.
 #[inline(always)]
 fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr) -> Result<()> {
     src.make_canonical();
@@ -302,7 +301,7 @@ fn check_ends(src: &mut KernelAddr, dst: &mut KernelAddr) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a source without the port that is demanded.
+/// Refuses a source without a port if the options require it.
 fn check_port(src: &KernelAddr, options: ConnectOptions) -> Result<()> {
     if options.port == SourcePort::Same && src.port() == 0 {
         return Err(Error::invalid("the source has port 0, and the connection shall come from the source's own port"));
@@ -323,7 +322,7 @@ fn not_of_one_host(src: &KernelAddr) -> Error {
     })
 }
 
-/// From the source's own port; from any if that port is not available and [`SourcePort::Keep`] allows it.
+/// Connects from the port of the source address. If it is not available and [`SourcePort::Keep`] allows it, connects from any port.
 #[inline(never)]
 fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
     check_port(src, options)?;
@@ -331,7 +330,7 @@ fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOpt
         return connect_from_any(src, dst, options);
     }
     let socket = open_towards(dst, options)?;
-    // Connections of one client port to several servers share the address and port.
+    // Connections from one client port to several servers share the address and port.
     reuse_address(&socket, src)?;
     match bind(&socket, src) {
         Err(e) if may_take_another_port(&e, options) => {
@@ -341,7 +340,7 @@ fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOpt
         bound => bound?,
     }
     match connect(socket, src, dst, options) {
-        // Bound, but this very pair of ends has a connection (or one in TIME_WAIT) already.
+        // Bound, but a connection (or one in TIME_WAIT) has the same addresses and ports.
         Err(e) if e.errno() == libc::EADDRNOTAVAIL && src.port() != 0 => match options.port {
             SourcePort::Same => Err(pair_in_use(src, dst)),
             _ => connect_from_any(src, dst, options),
@@ -350,7 +349,7 @@ fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOpt
     }
 }
 
-/// Whether `bind(2)` failed because of the port, and any other port will do.
+/// Whether `bind(2)` failed because of the port, so that another port may be tried.
 fn may_take_another_port(error: &Error, options: ConnectOptions) -> bool {
     options.port != SourcePort::Same && [libc::EADDRINUSE, libc::EACCES].contains(&error.errno())
 }
@@ -363,14 +362,14 @@ fn pair_in_use(src: &KernelAddr, dst: &KernelAddr) -> Error {
     Error::socket(SocketOp::Connect, ends, sys::Errno(libc::EADDRINUSE))
 }
 
-/// Connects a socket that the caller has made, and has set options of, as [`connect_from`] does.
+/// Connects an existing socket, on which the caller may have set options, like [`connect_from`].
 ///
-/// The socket is a stream or datagram socket that is not bound. An IPv6 socket that is not IPv6-only also connects between
-/// IPv4 addresses. If the call fails before `connect(2)`, the socket is as it was. After `connect(2)` has failed, the socket
+/// The socket must be an unbound stream or datagram socket. An IPv6 socket that is not IPv6-only also connects between
+/// IPv4 addresses. If the call fails before `connect(2)`, the socket is unchanged. After `connect(2)` has failed, the socket
 /// stays transparent and bound, and cannot be given to this call again.
 ///
-/// On a non-blocking socket the connection may still be under way when the call returns. With [`SourcePort::Keep`], a port
-/// that has a connection to `dst` already is `EADDRINUSE`: a socket that is bound cannot change its port.
+/// On a non-blocking socket, the connection may still be in progress when the call returns. With [`SourcePort::Keep`], a port
+/// that already has a connection to `dst` is `EADDRINUSE`: a bound socket cannot change its port.
 ///
 /// ```no_run
 /// use tproxy::socket::{ConnectOptions, connect_socket};
@@ -398,7 +397,7 @@ pub fn connect_socket(fd: impl AsFd, src: SocketAddr, dst: SocketAddr, options: 
     match sys::connect(fd, &dst) {
         Ok(true) if options.datagram => drain_early_datagrams(&SockRef::from(&fd)),
         Ok(true) => {}
-        // Of a blocking socket it means that SO_SNDTIMEO has passed (socket(7)).
+        // On a blocking socket, it means that SO_SNDTIMEO has expired (socket(7)).
         Ok(false) if SockRef::from(&fd).nonblocking().unwrap_or(true) => {}
         Ok(false) => return Err(Error::socket(SocketOp::Connect, ends, sys::Errno(libc::EINPROGRESS))),
         Err(sys::Errno(libc::EADDRNOTAVAIL)) if src.port() != 0 && !options.datagram => {
@@ -409,8 +408,8 @@ pub fn connect_socket(fd: impl AsFd, src: SocketAddr, dst: SocketAddr, options: 
     Ok(())
 }
 
-/// Gives the type of a caller's socket that can be connected, and makes the addresses those of its family. Changes nothing
-/// about the socket.
+/// Returns the type of a caller's socket, and converts the addresses to its family. Refuses a socket that cannot be connected. Does
+/// not change the socket.
 fn prepare_ends(fd: BorrowedFd<'_>, src: &mut KernelAddr, dst: &mut KernelAddr) -> Result<Type> {
     let failed = |e: sys::Errno| Error::socket(SocketOp::Inspect, Endpoints::default(), e);
     let mut own = KernelAddr::NONE;
@@ -419,7 +418,7 @@ fn prepare_ends(fd: BorrowedFd<'_>, src: &mut KernelAddr, dst: &mut KernelAddr) 
         return Err(other_family(own.family().unwrap_or(libc::AF_UNSPEC)));
     }
     if own.is_ipv4() && src.is_ipv6() {
-        return Err(Error::new(libc::EAFNOSUPPORT, "the socket is an AF_INET socket, and the addresses are of IPv6"));
+        return Err(Error::new(libc::EAFNOSUPPORT, "the socket is an AF_INET socket, and the addresses are IPv6"));
     }
     let kind = Type::from(sys::getsockopt_int(fd, libc::SOL_SOCKET, libc::SO_TYPE).map_err(failed)?);
     if kind != Type::STREAM && kind != Type::DGRAM {
@@ -427,7 +426,7 @@ fn prepare_ends(fd: BorrowedFd<'_>, src: &mut KernelAddr, dst: &mut KernelAddr) 
     }
     if !own.is_unspecified() || own.port() != 0 {
         return Err(if SockRef::from(&fd).peer_addr().is_ok() {
-            Error::new(libc::EISCONN, "the socket is connected already")
+            Error::new(libc::EISCONN, "the socket is already connected")
         } else {
             Error::invalid(
                 "the socket is bound already: give one on which bind(2), listen(2) or connect(2) was not called",
@@ -447,8 +446,8 @@ fn prepare_ends(fd: BorrowedFd<'_>, src: &mut KernelAddr, dst: &mut KernelAddr) 
     Ok(kind)
 }
 
-/// Makes a caller's socket transparent and binds it. If that fails, the socket is as it was. Port 0 in `src` says afterwards
-/// that `connect(2)` chooses the port.
+/// Makes a caller's socket transparent and binds it. On failure, the socket is unchanged. Afterwards, port 0 in `src` means that
+/// `connect(2)` chooses the port.
 fn bind_given(fd: BorrowedFd<'_>, src: &mut KernelAddr, options: ConnectOptions) -> Result<()> {
     let socket = SockRef::from(&fd);
     let (level, name) = transparent_option(if src.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 });
@@ -486,12 +485,12 @@ fn bind_given(fd: BorrowedFd<'_>, src: &mut KernelAddr, options: ConnectOptions)
     Ok(())
 }
 
-/// An option of a caller's socket that has another value until this is dropped.
+/// A changed option of a caller's socket, which is restored when the value is dropped.
 struct ChangedOption<'a> {
     fd: BorrowedFd<'a>,
     level: i32,
     name: i32,
-    /// `None`: the option had the value that was wanted, or the change is to stay.
+    /// `None`: nothing to restore.
     before: Option<i32>,
 }
 
@@ -514,7 +513,7 @@ impl<'a> ChangedOption<'a> {
 impl Drop for ChangedOption<'_> {
     fn drop(&mut self) {
         if let Some(before) = self.before {
-            // It was the socket's value: nothing refuses it.
+            // The kernel accepts the former value.
             let _ = sys::setsockopt_int(self.fd, self.level, self.name, before);
         }
     }
@@ -543,7 +542,7 @@ fn open_towards(dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
 
 #[inline(always)]
 fn bind_to_any(socket: &Socket, src: &KernelAddr, options: ConnectOptions) -> Result<()> {
-    // A datagram socket's port is no freer for knowing the destination.
+    // For a datagram socket, the destination does not matter for the choice of the port.
     if options.datagram { bind(socket, src) } else { bind_without_port(socket, src) }
 }
 
@@ -557,11 +556,12 @@ fn connect(socket: Socket, src: &KernelAddr, dst: &KernelAddr, options: ConnectO
     Ok(socket)
 }
 
-/// Drops what came between `bind` and `connect`: the socket was everybody's
-/// then, and who reads from it takes all for the server's. One `recv`, as a
-/// rule. (What another processor has under way at that moment may still come.)
+/// Discards datagrams that arrived between `bind` and `connect`, when the socket
+/// received from any sender: the caller would mistake them for the server's.
+/// Usually makes one `recv` call. (A datagram that another CPU is delivering at
+/// that moment may still arrive.)
 fn drain_early_datagrams(socket: &Socket) {
-    /// More than a receive buffer holds; a server that does not stop talking is none of them.
+    /// More datagrams than a receive buffer holds, so that a server that sends continuously does not block the call.
     const MANY: usize = 65_536;
     for _ in 0..MANY {
         let read = socket.recv_with_flags(&mut [], libc::MSG_DONTWAIT).map_err(sys::Errno::from);
@@ -571,7 +571,7 @@ fn drain_early_datagrams(socket: &Socket) {
     }
 }
 
-/// The kind of socket without the flags that `socket(2)` lets ride along.
+/// Returns the type of a socket without the flags of `socket(2)`.
 fn base_type(kind: Type) -> Type {
     Type::from(i32::from(kind) & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK))
 }
@@ -587,7 +587,7 @@ pub(crate) fn open(domain: Domain, kind: Type, protocol: Option<Protocol>) -> Re
         .map_err(|e| Error::socket(SocketOp::Create, Endpoints::default(), e))
 }
 
-/// The address family of a caller's descriptor, if it is one that can be transparent.
+/// Returns the address family of a caller's socket, if it can be transparent.
 fn domain_of(fd: BorrowedFd<'_>) -> Result<Domain> {
     let domain = SockRef::from(&fd).domain().map_err(|e| Error::socket(SocketOp::Inspect, Endpoints::default(), e))?;
     if domain == Domain::IPV4 || domain == Domain::IPV6 { Ok(domain) } else { Err(other_family(domain.into())) }
@@ -608,7 +608,7 @@ pub(crate) fn make_transparent(socket: &Socket, domain: Domain) -> Result<()> {
         .map_err(|e| Error::socket(SocketOp::Transparent, Endpoints::default(), e))
 }
 
-/// The level and the name of the option.
+/// Returns the level and the name of the option.
 #[inline(always)]
 fn transparent_option(domain: Domain) -> (i32, i32) {
     match domain {
@@ -622,7 +622,7 @@ fn reuse_address(socket: &Socket, addr: &KernelAddr) -> Result<()> {
         .map_err(|e| Error::socket(SocketOp::ReuseAddress, Endpoints { local: Some(*addr), remote: None }, e))
 }
 
-/// Original destinations with every datagram; an IPv6 socket needs both levels, since it gets IPv4 too.
+/// Enables original destinations for received datagrams. An IPv6 socket needs both levels, because it receives IPv4 too.
 #[inline(always)]
 fn report_orig_dst(fd: BorrowedFd<'_>, domain: Domain) -> Result<()> {
     let failed = |e: sys::Errno| Error::socket(SocketOp::ReportOrigDst, Endpoints::default(), e);
@@ -638,11 +638,11 @@ pub(crate) fn bind(socket: &Socket, addr: &KernelAddr) -> Result<()> {
         .map_err(|e| Error::socket(SocketOp::Bind, Endpoints { local: Some(*addr), remote: None }, e))
 }
 
-/// Binds the address and leaves the port to `connect`, which knows the destination and so has more to choose from.
+/// Binds the address without a port. `connect` chooses the port, and has more ports available because it knows the destination.
 #[inline(always)]
 fn bind_without_port(socket: &Socket, addr: &KernelAddr) -> Result<()> {
     match sys::setsockopt_int(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1) {
-        // Linux before 4.2: the port is chosen at once, from fewer.
+        // Before Linux 4.2, `bind` chooses the port, from fewer ports.
         Err(e) if e != sys::Errno(libc::ENOPROTOOPT) => {
             Err(Error::socket(SocketOp::BindAddressNoPort, Endpoints { local: Some(*addr), remote: None }, e))
         }

@@ -36,8 +36,8 @@ pub struct tp_rules {
 ///   - UDP: a datagram in the reply direction of a tracked connection is not intercepted, unless a transparent
 ///     socket of this host began that connection. A host that sends a datagram to a client first therefore
 ///     receives the client's datagrams to that address and port directly.
-/// A port below 1024 is taken for a service's port and not for a client's: replies to such ports are not
-/// recognized.
+///
+/// Ports below 1024 count as ports of services, not of clients: replies to such ports are not recognized.
 ///
 /// If the selections of several instances overlap, the first installed instance intercepts.
 ///

@@ -1,9 +1,8 @@
-"""The example proxies under clients that are not friendly: that say nothing, that are more than there are descriptors for,
-and that want to go where they must not.
+"""Tests the example proxies with hostile clients: silent ones, more than the descriptors allow, and with denied destinations.
 
     attacked.py DIRECTORY-OF-THE-EXAMPLES
 
-Runs itself in namespaces of its own, as the demo does. Exits non-zero with a sentence if something is not as it should be.
+Runs in new namespaces, as the demo does. The exit status is not 0 if a test fails.
 """
 
 import os
@@ -24,7 +23,7 @@ SERVER6 = ("2001:db8:2::2", 80)
 
 
 def server():
-    """Answers each connection at once, and then waits for its end."""
+    """Sends a message on each connection, and then waits for its end."""
     for family, address in ((socket.AF_INET, SERVER), (socket.AF_INET6, SERVER6)):
         listener = socket.socket(family)
         listener.bind(address)
@@ -53,7 +52,7 @@ def answer(connection):
 
 
 class Proxy:
-    """A proxy on its host, with so many descriptors."""
+    """A proxy on its host, with a descriptor limit."""
 
     def __init__(self, program, *args, descriptors=None):
         def set_descriptors():
@@ -79,7 +78,7 @@ class Proxy:
 
 
 def call(address=SERVER, patience=demo.PATIENCE):
-    """A client that says nothing; its socket, connected as far as it can see."""
+    """Returns the connected socket of a client that sends nothing."""
     client = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     client.settimeout(patience)
     client.connect(address)
@@ -100,7 +99,7 @@ def served(address=SERVER, patience=demo.PATIENCE):
 
 
 def few_descriptors(program, *options):
-    """However many are left: it does not spin, and a new client is served while silent ones hold all that there are."""
+    """At the descriptor limit, the proxy does not spin, and serves a new client although silent clients use all descriptors."""
     for descriptors in range(18, 24):
         with Proxy(program, *options, "3129", "80", descriptors=descriptors) as proxy:
             clients = []
@@ -113,9 +112,9 @@ def few_descriptors(program, *options):
             before = proxy.cpu_seconds()
             time.sleep(limit(1.5))
             spent = proxy.cpu_seconds() - before
-            # A loop that does not wait takes all of it, or half where another program wants the processor too.
+            # A loop that does not wait would use all CPU time, or half of it beside another program.
             assert spent < limit(0.5), f"{program} with {descriptors} descriptors was busy for {spent:.2f} of {limit(1.5)} s"
-            assert on("client", served), f"{program} with {descriptors} descriptors serves nobody else"
+            assert on("client", served), f"{program} with {descriptors} descriptors does not serve other clients"
             for client in clients:
                 client.close()
 
@@ -134,7 +133,7 @@ def silent_ones_end(program, *options):
 
 
 def many_silent_ones(program, *options):
-    """Memory stays bounded, and others are served."""
+    """Memory stays bounded, and other clients are served."""
     with Proxy(program, *options, "3129", "80") as proxy:
         clients = [on("client", call) for _ in range(300)]
         assert on("client", served)
@@ -149,7 +148,7 @@ def denied(program, option):
     for address in (SERVER, SERVER6):
         with Proxy(program, option, address[0], "3129", "80"):
             del seen[:]
-            # A proxy that refuses at once may do so before the client has seen itself connected.
+            # The proxy may refuse before connect() of the client returns.
             try:
                 with on("client", lambda address=address: call(address)) as client:
                     assert client.recv(100) == b"", "the denied destination answered"
@@ -199,7 +198,7 @@ def denied_datagrams(program):
 
 
 def room_at_the_limit(program):
-    """At the limit of connections a new client waits until one has been silent for ten seconds, and is served then."""
+    """At the limit of connections, a new client waits until another has been silent for ten seconds, and is then served."""
     with Proxy(program, "-c", "20", "3129", "80"):
         clients = [on("client", call) for _ in range(25)]
         assert on("client", lambda: served(patience=limit(60))), f"{program}: silent clients keep others out"
@@ -217,7 +216,7 @@ def is_reset(client):
 
 
 def accept_fails(program, *options):
-    """Whatever the error is, it is tried a few times in a second, and clients are served when it is over."""
+    """After an error of accept, whatever it is, the proxy retries with pauses, and serves clients afterwards."""
     for error in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EPERM"):
         with tempfile.NamedTemporaryFile("r") as log:
             traced = ["-f", "-o", log.name, "-e", "trace=accept4", "-e", f"inject=accept4:error={error}:when=1..2"]
@@ -225,7 +224,7 @@ def accept_fails(program, *options):
             with open(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children", encoding="ascii") as children:
                 child = int(children.read())
             started = time.monotonic()
-            assert on("client", served), f"{program}: serves nobody after {error}"
+            assert on("client", served), f"{program}: does not serve clients after {error}"
             took, failed = time.monotonic() - started, log.read().count(f" = -1 {error} ")
             os.kill(child, signal.SIGKILL)
             proxy.process.wait(demo.PATIENCE)
@@ -233,7 +232,7 @@ def accept_fails(program, *options):
 
 
 def forwarded_to_itself(program, *options):
-    """A port forward of others hides from the rules that a connection is to the listener itself: the proxy does not dial."""
+    """A port forward of another program leads to the listener itself, unseen by the rules: the proxy does not connect to itself."""
     rules = """table inet forward {
         chain prerouting {
             type nat hook prerouting priority -100
@@ -248,7 +247,7 @@ def forwarded_to_itself(program, *options):
                 client = on("client", lambda host=address[0]: call((host, 4129), limit(5)))
             except ConnectionError:
                 continue
-            assert is_reset(client), f"{program} dials itself"
+            assert is_reset(client), f"{program} connects to itself"
             client.close()
     demo.run(*demo.on("proxy", "nft", "delete table inet forward"))
 
@@ -282,14 +281,14 @@ def own_addresses(program, allow, *options):
 
 
 def server_that_does_not_accept(program, seconds, *options):
-    """It is given up in time, however much its client says meanwhile."""
-    nobody = ("203.0.113.9", "2001:db8:2::9")
-    for address in nobody:
+    """The proxy gives the server up in time, although its client continues to send."""
+    unused = ("203.0.113.9", "2001:db8:2::9")
+    for address in unused:
         entry = ["neigh", "replace", address, "lladdr", "02:00:00:00:00:99", "dev", "eth1", "nud", "permanent"]
         demo.run(*demo.on("proxy", "ip", *entry))
     with Proxy(program, *options, "3129", "80"):
-        clients = [on("client", lambda address=address: call((address, 80))) for address in nobody]
-        clients += [on("client", lambda address=address: call((address, 80))) for address in nobody]
+        clients = [on("client", lambda address=address: call((address, 80))) for address in unused]
+        clients += [on("client", lambda address=address: call((address, 80))) for address in unused]
         started, left = time.monotonic(), clients[:2]
         while left and time.monotonic() - started < seconds + demo.PATIENCE:
             time.sleep(0.5)

@@ -1,6 +1,6 @@
 /*
- * What each call does with bad input: the errno of its manual, outputs
- * untouched, no descriptor left open. Prints a line for each that fails.
+ * Tests each call with bad input: the errno is that of the manual, outputs are
+ * unchanged, and no descriptor is left open. Prints a line for each failure.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -55,7 +55,7 @@ static void end(int line, const char *what, long result, int wanted)
     }
 }
 
-/* The call gives -1 and this errno; with 0, it succeeds and does not touch errno. */
+/* Checks that the call returns -1 with this errno. 0: it succeeds and does not change errno. */
 #define EXPECT(wanted, call) (begin(), end(__LINE__, #call, (call), (wanted)))
 #define CHECK(condition) \
     (checks++, (condition) ? 0 : (failures++, fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition)))
@@ -83,7 +83,7 @@ static void sockets(int closed, int file, int unix_fd)
     EXPECT(EAFNOSUPPORT, tp_set_transparent(unix_fd));
 }
 
-/* The calls that take an address alike. */
+/* Calls with the same address arguments. */
 static int bind_it(int fd, const struct sockaddr *addr, socklen_t len)
 {
     return tp_bind_nonlocal(fd, addr, len);
@@ -145,7 +145,7 @@ static void binds(int closed, int file, int unix_fd)
     EXPECT(ENOTSOCK, tp_bind_nonlocal(file, sa(&v4), sizeof v4));
     EXPECT(EAFNOSUPPORT, tp_bind_nonlocal(unix_fd, sa(&v4), sizeof v4));
     EXPECT(EAFNOSUPPORT, tp_bind_nonlocal(fd, sa(&v6), sizeof v6));
-    /* Longer than it needs to be, and at an odd address: fine. */
+    /* A longer buffer, and an unaligned address, are valid. */
     EXPECT(0, tp_bind_nonlocal(fd, sa(&wide), sizeof wide));
     EXPECT(EINVAL, tp_bind_nonlocal(fd, sa(&v4), sizeof v4));
     int other = socket(AF_INET, SOCK_STREAM, 0);
@@ -201,7 +201,7 @@ static int connect_given_to(int fd, const struct sockaddr *addr, socklen_t len)
     return tp_connect_socket(given_fd, sa(&good), sizeof good, addr, len, 0);
 }
 
-/* A socket that was refused is as it was: not transparent, not bound. */
+/* A refused socket is unchanged: not transparent, not bound. */
 static bool is_fresh(int fd)
 {
     int transparent = -1, reuse = -1;
@@ -312,7 +312,7 @@ static void accepts(int closed, int file)
     }
     CHECK(waits(listener));
     CHECK(memcmp(&client, &untouched, sizeof client) == 0 && memcmp(&to, &untouched, sizeof to) == 0);
-    /* As large as the addresses are. */
+    /* Buffers of the exact size. */
     clientlen = tolen = sizeof any;
     EXPECT(0, ACCEPT(TP_ACCEPT_TPROXY));
     struct sockaddr_in own;
@@ -457,7 +457,7 @@ static void receiving(int closed, int file)
     EXPECT(ENOTSOCK, tp_recv_datagrams(file, two, 1, 0));
     CHECK(tp_recv_datagrams(fd, NULL, 0, 0) == 0);
 
-    /* After all that, the datagram is there, and nothing was written. */
+    /* The datagram is still queued, and nothing was written. */
     CHECK(strcmp(buf, "untouch") == 0 && srclen == sizeof src && dstlen == sizeof dst);
     CHECK(tp_recvfrom(fd, buf, 8, 0, sa(&src), &srclen, sa(&dst), &dstlen) == 4);
     CHECK(memcmp(&dst, &addr, sizeof addr) == 0 && memcmp(buf, "kept", 4) == 0);
@@ -630,7 +630,7 @@ static void rules(int closed, int file, int unix_fd)
     WITH(ENOTSOCK, config.listeners = &descriptors[2]);
     WITH(EINVAL, config.listeners = &descriptors[3]);
 
-    /* What contradicts itself. */
+    /* Contradictory configurations. */
     const struct tp_prefix prefixes[] = { { .family = AF_INET, .len = 33 }, { .family = AF_UNIX }, { .family = AF_INET6, .len = 129 },
                                           { .family = AF_INET, .reserved = { 1, 0 } }, { .family = AF_INET, .len = 8 } };
     for (int i = 0; i < 4; i++) {
@@ -655,14 +655,14 @@ static void rules(int closed, int file, int unix_fd)
     WITH(EINVAL, config.flags = TP_RULES_REDIRECT | TP_RULES_DIVERT_ONLY);
     WITH(EOPNOTSUPP, config.flags = TP_RULES_LOCAL_OUTPUT | TP_RULES_FAIL_OPEN);
     WITH(EINVAL, config.flags = TP_RULES_LOCAL_OUTPUT, config.mark = 1, config.mark_mask = 1);
-    /* What a backend cannot do is refused, never ignored. */
+    /* A backend refuses unsupported options, and never ignores them. */
     WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_FAIL_OPEN);
     WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_NOTRACK);
     WITH(EOPNOTSUPP, config.backend = TP_BACKEND_IPTABLES, config.flags = TP_RULES_PERSIST);
     CHECK(out == untouched);
 
     EXPECT(0, tp_remove_rules(NULL));
-    /* The good one works, also when it comes from a newer program. */
+    /* A valid configuration works, also from a newer program. */
     newer.later[15] = 0;
     CHECK(tp_install_rules(&newer.config, sizeof newer, &out) == 0);
     CHECK(out != untouched);
@@ -739,7 +739,7 @@ static void rules(int closed, int file, int unix_fd)
 
 int main(void)
 {
-    /* Within every limit, and never opened. */
+    /* The number is within every limit, and not an open descriptor. */
     int closed = 900, file = open("/dev/null", O_RDWR), unix_fd = socket(AF_UNIX, SOCK_STREAM, 0);
     sockets(closed, file, unix_fd);
     binds(closed, file, unix_fd);

@@ -1,8 +1,8 @@
-/* pthread_cancel of a thread that is in a call of the library: the call ends as it would have, the thread at its next
- * cancellation point, and the program lives. Run in a network namespace of its own.
+/* Tests pthread_cancel of a thread in a call of the library: the call ends as without it, the thread ends at its next
+ * cancellation point, and the program continues. Needs a network namespace.
  *
- *     cancel CALL...: each in a thread that is cancelled while it is in the call
- *     cancel: every call, in a thread that was cancelled before; prints the names of the calls */
+ *     cancel CALL...   cancels a thread during each of the calls
+ *     cancel           makes every call in a thread that was cancelled before, and prints the names of the calls */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -40,7 +40,7 @@ static void report(const struct tp_finding *finding, void *context)
     (void)finding, (void)context;
 }
 
-/* One call; main() sends what recvfrom, recv_datagrams and accept wait for. */
+/* Makes one call. main() sends the datagram or connection that recvfrom, recv_datagrams and accept wait for. */
 static void make_call(int fd)
 {
     char buffer[100];
@@ -58,7 +58,7 @@ static void make_call(int fd)
     } else if (strcmp(call, "accept") == 0) {
         struct sockaddr_storage addr;
         socklen_t len = sizeof addr;
-        /* To close it here would be a cancellation point. */
+        /* close() would be a cancellation point here. */
         CHECK((accepted = tp_accept(fd, NULL, NULL, (struct sockaddr *)&addr, &len, TP_ACCEPT_TPROXY)) >= 0);
     } else if (strcmp(call, "socket-error") == 0)
         CHECK(tp_listen((struct sockaddr *)&here, 3, -1, 0) == -1);
@@ -90,19 +90,19 @@ static void *body(void *fd)
     pthread_cleanup_push(clean_up, NULL);
     for (;;) {
         make_call(*(int *)fd);
-        /* The program's own cancellation point. */
+        /* A cancellation point of the program. */
         pthread_testcancel();
     }
     pthread_cleanup_pop(1);
     return NULL;
 }
 
-/* The calls that were made. To print them at once would be a cancellation point. */
+/* Names of the calls that were made. Printing them immediately would be a cancellation point. */
 static const char *made[64];
 static int n_made;
 
-/* The thread is cancelled already: whatever cancellation point is in the call would act on it. Each is made so that it
- * succeeds, and so that it fails, which makes a sentence. */
+/* The thread was cancelled before: any cancellation point in a call would end it. Each call is made so that it succeeds, and so
+ * that it fails, which formats a message. */
 static void make_each_call(const int *stream)
 {
     struct sockaddr *sa = (struct sockaddr *)&here, *bad = (struct sockaddr *)&(struct sockaddr){ .sa_family = AF_UNIX };
@@ -205,7 +205,7 @@ int main(int argc, char **argv)
         CHECK(fd >= 0 && (accepts || tp_bind_nonlocal(fd, (struct sockaddr *)&here, sizeof here) == 0));
         pthread_t thread;
         CHECK(pthread_create(&thread, NULL, body, &fd) == 0);
-        /* It is in the call by then, or in one of the next. */
+        /* The thread is now in the call, or in one of the next calls. */
         while (!waits && __atomic_load_n(&calls, __ATOMIC_SEQ_CST) == 0)
             usleep(1000);
         usleep(50000);

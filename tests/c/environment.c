@@ -1,6 +1,6 @@
 /*
- * No call reads the environment: this program has the functions that do, in place of the C library's, and says who asks
- * for what while the library is called.
+ * Tests that no call reads the environment. The program replaces the functions of the C library that read it, and reports each
+ * variable that is read during a call.
  */
 #define _GNU_SOURCE
 #include <netinet/in.h>
@@ -100,7 +100,7 @@ int main(void)
     FAILS(tp_purge_rules("no such name"));
     close(listener);
     close(udp);
-    /* That it would have been noticed. */
+    /* Checks that the replacement works. */
     inside = true;
     (void)getenv("PATH");
     if (asked != 1)

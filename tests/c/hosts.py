@@ -1,4 +1,4 @@
-"""The demo's hosts for tests, which run functions on one of them in their own process."""
+"""The hosts of the demo, for tests that run functions on these hosts in their own process."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from demo import limit  # noqa: E402, F401
 
 
 def on(host, body):
-    """The result of something done in a thread that is on a host; what it raises is raised here."""
+    """Runs a function in a thread on a host. Returns its result, or raises its exception."""
     result = []
 
     def run():
@@ -39,7 +39,7 @@ def enter(fd):
 
 
 def meet():
-    """Returns when client and server reach each other: neighbor discovery may take a second."""
+    """Waits until client and server reach each other: neighbor discovery may take a second."""
 
     def refused(family, server):
         deadline = time.monotonic() + demo.PATIENCE
@@ -61,7 +61,7 @@ def meet():
 
 
 def checksum(data):
-    """RFC 1071."""
+    """Returns the Internet checksum (RFC 1071)."""
     data += b"\0" * (len(data) % 2)
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
@@ -74,7 +74,7 @@ def packed(addr):
 
 
 def datagram(src, src_port, dst, dst_port, data):
-    """An IP packet with a UDP datagram, its protocol number for Ethernet in front; src and dst may be any addresses."""
+    """Returns the EtherType and an IP packet with a UDP datagram; src and dst may be any addresses."""
     src, dst, length = packed(src), packed(dst), 8 + len(data)
     head = struct.pack("!HHHH", src_port, dst_port, length, 0)
     check = checksum(src + dst + struct.pack("!IHBB", length, 0, 0, socket.IPPROTO_UDP) + head + data) or 0xFFFF
@@ -87,7 +87,7 @@ def datagram(src, src_port, dst, dst_port, data):
 
 
 def inject(packets):
-    """Sends packets from the client's link to the proxy's, as no honest host would."""
+    """Sends forged packets from the client's link to the proxy."""
 
     def body():
         link = demo.run(*demo.on("proxy", "ip", "-o", "link", "show", "eth0"))
@@ -102,7 +102,7 @@ def inject(packets):
 
 
 def textbook(protocol, port):
-    """Rules that are not the library's, and know no exception: what comes to the port goes to the proxy's listener."""
+    """Adds a TPROXY rule of another program, without exceptions: all packets to the port go to the proxy's listener."""
     rules = f"""table inet textbook {{
         chain prerouting {{
             type filter hook prerouting priority -160
@@ -113,7 +113,7 @@ def textbook(protocol, port):
 
 
 def metadata_service():
-    """The server's host gets the addresses of a cloud's metadata service, and the proxy's host knows the way."""
+    """Adds addresses of metadata services to the server's host, and routes to them on the proxy's host."""
     addresses = ("169.254.169.254", "fd00:ec2::254")
     for addr, gateway in zip(addresses, ("203.0.113.2", "2001:db8:2::2")):
         demo.run(*demo.on("server", "ip", "addr", "add", addr, "dev", "lo"))
@@ -122,7 +122,7 @@ def metadata_service():
 
 
 def alone(file, test):
-    """Runs a test in namespaces of its own, which end with it, with the arguments of this program; the hosts are there."""
+    """Runs a test with the hosts in new namespaces, which end with it. The test gets the arguments of this program."""
     if sys.argv[1] != "--inside":
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         new = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -20,7 +20,7 @@ from hosts import demo, limit, on
 
 SERVERS = ((socket.AF_INET, ("203.0.113.2", 80)), (socket.AF_INET6, ("2001:db8:2::2", 80)))
 PROXIED, PASSED, DROPPED = "proxied", "passed", "dropped"
-# How long a program may take for the second half of a scenario, on a busy machine.
+# Time limit for the second half of a scenario, on a busy machine.
 LONG = limit(240)
 
 # Scenario, what traffic sees while the program is ready, and what after its second half: by nf_tables, and by iptables, whose
@@ -32,7 +32,7 @@ ROWS = [
     ("exit", PROXIED, PASSED, DROPPED),
     ("parent-exit-handler", PROXIED, PASSED, PASSED),
     ("worker-exit-handler", PROXIED, PROXIED, PROXIED),
-    # The installer ends, and a child has the rules.
+    # The installer ends, and a child uses the rules.
     ("daemon", PROXIED, PASSED, PASSED),
     ("double-fork", PROXIED, PASSED, PASSED),
     ("prefork", PROXIED, PROXIED, PROXIED),
@@ -42,14 +42,14 @@ ROWS = [
     ("parent-closes", PROXIED, PROXIED, PROXIED),
     ("killed-in-call", PASSED, PASSED, PASSED),
     ("exec", PROXIED, PASSED, PASSED),
-    # A child while the installer lives.
+    # A child, while the installer runs.
     ("shared", PROXIED, PROXIED, PROXIED),
     ("shared-across-pid-namespaces", PROXIED, PROXIED, PROXIED),
     ("shared-at-once", PROXIED, PROXIED, PROXIED),
     ("worker-forgets", PROXIED, PROXIED, PROXIED),
     ("worker-closes", PROXIED, PROXIED, PROXIED),
     ("threads", None, PASSED, None),
-    # Privileges, directories and networks.
+    # Privileges, root directory and network namespaces.
     ("capabilities", PROXIED, PROXIED, PROXIED),
     ("user", PROXIED, PROXIED, PROXIED),
     ("user-with-capabilities", PROXIED, PASSED, PASSED),
@@ -57,19 +57,19 @@ ROWS = [
     ("other-network", PROXIED, PASSED, PASSED),
     ("other-network-without-capability", PROXIED, PASSED, PROXIED),
     ("network-is-gone", PASSED, PASSED, PASSED),
-    # Descriptors that the program closes.
+    # The program closes descriptors.
     ("closefrom", PROXIED, PASSED, DROPPED),
     ("reused", PROXIED, PASSED, DROPPED),
     ("reused-blocking", PROXIED, PASSED, DROPPED),
     ("reused-netlink", PROXIED, PASSED, DROPPED),
     ("reused-anonymous", PROXIED, PASSED, DROPPED),
-    # Signals.
+    # The program ignores SIGCHLD.
     ("sigchld-ignored", PROXIED, PROXIED, PROXIED),
 ]
 
 
 def server():
-    """Answers "passed", by TCP and UDP, over IPv4 and IPv6."""
+    """Replies "passed", by TCP and UDP, over IPv4 and IPv6."""
 
     def serve_tcp(listener):
         while True:
@@ -98,7 +98,7 @@ def ask(family, kind, address, patience):
             client.connect(address)
             if kind == socket.SOCK_STREAM:
                 return client.recv(100).decode()
-            # A datagram may be lost while a machine is busy.
+            # A datagram may be lost on a busy machine.
             client.settimeout(limit(0.5))
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline:
@@ -113,10 +113,10 @@ def ask(family, kind, address, patience):
 
 
 def look(case, expected):
-    """Connections and datagrams of both families all see the same."""
+    """Returns the common result of connections and datagrams of both families."""
     if expected is None:
         return
-    # Long enough for a connection that comes about, and for one retransmission of the first packet.
+    # Long enough for a connection with one retransmission of the first packet.
     patience = limit(2) if expected == DROPPED else demo.PATIENCE
     asked = [(family, kind, address, patience) for family, address in SERVERS for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)]
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as threads:
@@ -125,7 +125,7 @@ def look(case, expected):
 
 
 def left_behind(process):
-    """This process is the first of its PID namespace: what the program left behind became its children."""
+    """Kills the orphans of the program. They are children of this process, the first of its PID namespace."""
     while True:
         try:
             os.waitpid(-process.pid, 0)
@@ -161,7 +161,7 @@ def run(program, scenario, backend, first, then):
             assert said == "done", f"{case}: {said}"
         look(case, then)
         if scenario in ("prefork", "parent-closes"):
-            # The kernel keeps the table as long as a process has the socket; a restart says which one that is.
+            # The kernel keeps the table as long as a process has the socket. An error message at a restart names the process.
             tried = try_to_install(program, backend)
             assert "errno 16" in tried and "forked from process" in tried, f"{case}: {tried}"
             opener = f"process {process.pid}, which installed them and has ended or closed its descriptors"

@@ -1,5 +1,5 @@
-/* A panic inside each call becomes -1 and ENOTRECOVERABLE, and nothing is printed. The library was built with
- * --cfg=tproxy_panics: each call panics if errno is MAGIC when it is made. Prints the names of the calls it has made. */
+/* Tests that a panic in each call becomes -1 and ENOTRECOVERABLE, and that nothing is printed. The library must be built with
+ * --cfg=tproxy_panics: a call then panics if errno is MAGIC. Prints the names of the calls. */
 #include <errno.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -65,14 +65,14 @@ int main(void)
     PANICS("tp_render_rules", tp_render_rules(&config, sizeof config, TP_FORMAT_NFT, NULL, &size));
     PANICS("tp_check", tp_check(report, NULL));
     PANICS("tp_self_test", tp_self_test(&config, sizeof config, report, NULL));
-    /* These have no value to say it by; they must not end the program. */
+    /* These calls return no value, and must not end the program. */
     errno = MAGIC;
     tp_forget_rules(NULL);
     puts("tp_forget_rules");
     errno = MAGIC;
     tp_replier_close(NULL);
     puts("tp_replier_close");
-    /* And these run nothing that could panic. */
+    /* These calls run no code that could panic. */
     puts(tp_version() != NULL ? "tp_version" : "");
     puts(tp_last_error() != NULL ? "tp_last_error" : "");
     return 0;

@@ -25,7 +25,7 @@ ON = b"\x01\0\0\0\0\0\0\0"  # struct linger {1, 0}: close() resets
 
 
 class Relay:
-    """A relay on the proxy's host; ports 80 to 89 are its business."""
+    """A relay on the proxy's host, which intercepts ports 80 to 89."""
 
     def __init__(self, programs, *options, descriptors=4096):
         command = [os.path.join(programs, "relay"), *options, "3129", "80-89"]
@@ -56,7 +56,7 @@ class Relay:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def memory(self):
-        """Bytes that are resident and its own."""
+        """Returns the number of resident anonymous bytes."""
         with open(f"/proc/{self.process.pid}/status", encoding="ascii") as status:
             return int(re.search(r"RssAnon:\s+(\d+)", status.read())[1]) * 1024
 
@@ -66,7 +66,7 @@ class Relay:
 
 
 def listening(family, port):
-    """A server's socket on its host."""
+    """Opens a server's socket on its host."""
 
     def make():
         listener = socket.create_server(("", port), family=family, backlog=64)
@@ -88,7 +88,7 @@ def dial(family, server, port):
 
 @contextlib.contextmanager
 def pair(family, server, port=80):
-    """The client's end and the server's end of a connection through the relay."""
+    """Returns the client's socket and the server's socket of a connection through the relay."""
     with listening(family, port) as listener, dial(family, server, port) as client:
         peer, _ = listener.accept()
         peer.settimeout(demo.PATIENCE)
@@ -126,7 +126,7 @@ def is_refused(family, server, port):
 
 
 def each_end_in_its_own_time(programs):
-    """Half-close, whoever begins; and a server that speaks first."""
+    """Half-close by either side, and a server that sends first."""
     with Relay(programs) as relay:
         for family, server in FAMILIES:
             for first in (0, 1):
@@ -147,7 +147,7 @@ def each_end_in_its_own_time(programs):
 
 
 def who_speaks_first(programs):
-    """The server's handshake waits for the client's first bytes, but not for long, whatever the client does."""
+    """The handshake with the server waits for the client's first bytes only for a limited time, whatever the client does."""
 
     def seconds_to_greet(family, server):
         start = time.monotonic()
@@ -157,7 +157,7 @@ def who_speaks_first(programs):
             return time.monotonic() - start
 
     for family, server in FAMILIES:
-        # Without the relay's own limit the kernel ends the handshake after 0.2 s.
+        # Without the relay's limit, the kernel completes the handshake after 0.2 s.
         with Relay(programs, "-w", "5000") as relay:
             waited = min(seconds_to_greet(family, server) for _ in range(3))
             assert waited >= 0.15, "the handshake did not wait"
@@ -165,7 +165,7 @@ def who_speaks_first(programs):
         with Relay(programs) as relay:
             took = min(seconds_to_greet(family, server) for _ in range(5))
             assert took < waited / 2, f"{took:.3f} s until a server that speaks first was heard, {waited:.3f} s with -w 5000"
-            # A client that says no more than that it has nothing to say is heard too.
+            # A client that only sends an end of stream is served too.
             with pair(family, server) as (client, peer):
                 client.shutdown(socket.SHUT_WR)
                 assert peer.recv(1) == b""
@@ -173,7 +173,7 @@ def who_speaks_first(programs):
 
 
 def some_destinations(programs):
-    """Those in a file alone; the others do not notice that there is a relay."""
+    """Only destinations in the file are intercepted. Connections to others are forwarded."""
     with tempfile.NamedTemporaryFile("w", suffix=".prefixes") as file:
         file.write("203.0.113.2\n192.0.2.0/24\n2001:db8:5::/48\n")
         file.flush()
@@ -201,7 +201,7 @@ def resets_are_resets(programs):
 
 
 def who_does_not_read_waits(programs):
-    """Back-pressure: what is not read stays with its sender; and when it is read, all of it comes."""
+    """Back-pressure: unread data stays with its sender, and arrives completely when it is read."""
     with Relay(programs) as relay:
         for family, server in FAMILIES:
             for first in (0, 1):
@@ -226,7 +226,7 @@ def who_does_not_read_waits(programs):
 
 
 def the_limit_holds(programs):
-    """More than it may have wait in the queue, and come when there is room."""
+    """Connections beyond the limit wait in the queue, and are served when others end."""
     with Relay(programs, "-t", "1", "-c", "3") as relay:
         family, server = FAMILIES[0]
         with listening(family, 80) as listener, contextlib.ExitStack() as stack:
@@ -261,7 +261,7 @@ def the_idle_are_ended(programs):
 
 
 def without_pipes_it_copies(programs):
-    """Few descriptors are few pipes: more streams than these, with readers that are slow, get their bytes nevertheless."""
+    """With few descriptors there are few pipes. More streams than pipes, with slow readers, still receive all data."""
     with Relay(programs, "-t", "1", descriptors=110) as relay:
         family, server = FAMILIES[0]
         content = random.Random(5).randbytes(12 << 20)
@@ -286,9 +286,9 @@ def without_pipes_it_copies(programs):
 
 
 def stopping_is_no_gap(programs, load):
-    """Asked to stop under load, the relay finishes its connections; later ones are forwarded, and no client fails."""
-    # What is forwarded and has the ports of one of the relay's own that ended less than a minute ago (TIME_WAIT) is
-    # dropped by the kernel. So the relay's ports are not the clients'.
+    """After a signal to stop under load, the relay finishes its connections. Later ones are forwarded, and no client fails."""
+    # The kernel drops a forwarded connection with the ports of a relay connection in TIME_WAIT. The relay therefore uses other
+    # ports than the clients.
     for host, ports in (("client", "30000 65000"), ("proxy", "10000 29999")):
         demo.run(*demo.on(host, "sh", "-c", f"echo {ports} > /proc/sys/net/ipv4/ip_local_port_range"))
     with Relay(programs, "-d", "20") as relay, contextlib.ExitStack() as stack:
@@ -320,7 +320,7 @@ def outcome(client):
 
 
 def soak(programs, load, seconds):
-    """Clients and servers come, are cut off and are killed; nothing is wrong, stuck or left."""
+    """Clients and servers start, break connections and are killed. No data is wrong, and nothing is stuck or left behind."""
     chance = random.Random(6)
     sums = {}
     with Relay(programs) as relay, contextlib.ExitStack() as stack:
@@ -354,7 +354,7 @@ def soak(programs, load, seconds):
                     sums[name] = sums.get(name, 0) + value
             memory.append(relay.memory())
             if rounds == 1:
-                # No server was killed yet: no client may have failed.
+                # No server was killed yet, so no client may have failed.
                 assert sums["broken"] == sums["refused"] == 0, sums
         counts = relay.wait_for(live=0)
         wrong += complaints(server)
@@ -362,7 +362,7 @@ def soak(programs, load, seconds):
         print(said)
         assert sums["wrong"] == sums["stuck"] == 0 and wrong == "" and sums["whole"] > 100 * len(memory), said + wrong
         assert counts["failed"] == 0 and counts["spliced"] > 0 and counts["copied"] > 0, said
-        # Standard streams, a listener, an epoll and an eventfd for each thread, what the rules hold, and pipes in reserve.
+        # Standard streams; a listener, epoll, eventfd and netlink socket per thread; the sockets of the rules; reserved pipes.
         threads = len(os.listdir(f"/proc/{relay.process.pid}/task")) - 1
         assert relay.descriptors() <= 8 + 3 * threads + 2 * counts["pipes"], said
         assert max(memory[len(memory) // 2:]) <= max(memory[: len(memory) // 2 + 1]) * 1.25 + 65536, f"{memory}"

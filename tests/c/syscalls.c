@@ -1,10 +1,10 @@
 /*
- * The system calls of each call, beside those that C has to make by hand.
+ * Makes the system calls of each call of the library, or those of equivalent C code.
  *
  *     syscalls NAME library|hand
  *
- * does one thing between two writes to descriptor -1, by which a reader of
- * strace's output finds it. The network must have lo up.
+ * Performs one operation between two writes to descriptor -1, which mark it in
+ * the output of strace. The network namespace must have lo up.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -61,7 +61,7 @@ static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct socka
     return fd;
 }
 
-/* By hand with the same care: an option is set if it is not, so that its value is known if binding fails. */
+/* Equivalent C code with the same checks: sets an option only if it is not set. */
 static void set_option(int fd, int level, int name)
 {
     int value = 0;
@@ -106,7 +106,7 @@ static int orig_dst_by_hand(int fd, struct sockaddr *addr, socklen_t *len)
     return transparent ? getsockname(fd, addr, len) : -1;
 }
 
-/* Datagrams are received this many at once, and answered from this many ports: as many from each. */
+/* Number of datagrams per batch, and number of source ports of the replies. */
 enum { DATAGRAMS = 64, PORTS = 3 };
 
 static int datagrams(const char *name, struct sockaddr *loopback, socklen_t len)
@@ -144,7 +144,7 @@ static int datagrams(const char *name, struct sockaddr *loopback, socklen_t len)
     struct tp_replier_config config = { .flags = raw ? TP_REPLIER_RAW : 0 };
     if (n != DATAGRAMS || tp_replier_open(&config, sizeof config, &replier) != 0)
         return -1;
-    /* The first round makes the sockets. Ports are at the same place for both families. */
+    /* The first round creates the sockets. The port has the same offset in both families. */
     for (int round = 0; round < 2; round++) {
         for (int i = 0; i < answers; i++) {
             dgrams[i] = dgrams[i % DATAGRAMS];
@@ -191,7 +191,7 @@ int main(int argc, char **argv)
                        : strstr(name, "data") != NULL ? TP_CONNECT_DATA_FOLLOWS : 0;
         memcpy(&from, loopback, len);
         if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
-            ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* at the same place for both families */
+            ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* the same offset in both families */
         bool asks = strncmp(name, "orig_dst", 8) == 0, accepts = strncmp(name, "accept", 6) == 0;
         bool given = strstr(name, "given") != NULL;
         if (given)

@@ -1,20 +1,20 @@
 /*
- * A mixed load over TCP that knows every byte it should see.
+ * A mixed load over TCP that checks every byte.
  *
  *     tcp_load serve
  *     tcp_load ask CLIENTS SECONDS ADDRESS SEED
  *
- * A connection begins with a header that says how much goes each way, and who
- * breaks it off where, if anybody. Both ways at once, each end sends a stream that
- * follows from the header, ends it (half-close), and compares what it gets. The
- * client prints a line of JSON at the end:
+ * A connection begins with a header: the number of bytes in each direction, and
+ * the side that resets the connection and at which byte, if any. Both sides send a
+ * stream that is derived from the header, end it (half-close), and compare the
+ * received stream. The client prints a line of JSON at the end:
  *
- *     whole     both streams complete and right, each with its end
- *     cut       broken off as the header said
- *     broken    ended before its time, and not as the header said: somebody was killed
+ *     whole     both streams were complete and correct
+ *     cut       reset as the header specifies
+ *     broken    ended early, and not as the header specifies: a process was killed
  *     refused   no connection
- *     wrong     a byte that was not the expected one, or one too many
- *     stuck     nothing happened for 20 seconds (limit.h)
+ *     wrong     an unexpected byte, or too many bytes
+ *     stuck     no byte for 20 seconds (limit.h)
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -37,13 +37,13 @@
 #include "limit.h"
 
 enum { PORT = 80, CHUNK = 64 * 1024, MAX_CLIENTS = 512 };
-enum { NOBODY, CLIENT, SERVER };    /* who breaks it off */
+enum { NOBODY, CLIENT, SERVER };    /* the side that resets the connection */
 
 struct header {
     uint64_t seed;
-    uint32_t length[3];    /* of what CLIENT and SERVER send */
+    uint32_t length[3];    /* number of bytes that CLIENT and SERVER send */
     uint32_t cutter, after;
-    uint32_t slow;         /* every so many reads the server, and the client, sleeps a little */
+    uint32_t slow;         /* number of reads after which server and client pause */
 };
 
 enum end { WHOLE, CUT, BROKEN, WRONG, STUCK, REFUSED, ENDS };
@@ -69,7 +69,7 @@ static uint64_t mixed(uint64_t x)
     return x ^ (x >> 31);
 }
 
-/* The bytes of a stream from a place in it, a multiple of 8. */
+/* Writes the bytes of a stream from an offset, a multiple of 8. */
 static void stream(uint64_t seed, uint64_t from, char *place, size_t len)
 {
     for (size_t i = 0; i < len; i += 8) {
@@ -83,7 +83,7 @@ static void reset(int fd)
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){ .l_onoff = 1, .l_linger = 0 }, sizeof(struct linger));
 }
 
-/* One end's part of a conversation. The descriptor is closed afterwards. */
+/* Runs one side of a connection, and closes the descriptor. */
 static enum end converse(int fd, const struct header *header, uint32_t me)
 {
     uint32_t other = me == CLIENT ? SERVER : CLIENT;
@@ -112,7 +112,7 @@ static enum end converse(int fd, const struct header *header, uint32_t me)
                 return header->cutter == other ? CUT : BROKEN;
             if (len == 0) {
                 ended = true;
-                /* One that breaks it off does so by a reset; one that is killed may end so. */
+                /* A side that breaks the connection resets it, and a killed process may do so too. */
                 if (got != header->length[other])
                     return BROKEN;
             }
@@ -180,7 +180,7 @@ static void serve(void)
 
 /* ---- The clients. ---- */
 
-/* Mostly small, now and then megabytes. */
+/* Mostly small, sometimes megabytes. */
 static uint32_t some_length(uint64_t random)
 {
     uint32_t most = 1u << (random % 23);

@@ -1,9 +1,9 @@
-"""tcp_proxy under conditions that the demo does not have.
+"""Tests tcp_proxy under conditions that the demo does not have.
 
     tcp_proxy.py DIRECTORY-OF-THE-PROGRAMS
 
-Runs itself in namespaces of its own, as the demo does. Exits non-zero with a
-sentence if something is not as it should be.
+Runs in new namespaces, as the demo does. The exit status is not 0 if a test
+fails.
 """
 
 import os
@@ -21,7 +21,7 @@ SERVER = ("203.0.113.2", 80)
 def listen():
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Small, and inherited: a server that does not read stops its peer soon.
+    # Accepted sockets inherit the small buffer: a server that does not read soon stops its peer.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     listener.bind(SERVER)
     listener.listen(64)
@@ -36,7 +36,7 @@ def cpu_seconds(pid):
 
 
 def half_closed_and_stuck(listener, proxy):
-    """The server has said all and reads nothing; the client has said all. Nothing can move, so nothing may run."""
+    """Both sides have sent their end of stream, and the server reads nothing. No byte can move, so the proxy must be idle."""
     client = on("client", lambda: socket.create_connection(SERVER, demo.PATIENCE))
     server, _ = listener.accept()
     server.shutdown(socket.SHUT_WR)
@@ -54,7 +54,7 @@ def half_closed_and_stuck(listener, proxy):
     time.sleep(limit(1))
     spent = cpu_seconds(proxy.process.pid) - before
     assert spent < limit(0.2), f"the proxy was busy for {spent:.2f} of {limit(1)} s with nothing to do"
-    # And what waited arrives when the server reads after all.
+    # The waiting data arrives when the server reads it.
     server.settimeout(demo.PATIENCE)
     got = 0
     while data := server.recv(65536):
@@ -63,7 +63,7 @@ def half_closed_and_stuck(listener, proxy):
 
 
 def few_descriptors(listener, programs):
-    """More clients than the proxy has descriptors for: each is served in its turn, none is turned away."""
+    """More clients than descriptors: each is served in turn, and none is refused."""
     descriptors = 18
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$0" "$@"', os.path.join(programs, "tcp_proxy"), "3129", "80"]

@@ -1,16 +1,16 @@
 /*
- * A thousand clients, each asking fifty servers on twenty ports, and the servers.
+ * A thousand clients, which send requests to fifty servers on twenty ports each, and the servers.
  *
  *     udp_load serve
  *     udp_load ask SECONDS WINDOW [CLIENTS]
  *
- * Every question says who asks whom; the server adds whom it saw, and where;
- * and the client's socket that gets the answer compares all of that, and the
- * address that the answer came from. WINDOW questions are under way at a time,
- * each asked twice of the same server in turn, so that nothing is lost for want of
- * room. Half of the clients and of the servers are of IPv4. With fewer clients
- * each has many questions at a time. The last line counts; the exit status is
- * 1 if anything was wrong.
+ * Every request contains its client and its service. The server adds the client
+ * address that it saw and its own address. The client's socket that receives the
+ * reply checks all of them, and the address that the reply came from. WINDOW
+ * requests are in flight at a time, so that no buffer overflows; each is sent twice
+ * to the same server. Half of the clients and servers use IPv4. With fewer clients,
+ * each has several requests at a time. The last line has the counters. The exit
+ * status is 1 if a check failed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -75,7 +75,7 @@ static uint64_t milliseconds(void)
     return (uint64_t)time.tv_sec * 1000 + (uint64_t)time.tv_nsec / 1000000;
 }
 
-/* A dual-stack socket that epoll knows by a number; its address need not be an interface's. */
+/* Opens a dual-stack socket that epoll identifies by a number. No interface need have its address. */
 static int open_socket(const struct sockaddr_in6 *addr, uint32_t number)
 {
     int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK, 0), one = 1;
@@ -88,7 +88,7 @@ static int open_socket(const struct sockaddr_in6 *addr, uint32_t number)
     return fd;
 }
 
-/* Answers one question from the address that it was sent to, which packet information has and takes. */
+/* Replies to one request from its destination address, by packet information. */
 static bool answer(int fd, uint16_t port)
 {
     struct question question;
@@ -142,7 +142,7 @@ static _Noreturn void serve(void)
 struct slot {
     uint32_t client, service, sequence;
     uint64_t asked;
-    bool again;     /* to be asked a second time */
+    bool again;     /* to be sent a second time */
 };
 
 static struct slot slots[MAX_WINDOW];
@@ -154,7 +154,7 @@ static void ask(uint32_t at)
 {
     struct slot *slot = &slots[at];
     if (!slot->again) {
-        /* All pairs of client and service (a million), in an order where neither repeats soon. */
+        /* All pairs of client and service (a million), in an order in which neither repeats soon. */
         slot->client = (uint32_t)(number % n_clients);
         slot->service = (uint32_t)((number + number / n_clients * 7) % (HOSTS * PORTS));
         number++;

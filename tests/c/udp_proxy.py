@@ -20,12 +20,12 @@ from hosts import demo, limit, on
 
 SOL_UDP, UDP_SEGMENT = 17, 103
 PORT = 5353
-# Addresses that nobody owns.
+# Addresses that no host owns.
 NOBODY = {"IPv4": "192.0.2.77", "IPv6": "2001:db8:77::77"}
 
 
 def start(programs, *options):
-    """The proxy, and how many sessions and descriptors it says that it may have."""
+    """Starts the proxy. Returns it, and the limits of sessions and descriptors that it prints."""
     proxy = demo.Program("proxy", os.path.join(programs, "udp_proxy"), *options, "3129", f"{PORT}-{PORT + 1}")
     proxy.bounds = list(map(int, re.findall(r"\d+", proxy.expect("listening"))))
     assert proxy.bounds, "udp_proxy did not start"
@@ -69,13 +69,13 @@ def open_socket(host, addr, port=0):
 
 
 def heard(sock):
-    """A datagram, and who sent it: address and port."""
+    """Receives a datagram. Returns the data, and the sender's address and port."""
     data, sender = sock.recvfrom(65536)
     return data, sender[:2]
 
 
 def exchange(client, server, asked, words):
-    """The client asks an address; the server answers whom it sees; the answer is of the address asked."""
+    """Sends a request to an address. The server replies to the client that it sees, and the reply comes from the address."""
     client.sendto(words, (asked, PORT))
     data, seen = heard(server)
     assert data == words, f"{len(data)} bytes arrived of {len(words)}"
@@ -86,7 +86,7 @@ def exchange(client, server, asked, words):
 
 
 def relays(programs):
-    """The server sees the client; every datagram of a client is one session's, and of any length."""
+    """The server sees the client. All datagrams of a client use one session, whatever their length."""
     proxy = start(programs)
     for _, addr, server_addr in demo.FETCHES:
         server = open_socket("server", server_addr, PORT)
@@ -94,7 +94,7 @@ def relays(programs):
         for words in (b"first", b"", b"x" * 8000, b"y" * 65_000, b"last"):
             seen = exchange(client, server, server_addr, words)
             assert seen == client.getsockname()[:2], f"the server saw {seen}"
-        # Many at once, cut apart by the kernel: they arrive as many, and so do the answers.
+        # A batch that the kernel splits: the datagrams and the replies arrive one by one.
         many = [bytes([number]) * (1000 if number < 9 else 300) for number in range(10)]
         for sender, to, receiver in ((client, (server_addr, PORT), server), (server, seen, client)):
             sender.setsockopt(SOL_UDP, UDP_SEGMENT, 1000)
@@ -104,13 +104,13 @@ def relays(programs):
     counts = statistics(proxy)
     assert counts["now"] == counts["sessions opened"] == 2, counts
     assert counts["requests unsent"] == counts["replies unsent"] == 0, counts
-    # What came as one was passed on as one.
+    # A batch that was received was passed on as a batch.
     assert counts["requests"] < 2 * (5 + 10), counts
     end(proxy)
 
 
 def one_server_for_all(programs):
-    """Several addresses that nobody owns are asked by one socket, all at once; each answers for itself."""
+    """One socket sends requests to several addresses that no host owns. Each reply comes from the address of its request."""
     options = [f"--to={demo.at_port(server, PORT + 1)}" for _, _, server in demo.FETCHES]
     proxy = start(programs, *options)
     for family, addr, server_addr in demo.FETCHES:
@@ -147,7 +147,7 @@ def silence_ends_a_session(programs):
 
 
 def few_sessions(programs):
-    """Twelve clients and four sessions: those that spoke last go on, the others get another."""
+    """Twelve clients with four sessions: the most recently used sessions remain, and other clients get new ones."""
     proxy = start(programs, "--sessions", "4", "--verbose")
     _, addr, server_addr = demo.FETCHES[1]
     server = open_socket("server", server_addr, PORT)
@@ -166,7 +166,7 @@ def few_sessions(programs):
 
 
 def a_server_that_refuses(programs):
-    """Nobody listens, the server's host says so, to the proxy alone; the session works as soon as somebody does."""
+    """Without a server, its host sends ICMP errors only to the proxy. The session works as soon as the server listens."""
     proxy = start(programs)
     for _, addr, server_addr in demo.FETCHES:
         client = open_socket("client", addr)
@@ -214,15 +214,15 @@ def only_some_destinations(programs):
     end(proxy)
 
 
-# The proxy's own addresses; and a port that only rules which are not the library's intercept.
+# Addresses of the proxy's host, and a port that only rules of another program intercept.
 OWN = {"IPv4": "198.51.100.1", "IPv6": "2001:db8:1::1"}
 TEXTBOOK_PORT = 6000
 
 
 def impossible_addresses_get_no_session(programs):
-    """Whoever intercepts them: datagrams from or to addresses that no other host can have are dropped, and are not answered."""
+    """Datagrams from or to addresses that no other host can have are dropped, whichever rules intercept them."""
     hosts.textbook("udp", TEXTBOOK_PORT)
-    # IPv4 has a check against forged sources of its own, which such a host has switched off.
+    # rp_filter, which would drop forged IPv4 sources, is disabled on such a host.
     for name in ("accept_local=1", "route_localnet=1", "rp_filter=0"):
         key, value = name.split("=")
         for interface in ("all", "eth0"):
@@ -236,7 +236,7 @@ def impossible_addresses_get_no_session(programs):
     bad6 = [OWN["IPv6"], "::1", "::", "ff02::9", "::198.51.100.1", "2001:db8:2::1", *mapped, *mapped_foreign]
     pairs = [(bad, server4) for bad in bad4] + [(client4, bad) for bad in bad4] + [(OWN["IPv4"], OWN["IPv4"])]
     pairs += [(bad, server6) for bad in bad6] + [(client6, bad) for bad in bad6] + [(a, b) for a in bad6 for b in bad6]
-    # A service for this host alone, as an attacker would like to reach it, and a server that answers.
+    # A service only for this host, which an attacker tries to reach, and a server that replies.
     inner = [open_socket("proxy", addr, TEXTBOOK_PORT) for addr in ("127.0.0.1", "::1", *OWN.values())]
     servers = [open_socket("server", addr, TEXTBOOK_PORT) for addr in (server4, server6)]
     for sock in (*inner, *servers):
@@ -244,7 +244,7 @@ def impossible_addresses_get_no_session(programs):
     for number in range(0, len(pairs), 16):
         some = pairs[number : number + 16]
         hosts.inject(hosts.datagram(src, 4444, dst, TEXTBOOK_PORT, f"{src} to {dst}".encode()) for src, dst in some)
-        # One that is right comes after them, by the same way: so all were seen.
+        # A valid datagram follows on the same path: after its reply, all were processed.
         client = open_socket("client", client6)
         client.sendto(b"last", (server6, TEXTBOOK_PORT))
         deadline = time.monotonic() + demo.PATIENCE
@@ -268,14 +268,14 @@ def impossible_addresses_get_no_session(programs):
     counts = statistics(proxy)
     good = (len(pairs) + 15) // 16
     assert counts["sessions opened"] == counts["replies"] == good, counts
-    # These came to the listener, so that it was the proxy that refused them.
+    # These reached the listener, so the proxy itself refused them.
     assert counts["sessions denied"] >= 8, counts
     demo.run(*demo.on("proxy", "nft", "delete table inet textbook"))
     end(proxy)
 
 
 def addresses_that_come_later(programs):
-    """A session's client becomes an address of the proxy's host: the session ends, and answers do not go round."""
+    """A client's address becomes an address of the proxy's host: the session ends, and replies do not loop."""
     proxy = start(programs)
     for _, addr, server_addr in demo.FETCHES:
         server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
@@ -288,7 +288,7 @@ def addresses_that_come_later(programs):
         time.sleep(0.3)
         after = statistics(proxy)
         assert after["replies"] <= before["replies"] + 8, f"{after['answers'] - before['answers']} answers to one datagram"
-        # A network that is local by a route is this host's, too; the rest is not.
+        # A prefix with a local route counts as this host's own. Other addresses do not.
         demo.run(*demo.on("proxy", "ip", "addr", "del", addr, "dev", "lo"))
         network = f"{addr}/{128 if ':' in addr else 32}"
         exchange(other, server, server_addr, b"hello again")
@@ -296,7 +296,7 @@ def addresses_that_come_later(programs):
         eventually(proxy, "the session goes on", lambda counts, n=before["now"] - 1: counts["now"] <= n)
         demo.run(*demo.on("proxy", "ip", "route", "del", "local", network, "dev", "lo"))
         server.close()
-    # What is no address of a session, or no address of this host's, ends none.
+    # Addresses of no session, and addresses that are not local, end no session.
     server, client = open_socket("server", server_addr, PORT), open_socket("client", addr)
     exchange(client, server, server_addr, b"hello")
     opened = statistics(proxy)["sessions opened"]
@@ -311,7 +311,7 @@ def addresses_that_come_later(programs):
 
 
 def denied_destinations(programs):
-    """Metadata services are denied unless this is switched off; --deny denies others, and those alone."""
+    """Metadata services are denied, unless the list is cleared. --deny denies further destinations."""
     metadata = hosts.metadata_service()
     servers = [server for _, _, server in demo.FETCHES]
     clients = dict(zip((*metadata, *servers), [addr for _, addr, _ in demo.FETCHES] * 2))
@@ -340,7 +340,7 @@ def denied_destinations(programs):
 
 
 def no_descriptors(programs):
-    """Fewer descriptors than the proxy counts on, and clients that come once: it goes on, and serves who speaks."""
+    """With fewer descriptors than the proxy expects, and many clients that send once, it continues to serve clients."""
     proxy = start(programs, "--sessions", "200")
     _, addr, server_addr = demo.FETCHES[0]
     server = open_socket("server", server_addr, PORT)

@@ -16,12 +16,12 @@ import hosts
 from hosts import demo
 
 SECONDS = 20
-# Of 4,096 descriptors the proxy makes far fewer sessions than there are pairs: it has to end old ones all the time.
+# With 4,096 descriptors, the proxy has far fewer sessions than pairs exist, and must continuously end old ones.
 DESCRIPTORS = 4096
 
 
 class Watch:
-    """Counts a process's descriptors, again and again."""
+    """Counts the descriptors of a process repeatedly."""
 
     def __init__(self, pid):
         self.path, self.most, self.over = f"/proc/{pid}/fd", 0, threading.Event()
@@ -39,7 +39,7 @@ class Watch:
 
 
 def load(programs, load_program, options, seconds, window, clients):
-    """The counts of the clients and of the proxy, and the most descriptors that it had and may have."""
+    """Returns the counts of the clients and of the proxy, and the highest number and the limit of its descriptors."""
     command = [os.path.join(programs, "udp_proxy"), *options, "3129", "5301-5320"]
     proxy = demo.Program("proxy", "sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$0" "$@"', *command)
     bound = int(re.search(r"(\d+) descriptors", proxy.expect("listening"))[1])
@@ -62,7 +62,7 @@ def load(programs, load_program, options, seconds, window, clients):
 
 def test(programs, load_program):
     for family, routes in (("-4", ("198.18.0.0/16", "198.19.0.0/16")), ("-6", ("2001:2:0:1::/64", "2001:2:0:2::/64"))):
-        # Every address of these networks is the host's own; and the proxy's host knows the way.
+        # All addresses of these networks are local on the host, and the proxy's host has routes to them.
         for host, network in zip(("client", "server"), routes):
             demo.ip(host, family, "route", "add", "local", network, "dev", "lo")
     for network, gateways in zip(
@@ -75,14 +75,14 @@ def test(programs, load_program):
     server = demo.Program("server", load_program, "serve")
     assert server.expect("listening") != "nothing"
 
-    # Paced by the answers: whoever loses one here has lost it for no reason.
+    # The replies pace the load, so that no datagram may be lost.
     counts, evicted, most, said = load(programs, load_program, [], SECONDS, 128, 1000)
     assert counts["lost"] * 1000 <= counts["asked"], said
-    # All clients, all servers and all ports were there, and the bound was reached, and held.
+    # All clients, servers and ports were used, and the limit was reached and not exceeded.
     assert counts["pairs"] > 20_000 and evicted > 0 and most > DESCRIPTORS * 9 // 10, said
 
-    # Sessions that end while their answers are under way, and others of the same clients that begin: answers may be
-    # lost, but not go astray.
+    # Sessions end while replies are in flight, and the same clients open new ones: replies may be lost, but must not reach a wrong
+    # client.
     counts, evicted, _, said = load(programs, load_program, ["--sessions", "50"], 3, 400, 4)
     assert counts["answered"] > 1_000 and evicted > 1_000, said
 
