@@ -429,6 +429,8 @@ mod tests {
         let plan = make(&Config::divert_only()).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert!(plan.intercepts.is_empty());
+        let one_family = Config::new([listener(true, false, None, 3129)]).mode(Mode::DivertOnly);
+        assert_eq!(make(&one_family).unwrap().families.only(), Some(Family::V4));
     }
 
     proptest! {
