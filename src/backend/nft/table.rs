@@ -187,6 +187,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn slot_has_four_priorities() {
+        assert_eq!(RoutingSlot { priority: 200, table: 100 }.last(), 203);
+    }
+
     proptest! {
         #[test]
         fn slot_possible_is_read_back_from_comment(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
