@@ -302,7 +302,7 @@ mod tests {
             let sentence = error.to_string();
             assert!(sentence.starts_with("iptables-restore: ") && sentence.contains(advice), "{sentence}");
             assert!(
-                sentence.contains(words) && sentence.contains("; ") == (words != "" || status == 111),
+                sentence.contains(words) && sentence.contains("; ") == (!words.is_empty() || status == 111),
                 "{sentence}"
             );
         }
