@@ -135,17 +135,15 @@ mod tests {
             (of(&[(80, 80), (1024, 1024)]), true),
             (of(&[(3000, 4000)]), true),
         ] {
-            let forwarded = chosen.clone().bypass(["192.0.2.0/24".parse().unwrap()]);
-            assert_eq!(plan(&forwarded).needs_reply_exemption(), replies, "{forwarded:?}");
-            assert!(!plan(&forwarded).needs_own_reply_exemption());
-            assert!(!plan(&forwarded.clone().interfaces(["eth*"])).needs_reply_exemption());
-            let own = chosen.local_output(true);
-            assert!(!plan(&own).needs_reply_exemption());
-            assert_eq!(plan(&own).needs_own_reply_exemption(), replies, "{own:?}");
-            assert!(!plan(&own.notrack(true)).needs_own_reply_exemption());
-            let redirected = plan(&forwarded.mode(Mode::Redirect).local_output(true));
-            assert!(!redirected.needs_reply_exemption() && !redirected.needs_own_reply_exemption());
+            assert_eq!(plan(&chosen).may_match_replies(Tcp), replies, "{chosen:?}");
+            assert!(!plan(&chosen).may_match_replies(Udp));
+            assert!(!plan(&chosen.clone().new_only(true)).may_match_replies(Tcp));
+            assert!(!plan(&chosen.mode(Mode::Redirect)).may_match_replies(Tcp));
         }
+        let both = Config::new([listener(Tcp, Families::ALL), listener(Udp, Families::ALL)]);
+        let matched = |config: Config| [Tcp, Udp].map(|protocol| plan(&config).may_match_replies(protocol));
+        assert_eq!(matched(both.clone()), [true, true]);
+        assert_eq!(matched(both.new_only(true)), [false, true]);
     }
 
     #[test]

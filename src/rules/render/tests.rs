@@ -90,6 +90,16 @@ fn configurations() -> Vec<(&'static str, Config)> {
         ("own traffic, src and dst", http().local_output(true).src(src()).dst(dst()).interfaces(interfaces)),
         ("not tracked", config(&BOTH).notrack(true)),
         ("own traffic, not tracked", every_port(&BOTH).notrack(true).local_output(true)),
+        ("new connections", every_port(&BOTH).new_only(true)),
+        ("new connections of one port", http().new_only(true)),
+        ("new connections, own ones too", every_port(&HTTP).new_only(true).local_output(true)),
+        ("new connections, not tracked", every_port(&HTTP).new_only(true).notrack(true)),
+        ("new connections, redirected", redirect(&HTTP).new_only(true)),
+        ("servers of this host", config(&BOTH).local_servers(true)),
+        ("servers of this host, every port, not tracked", every_port(&HTTP).local_servers(true).notrack(true)),
+        ("servers of this host, own traffic", every_port(&BOTH).local_servers(true).local_output(true)),
+        ("servers of this host, redirected", redirect(&HTTP).local_servers(true)),
+        ("servers of this host, diverted", divert().local_servers(true)),
         ("divert", divert()),
         ("divert UDP", divert().protocols(UDP)),
         ("divert TCP and UDP, not tracked", divert().protocols(TCP_AND_UDP).notrack(true)),
@@ -105,28 +115,35 @@ fn configurations() -> Vec<(&'static str, Config)> {
     ]
 }
 
-/// A script's commands of `ip`, and the rest of it.
-fn split(script: &str) -> (&str, &str) {
-    let at = script
-        .find("\nnft ")
-        .or_else(|| script.find("\niptables-restore "))
-        .or_else(|| script.find("\nip6tables-restore "));
-    script.split_at(at.unwrap_or(0))
+/// The lines of a script, but runs of at least three lines that the first script of the format has too: of these the
+/// first, and how many follow.
+fn shortened(script: &str, first: &str) -> String {
+    let (lines, known): (Vec<&str>, Vec<&str>) = (script.lines().collect(), first.lines().collect());
+    let common = |at: usize, known_at: usize| {
+        lines[at..].iter().zip(&known[known_at..]).take_while(|(line, known)| line == known).count()
+    };
+    let (mut text, mut at) = (String::new(), 0);
+    while at < lines.len() {
+        let run = (0..known.len()).map(|known_at| common(at, known_at)).max().unwrap_or(0);
+        let (more, taken) =
+            if run < 3 { (String::new(), 1) } else { (format!("\n    and {} more lines", run - 1), run) };
+        writeln!(text, "{}{more}", lines[at]).unwrap();
+        at += taken;
+    }
+    text
 }
 
 #[test]
 fn scripts_of_configurations_are_as_recorded() {
     let mut made = String::new();
-    let mut before = String::new();
+    let mut first = [String::new(), String::new()];
     for (what, config) in configurations() {
-        for (format, script) in [("nft", render_nft(&config)), ("iptables", render_iptables(&config))] {
+        let scripts = [("nft", render_nft(&config)), ("iptables", render_iptables(&config))];
+        for ((format, script), first) in scripts.into_iter().zip(&mut first) {
             let script = script.unwrap_or_else(|error| format!("{error}\n"));
-            // The commands of `ip` are recorded where they are others than before.
-            let (routing, rules) = split(&script);
-            let routing = if routing == before { "" } else { routing };
-            writeln!(made, "==== {what}: {format}\n{routing}{rules}").unwrap();
-            if !routing.is_empty() {
-                before = routing.to_owned();
+            writeln!(made, "==== {what}: {format}\n{}", shortened(&script, first)).unwrap();
+            if first.is_empty() {
+                *first = script;
             }
         }
     }
@@ -137,7 +154,10 @@ fn scripts_of_configurations_are_as_recorded() {
     let recorded = std::fs::read_to_string(path).unwrap_or_default();
     let sections = |text: &str| text.split("==== ").map(str::to_owned).collect::<Vec<_>>();
     for (made, recorded) in sections(&made).iter().zip(sections(&recorded)) {
-        assert_eq!(*made, recorded, "`UPDATE_GOLDEN=1 cargo test --lib scripts` records what is made");
+        let title = made.lines().next().unwrap_or_default();
+        for (made, recorded) in made.lines().zip(recorded.lines()) {
+            assert_eq!(made, recorded, "{title}; `UPDATE_GOLDEN=1 cargo test --lib scripts` records what is made");
+        }
     }
-    assert!(made == recorded, "a configuration is new or gone; `UPDATE_GOLDEN=1 cargo test --lib scripts` records it");
+    assert!(made == recorded, "a rule is new or gone; `UPDATE_GOLDEN=1 cargo test --lib scripts` records what is made");
 }
