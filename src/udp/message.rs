@@ -520,6 +520,32 @@ mod tests {
         }
     }
 
+    /// With no room, or after a signal, the others would fare no better: they are not tried.
+    #[test]
+    fn batch_that_finds_no_room_gives_up_the_rest() {
+        let flow = flow("192.0.2.1:53", "198.51.100.1:4000");
+        let mut buffers = zeroed_box().unwrap();
+        let mut batch = SendBatch::new(&mut buffers);
+        for number in 0..4 {
+            batch.push(&flow, number, 1, b"x", None);
+        }
+        for (at, errno, failed, next) in [
+            (0, libc::EAGAIN, vec![0, 1, 2, 3], 4),
+            (2, libc::EINTR, vec![2, 3], 4),
+            (3, libc::EAGAIN, vec![3], 4),
+            (0, libc::EPERM, vec![0], 1),
+            (2, libc::EMSGSIZE, vec![2], 3),
+        ] {
+            let mut told = Vec::new();
+            let told_of = |_: &SendBatch<'_, '_>, message: &Message<'_>, error: sys::Errno| {
+                assert_eq!(error, sys::Errno(errno));
+                told.push(message.first);
+            };
+            assert_eq!(batch.say(at, sys::Errno(errno), told_of), next);
+            assert_eq!(told, failed);
+        }
+    }
+
     #[test]
     fn batch_joins_datagrams_of_one_flow() {
         let one = flow("192.0.2.1:53", "198.51.100.1:4000");
