@@ -23,7 +23,7 @@ PAGES := $(foreach section,3 7 8,$(patsubst man/%,$(SHARE)/man/man$(section)/%,$
 INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy.h \
 	$(BINDIR)/tproxyctl $(PAGES) $(COMPLETIONS)
 
-.PHONY: all deps install uninstall demo check bench bench-python fuzz soak clean
+.PHONY: all deps install uninstall demo check bench bench-python fuzz mutants soak clean
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
@@ -92,6 +92,12 @@ fuzz:
 		-C llvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -C codegen-units=1 -C debug-assertions" \
 		$(CARGO) build --quiet --release --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir build/fuzz
 	build/fuzz/$(HOST)/release/control -runs=$(FUZZ_RUNS) -max_len=512 -print_final_stats=1 build/fuzz-corpus
+
+# Changes the source in small ways, one at a time, and prints the changes that no test notices (docs/mutants.md).
+FILES ?= src/prefix.rs src/prefix/set.rs
+TESTS ?= --lib --test golden
+mutants:
+	@FILES='$(FILES)' TESTS='$(TESTS)' SHARD='$(SHARD)' sh tests/mutants.sh
 
 # A mixed load on the relay, with clients and servers that are killed: every byte compared, nothing left, nothing stuck.
 SOAK_SECONDS ?= 900

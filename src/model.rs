@@ -322,3 +322,14 @@ impl Mark {
         (free != 0).then_some(Mark { value: free & free.wrapping_neg(), mask: self.mask })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn port_range_is_shown_as_one_port_or_two() {
+        assert_eq!(PortRange { first: 80, last: 80 }.to_string(), "80");
+        assert_eq!(PortRange { first: 80, last: 81 }.to_string(), "80-81");
+    }
+}

@@ -106,3 +106,74 @@ impl Plan {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::{Config, Listener};
+    use Protocol::{Tcp, Udp};
+
+    fn listener(protocol: Protocol, families: Families) -> Listener {
+        Listener { protocol, families, addr: None, port: 3129 }
+    }
+
+    fn plan(config: &Config) -> Plan {
+        crate::rules::plan::make(config).unwrap()
+    }
+
+    #[test]
+    fn plan_exempts_replies_where_their_ports_may_be_chosen() {
+        let every_port = Config::new([listener(Tcp, Families::ALL)]);
+        let of = |ranges: &[(u16, u16)]| every_port.clone().ports(ranges.iter().map(|(first, last)| *first..=*last));
+        // Replies go to the ports of clients, from 1024 on.
+        for (chosen, replies) in [
+            (every_port.clone(), true),
+            (of(&[]), false),
+            (of(&[(80, 80)]), false),
+            (of(&[(80, 80), (443, 443)]), false),
+            (of(&[(1, 1023)]), false),
+            (of(&[(1000, 1024)]), true),
+            (of(&[(80, 80), (1024, 1024)]), true),
+            (of(&[(3000, 4000)]), true),
+        ] {
+            assert_eq!(plan(&chosen).may_match_replies(Tcp), replies, "{chosen:?}");
+            assert!(!plan(&chosen).may_match_replies(Udp));
+            assert!(!plan(&chosen.clone().new_only(true)).may_match_replies(Tcp));
+            assert!(!plan(&chosen.mode(Mode::Redirect)).may_match_replies(Tcp));
+        }
+        let both = Config::new([listener(Tcp, Families::ALL), listener(Udp, Families::ALL)]);
+        let matched = |config: Config| [Tcp, Udp].map(|protocol| plan(&config).may_match_replies(protocol));
+        assert_eq!(matched(both.clone()), [true, true]);
+        assert_eq!(matched(both.new_only(true)), [false, true]);
+    }
+
+    #[test]
+    fn plan_knows_the_only_family_of_each_protocol() {
+        let (v4, v6) = (Families { v4: true, v6: false }, Families { v4: false, v6: true });
+        let of = |listeners: &[Listener], families: Option<Families>| {
+            let config = Config::new(listeners.to_vec());
+            let plan = plan(&families.map_or(config.clone(), |families| config.families(families)));
+            [plan.family_of(Tcp), plan.family_of(Udp)]
+        };
+        assert_eq!(of(&[listener(Tcp, Families::ALL)], None), [None, None]);
+        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v4)), [Some(Family::V4), None]);
+        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v6)), [Some(Family::V6), None]);
+        assert_eq!(of(&[listener(Tcp, v4), listener(Udp, v6)], None), [Some(Family::V4), Some(Family::V6)]);
+        assert_eq!(of(&[listener(Tcp, v6), listener(Udp, Families::ALL)], None), [Some(Family::V6), None]);
+        let two = [listener(Tcp, v4), Listener { port: 3130, ..listener(Tcp, v6) }];
+        assert_eq!(of(&two, None), [None, None]);
+    }
+
+    #[test]
+    fn plan_without_ipv6_keeps_what_serves_ipv4() {
+        let (v4, v6) = (Families { v4: true, v6: false }, Families { v4: false, v6: true });
+        let mut both = plan(&Config::new([listener(Tcp, Families::ALL), listener(Udp, v4)]));
+        both.leave_ipv6();
+        let kept = |plan: &Plan| plan.intercepts.iter().map(|i| (i.protocol, i.family)).collect::<Vec<_>>();
+        assert_eq!(kept(&both), [(Tcp, Some(Family::V4)), (Udp, Some(Family::V4))]);
+        assert_eq!(both.families.only(), Some(Family::V4));
+        let mut mixed = plan(&Config::new([listener(Tcp, v6), listener(Udp, v4)]));
+        mixed.leave_ipv6();
+        assert_eq!(kept(&mixed), [(Udp, Some(Family::V4))]);
+    }
+}

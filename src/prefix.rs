@@ -243,6 +243,18 @@ mod tests {
     }
 
     #[test]
+    fn prefix_text_is_an_address_with_or_without_a_length() {
+        let parsed = |text: &str| text.parse::<Prefix>().map(|prefix| prefix.to_string()).ok();
+        assert_eq!(parsed("192.0.2.9/24").as_deref(), Some("192.0.2.0/24"));
+        assert_eq!(parsed("192.0.2.9").as_deref(), Some("192.0.2.9/32"));
+        assert_eq!(parsed("2001:db8::1").as_deref(), Some("2001:db8::1/128"));
+        for bad in ["192.0.2.0/+24", "192.0.2.0/ 24", "192.0.2.0/", "192.0.2.0/33", "192.0.2.0/256", "/24", "", "eth0"]
+        {
+            assert_eq!(bad.parse::<Prefix>().unwrap_err().errno(), libc::EINVAL, "{bad}");
+        }
+    }
+
+    #[test]
     fn prefix_mask_has_leading_bits() {
         let shown = |family, len| mask(family, Some(len)).map(|mask| mask.to_string());
         assert_eq!(shown(Family::V4, 0).unwrap(), "0.0.0.0");

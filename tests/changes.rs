@@ -324,7 +324,11 @@ fn install_rules_persist_intercepts_without_owner_until_taken_over_or_purged() {
             lab.proxy.run(|| take_over(configs[n % 2])).abandon();
         }
     });
+    // Sets replace sets, which have other names.
+    lab.proxy.run(|| take_over(&wider)).abandon();
+    lab.proxy.run(|| take_over(&wider)).abandon();
     let rules = lab.proxy.run(|| take_over(&wider));
+    assert!(intercepted(&lab, v4(), &listener, &server));
     lab.proxy.run(|| rules.remove()).unwrap();
     assert_eq!(lab.proxy.state(), before);
 

@@ -59,7 +59,7 @@ fn install_rules_and_remove_rules_leave_the_host_unchanged() {
 fn install_rules_after_killed_process_works_at_once() {
     let lab = Lab::new();
     let before = lab.proxy.state();
-    start(&lab.proxy, "").kill();
+    start(&lab.proxy, "tproxy").kill();
     assert_eq!(lab.proxy.nft("list tables"), "");
     // The routing rules that it left affect no traffic.
     let server = lab.serve(80);
@@ -130,7 +130,7 @@ fn install_rules_with_stale_overlapping_slot_intercepts() {
             lab.proxy.sysctl(&format!("ipv4/conf/{interface}/src_valid_mark"), "1");
             lab.proxy.sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "1");
         }
-        start(&lab.proxy, "").kill();
+        start(&lab.proxy, "tproxy").kill();
         let listener = listener(&lab.proxy);
         let rules = lab.proxy.run(|| config(&listener).priority(priority).install()).unwrap();
         let to = at(v4().server, 80);
@@ -145,7 +145,7 @@ fn install_rules_with_stale_overlapping_slot_intercepts() {
 fn install_rules_removes_routes_of_dead_instance() {
     let net = Net::new();
     let before = net.state();
-    start(&net, "").kill();
+    start(&net, "tproxy").kill();
     let listener = net.run(|| listen("0.0.0.0:3129".parse().unwrap(), 0)).unwrap();
     let rules = net.run(|| config(&listener).table(99).install()).unwrap();
     net.run(|| rules.remove()).unwrap();

@@ -421,3 +421,32 @@ pub(crate) fn render(plan: &Plan, family: Family) -> String {
 pub(crate) fn apply(plan: &Plan, family: Family) -> Result<()> {
     tool::apply(&plan.name, family, &Builder { plan, family }.tables())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::{Config, Listener, Prefix, plan};
+
+    #[test]
+    fn iptables_take_a_thousand_prefixes_in_all_lists() {
+        let listener = Listener::at("[::]:3129".parse().unwrap(), Protocol::Tcp).unwrap();
+        let list = |net: u32, count: u32| {
+            (0..count).map(|n| Prefix::from(IpAddr::from((net << 24 | n).to_be_bytes()))).collect::<Vec<_>>()
+        };
+        let checked = |dst, src, bypass| {
+            let config = Config::new([listener]).dst(list(10, dst)).src(list(11, src)).bypass(list(12, bypass));
+            check(&plan::make(&config).unwrap()).map_err(|error| error.errno())
+        };
+        assert_eq!(checked(1000, 0, 0), Ok(()));
+        assert_eq!(checked(500, 300, 200), Ok(()));
+        for (dst, src, bypass) in [(1001, 0, 0), (0, 1001, 0), (0, 0, 1001), (500, 300, 201)] {
+            assert_eq!(checked(dst, src, bypass), Err(libc::EOPNOTSUPP));
+        }
+    }
+
+    #[test]
+    fn chains_of_an_instance_are_named_for_people() {
+        assert_eq!(chains_of("web"), "tp-web-*");
+        assert_eq!(instance_of("tp-web-p"), Some("web"));
+    }
+}

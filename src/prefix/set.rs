@@ -405,6 +405,27 @@ mod tests {
         assert_eq!(set.regrouped().unwrap(), None);
     }
 
+    #[test]
+    fn prefix_set_is_regrouped_while_there_is_room_for_another_length() {
+        let mut set = PrefixSet::new(&scattered(3 * MANY, 24));
+        set.update(&scattered(MANY - 1, 25), &[]).unwrap();
+        assert_eq!(set.regrouped().unwrap(), None);
+        set.update(&scattered(MANY, 25), &[]).unwrap();
+        let set = set.regrouped().unwrap().unwrap();
+        assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (24..26).collect());
+    }
+
+    #[test]
+    fn prefix_set_without_room_is_regrouped_for_twice_as_many_of_a_length() {
+        let four: Vec<Prefix> = (24..28).flat_map(|len| scattered(3 * MANY, len)).collect();
+        let mut set = PrefixSet::new(&four);
+        set.update(&scattered(6 * MANY - 1, 28), &[]).unwrap();
+        assert_eq!(set.regrouped().unwrap(), None);
+        set.update(&scattered(6 * MANY, 28), &[]).unwrap();
+        let set = set.regrouped().unwrap().unwrap();
+        assert_eq!(set.lengths(Family::V4).collect::<BTreeSet<_>>(), (24..27).chain([28]).collect());
+    }
+
     /// Prefixes in a small part of the address space, where they often overlap.
     fn corner() -> impl Strategy<Value = Prefix> {
         (0..64u8, 24..=32u8, any::<bool>()).prop_map(|(host, len, v6)| match v6 {

@@ -425,10 +425,45 @@ mod tests {
     }
 
     #[test]
+    fn plan_of_what_no_kernel_can_do_is_eopnotsupp() {
+        let good = config(&[listener(true, false, None, 3129)]);
+        let udp = Listener { protocol: Protocol::Udp, ..listener(true, false, None, 3129) };
+        let redirect = |listeners: &[Listener]| config(listeners).mode(Mode::Redirect);
+        for config in [
+            good.local_output(true).fail_open(true),
+            redirect(&[listener(true, false, None, 3129)]).fail_open(true),
+            redirect(&[udp]),
+            redirect(&[listener(true, false, None, 3129)]).protocols(Protocols::ALL),
+            redirect(&[listener(true, false, None, 3129), udp]).protocols(Protocols { tcp: true, udp: false }),
+        ] {
+            assert_eq!(make(&config).unwrap_err().errno(), libc::EOPNOTSUPP, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn plan_redirects_only_own_traffic_to_loopback() {
+        for addr in ["127.0.0.1", "::1"] {
+            let redirect =
+                config(&[listener(addr == "127.0.0.1", addr == "::1", Some(addr), 3129)]).mode(Mode::Redirect);
+            assert!(refusal(&redirect).contains("loopback"));
+            make(&redirect.local_output(true)).unwrap();
+        }
+        make(&config(&[listener(true, false, Some("192.0.2.1"), 3129)]).mode(Mode::Redirect)).unwrap();
+    }
+
+    #[test]
+    fn plan_takes_the_last_priority_before_the_main_table() {
+        let good = config(&[listener(true, false, None, 3129)]);
+        assert_eq!(make(&good.priority(32_762)).unwrap().priority, Some(32_762));
+    }
+
+    #[test]
     fn plan_divert_only_needs_no_listener() {
         let plan = make(&Config::divert_only()).unwrap();
         assert_eq!(plan.families, Families::ALL);
         assert!(plan.intercepts.is_empty());
+        let one_family = Config::new([listener(true, false, None, 3129)]).mode(Mode::DivertOnly);
+        assert_eq!(make(&one_family).unwrap().families.only(), Some(Family::V4));
     }
 
     proptest! {

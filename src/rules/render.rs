@@ -76,3 +76,6 @@ fn write_routing(script: &mut Text, plan: &Plan) -> fmt::Result {
     let routing = super::apply::routing(plan, slot::first(plan));
     route::commands(&routing).try_for_each(|command| writeln!(script, "ip {command}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -176,3 +176,55 @@ impl<'a> Datagram<'a> {
         storage::store_address(&mut self.orig_dst, &control.orig_dst);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn datagram_has_its_memory_and_what_was_put_there() {
+        let mut memory = *b"0123456789";
+        let mut datagram = Datagram::new(&mut memory);
+        assert_eq!(datagram.data(), b"");
+        assert_eq!(datagram.memory(), b"0123456789");
+        datagram.memory()[0] = b'x';
+        datagram.set_len(3);
+        assert_eq!(datagram.data(), b"x12");
+        datagram.set_len(11);
+        assert_eq!(datagram.data(), b"x123456789");
+        assert!(!datagram.lacks_memory() && !datagram.lacks_data());
+        let to = "192.0.2.1:53".parse().unwrap();
+        datagram.set_orig_dst(to);
+        datagram.set_segment_len(5);
+        datagram.set_error(libc::EPERM);
+        assert_eq!((datagram.orig_dst(), datagram.segment_len(), datagram.error()), (Some(to), 5, Some(libc::EPERM)));
+        assert_eq!(datagram.client(), None);
+    }
+
+    #[test]
+    fn datagram_received_is_truncated_if_the_kernel_says_so() {
+        let mut memory = [0; 4];
+        let mut datagram = Datagram::new(&mut memory);
+        let to = "192.0.2.1:53".parse().unwrap();
+        for (cut, truncated) in [(0, false), (TRUNC, true), (CTRUNC, false), (TRUNC | CTRUNC, true)] {
+            datagram.set_error(libc::EPERM);
+            datagram.received(4, Control { orig_dst: KernelAddr::from(to), segment_len: 2 }, cut);
+            assert_eq!((datagram.is_truncated(), datagram.flags), (truncated, cut));
+            assert_eq!((datagram.data().len(), datagram.segment_len(), datagram.error()), (4, 2, None));
+            assert_eq!(datagram.orig_dst(), Some(to));
+        }
+        datagram.received(4, Control::default(), TRUNC);
+        assert_eq!((datagram.flags, datagram.orig_dst()), (TRUNC | NO_ORIG_DST, None));
+    }
+
+    #[test]
+    fn datagram_without_memory_lacks_what_it_says_to_have() {
+        let mut datagram = Datagram::new(&mut []);
+        datagram.data = std::ptr::null_mut();
+        assert!(!datagram.lacks_memory() && !datagram.lacks_data());
+        (datagram.capacity, datagram.len) = (1, 0);
+        assert!(datagram.lacks_memory() && !datagram.lacks_data());
+        (datagram.capacity, datagram.len) = (0, 1);
+        assert!(!datagram.lacks_memory() && datagram.lacks_data());
+    }
+}

@@ -439,3 +439,129 @@ impl<'r, 'd> SendBatch<'r, 'd> {
         at + 1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::udp::control::UDP_SEGMENT;
+    use std::net::SocketAddr;
+
+    fn flow(from: &str, to: &str) -> Flow {
+        let parsed = |text: &str| KernelAddr::from(text.parse::<SocketAddr>().unwrap());
+        Flow { from: parsed(from), to: parsed(to) }
+    }
+
+    /// Puts datagrams of these lengths into a batch, the first by push() and the others by join() where it takes them.
+    /// Gives how many datagrams each message has.
+    fn joined(lens: &[usize]) -> Vec<usize> {
+        let flow = flow("192.0.2.1:53", "198.51.100.1:4000");
+        let data = vec![0; MAX_GSO + 1];
+        let mut buffers = zeroed_box().unwrap();
+        let mut batch = SendBatch::new(&mut buffers);
+        for (number, len) in lens.iter().enumerate() {
+            assert_eq!(batch.is_full(), number == BATCH);
+            if number == 0 || !batch.join(&flow, &data[..*len]) {
+                batch.push(&flow, number as u16, *len, &data[..*len], None);
+            }
+        }
+        assert_eq!(batch.is_full(), lens.len() == BATCH);
+        let mut number = 0;
+        for (at, message) in batch.messages.get().iter().enumerate() {
+            let parts: Vec<usize> = batch.parts(message).map(<[u8]>::len).collect();
+            assert_eq!(parts, lens[number..number + parts.len()], "{lens:?}");
+            assert_eq!((usize::from(message.first), usize::from(message.segments)), (number, parts.len()));
+            number += parts.len();
+            // SAFETY: as many headers as messages are initialised, and their control data.
+            let (n_iovecs, control) = unsafe {
+                let header = &batch.room.headers[at].assume_init_ref().msg_hdr;
+                (header.msg_iovlen, std::slice::from_raw_parts(header.msg_control.cast::<u8>(), header.msg_controllen))
+            };
+            assert_eq!(n_iovecs, parts.len());
+            let segment = [libc::SOL_UDP.to_ne_bytes(), UDP_SEGMENT.to_ne_bytes()].concat();
+            let at = control.windows(8).position(|window| window == segment);
+            let len = at.map(|at| u16::from_ne_bytes([control[at + 8], control[at + 9]]));
+            assert_eq!(len.map(usize::from), (parts.len() > 1).then_some(parts[0]), "{lens:?}");
+        }
+        batch.messages.get().iter().map(|message| usize::from(message.segments)).collect()
+    }
+
+    #[test]
+    fn batch_joins_datagrams_of_one_length_and_a_shorter_last() {
+        assert_eq!(joined(&[100]), [1]);
+        assert_eq!(joined(&[100, 100, 100]), [3]);
+        assert_eq!(joined(&[100, 100, 99, 100, 100]), [3, 2]);
+        assert_eq!(joined(&[100, 1, 1]), [2, 1]);
+        assert_eq!(joined(&[100, 101, 101]), [1, 2]);
+        assert_eq!(joined(&[100, 0, 100]), [1, 1, 1]);
+        assert_eq!(joined(&[0, 0]), [1, 1]);
+        assert_eq!(joined(&[1, 1, 1]), [3]);
+    }
+
+    #[test]
+    fn batch_joins_no_more_than_a_packet_holds() {
+        assert_eq!(joined(&[32_754, 32_753]), [2]);
+        assert_eq!(joined(&[32_754, 32_754]), [1, 1]);
+        assert_eq!(joined(&[20_000; 5]), [3, 2]);
+        assert_eq!(joined(&[1000; BATCH]), [MAX_SEGMENTS]);
+    }
+
+    #[test]
+    fn batch_joins_no_more_datagrams_than_the_kernel_cuts_apart() {
+        let flow = flow("192.0.2.1:53", "198.51.100.1:4000");
+        let data = [0; 1000];
+        let mut buffers = zeroed_box().unwrap();
+        for segments in 1..=MAX_SEGMENTS {
+            let mut batch = SendBatch::new(&mut buffers);
+            batch.push(&flow, 0, 10, &data[..10 * segments], None);
+            for more in segments..MAX_SEGMENTS {
+                assert!(batch.join(&flow, &data[..10]), "{segments} and {more}");
+            }
+            assert!(!batch.join(&flow, &data[..10]), "{segments}");
+        }
+    }
+
+    /// With no room, or after a signal, the others would fare no better: they are not tried.
+    #[test]
+    fn batch_that_finds_no_room_gives_up_the_rest() {
+        let flow = flow("192.0.2.1:53", "198.51.100.1:4000");
+        let mut buffers = zeroed_box().unwrap();
+        let mut batch = SendBatch::new(&mut buffers);
+        for number in 0..4 {
+            batch.push(&flow, number, 1, b"x", None);
+        }
+        for (at, errno, failed, next) in [
+            (0, libc::EAGAIN, vec![0, 1, 2, 3], 4),
+            (2, libc::EINTR, vec![2, 3], 4),
+            (3, libc::EAGAIN, vec![3], 4),
+            (0, libc::EPERM, vec![0], 1),
+            (2, libc::EMSGSIZE, vec![2], 3),
+        ] {
+            let mut told = Vec::new();
+            let told_of = |_: &SendBatch<'_, '_>, message: &Message<'_>, error: sys::Errno| {
+                assert_eq!(error, sys::Errno(errno));
+                told.push(message.first);
+            };
+            assert_eq!(batch.say(at, sys::Errno(errno), told_of), next);
+            assert_eq!(told, failed);
+        }
+    }
+
+    #[test]
+    fn batch_joins_datagrams_of_one_flow() {
+        let one = flow("192.0.2.1:53", "198.51.100.1:4000");
+        let mut buffers = zeroed_box().unwrap();
+        let mut batch = SendBatch::new(&mut buffers);
+        assert!(!batch.join(&one, b"x"));
+        batch.push(&one, 0, 1, b"x", None);
+        for (from, to) in [
+            ("192.0.2.2:53", "198.51.100.1:4000"),
+            ("192.0.2.1:54", "198.51.100.1:4000"),
+            ("192.0.2.1:53", "198.51.100.2:4000"),
+            ("192.0.2.1:53", "198.51.100.1:4001"),
+            ("[2001:db8::1]:53", "198.51.100.1:4000"),
+        ] {
+            assert!(!batch.join(&flow(from, to), b"x"), "{from} {to}");
+        }
+        assert!(batch.join(&one.clone(), b"x"));
+    }
+}

@@ -75,3 +75,47 @@ pub fn receive(fd: impl AsFd, datagrams: &mut [Datagram<'_>], flags: i32) -> Res
     message::receive(fd.as_fd(), datagrams, flags)
         .map_err(|e| Error::socket(SocketOp::Receive, Endpoints::default(), e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_time::limit;
+    use socket2::{Domain, Socket, Type};
+    use std::time::Instant;
+
+    /// Whether the caller asks for that or not.
+    #[test]
+    fn receive_waits_for_the_first_datagram_alone() {
+        let (here, there) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+        here.set_read_timeout(Some(limit(2000))).unwrap();
+        for (flags, sent) in [(0, 1), (libc::MSG_WAITFORONE, 1), (0, 2), (0, 3)] {
+            for _ in 0..sent {
+                there.send(b"some words").unwrap();
+            }
+            let mut memory = [[0; 10]; 3];
+            let mut datagrams: Vec<Datagram<'_>> = memory.iter_mut().map(|bytes| Datagram::new(bytes)).collect();
+            let begin = Instant::now();
+            assert_eq!(receive(&here, &mut datagrams, flags).unwrap(), sent);
+            assert!(begin.elapsed() < limit(1000), "it has waited for more");
+            let lens: Vec<usize> = datagrams.iter().map(|datagram| datagram.data().len()).collect();
+            assert_eq!(lens.iter().filter(|len| **len == 10).count(), sent, "{lens:?}");
+        }
+    }
+
+    /// However many there is room for, up to as many as a system call takes.
+    #[test]
+    fn receive_fills_as_many_datagrams_as_there_are() {
+        for room in [1, 2, 4, 5, 16, 17, 32, 33, super::super::BATCH, super::super::BATCH + 1] {
+            let (here, there) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+            there.set_nonblocking(true).unwrap();
+            let sent = (0..room + 1).take_while(|n| there.send(&n.to_ne_bytes()).is_ok()).count();
+            let mut memory = vec![[0; 8]; room];
+            let mut datagrams: Vec<Datagram<'_>> = memory.iter_mut().map(|bytes| Datagram::new(bytes)).collect();
+            let received = receive(&here, &mut datagrams, 0).unwrap();
+            assert_eq!(received, room.min(sent).min(super::super::BATCH));
+            for (n, datagram) in datagrams[..received].iter().enumerate() {
+                assert_eq!(datagram.data(), n.to_ne_bytes());
+            }
+        }
+    }
+}

@@ -272,3 +272,54 @@ impl Ran {
         Error::with(errno, format_args!("{}: {}{words}{advice}", self.name, self.words))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ran(end: End, words: &str) -> Error {
+        Ran::new("iptables-restore", Outcome { end, output: Vec::new(), errors: words.as_bytes().to_vec() }).error()
+    }
+
+    #[test]
+    fn failure_of_program_gives_its_errno_and_advice() {
+        for (words, status, errno, advice) in [
+            ("Another app is currently holding the xtables lock.", 4, libc::EAGAIN, "fuser -v /run/xtables.lock"),
+            ("Can't lock /run/xtables.lock", 4, libc::EAGAIN, "fuser -v /run/xtables.lock"),
+            ("Fatal: can't open lock file /run/xtables.lock", 4, libc::EPERM, "write /run/xtables.lock"),
+            ("Permission denied (you must be root)", 4, libc::EPERM, "CAP_NET_ADMIN"),
+            ("Permission denied", 4, libc::EPERM, "CAP_NET_ADMIN"),
+            ("you must be root", 4, libc::EPERM, "CAP_NET_ADMIN"),
+            ("No chain/target/match by that name.", 1, libc::EOPNOTSUPP, "CONFIG_NETFILTER_XT_MATCH_SOCKET"),
+            ("Extension socket revision 0 not supported, missing kernel module?", 1, libc::EOPNOTSUPP, "xt_TPROXY"),
+            ("", 111, libc::EPERM, "setresuid(0, 0, 0)"),
+            ("some words", 111, libc::EIO, "exit status 111"),
+            ("", 2, libc::EIO, "exit status 2"),
+            ("", 0, libc::EIO, "before the end of its input"),
+        ] {
+            let error = ran(End::Exited(status), words);
+            assert_eq!(error.errno(), errno, "{error}");
+            let sentence = error.to_string();
+            assert!(sentence.starts_with("iptables-restore: ") && sentence.contains(advice), "{sentence}");
+            assert!(
+                sentence.contains(words) && sentence.contains("; ") == (!words.is_empty() || status == 111),
+                "{sentence}"
+            );
+        }
+        assert!(ran(End::Killed(9), "").to_string().contains("killed by signal 9"));
+        assert!(ran(End::Unknown, "").to_string().contains("before the end of its input"));
+    }
+
+    #[test]
+    fn program_that_was_killed_is_an_error_that_says_why() {
+        for (errno, words) in [
+            (libc::ETIMEDOUT, "did not end within 60 seconds"),
+            (libc::EFBIG, "printed more than 64 MiB"),
+            (libc::EMFILE, "Too many open files"),
+        ] {
+            let error = interrupted("iptables-save", sys::Errno(errno));
+            assert_eq!(error.errno(), errno);
+            assert!(error.to_string().starts_with("iptables-save") && error.to_string().contains(words), "{error}");
+        }
+    }
+}

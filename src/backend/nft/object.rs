@@ -144,3 +144,21 @@ pub(crate) fn comment(attrs: &mut Attrs<'_>, kind: u16, text: &str) {
     let text = text.get(..usize::from(u8::MAX) - 1).unwrap_or(text);
     attrs.pieces(kind, [&[0, text.len() as u8 + 1], text, &[0]]);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::wire::{self, Buffer};
+
+    #[test]
+    fn comment_is_cut_to_what_its_length_can_say() {
+        for (len, kept) in [(0, 0), (1, 1), (253, 253), (254, 254), (255, 254), (300, 254)] {
+            let mut buffer = Buffer::default();
+            buffer.message(NEW_RULE, 0, 1, &[], |attrs| comment(attrs, 7, &"x".repeat(len)));
+            let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
+            let data = wire::attribute(message.payload, 7).unwrap();
+            let expected = [&[0, kept as u8 + 1], "x".repeat(kept).as_bytes(), &[0]].concat();
+            assert_eq!(data, expected, "{len}");
+        }
+    }
+}

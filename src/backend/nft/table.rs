@@ -187,6 +187,33 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn slot_has_four_priorities() {
+        assert_eq!(RoutingSlot { priority: 200, table: 100 }.last(), 203);
+    }
+
+    #[test]
+    fn table_is_persistent_by_its_flag_and_has_the_owner_of_its_port() {
+        /// A port of process 1234.
+        const PORT: u32 = 1234 << 10 | 5;
+        let parsed = |flags: Option<u32>, port: Option<u32>| {
+            let mut buffer = wire::Buffer::default();
+            buffer.message(0, 0, 1, &[], |a| {
+                a.string(1, "libtproxy-t");
+                flags.iter().for_each(|flags| a.be32(2, *flags));
+                port.iter().for_each(|port| a.be32(7, *port));
+            });
+            let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
+            parse(message.payload).unwrap()
+        };
+        for (flags, persistent) in [(0, false), (1, false), (OWNER, false), (PERSIST, true), (OWNER | PERSIST, true)] {
+            assert_eq!(parsed(Some(flags), None).persistent, persistent, "{flags}");
+        }
+        let owned = parsed(None, Some(PORT));
+        assert_eq!((owned.persistent, owned.owner, owned.owner_port), (false, Some(1234), Some(PORT)));
+        assert_eq!((owned.name.as_str(), owned.slot), ("libtproxy-t", None));
+    }
+
     proptest! {
         #[test]
         fn slot_possible_is_read_back_from_comment(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {

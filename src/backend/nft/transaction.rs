@@ -280,8 +280,158 @@ mod tests {
     use super::*;
     use crate::backend::nft::ruleset;
     use crate::backend::nft::set::Variant;
-    use crate::model::{Families, Mark, Mode, Protocols};
+    use crate::backend::nft::set::{Elements, SetName};
+    use crate::model::{Families, Family, Mark, Mode, Protocols};
+    use crate::netlink::Transport;
     use crate::plan::Plan;
+    use crate::sys;
+    use std::collections::VecDeque;
+
+    /// Gives the answers that it was given, and refuses to send if it was told how.
+    struct Canned {
+        refused: Option<i32>,
+        answers: VecDeque<Vec<u8>>,
+    }
+
+    impl Transport for Canned {
+        fn send(&mut self, _: &[u8]) -> sys::Result<()> {
+            self.refused.map_or(Ok(()), |errno| Err(sys::Errno(errno)))
+        }
+
+        fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+            *buffer = self.answers.pop_front().ok_or(sys::Errno(libc::EAGAIN))?;
+            Ok(())
+        }
+    }
+
+    fn refusing(errno: i32) -> Channel {
+        Channel::over(Box::new(Canned { refused: Some(errno), answers: VecDeque::new() }))
+    }
+
+    /// The answers to messages: sequence number and errno, 0 if the message was good. That which begins a transaction has
+    /// number 1.
+    fn answering(answers: &[(u32, i32)]) -> Channel {
+        let answer = |(seq, errno): &(u32, i32)| {
+            let mut buffer = Buffer::default();
+            let payload = [&(-errno).to_ne_bytes()[..], &[0; 16]].concat();
+            buffer.message(libc::NLMSG_ERROR as u16, 0, *seq, &payload, |_| {});
+            buffer.bytes().unwrap().to_vec()
+        };
+        Channel::over(Box::new(Canned { refused: None, answers: answers.iter().map(answer).collect() }))
+    }
+
+    const SET: SetName = SetName { base: "dst4", len: None, variant: Variant::First };
+    const CHAINS: [Change<'static>; 3] = [Change::DeleteChain("a"), Change::DeleteChain("b"), Change::DeleteChain("c")];
+
+    #[test]
+    fn commit_names_the_change_that_was_refused() {
+        commit(&mut answering(&[(4, 0)]), "t", None, &CHAINS).unwrap();
+        let error = commit(&mut answering(&[(3, libc::EBUSY), (4, 0)]), "t", None, &CHAINS).unwrap_err();
+        assert_eq!(error.errno(), libc::EBUSY);
+        assert!(error.to_string().starts_with("nft delete chain inet t b: "), "{error}");
+        // The whole transaction.
+        let error = commit(&mut answering(&[(1, libc::ERESTART)]), "t", None, &CHAINS).unwrap_err();
+        assert_eq!(error.errno(), libc::ERESTART);
+        assert!(error.to_string().starts_with("nf_tables: "), "{error}");
+        let error = commit(&mut answering(&[]), "t", None, &CHAINS).unwrap_err();
+        assert_eq!(error.errno(), libc::EIO, "{error}");
+    }
+
+    #[test]
+    fn commit_that_is_too_long_says_what_would_help() {
+        for (errno, helps) in [(libc::EMSGSIZE, true), (libc::ENOBUFS, false)] {
+            let error = commit(&mut refusing(errno), "t", None, &CHAINS).unwrap_err();
+            assert_eq!((error.errno(), error.to_string().contains("net.core.wmem_max")), (errno, helps), "{error}");
+        }
+    }
+
+    #[test]
+    fn dry_run_tells_of_each_change_what_was_answered() {
+        let changes = || CHAINS.map(|change| ("t", change));
+        let outcomes = |mut channel: Channel| {
+            dry_run(&mut channel, &changes())
+                .into_iter()
+                .map(|outcome| outcome.map_err(|e| e.errno()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(outcomes(answering(&[(2, 0), (3, 0), (4, 0)])), [Ok(()), Ok(()), Ok(())]);
+        assert_eq!(outcomes(answering(&[(2, libc::EBUSY), (3, 0), (4, 0)])), [Err(libc::EBUSY), Ok(()), Ok(())]);
+        assert_eq!(outcomes(answering(&[(2, 0), (3, 0), (4, libc::EBUSY)])), [Ok(()), Ok(()), Err(libc::EBUSY)]);
+        // The whole batch is refused, or nothing is answered.
+        assert_eq!(outcomes(answering(&[(1, libc::EPERM)])), [Err(libc::EPERM); 3]);
+        assert_eq!(outcomes(answering(&[(2, libc::EBUSY)])), [Err(libc::EBUSY), Err(libc::EIO), Err(libc::EIO)]);
+        assert_eq!(outcomes(answering(&[])), [Err(libc::EIO); 3]);
+        assert_eq!(outcomes(refusing(libc::ENOBUFS)), [Err(libc::ENOBUFS); 3]);
+        let whole = dry_run(&mut answering(&[(1, libc::EOPNOTSUPP)]), &changes()).remove(0).unwrap_err().to_string();
+        assert!(whole.starts_with("nf_tables: ") && whole.contains("CONFIG_NF_TABLES "), "{whole}");
+        let one = dry_run(&mut answering(&[(3, libc::EBUSY), (4, 0)]), &changes()).remove(1).unwrap_err().to_string();
+        assert!(one.starts_with("nft delete chain inet t b: "), "{one}");
+    }
+
+    #[test]
+    fn refusal_says_what_the_kernel_needs() {
+        let rule = "nft add rule inet t c";
+        for (errno, step, expression, expected, words) in [
+            (libc::EPERM, rule, None, libc::EPERM, "CAP_NET_ADMIN"),
+            (libc::EPERM, rule, Some("socket"), libc::EPERM, "CAP_NET_ADMIN"),
+            (libc::ENOENT, rule, Some("socket"), libc::EOPNOTSUPP, ", at `socket`; the kernel needs CONFIG_NFT_SOCKET"),
+            (libc::EOPNOTSUPP, rule, Some("tproxy"), libc::EOPNOTSUPP, "CONFIG_NFT_TPROXY"),
+            (libc::ENOENT, rule, Some("fib"), libc::EOPNOTSUPP, "CONFIG_NFT_FIB_INET"),
+            (libc::ENOENT, rule, Some("ct"), libc::EOPNOTSUPP, "CONFIG_NFT_CT"),
+            (libc::ENOENT, rule, Some("meta"), libc::EOPNOTSUPP, "CONFIG_NF_TABLES_INET and the modules"),
+            (libc::EOPNOTSUPP, "nf_tables", None, libc::EOPNOTSUPP, "CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET"),
+            (libc::EOPNOTSUPP, "nft create table inet t {", None, libc::EOPNOTSUPP, "Linux 5.12"),
+            (libc::EINVAL, "nft create table inet t {", None, libc::EOPNOTSUPP, "Linux 5.12"),
+        ] {
+            let failure = Failure { seq: 2, errno, text: None, offset: None };
+            let error = rejected(&failure, step, expression);
+            assert_eq!(error.errno(), expected, "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        // What needs nothing of the kernel is said as it is.
+        for (errno, step) in [
+            (libc::EINVAL, "nf_tables"),
+            (libc::EINVAL, rule),
+            (libc::EOPNOTSUPP, rule),
+            (libc::ENOENT, rule),
+            (libc::EBUSY, "nft delete table inet t"),
+        ] {
+            let error = rejected(&Failure { seq: 2, errno, text: None, offset: None }, step, None);
+            assert_eq!((error.errno(), error.to_string()), (errno, format!("{step}: {}", sys::Errno(errno))));
+        }
+    }
+
+    /// Only an object that must not be there is made exclusively.
+    #[test]
+    fn changes_have_their_operations_and_flags() {
+        let slot = RoutingSlot { priority: 200, table: 100 };
+        let elements = Elements::Addresses(Family::V4, Vec::new());
+        let (request, create, exclusive) = (libc::NLM_F_REQUEST, libc::NLM_F_CREATE, libc::NLM_F_EXCL);
+        for (change, operation, flags) in [
+            (Change::AddTable, 0, create),
+            (Change::Claim { slot: &slot, persist: true }, 0, create | exclusive),
+            (Change::Adopt, 0, 0),
+            (Change::DeleteTable, 2, 0),
+            (Change::DeleteChain("c"), 5, 0),
+            (Change::DeleteRules, 8, 0),
+            (Change::DeleteSet("s".to_owned()), 11, 0),
+            (Change::DeleteElements { set: SET, elements: &elements }, 14, 0),
+            (Change::Add(&Object::Counter { name: "n" }), 18, create),
+            (Change::Add(&Object::Chain { name: "c", hook: None }), 3, create),
+            (
+                Change::Add(&Object::Rule { chain: "c", statements: Vec::new(), comment: "" }),
+                6,
+                create | libc::NLM_F_APPEND,
+            ),
+        ] {
+            let mut batch = Buffer::default();
+            change.encode(&mut batch, 1, ACK, "t");
+            let message = wire::messages(batch.bytes().unwrap()).next().unwrap();
+            let what = Command { change: &change, table: "t" }.to_string();
+            assert_eq!(message.kind, SUBSYSTEM | operation, "{what}");
+            assert_eq!(i32::from(message.flags), request | libc::NLM_F_ACK | flags, "{what}");
+        }
+    }
 
     /// The kernel points at the name attribute of an expression that it does not have.
     #[test]
