@@ -2,7 +2,7 @@
 _tproxyctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command= word
     local rules='--listen --port --dst --src --bypass --interface --tcp --udp -4 -6 --redirect --divert-only --local-output
-        --fail-open --allow-direct --notrack --persist --name --mark --table --priority --backend'
+        --fail-open --allow-direct --notrack --persist --new-only --local-servers --name --mark --table --priority --backend'
     local every='--json --color --help --version'
     # bash splits --color=auto into three words.
     [[ $cur == = ]] && cur=

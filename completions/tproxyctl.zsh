@@ -27,6 +27,8 @@ rules=(
     '--local-output[also intercept traffic that this host sends]'
     '--fail-open[forward traffic while no listener exists]' '--allow-direct[accept packets addressed directly to the listener]'
     '--notrack[exempt packets from connection tracking]' '--persist[keep the rules when the process ends]'
+    '--new-only[intercept only TCP packets that begin a connection]'
+    '--local-servers[deliver replies of servers on this host to the proxy]'
     '--name[name of the instance]:name:' '--mark[packet mark]:mark:' '--table[routing table]:number:'
     '--priority[priority of the first routing rule]:number:' '--backend[kernel interface for the rules]:backend:(auto nft iptables)'
 )

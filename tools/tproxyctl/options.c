@@ -135,6 +135,8 @@ const struct option long_options[] = {
     { "allow-direct", no_argument, NULL, ALLOW_DIRECT },
     { "notrack", no_argument, NULL, NOTRACK },
     { "persist", no_argument, NULL, PERSIST },
+    { "new-only", no_argument, NULL, NEW_ONLY },
+    { "local-servers", no_argument, NULL, LOCAL_SERVERS },
     { "format", required_argument, NULL, FORMAT },
     { "json", no_argument, NULL, JSON },
     { "all", no_argument, NULL, ALL },
@@ -177,6 +179,8 @@ void set_option(struct options *options, int option, char *value)
     case FAIL_OPEN: config->flags |= TP_RULES_FAIL_OPEN; break;
     case ALLOW_DIRECT: config->flags |= TP_RULES_ALLOW_DIRECT; break;
     case NOTRACK: config->flags |= TP_RULES_NOTRACK; break;
+    case NEW_ONLY: config->flags |= TP_RULES_NEW_ONLY; break;
+    case LOCAL_SERVERS: config->flags |= TP_RULES_LOCAL_SERVERS; break;
     case PERSIST: config->flags |= TP_RULES_PERSIST; options->persist = true; break;
     case FORMAT: options->format = one_of("--format", value, formats, 2) + TP_FORMAT_NFT; break;
     case JSON: options->json = true; break;

@@ -31,7 +31,7 @@ struct options {
 
 /* Values that getopt_long returns for options without a letter. */
 enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
-       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, FORMAT, JSON, ALL, WATCH, COLOR, VERSION };
+       DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, NEW_ONLY, LOCAL_SERVERS, FORMAT, JSON, ALL, WATCH, COLOR, VERSION };
 
 /* The options, for getopt_long. */
 extern const struct option long_options[];

@@ -43,6 +43,8 @@ static const char help[] =
     "  --allow-direct        accept packets addressed directly to the listener\n"
     "  --notrack             exempt the packets from connection tracking\n"
     "  --persist             keep the rules when tproxyctl ends\n"
+    "  --new-only            intercept only TCP packets that begin a connection\n"
+    "  --local-servers       deliver replies of servers on this host to the proxy that connected to them\n"
     "  --name NAME --mark MARK[/MASK] --table N --priority N --backend auto|nft|iptables\n"
     "\n"
     "  --json                print JSON\n"

@@ -66,6 +66,10 @@ class RulesFlag(IntFlag):
     NOTRACK = c.TP_RULES_NOTRACK
     #: The rules outlive the process.
     PERSIST = c.TP_RULES_PERSIST
+    #: Intercept only TCP packets that begin a connection; other TCP packets without a socket are forwarded.
+    NEW_ONLY = c.TP_RULES_NEW_ONLY
+    #: Deliver replies of servers on this host to the transparent sockets that connected to them.
+    LOCAL_SERVERS = c.TP_RULES_LOCAL_SERVERS
 
 
 class Backend(IntEnum):

@@ -252,7 +252,15 @@ fn shared(context: &Context<'_>, found: &mut Findings) {
     for rule in &context.host.rules {
         let Action::Lookup(table) = rule.action else { continue };
         let Some(instance) = tables.get(&table) else { continue };
-        let own = rule.mark.is_some() && (rule.mark == instance.mark || rule.mark == instance.output_mark);
+        let from_loopback = match rule.family {
+            Family::V4 => "127.0.0.0/8",
+            Family::V6 => "::1/128",
+        };
+        let of_servers = rule.protocol == PROTOCOL
+            && rule.priority == instance.slot.priority.saturating_add(2)
+            && matches!(&rule.others[..], [("from", source)] if *source == Name::from(from_loopback));
+        let own =
+            of_servers || rule.mark.is_some() && (rule.mark == instance.mark || rule.mark == instance.output_mark);
         if own || !instance.families.contains(rule.family) || !context.host.routed.contains(rule.family) {
             continue;
         }
