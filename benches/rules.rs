@@ -307,7 +307,7 @@ fn install_and_remove(listener: &TcpListener, destinations: &[tp_prefix]) -> Vec
 
 /// Rules for these destinations; for every destination if there are none.
 fn install(listeners: &[c_int], destinations: &[tp_prefix]) -> Rules {
-    let http = tp_port_range { first: 80, last: 80 };
+    let http = tp_port_range { first: 80, last: 80, protocols: 0 };
     Rules::install(&tp_rules_config {
         listeners: listeners.as_ptr(),
         n_listeners: listeners.len(),

@@ -565,6 +565,10 @@ struct tp_port_range {
      * Highest port, at least first; equal to first for a single port.
      */
     uint16_t last;
+    /**
+     * TP_PROTO_TCP, TP_PROTO_UDP or both: the protocols whose ports these are. 0: every protocol.
+     */
+    uint32_t protocols;
 };
 
 /**
@@ -587,6 +591,34 @@ struct tp_prefix {
      * Address in network byte order; an IPv4 address is in the first four bytes.
      */
     uint8_t addr[16];
+};
+
+/**
+ * Ethernet address.
+ *
+ * @since 0.2.0
+ */
+struct tp_mac {
+    /**
+     * The six bytes, in the order in which they are written.
+     */
+    uint8_t addr[6];
+};
+
+/**
+ * Range of user or group numbers, including both ends.
+ *
+ * @since 0.2.0
+ */
+struct tp_id_range {
+    /**
+     * Lowest number.
+     */
+    uint32_t first;
+    /**
+     * Highest number, at least first; equal to first for a single number. Not 4294967295.
+     */
+    uint32_t last;
 };
 
 /**
@@ -715,6 +747,128 @@ struct tp_rules_config {
      * Number of names.
      */
     size_t n_interfaces;
+    /**
+     * Destination ports that are never intercepted or refused; takes precedence over ports and reject_ports.
+     *
+     * The fields from here on exist since 0.2.0.
+     */
+    const struct tp_port_range *bypass_ports;
+    /**
+     * Number of ranges.
+     */
+    size_t n_bypass_ports;
+    /**
+     * Sources that are never intercepted; takes precedence over src.
+     */
+    const struct tp_prefix *bypass_src;
+    /**
+     * Number of prefixes.
+     */
+    size_t n_bypass_src;
+    /**
+     * Names of interfaces; traffic that arrives on them is never intercepted. A trailing '*' makes a name a
+     * pattern, as in interfaces.
+     */
+    const char *const *bypass_interfaces;
+    /**
+     * Number of names.
+     */
+    size_t n_bypass_interfaces;
+    /**
+     * Ethernet source addresses of forwarded traffic to intercept. NULL: all traffic, whether it arrived by
+     * Ethernet or not. Does not restrict what this host sends.
+     */
+    const struct tp_mac *macs;
+    /**
+     * Number of addresses.
+     */
+    size_t n_macs;
+    /**
+     * Ethernet source addresses whose traffic is never intercepted.
+     */
+    const struct tp_mac *bypass_macs;
+    /**
+     * Number of addresses.
+     */
+    size_t n_bypass_macs;
+    /**
+     * Users whose traffic is intercepted, of the traffic that this host sends. NULL: all users, and packets
+     * that belong to no socket.
+     *
+     * uids, gids and cgroups restrict TP_RULES_LOCAL_OUTPUT, and are EINVAL without it. A packet must match each
+     * of the lists that are not NULL. A socket belongs to the process that created it. The first packet of a
+     * connection or UDP flow decides: connection tracking keeps the decision in the bits of mark_mask of the
+     * connection's mark (ct mark). EOPNOTSUPP with TP_RULES_NOTRACK.
+     */
+    const struct tp_id_range *uids;
+    /**
+     * Number of ranges.
+     */
+    size_t n_uids;
+    /**
+     * Users whose traffic is never intercepted.
+     */
+    const struct tp_id_range *bypass_uids;
+    /**
+     * Number of ranges.
+     */
+    size_t n_bypass_uids;
+    /**
+     * Groups whose traffic is intercepted: the group of the process that created the socket. NULL: all groups.
+     */
+    const struct tp_id_range *gids;
+    /**
+     * Number of ranges.
+     */
+    size_t n_gids;
+    /**
+     * Groups whose traffic is never intercepted.
+     */
+    const struct tp_id_range *bypass_gids;
+    /**
+     * Number of ranges.
+     */
+    size_t n_bypass_gids;
+    /**
+     * Control groups whose traffic is intercepted: paths of cgroup v2 below its root, such as
+     * "system.slice/squid.service". Groups below them are included. They must exist (ENOENT); a group that is
+     * removed and created again is another group. NULL: all. Needs Linux 5.13.
+     */
+    const char *const *cgroups;
+    /**
+     * Number of paths.
+     */
+    size_t n_cgroups;
+    /**
+     * Control groups whose traffic is never intercepted.
+     */
+    const char *const *bypass_cgroups;
+    /**
+     * Number of paths.
+     */
+    size_t n_bypass_cgroups;
+    /**
+     * Mark (SO_MARK) of packets that this host sends and that are never intercepted. 0, with a bypass_mark_mask
+     * of 0: none.
+     */
+    uint32_t bypass_mark;
+    /**
+     * Mask of the bits of bypass_mark that count. 0: all bits.
+     */
+    uint32_t bypass_mark_mask;
+    /**
+     * Destination ports that are refused instead of intercepted: TCP with a reset, UDP with an ICMP error (port
+     * unreachable).
+     *
+     * They need not be among ports, nor their protocol among those of the listeners: UDP port 443 makes
+     * browsers fall back from QUIC to TCP at once. The other fields select as for intercepted packets.
+     * Takes precedence over ports. The packets count as dropped.
+     */
+    const struct tp_port_range *reject_ports;
+    /**
+     * Number of ranges.
+     */
+    size_t n_reject_ports;
 };
 
 /**

@@ -71,6 +71,7 @@
 mod accept;
 mod address;
 mod backend;
+mod cgroup;
 pub mod check;
 #[allow(unsafe_code)]
 mod errno;
@@ -83,6 +84,7 @@ mod name;
 mod netlink;
 mod orig_dst;
 mod plan;
+mod ports;
 mod prefix;
 mod process;
 mod program;

@@ -270,6 +270,97 @@ impl fmt::Display for PortRange {
     }
 }
 
+/// Ports of one protocol or of every protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ProtocolPorts {
+    pub range: PortRange,
+    /// `None`: every protocol.
+    pub protocols: Option<Protocols>,
+}
+
+impl From<PortRange> for ProtocolPorts {
+    fn from(range: PortRange) -> ProtocolPorts {
+        ProtocolPorts { range, protocols: None }
+    }
+}
+
+/// Range of user or group numbers, including both ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IdRange {
+    /// Lowest number.
+    pub first: u32,
+    /// Highest number.
+    pub last: u32,
+}
+
+impl From<u32> for IdRange {
+    /// Creates a range of one number.
+    fn from(id: u32) -> IdRange {
+        IdRange { first: id, last: id }
+    }
+}
+
+impl From<RangeInclusive<u32>> for IdRange {
+    /// ```
+    /// use tproxy::rules::IdRange;
+    ///
+    /// assert_eq!(IdRange::from(1000..=1999).to_string(), "1000-1999");
+    /// ```
+    fn from(ids: RangeInclusive<u32>) -> IdRange {
+        IdRange { first: *ids.start(), last: *ids.end() }
+    }
+}
+
+impl fmt::Display for IdRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IdRange { first, last } if first == last => write!(f, "{first}"),
+            IdRange { first, last } => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+/// Ethernet address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl fmt::Display for MacAddr {
+    /// As `02:00:00:00:00:01`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = Error;
+
+    /// Parses six bytes in hexadecimal, separated by colons.
+    ///
+    /// ```
+    /// use tproxy::rules::MacAddr;
+    ///
+    /// assert_eq!("02:00:00:00:00:0a".parse::<MacAddr>()?, MacAddr([2, 0, 0, 0, 0, 10]));
+    /// assert!("02:00:00:00:00".parse::<MacAddr>().is_err());
+    /// # Ok::<(), tproxy::Error>(())
+    /// ```
+    fn from_str(text: &str) -> Result<MacAddr> {
+        let byte = |text: &str| {
+            let digits = matches!(text.len(), 1..=2) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+            u8::from_str_radix(text, 16).ok().filter(|_| digits)
+        };
+        let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+        let bytes = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok());
+        bytes.map(MacAddr).ok_or_else(|| {
+            Error::invalid_with(format_args!(
+                "{} is not an Ethernet address such as 02:00:00:00:00:01",
+                name::quoted(text)
+            ))
+        })
+    }
+}
+
 /// Packet mark that routes a packet to a local socket.
 ///
 /// ```

@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::model::{Families, Family, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::ports;
 use crate::prefix::PrefixSet;
 
 /// A valid config with all defaults resolved.
@@ -34,19 +35,91 @@ pub(crate) struct Plan {
     pub notrack: bool,
     /// Keep the rules after the process has ended.
     pub persist: bool,
-    /// Sorted ranges that do not touch. `None`: every port; empty: none.
-    pub ports: Option<Vec<PortRange>>,
+    /// Destination ports to intercept: sorted ranges that do not touch. `None`: every port; empty: none.
+    pub ports: ByProtocol<Option<Vec<PortRange>>>,
+    /// Destination ports that are refused instead, likewise. They need no listener of the protocol.
+    pub reject: ByProtocol<Vec<PortRange>>,
     /// `None`: every destination except this host's own addresses, loopback, broadcast and multicast.
     pub dst: Option<PrefixSet>,
     /// `None`: every source.
     pub src: Option<PrefixSet>,
+    /// `None`: no source is exempt, and the rules have no such set.
+    pub bypass_src: Option<PrefixSet>,
     /// `None`: no destination is exempt, and the rules have no such set.
     pub bypass: Option<PrefixSet>,
     /// Interfaces on which forwarded traffic arrives. `None`: every interface; empty: none.
     pub interfaces: Option<Interfaces>,
+    /// Interfaces of which nothing is intercepted.
+    pub bypass_interfaces: Interfaces,
+    /// Ethernet sources of forwarded traffic, sorted. `None`: every source, by Ethernet or not; empty: none.
+    pub macs: Option<Vec<MacAddr>>,
+    pub bypass_macs: Vec<MacAddr>,
+    /// Whose traffic is intercepted, of that which this host sends.
+    pub owners: Owners,
     /// `None`: a free one.
     pub table: Option<u32>,
     pub priority: Option<u32>,
+}
+
+/// A value for each protocol.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct ByProtocol<T> {
+    pub tcp: T,
+    pub udp: T,
+}
+
+impl<T> ByProtocol<T> {
+    pub fn of(&self, protocol: Protocol) -> &T {
+        match protocol {
+            Protocol::Tcp => &self.tcp,
+            Protocol::Udp => &self.udp,
+        }
+    }
+}
+
+/// The owners of sockets whose packets are selected, and of those that are exempt. Ranges are sorted and do not touch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Owners {
+    pub uids: Option<Vec<IdRange>>,
+    pub bypass_uids: Vec<IdRange>,
+    pub gids: Option<Vec<IdRange>>,
+    pub bypass_gids: Vec<IdRange>,
+    pub cgroups: Option<Vec<Cgroup>>,
+    pub bypass_cgroups: Vec<Cgroup>,
+    /// The mark of packets that are exempt.
+    pub bypass_mark: Option<Mark>,
+}
+
+impl Owners {
+    /// Only some owners are selected.
+    pub fn narrow(&self) -> bool {
+        self.uids.is_some() || self.gids.is_some() || self.cgroups.is_some()
+    }
+
+    /// Every owner is selected.
+    pub fn is_everyone(&self) -> bool {
+        *self == Owners::default()
+    }
+
+    pub fn all_cgroups(&mut self) -> impl Iterator<Item = &mut Cgroup> {
+        self.cgroups.iter_mut().flatten().chain(&mut self.bypass_cgroups)
+    }
+}
+
+/// A control group of cgroup v2.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cgroup {
+    /// Path below the root, without a slash before and behind.
+    pub path: String,
+    /// The number by which the kernel knows it: the inode number of its directory. 0 until it has been looked up.
+    pub id: u64,
+}
+
+impl Cgroup {
+    /// How far below the root it is.
+    pub fn level(&self) -> u32 {
+        self.path.split('/').filter(|part| !part.is_empty()).count() as u32
+    }
 }
 
 /// Interfaces on which packets arrive: by name, and by the beginning of the name.
@@ -81,9 +154,26 @@ impl Plan {
     /// packet of a connection and match none either, nor does a selection of packets that begin a TCP connection.
     pub fn may_match_replies(&self, protocol: Protocol) -> bool {
         const FIRST_OF_CLIENTS: u16 = 1024;
-        let ports = self.ports.as_ref().is_none_or(|ports| ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS));
+        let candidates = self.candidate_ports(protocol);
+        let ports = candidates.is_none_or(|ports| ports.iter().any(|range| range.last >= FIRST_OF_CLIENTS));
         let begins_only = self.new_only && protocol == Protocol::Tcp;
-        self.mode == Mode::Tproxy && ports && !begins_only && self.protocols.contains(protocol)
+        self.mode == Mode::Tproxy && ports && !begins_only
+    }
+
+    /// The ports of a protocol that are intercepted or refused. `None`: every port; empty: none.
+    pub fn candidate_ports(&self, protocol: Protocol) -> Option<Vec<PortRange>> {
+        let rejected = self.reject.of(protocol);
+        match self.ports.of(protocol) {
+            None if self.protocols.contains(protocol) => None,
+            Some(ports) if self.protocols.contains(protocol) => Some(ports::union(ports, rejected)),
+            _ => Some(rejected.clone()),
+        }
+    }
+
+    /// The protocols of which packets are intercepted or refused.
+    pub fn candidate_protocols(&self) -> impl Iterator<Item = Protocol> {
+        let chosen = |protocol: &Protocol| self.candidate_ports(*protocol).is_none_or(|ports| !ports.is_empty());
+        [Protocol::Tcp, Protocol::Udp].into_iter().filter(chosen).collect::<Vec<_>>().into_iter()
     }
 
     /// Returns the family over which a protocol is served, if it is exactly one.
@@ -92,6 +182,9 @@ impl Plan {
             let listeners = self.intercepts.iter().filter(|listener| listener.protocol == protocol);
             listeners.map(|listener| listener.family).any(|served| served.is_none_or(|served| served == family))
         };
+        if !self.protocols.contains(protocol) {
+            return self.families.only();
+        }
         let v4 = self.families.v4 && serves(Family::V4);
         let v6 = self.families.v6 && serves(Family::V6);
         Families { v4, v6 }.only()
@@ -156,8 +249,8 @@ mod tests {
             [plan.family_of(Tcp), plan.family_of(Udp)]
         };
         assert_eq!(of(&[listener(Tcp, Families::ALL)], None), [None, None]);
-        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v4)), [Some(Family::V4), None]);
-        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v6)), [Some(Family::V6), None]);
+        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v4)), [Some(Family::V4), Some(Family::V4)]);
+        assert_eq!(of(&[listener(Tcp, Families::ALL)], Some(v6)), [Some(Family::V6), Some(Family::V6)]);
         assert_eq!(of(&[listener(Tcp, v4), listener(Udp, v6)], None), [Some(Family::V4), Some(Family::V6)]);
         assert_eq!(of(&[listener(Tcp, v6), listener(Udp, Families::ALL)], None), [Some(Family::V6), None]);
         let two = [listener(Tcp, v4), Listener { port: 3130, ..listener(Tcp, v6) }];

@@ -14,7 +14,8 @@ use std::net::IpAddr;
 use crate::error::{Error, Result};
 use crate::model::{Family, Mark, Mode, PortRange, Protocol};
 use crate::name;
-use crate::plan::{Intercept, Plan};
+use crate::plan::{ByProtocol, Intercept, Interfaces, Plan};
+use crate::ports;
 use crate::prefix::PrefixSet;
 use saved::Saved;
 pub(crate) use tool::{counters, instances, remove};
@@ -29,8 +30,10 @@ const PREFIXES_MAX: usize = 1000;
 /// Refuses what iptables cannot do.
 pub(crate) fn check(plan: &Plan) -> Result<()> {
     let unsupported = |what: &str| Err(Error::with(libc::EOPNOTSUPP, format_args!("the iptables backend {what}")));
-    let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass);
-    if let Some(name) = plan.interfaces.iter().flat_map(|i| &i.names).find(|name| name.ends_with('+')) {
+    let sets = plan.dst.iter().chain(&plan.src).chain(&plan.bypass).chain(&plan.bypass_src);
+    let others = plan.macs.as_ref().map_or(0, Vec::len) + plan.bypass_macs.len();
+    let interfaces = plan.interfaces.iter().chain([&plan.bypass_interfaces]);
+    if let Some(name) = interfaces.flat_map(|i| &i.names).find(|name| name.ends_with('+')) {
         return Err(Error::with(
             libc::EOPNOTSUPP,
             format_args!(
@@ -46,8 +49,8 @@ pub(crate) fn check(plan: &Plan) -> Result<()> {
         unsupported("does not do TP_RULES_NOTRACK: it needs nf_tables")
     } else if plan.persist {
         unsupported("has rules that no process owns, and none to take over: TP_RULES_PERSIST needs nf_tables")
-    } else if sets.map(PrefixSet::len).sum::<usize>() > PREFIXES_MAX {
-        unsupported("looks at prefixes one by one, at most 1000 of them: more need nf_tables")
+    } else if sets.map(PrefixSet::len).sum::<usize>() + others > PREFIXES_MAX {
+        unsupported("looks at prefixes and Ethernet addresses one by one, at most 1000 of them: more need nf_tables")
     } else {
         Ok(())
     }
@@ -123,9 +126,14 @@ impl Builder<'_> {
         self.plan.protocols.iter().filter(served)
     }
 
-    /// A rule for each range of ports: what matches it, and what is to be matched before and behind.
-    fn by_ports(&self, chain: &mut Chain, before: &str, protocol: Protocol, behind: &str) {
-        let Some(ports) = &self.plan.ports else {
+    /// The ports of a protocol that are intercepted, without those that are refused. `None`: every port.
+    fn ports(&self, protocol: Protocol) -> Option<Vec<PortRange>> {
+        ports::subtract(self.plan.ports.of(protocol).as_deref(), self.plan.reject.of(protocol))
+    }
+
+    /// A rule for each range of ports, or for every port, with matches before and behind.
+    fn by_ports(chain: &mut Chain, before: &str, protocol: Protocol, ports: Option<&[PortRange]>, behind: &str) {
+        let Some(ports) = ports else {
             return chain.rule(format_args!("{before}-p {protocol} {behind}"));
         };
         for PortRange { first, last } in ports {
@@ -139,18 +147,43 @@ impl Builder<'_> {
         }
     }
 
-    /// `sources` and `destinations`, ending in a jump.
+    /// Options that match packets of these interfaces.
+    fn arrivals(interfaces: &Interfaces) -> impl Iterator<Item = String> {
+        let patterns = interfaces.prefixes.iter().map(|prefix| format!("-i {prefix}+"));
+        interfaces.names.iter().map(|name| format!("-i {name}")).chain(patterns)
+    }
+
+    /// `sources` and `destinations`, ending in a jump. Packets that arrived (`s`) may be selected by how they did.
     fn select(&self, chains: &mut Vec<Chain>, [sources, destinations]: [&str; 2], then: &str) {
         let (mut from, mut to) = (self.chain(sources), self.chain(destinations));
         let (selected, jump) = (self.jump(destinations), self.jump(then));
+        let mut by_mac = None;
+        if sources == "s" {
+            for arrival in Builder::arrivals(&self.plan.bypass_interfaces) {
+                from.rule(format_args!("{arrival} -j RETURN"));
+            }
+            for mac in &self.plan.bypass_macs {
+                from.rule(format_args!("-m mac --mac-source {mac} -j RETURN"));
+            }
+            if let Some(macs) = &self.plan.macs {
+                for mac in macs {
+                    from.rule(format_args!("-m mac --mac-source {mac} {}", self.jump("m")));
+                }
+                by_mac = Some(self.chain("m"));
+            }
+        }
+        let from_addresses = by_mac.as_mut().unwrap_or(&mut from);
+        if let Some(bypass) = &self.plan.bypass_src {
+            self.by_prefixes(from_addresses, "-s", bypass, "-j RETURN");
+        }
         match &self.plan.src {
-            Some(src) => self.by_prefixes(&mut from, "-s", src, &selected),
-            None => from.rule(format_args!("{selected}")),
+            Some(src) => self.by_prefixes(from_addresses, "-s", src, &selected),
+            None => from_addresses.rule(format_args!("{selected}")),
         }
         if let Some(bypass) = &self.plan.bypass {
             self.by_prefixes(&mut to, "-d", bypass, "-j RETURN");
         }
-        if then == "v" {
+        if sources == "s" {
             self.return_replies(&mut to);
         }
         match &self.plan.dst {
@@ -164,12 +197,14 @@ impl Builder<'_> {
                 to.rule(format_args!("{jump}"));
             }
         }
-        chains.extend([to, from]);
+        chains.push(to);
+        chains.extend(by_mac);
+        chains.push(from);
     }
 
     /// As in the nf_tables rules: leaves alone replies of connections that others began.
     fn return_replies(&self, chain: &mut Chain) {
-        let tracked = self.protocols().filter(|protocol| self.plan.may_match_replies(*protocol));
+        let tracked = self.plan.candidate_protocols().filter(|protocol| self.plan.may_match_replies(*protocol));
         for protocol in tracked {
             let reply = match protocol {
                 Protocol::Tcp => "-p tcp ! --syn".to_owned(),
@@ -252,16 +287,60 @@ impl Builder<'_> {
         }
     }
 
-    fn candidates(&self, chain: &mut Chain, protocol: Protocol, then: &str) {
+    /// Packets of a protocol to these ports, by the interfaces.
+    fn candidates(&self, chain: &mut Chain, protocol: Protocol, ports: Option<&[PortRange]>) {
         let begins = self.plan.new_only && protocol == Protocol::Tcp;
-        let jump = format!("{}{}", if begins { "--syn " } else { "" }, self.jump(then));
+        let jump = format!("{}{}", if begins { "--syn " } else { "" }, self.jump("s"));
         let Some(interfaces) = &self.plan.interfaces else {
-            return self.by_ports(chain, "", protocol, &jump);
+            return Builder::by_ports(chain, "", protocol, ports, &jump);
         };
-        let patterns = interfaces.prefixes.iter().map(|prefix| format!("{prefix}+"));
-        for name in interfaces.names.iter().cloned().chain(patterns) {
-            self.by_ports(chain, &format!("-i {name} "), protocol, &jump);
+        for arrival in Builder::arrivals(interfaces) {
+            Builder::by_ports(chain, &format!("{arrival} "), protocol, ports, &jump);
         }
+    }
+
+    /// Whose packets are selected, of those that this host sends; ends in a jump to "ls".
+    fn owners(&self, chains: &mut Vec<Chain>) {
+        let owners = &self.plan.owners;
+        let mut next = "ls";
+        if let Some(cgroups) = &owners.cgroups {
+            let mut chain = self.chain("oc");
+            for cgroup in cgroups {
+                chain.rule(format_args!("-m cgroup --path \"{}\" {}", cgroup.path, self.jump(next)));
+            }
+            chains.push(chain);
+            next = "oc";
+        }
+        if let Some(gids) = &owners.gids {
+            let mut chain = self.chain("og");
+            for gid in gids {
+                chain.rule(format_args!("-m owner --gid-owner {gid} {}", self.jump(next)));
+            }
+            chains.push(chain);
+            next = "og";
+        }
+        let mut chain = self.chain("ou");
+        for uid in &owners.bypass_uids {
+            chain.rule(format_args!("-m owner --uid-owner {uid} -j RETURN"));
+        }
+        for gid in &owners.bypass_gids {
+            chain.rule(format_args!("-m owner --gid-owner {gid} -j RETURN"));
+        }
+        for cgroup in &owners.bypass_cgroups {
+            chain.rule(format_args!("-m cgroup --path \"{}\" -j RETURN", cgroup.path));
+        }
+        if let Some(mark) = owners.bypass_mark {
+            chain.rule(format_args!("-m mark --mark {mark} -j RETURN"));
+        }
+        match &owners.uids {
+            Some(uids) => {
+                for uid in uids {
+                    chain.rule(format_args!("-m owner --uid-owner {uid} {}", self.jump(next)));
+                }
+            }
+            None => chain.rule(format_args!("{}", self.jump(next))),
+        }
+        chains.push(chain);
     }
 
     fn set_mark(&self, chain: &mut Chain, mark: Mark) {
@@ -269,7 +348,12 @@ impl Builder<'_> {
         chain.rule(format_args!("-j ACCEPT"));
     }
 
-    fn own_output(&self, then: &str) -> Chain {
+    /// Packets that this host sends, to ports of each protocol; of those that are selected, "ls" decides.
+    fn own_output(&self, chains: &mut Vec<Chain>, ports: impl Fn(Protocol) -> Option<Vec<PortRange>>) {
+        let everyone = self.plan.owners.is_everyone();
+        if !everyone {
+            self.owners(chains);
+        }
         let mut chain = self.chain("o");
         // Sockets of the proxy that bear our mark (SO_MARK) are exempt; so is what has a foreign source.
         chain.rule(format_args!("-m mark --mark {} -j RETURN", self.plan.mark));
@@ -281,11 +365,11 @@ impl Builder<'_> {
         if self.plan.may_match_replies(Protocol::Udp) {
             chain.rule(format_args!("-p udp -m conntrack --ctdir REPLY -j RETURN"));
         }
-        let own = format!("-m addrtype --src-type LOCAL {}", self.jump(then));
-        for protocol in self.protocols() {
-            self.by_ports(&mut chain, "", protocol, &own);
+        let own = format!("-m addrtype --src-type LOCAL {}", self.jump(if everyone { "ls" } else { "ou" }));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            Builder::by_ports(&mut chain, "", protocol, ports(protocol).as_deref(), &own);
         }
-        chain
+        chains.push(chain);
     }
 
     /// As in the nf_tables rules: packets that this host sends, unless they are redirected.
@@ -308,9 +392,28 @@ impl Builder<'_> {
             ));
         }
         if self.plan.local_output && self.plan.mode == Mode::Tproxy {
+            if let Some(mark) = self.kept_mark() {
+                chain.rule(format_args!(
+                    "-m connmark --mark {mark} -m conntrack --ctdir ORIGINAL -m addrtype --src-type LOCAL {}",
+                    self.jump("l")
+                ));
+            }
             chain.rule(format_args!("{}", self.jump("o")));
         }
         (!chain.rules.is_empty()).then_some(chain)
+    }
+
+    /// The mark of connections that were selected by their owner, as in the nf_tables rules.
+    fn kept_mark(&self) -> Option<Mark> {
+        self.plan.loop_mark.filter(|_| self.plan.owners.narrow())
+    }
+
+    /// The ports of a protocol that are intercepted over this family; none if it is not served.
+    fn served_ports(&self, protocol: Protocol) -> Option<Vec<PortRange>> {
+        match self.protocols().any(|served| served == protocol) {
+            true => self.ports(protocol),
+            false => Some(Vec::new()),
+        }
     }
 
     fn mangle(&self) -> Table {
@@ -346,16 +449,24 @@ impl Builder<'_> {
                 // Several instances may use one mark: each takes only what it selects.
                 self.select(&mut chains, ["rs", "rt"], "i");
                 let mut looped = self.chain("r");
-                self.protocols().for_each(|protocol| self.by_ports(&mut looped, "", protocol, &self.jump("rs")));
+                for protocol in self.protocols() {
+                    let ports = self.ports(protocol);
+                    Builder::by_ports(&mut looped, "", protocol, ports.as_deref(), &self.jump("rs"));
+                }
                 chains.push(looped);
                 pre.rule(format_args!("-i lo -m mark --mark {mark} {}", self.jump("r")));
                 self.select(&mut chains, ["ls", "lt"], "l");
-                chains.push(self.own_output("ls"));
+                self.own_output(&mut chains, |protocol| self.served_ports(protocol));
             }
-            self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
+            for protocol in self.protocols() {
+                self.candidates(&mut pre, protocol, self.ports(protocol).as_deref());
+            }
         }
         if let Some(mark) = self.plan.loop_mark.filter(|_| self.plan.mode != Mode::Redirect) {
             let mut marked = self.chain("l");
+            if let Some(mark) = self.kept_mark() {
+                marked.rule(format_args!("-j CONNMARK --set-xmark {mark}"));
+            }
             self.set_mark(&mut marked, mark);
             chains.push(marked);
         }
@@ -384,21 +495,53 @@ impl Builder<'_> {
         }
         let mut chains = vec![intercept, self.vet("RETURN")];
         self.select(&mut chains, ["s", "t"], "v");
-        self.protocols().for_each(|protocol| self.candidates(&mut pre, protocol, "s"));
+        for protocol in self.protocols() {
+            self.candidates(&mut pre, protocol, self.ports(protocol).as_deref());
+        }
         chains.push(pre);
         let mut jumps = vec![("PREROUTING", self.name("p"))];
         if self.plan.local_output {
             self.select(&mut chains, ["ls", "lt"], "i");
-            chains.push(self.own_output("ls"));
+            self.own_output(&mut chains, |protocol| self.served_ports(protocol));
             jumps.push(("OUTPUT", self.name("o")));
         }
         Table { name: "nat", chains, jumps }
+    }
+
+    /// Refuses packets to some ports. Only this table has REJECT.
+    fn filter(&self) -> Table {
+        let (mut refused, mut arrived) = (self.chain("x"), self.chain("p"));
+        let unreachable = match self.family {
+            Family::V4 => "icmp-port-unreachable",
+            Family::V6 => "icmp6-port-unreachable",
+        };
+        refused.rule(format_args!("-p tcp -j REJECT --reject-with tcp-reset"));
+        refused.rule(format_args!("-j REJECT --reject-with {unreachable}"));
+        let mut chains = vec![refused];
+        self.select(&mut chains, ["s", "t"], "x");
+        // What this host sends to itself is left alone.
+        arrived.rule(format_args!("-i lo -j RETURN"));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            self.candidates(&mut arrived, protocol, Some(self.plan.reject.of(protocol)));
+        }
+        chains.push(arrived);
+        // To an address of this host, which dst may name, it is not forwarded.
+        let mut jumps = vec![("FORWARD", self.name("p")), ("INPUT", self.name("p"))];
+        if self.plan.local_output {
+            self.select(&mut chains, ["ls", "lt"], "x");
+            self.own_output(&mut chains, |protocol| Some(self.plan.reject.of(protocol).clone()));
+            jumps.push(("OUTPUT", self.name("o")));
+        }
+        Table { name: "filter", chains, jumps }
     }
 
     fn tables(&self) -> Vec<Table> {
         let mut tables = vec![self.mangle()];
         if self.plan.mode == Mode::Redirect {
             tables.push(self.nat());
+        }
+        if self.plan.reject != ByProtocol::default() {
+            tables.push(self.filter());
         }
         tables
     }

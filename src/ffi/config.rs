@@ -9,8 +9,11 @@ use libc::{sockaddr, socklen_t};
 use super::arg;
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::model::ProtocolPorts;
 use crate::rules::plan::DEFAULT_NAME;
-use crate::rules::{Backend, Config, Families, Listener, Mark, Mode, PortRange, Prefix, Protocol, Protocols};
+use crate::rules::{
+    Backend, Config, Families, IdRange, Listener, MacAddr, Mark, Mode, PortRange, Prefix, Protocol, Protocols,
+};
 
 /// Only deliver packets to existing transparent sockets: listeners on addresses that this host does not
 /// own, and connections from such addresses. Nothing is intercepted; listeners may be empty.
@@ -140,6 +143,30 @@ pub struct tp_port_range {
     pub first: u16,
     /// Highest port, at least first; equal to first for a single port.
     pub last: u16,
+    /// TP_PROTO_TCP, TP_PROTO_UDP or both: the protocols whose ports these are. 0: every protocol.
+    pub protocols: u32,
+}
+
+/// Range of user or group numbers, including both ends.
+///
+/// @since 0.2.0
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tp_id_range {
+    /// Lowest number.
+    pub first: u32,
+    /// Highest number, at least first; equal to first for a single number. Not 4294967295.
+    pub last: u32,
+}
+
+/// Ethernet address.
+///
+/// @since 0.2.0
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tp_mac {
+    /// The six bytes, in the order in which they are written.
+    pub addr: [u8; 6],
 }
 
 /// Selects the traffic to intercept and the listeners that receive it.
@@ -222,6 +249,76 @@ pub struct tp_rules_config {
     pub interfaces: *const *const c_char,
     /// Number of names.
     pub n_interfaces: usize,
+    /// Destination ports that are never intercepted or refused; takes precedence over ports and reject_ports.
+    ///
+    /// The fields from here on exist since 0.2.0.
+    pub bypass_ports: *const tp_port_range,
+    /// Number of ranges.
+    pub n_bypass_ports: usize,
+    /// Sources that are never intercepted; takes precedence over src.
+    pub bypass_src: *const tp_prefix,
+    /// Number of prefixes.
+    pub n_bypass_src: usize,
+    /// Names of interfaces; traffic that arrives on them is never intercepted. A trailing '*' makes a name a
+    /// pattern, as in interfaces.
+    pub bypass_interfaces: *const *const c_char,
+    /// Number of names.
+    pub n_bypass_interfaces: usize,
+    /// Ethernet source addresses of forwarded traffic to intercept. NULL: all traffic, whether it arrived by
+    /// Ethernet or not. Does not restrict what this host sends.
+    pub macs: *const tp_mac,
+    /// Number of addresses.
+    pub n_macs: usize,
+    /// Ethernet source addresses whose traffic is never intercepted.
+    pub bypass_macs: *const tp_mac,
+    /// Number of addresses.
+    pub n_bypass_macs: usize,
+    /// Users whose traffic is intercepted, of the traffic that this host sends. NULL: all users, and packets
+    /// that belong to no socket.
+    ///
+    /// uids, gids and cgroups restrict TP_RULES_LOCAL_OUTPUT, and are EINVAL without it. A packet must match each
+    /// of the lists that are not NULL. A socket belongs to the process that created it. The first packet of a
+    /// connection or UDP flow decides: connection tracking keeps the decision in the bits of mark_mask of the
+    /// connection's mark (ct mark). EOPNOTSUPP with TP_RULES_NOTRACK.
+    pub uids: *const tp_id_range,
+    /// Number of ranges.
+    pub n_uids: usize,
+    /// Users whose traffic is never intercepted.
+    pub bypass_uids: *const tp_id_range,
+    /// Number of ranges.
+    pub n_bypass_uids: usize,
+    /// Groups whose traffic is intercepted: the group of the process that created the socket. NULL: all groups.
+    pub gids: *const tp_id_range,
+    /// Number of ranges.
+    pub n_gids: usize,
+    /// Groups whose traffic is never intercepted.
+    pub bypass_gids: *const tp_id_range,
+    /// Number of ranges.
+    pub n_bypass_gids: usize,
+    /// Control groups whose traffic is intercepted: paths of cgroup v2 below its root, such as
+    /// "system.slice/squid.service". Groups below them are included. They must exist (ENOENT); a group that is
+    /// removed and created again is another group. NULL: all. Needs Linux 5.13.
+    pub cgroups: *const *const c_char,
+    /// Number of paths.
+    pub n_cgroups: usize,
+    /// Control groups whose traffic is never intercepted.
+    pub bypass_cgroups: *const *const c_char,
+    /// Number of paths.
+    pub n_bypass_cgroups: usize,
+    /// Mark (SO_MARK) of packets that this host sends and that are never intercepted. 0, with a bypass_mark_mask
+    /// of 0: none.
+    pub bypass_mark: u32,
+    /// Mask of the bits of bypass_mark that count. 0: all bits.
+    pub bypass_mark_mask: u32,
+    /// Destination ports that are refused instead of intercepted: TCP with a reset, UDP with an ICMP error (port
+    /// unreachable).
+    ///
+    /// They need not be among ports, nor their protocol among those of the listeners: UDP port 443 makes
+    /// browsers fall back from QUIC to TCP at once. The other fields select as for intercepted packets.
+    /// Takes precedence over ports. The packets count as dropped.
+    pub reject_ports: *const tp_port_range,
+    /// Number of ranges.
+    pub n_reject_ports: usize,
 }
 
 /// The size of the first version of tp_rules_config: where its last field ends.
@@ -276,6 +373,8 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
     };
     let number = |number: u32| (number != 0).then_some(number);
     // SAFETY: each by the caller's word.
+    let selection = unsafe { decode_selection(config) }?;
+    // SAFETY: each by the caller's word.
     let (name, ports, dst, src, bypass, interfaces, listeners) = unsafe {
         (
             instance_name(config.name)?,
@@ -309,12 +408,62 @@ pub(super) unsafe fn decode(config: &tp_rules_config) -> Result<Config> {
         mark: mark(config.mark, config.mark_mask)?,
         table: number(config.table),
         priority: number(config.priority),
-        ports: ports.map(port_ranges).transpose()?,
+        ports: ports.map(|ports| port_ranges("ports", ports)).transpose()?,
         dst,
         src,
         bypass,
         interfaces,
+        ..selection
     })
+}
+
+/// The fields since 0.2.0.
+///
+/// # Safety
+/// As for [`decode`].
+unsafe fn decode_selection(config: &tp_rules_config) -> Result<Config> {
+    let c = config;
+    // SAFETY: each by the caller's word.
+    unsafe {
+        Ok(Config {
+            bypass_ports: port_ranges("bypass_ports", arg::array("bypass_ports", c.bypass_ports, c.n_bypass_ports)?)?,
+            reject_ports: port_ranges("reject_ports", arg::array("reject_ports", c.reject_ports, c.n_reject_ports)?)?,
+            bypass_src: prefix_list("bypass_src", c.bypass_src, c.n_bypass_src)?,
+            bypass_interfaces: names("bypass_interfaces", c.bypass_interfaces, c.n_bypass_interfaces)?
+                .unwrap_or_default(),
+            macs: macs("macs", c.macs, c.n_macs)?,
+            bypass_macs: macs("bypass_macs", c.bypass_macs, c.n_bypass_macs)?.unwrap_or_default(),
+            uids: ids("uids", c.uids, c.n_uids)?,
+            bypass_uids: ids("bypass_uids", c.bypass_uids, c.n_bypass_uids)?.unwrap_or_default(),
+            gids: ids("gids", c.gids, c.n_gids)?,
+            bypass_gids: ids("bypass_gids", c.bypass_gids, c.n_bypass_gids)?.unwrap_or_default(),
+            cgroups: names("cgroups", c.cgroups, c.n_cgroups)?,
+            bypass_cgroups: names("bypass_cgroups", c.bypass_cgroups, c.n_bypass_cgroups)?.unwrap_or_default(),
+            bypass_mark: match (c.bypass_mark, c.bypass_mark_mask) {
+                (0, 0) => None,
+                (value, 0) => Some(value.into()),
+                (value, mask) => Some(Mark { value, mask }),
+            },
+            ..Config::default()
+        })
+    }
+}
+
+/// # Safety
+/// `items` is NULL or valid for reads of `len` addresses.
+unsafe fn macs(what: &str, items: *const tp_mac, len: usize) -> Result<Option<Vec<MacAddr>>> {
+    // SAFETY: by the caller's word.
+    let items = unsafe { arg::list(what, items, len) }?;
+    items.map(|items| memory::collect(items.iter().map(|mac| Ok(MacAddr(mac.addr))))).transpose()
+}
+
+/// # Safety
+/// `items` is NULL or valid for reads of `len` ranges.
+unsafe fn ids(what: &str, items: *const tp_id_range, len: usize) -> Result<Option<Vec<IdRange>>> {
+    // SAFETY: by the caller's word.
+    let items = unsafe { arg::list(what, items, len) }?;
+    let range = |range: &tp_id_range| Ok(IdRange { first: range.first, last: range.last });
+    items.map(|items| memory::collect(items.iter().map(range))).transpose()
 }
 
 /// The listeners, by descriptor or by address.
@@ -391,8 +540,22 @@ pub(super) unsafe fn instance_name<'a>(name: *const c_char) -> Result<Option<&'a
     Ok(name.map(|name| if name.is_empty() { DEFAULT_NAME } else { name }))
 }
 
-fn port_ranges(ranges: &[tp_port_range]) -> Result<Vec<PortRange>> {
-    memory::collect(ranges.iter().map(|range| Ok(PortRange { first: range.first, last: range.last })))
+fn port_ranges(what: &str, ranges: &[tp_port_range]) -> Result<Vec<ProtocolPorts>> {
+    let ports = |(index, range): (usize, &tp_port_range)| {
+        if range.protocols & !(TP_PROTO_TCP | TP_PROTO_UDP) != 0 {
+            return Err(Error::invalid_with(format_args!(
+                "{what}[{index}]: protocols {:#x} has bits other than TP_PROTO_TCP and TP_PROTO_UDP",
+                range.protocols
+            )));
+        }
+        let protocols =
+            Protocols { tcp: range.protocols & TP_PROTO_TCP != 0, udp: range.protocols & TP_PROTO_UDP != 0 };
+        Ok(ProtocolPorts {
+            range: PortRange { first: range.first, last: range.last },
+            protocols: (range.protocols != 0).then_some(protocols),
+        })
+    };
+    memory::collect(ranges.iter().enumerate().map(ports))
 }
 
 /// The mark that a caller gives by a value and a mask, of which 0 stands for the default.

@@ -16,6 +16,7 @@ use crate::backend::nft::set::Variant;
 use crate::backend::nft::table;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
+use crate::cgroup;
 use crate::error::{Error, Result};
 use crate::model::{Backend, Families, Mode};
 use crate::netlink::Channel;
@@ -114,7 +115,7 @@ impl Instance {
 
     /// The same, over channels that `open` opens: to nf_tables and to routing.
     fn install_over(config: &Config, open: &dyn Fn() -> Result<(Channel, Channel)>) -> Result<Instance> {
-        let plan = plan::make(config)?;
+        let plan = plan_here(config)?;
         let by_nft = |plan| open().and_then(|(nft, route)| Instance::install_by_nft(plan, nft, route));
         let by_iptables = |plan| {
             iptables::check(&plan)?;
@@ -124,7 +125,7 @@ impl Instance {
             Backend::Nft => by_nft(plan),
             Backend::Iptables => by_iptables(plan),
             Backend::Auto => by_nft(plan).or_else(|error| {
-                let plan = plan::make(config)?;
+                let plan = plan_here(config)?;
                 if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
                     return Err(error);
                 }
@@ -354,6 +355,13 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     };
     let chains = by_iptables::purge(name.as_deref(), living);
     chains.and(slot::remove_all_stale(&mut nft, &mut route))
+}
+
+/// The plan for a config, with the control groups of this host.
+fn plan_here(config: &Config) -> Result<Plan> {
+    let mut plan = plan::make(config)?;
+    cgroup::look_up(&mut plan.owners)?;
+    Ok(plan)
 }
 
 /// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.

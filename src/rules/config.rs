@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use socket2::{Domain, SockRef, Type};
 
 use crate::error::{Endpoints, Error, Result, SocketOp};
-use crate::model::{Backend, Families, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::model::{Backend, Families, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, ProtocolPorts, Protocols};
 use crate::prefix::Prefix;
 use crate::sys;
 
@@ -49,11 +49,24 @@ pub struct Config {
     pub(crate) mark: Option<Mark>,
     pub(crate) table: Option<u32>,
     pub(crate) priority: Option<u32>,
-    pub(crate) ports: Option<Vec<PortRange>>,
+    pub(crate) ports: Option<Vec<ProtocolPorts>>,
+    pub(crate) bypass_ports: Vec<ProtocolPorts>,
+    pub(crate) reject_ports: Vec<ProtocolPorts>,
     pub(crate) dst: Option<Vec<Prefix>>,
     pub(crate) src: Option<Vec<Prefix>>,
     pub(crate) bypass: Option<Vec<Prefix>>,
+    pub(crate) bypass_src: Option<Vec<Prefix>>,
     pub(crate) interfaces: Option<Vec<String>>,
+    pub(crate) bypass_interfaces: Vec<String>,
+    pub(crate) macs: Option<Vec<MacAddr>>,
+    pub(crate) bypass_macs: Vec<MacAddr>,
+    pub(crate) uids: Option<Vec<IdRange>>,
+    pub(crate) bypass_uids: Vec<IdRange>,
+    pub(crate) gids: Option<Vec<IdRange>>,
+    pub(crate) bypass_gids: Vec<IdRange>,
+    pub(crate) cgroups: Option<Vec<String>>,
+    pub(crate) bypass_cgroups: Vec<String>,
+    pub(crate) bypass_mark: Option<Mark>,
 }
 
 impl Config {
@@ -186,7 +199,66 @@ impl Config {
     /// # let _ = config;
     /// ```
     pub fn ports(mut self, ports: impl IntoIterator<Item = impl Into<PortRange>>) -> Config {
-        self.ports = Some(ports.into_iter().map(Into::into).collect());
+        self.ports = Some(ports.into_iter().map(|range| range.into().into()).collect());
+        self
+    }
+
+    /// Intercepts these destination ports of one protocol, besides those that [`Config::ports`] and earlier calls chose.
+    ///
+    /// Of a protocol for which no port is chosen, nothing is intercepted.
+    ///
+    /// ```
+    /// use tproxy::rules::{Config, Protocol};
+    ///
+    /// let config = Config::new([]).ports_of(Protocol::Tcp, [80, 443]).ports_of(Protocol::Udp, [53]);
+    /// # let _ = config;
+    /// ```
+    pub fn ports_of(mut self, protocol: Protocol, ports: impl IntoIterator<Item = impl Into<PortRange>>) -> Config {
+        self.ports.get_or_insert_default().extend(of_protocol(protocol, ports));
+        self
+    }
+
+    /// Never intercepts or rejects these destination ports, whatever [`Config::ports`] has.
+    pub fn bypass_ports(mut self, ports: impl IntoIterator<Item = impl Into<PortRange>>) -> Config {
+        self.bypass_ports = ports.into_iter().map(|range| range.into().into()).collect();
+        self
+    }
+
+    /// Never intercepts or rejects these destination ports of one protocol, besides those of earlier calls.
+    pub fn bypass_ports_of(
+        mut self,
+        protocol: Protocol,
+        ports: impl IntoIterator<Item = impl Into<PortRange>>,
+    ) -> Config {
+        self.bypass_ports.extend(of_protocol(protocol, ports));
+        self
+    }
+
+    /// Refuses packets to these destination ports instead of intercepting them: with a reset for TCP, and with an ICMP error
+    /// (port unreachable) for UDP.
+    ///
+    /// The ports need not be among [`Config::ports`], nor the protocol among those of the listeners. Addresses,
+    /// sources and interfaces select as for intercepted packets.
+    pub fn reject_ports(mut self, ports: impl IntoIterator<Item = impl Into<PortRange>>) -> Config {
+        self.reject_ports = ports.into_iter().map(|range| range.into().into()).collect();
+        self
+    }
+
+    /// Refuses packets to these destination ports of one protocol, besides those of earlier calls.
+    ///
+    /// ```
+    /// use tproxy::rules::{Config, Protocol};
+    ///
+    /// // Browsers fall back from QUIC to TCP at once.
+    /// let config = Config::new([]).ports([80, 443]).reject_ports_of(Protocol::Udp, [443]);
+    /// # let _ = config;
+    /// ```
+    pub fn reject_ports_of(
+        mut self,
+        protocol: Protocol,
+        ports: impl IntoIterator<Item = impl Into<PortRange>>,
+    ) -> Config {
+        self.reject_ports.extend(of_protocol(protocol, ports));
         self
     }
 
@@ -210,6 +282,82 @@ impl Config {
         self
     }
 
+    /// Never intercepts packets from these sources, whatever [`Config::src`] has.
+    pub fn bypass_src(mut self, src: impl IntoIterator<Item = Prefix>) -> Config {
+        self.bypass_src = Some(src.into_iter().collect());
+        self
+    }
+
+    /// Never intercepts traffic that arrives by an interface of one of these names; a trailing `*` makes a name a pattern.
+    pub fn bypass_interfaces(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Config {
+        self.bypass_interfaces = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Intercepts forwarded traffic only if it comes from these Ethernet addresses. Traffic that did not arrive by Ethernet
+    /// is not intercepted then.
+    pub fn macs(mut self, macs: impl IntoIterator<Item = MacAddr>) -> Config {
+        self.macs = Some(macs.into_iter().collect());
+        self
+    }
+
+    /// Never intercepts traffic from these Ethernet addresses.
+    pub fn bypass_macs(mut self, macs: impl IntoIterator<Item = MacAddr>) -> Config {
+        self.bypass_macs = macs.into_iter().collect();
+        self
+    }
+
+    /// With [`Config::local_output`], intercepts this host's traffic only if its socket belongs to one of these users.
+    ///
+    /// ```
+    /// use tproxy::rules::Config;
+    ///
+    /// let config = Config::new([]).local_output(true).uids([1000]).bypass_gids([65534..=65534]);
+    /// # let _ = config;
+    /// ```
+    pub fn uids(mut self, uids: impl IntoIterator<Item = impl Into<IdRange>>) -> Config {
+        self.uids = Some(uids.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Never intercepts traffic of this host whose socket belongs to one of these users.
+    pub fn bypass_uids(mut self, uids: impl IntoIterator<Item = impl Into<IdRange>>) -> Config {
+        self.bypass_uids = uids.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With [`Config::local_output`], intercepts this host's traffic only if its socket belongs to one of these groups.
+    pub fn gids(mut self, gids: impl IntoIterator<Item = impl Into<IdRange>>) -> Config {
+        self.gids = Some(gids.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Never intercepts traffic of this host whose socket belongs to one of these groups.
+    pub fn bypass_gids(mut self, gids: impl IntoIterator<Item = impl Into<IdRange>>) -> Config {
+        self.bypass_gids = gids.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With [`Config::local_output`], intercepts this host's traffic only if its socket is in one of these control groups or
+    /// below: paths of cgroup v2, such as "system.slice/squid.service". They must exist. Needs Linux 5.13.
+    pub fn cgroups(mut self, paths: impl IntoIterator<Item = impl Into<String>>) -> Config {
+        self.cgroups = Some(paths.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Never intercepts traffic of this host whose socket is in one of these control groups or below.
+    pub fn bypass_cgroups(mut self, paths: impl IntoIterator<Item = impl Into<String>>) -> Config {
+        self.bypass_cgroups = paths.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Never intercepts traffic of this host whose packets have this mark (SO_MARK). A number stands for a mark of all 32
+    /// bits.
+    pub fn bypass_mark(mut self, mark: impl Into<Mark>) -> Config {
+        self.bypass_mark = Some(mark.into());
+        self
+    }
+
     /// Intercepts forwarded traffic only if it arrives by an interface of one of these names.
     ///
     /// A trailing `*` makes a name a pattern: "ppp*" matches "ppp", "ppp0" and "ppp10". An empty list, with
@@ -218,6 +366,14 @@ impl Config {
         self.interfaces = Some(names.into_iter().map(Into::into).collect());
         self
     }
+}
+
+fn of_protocol(
+    protocol: Protocol,
+    ports: impl IntoIterator<Item = impl Into<PortRange>>,
+) -> impl Iterator<Item = ProtocolPorts> {
+    let protocols = Some(Protocols { tcp: protocol == Protocol::Tcp, udp: protocol == Protocol::Udp });
+    ports.into_iter().map(move |range| ProtocolPorts { range: range.into(), protocols })
 }
 
 /// A listening socket, as far as rules need to know it.

@@ -9,7 +9,7 @@ pub(crate) mod plan;
 mod render;
 mod slot;
 
-pub use crate::model::{Backend, Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
+pub use crate::model::{Backend, Families, Family, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, Protocols};
 pub use crate::prefix::Prefix;
 pub use apply::{Count, Set, Stats, purge, stats_of};
 pub use config::{Config, Listener};

@@ -7,13 +7,16 @@ use super::config::{Config, Listener};
 use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::model::{Families, Family, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, ProtocolPorts, Protocols};
 use crate::name;
-use crate::plan::{Intercept, Interfaces, Plan};
+use crate::plan::{ByProtocol, Cgroup, Intercept, Interfaces, Owners, Plan};
+use crate::ports;
 use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 
 /// An instance's name is part of names in the kernel, which are bounded.
 const NAME_MAX: usize = 20;
+/// The longest path of a control group, less than PATH_MAX with the mount point.
+const CGROUP_MAX: usize = 4000;
 
 /// The name of an instance that is given none.
 pub(crate) const DEFAULT_NAME: &str = "tproxy";
@@ -33,9 +36,14 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
     };
     let mark = mark(config.mark)?;
     let loop_mark = if config.local_output || config.local_servers { Some(loop_mark(mark)?) } else { None };
-    let prefixes = [&config.dst, &config.src, &config.bypass].into_iter().flatten().map(Vec::len).sum::<usize>();
+    let prefixes = [&config.dst, &config.src, &config.bypass, &config.bypass_src]
+        .into_iter()
+        .flatten()
+        .map(Vec::len)
+        .sum::<usize>();
     memory::require(prefixes.saturating_mul(BYTES_EACH))?;
     let set = |prefixes: &Option<Vec<Prefix>>| prefixes.as_ref().map(|prefixes| PrefixSet::new(prefixes));
+    let (ports, reject) = chosen_ports(config)?;
     Ok(Plan {
         name: name(config.name.as_deref())?,
         mode: config.mode,
@@ -52,12 +60,18 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         fail_open: config.fail_open,
         notrack: config.notrack,
         persist: config.persist,
-        ports: config.ports.as_deref().map(merge_ports).transpose()?,
+        ports,
+        reject,
         dst: set(&config.dst),
         src: set(&config.src),
         // No exemption and an empty one are the same. Without one, packets need no look-up and no connection tracking.
         bypass: set(&config.bypass).filter(|bypass| bypass.len() > 0),
-        interfaces: config.interfaces.as_deref().map(interfaces).transpose()?,
+        bypass_src: set(&config.bypass_src).filter(|bypass| bypass.len() > 0),
+        interfaces: config.interfaces.as_deref().map(|names| interfaces("interfaces", names)).transpose()?,
+        bypass_interfaces: interfaces("bypass_interfaces", &config.bypass_interfaces)?,
+        macs: config.macs.as_deref().map(macs),
+        bypass_macs: macs(&config.bypass_macs),
+        owners: owners(config)?,
         table: table(config.table)?,
         priority: priority(config.priority)?,
     })
@@ -66,15 +80,36 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
 /// What cannot go together, or cannot be done.
 fn refuse_contradictions(config: &Config) -> Result<()> {
     let selective = config.ports.is_some()
+        || !config.bypass_ports.is_empty()
+        || !config.reject_ports.is_empty()
         || config.dst.is_some()
         || config.src.is_some()
         || config.bypass.as_ref().is_some_and(|bypass| !bypass.is_empty())
-        || config.interfaces.is_some();
+        || config.bypass_src.as_ref().is_some_and(|bypass| !bypass.is_empty())
+        || config.interfaces.is_some()
+        || !config.bypass_interfaces.is_empty()
+        || config.macs.is_some()
+        || !config.bypass_macs.is_empty();
     if config.mode == Mode::DivertOnly && (selective || config.local_output || config.fail_open || config.new_only) {
         return Err(Error::invalid(
-            "TP_RULES_DIVERT_ONLY with ports, dst, src, bypass, interfaces, TP_RULES_LOCAL_OUTPUT, TP_RULES_NEW_ONLY or \
+            "TP_RULES_DIVERT_ONLY with ports, addresses, interfaces, macs, TP_RULES_LOCAL_OUTPUT, TP_RULES_NEW_ONLY or \
              TP_RULES_FAIL_OPEN: nothing is intercepted, so there is nothing to choose",
         ));
+    }
+    if !owners(config)?.is_everyone() {
+        if !config.local_output {
+            return Err(Error::invalid(
+                "uids, gids, cgroups, bypass_uids, bypass_gids, bypass_cgroups or bypass_mark without TP_RULES_LOCAL_OUTPUT: only \
+                 traffic that this host sends has an owner",
+            ));
+        }
+        if config.notrack {
+            return Err(Error::new(
+                libc::EOPNOTSUPP,
+                "TP_RULES_NOTRACK with uids, gids, cgroups, their exemptions or bypass_mark: connection tracking keeps for \
+                 a connection whose it is; leave out TP_RULES_NOTRACK",
+            ));
+        }
     }
     if config.local_output && config.new_only {
         return Err(Error::new(
@@ -165,7 +200,7 @@ fn loop_mark(mark: Mark) -> Result<Mark> {
 
 /// Names, and patterns: a trailing `*` stands for any letters, and for none. A `*` elsewhere would be one of the name's
 /// own letters to the kernel, and a pattern to those who read it, so it is refused.
-fn interfaces(names: &[String]) -> Result<Interfaces> {
+fn interfaces(what: &str, names: &[String]) -> Result<Interfaces> {
     // IFNAMSIZ less the NUL; `dev_valid_name` in net/core/dev.c.
     let valid = |name: &&str| {
         (1..libc::IFNAMSIZ).contains(&name.len())
@@ -181,7 +216,7 @@ fn interfaces(names: &[String]) -> Result<Interfaces> {
         };
         if !valid(&word) {
             return Err(Error::invalid_with(format_args!(
-                "interfaces: {} is neither the name of an interface (1 to 15 bytes, without '/', ':', '*', quotes and \
+                "{what}: {} is neither the name of an interface (1 to 15 bytes, without '/', ':', '*', quotes and \
                  spaces) nor the beginning of one with a '*' behind it",
                 name::quoted(name)
             )));
@@ -309,17 +344,46 @@ fn shown(listener: &Listener) -> String {
     }
 }
 
-/// Sorted, and merged where ranges overlap or touch: the kernel's sets take no overlaps.
-fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
-    if let Some(bad) = ports.iter().find(|range| range.first == 0 || range.first > range.last) {
+/// The ranges of one protocol in a list, as a set.
+fn ports_of(what: &str, ports: &[ProtocolPorts], protocol: Protocol) -> Result<Vec<PortRange>> {
+    if let Some(ProtocolPorts { range: bad, .. }) =
+        ports.iter().find(|ports| ports.range.first == 0 || ports.range.first > ports.range.last)
+    {
         return Err(Error::invalid_with(format_args!(
-            "ports {}-{}: the first must be at least 1 and not above the last",
+            "{what} {}-{}: the first must be at least 1 and not above the last",
             bad.first, bad.last
         )));
     }
-    let mut sorted = ports.to_vec();
+    let chosen = ports.iter().filter(|ports| ports.protocols.is_none_or(|protocols| protocols.contains(protocol)));
+    Ok(ports::merge(chosen.map(|ports| ports.range)))
+}
+
+/// The ports to intercept and those to refuse, of each protocol: an exemption wins over both, and a refusal over
+/// interception.
+fn chosen_ports(config: &Config) -> Result<(ByProtocol<Option<Vec<PortRange>>>, ByProtocol<Vec<PortRange>>)> {
+    let of = |protocol| -> Result<(Option<Vec<PortRange>>, Vec<PortRange>)> {
+        let bypass = ports_of("bypass_ports", &config.bypass_ports, protocol)?;
+        let reject = ports_of("reject_ports", &config.reject_ports, protocol)?;
+        let ports = config.ports.as_deref().map(|ports| ports_of("ports", ports, protocol)).transpose()?;
+        let reject = ports::subtract(Some(&reject), &bypass).unwrap_or_default();
+        Ok((ports::subtract(ports.as_deref(), &bypass), reject))
+    };
+    let ((tcp, reject_tcp), (udp, reject_udp)) = (of(Protocol::Tcp)?, of(Protocol::Udp)?);
+    Ok((ByProtocol { tcp, udp }, ByProtocol { tcp: reject_tcp, udp: reject_udp }))
+}
+
+/// Numbers of users or groups, as a set.
+fn ids(what: &str, ranges: &[IdRange]) -> Result<Vec<IdRange>> {
+    // (uid_t) -1 is no user (chown(2)).
+    if let Some(bad) = ranges.iter().find(|range| range.first > range.last || range.last == u32::MAX) {
+        return Err(Error::invalid_with(format_args!(
+            "{what} {}-{}: the first must not be above the last, and 4294967295 is not a valid number",
+            bad.first, bad.last
+        )));
+    }
+    let mut sorted = ranges.to_vec();
     sorted.sort_unstable_by_key(|range| range.first);
-    let mut merged: Vec<PortRange> = Vec::new();
+    let mut merged: Vec<IdRange> = Vec::new();
     for range in sorted {
         match merged.last_mut() {
             Some(last) if range.first <= last.last.saturating_add(1) => last.last = last.last.max(range.last),
@@ -329,10 +393,58 @@ fn merge_ports(ports: &[PortRange]) -> Result<Vec<PortRange>> {
     Ok(merged)
 }
 
+fn macs(macs: &[MacAddr]) -> Vec<MacAddr> {
+    let mut sorted = macs.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    sorted
+}
+
+fn cgroups(what: &str, paths: &[String]) -> Result<Vec<Cgroup>> {
+    let cgroup = |path: &String| {
+        let trimmed = path.trim_matches('/');
+        let part_is_bad = |part: &str| matches!(part, "" | "." | "..");
+        if trimmed.split('/').any(part_is_bad)
+            || trimmed.len() > CGROUP_MAX
+            || trimmed.contains(|c: char| c.is_control() || c == '"')
+        {
+            return Err(Error::invalid_with(format_args!(
+                "{what}: {} is not the path of a control group below the root of cgroup v2, such as \
+                 \"system.slice/squid.service\"",
+                name::quoted(path)
+            )));
+        }
+        Ok(Cgroup { path: trimmed.to_owned(), id: 0 })
+    };
+    let mut found = memory::collect(paths.iter().map(cgroup))?;
+    found.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    found.dedup();
+    Ok(found)
+}
+
+/// Whose traffic is selected, of that which this host sends.
+fn owners(config: &Config) -> Result<Owners> {
+    Ok(Owners {
+        uids: config.uids.as_deref().map(|uids| ids("uids", uids)).transpose()?,
+        bypass_uids: ids("bypass_uids", &config.bypass_uids)?,
+        gids: config.gids.as_deref().map(|gids| ids("gids", gids)).transpose()?,
+        bypass_gids: ids("bypass_gids", &config.bypass_gids)?,
+        cgroups: config.cgroups.as_deref().map(|paths| cgroups("cgroups", paths)).transpose()?,
+        bypass_cgroups: cgroups("bypass_cgroups", &config.bypass_cgroups)?,
+        bypass_mark: match config.bypass_mark {
+            Some(mark) if mark.value & !mark.mask != 0 => {
+                return Err(Error::invalid_with(format_args!(
+                    "bypass_mark {mark} has bits that its mask does not have"
+                )));
+            }
+            mark => mark,
+        },
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     fn listener(v4: bool, v6: bool, addr: Option<&str>, port: u16) -> Listener {
         Listener {
@@ -399,7 +511,10 @@ mod tests {
             assert!(sentence.contains(words), "{sentence}");
         };
         check(&|c| c.listeners.clear(), "no listeners");
-        check(&|c| (c.mode, c.ports) = (Mode::DivertOnly, Some(vec![1.into()])), "nothing is intercepted");
+        check(
+            &|c| (c.mode, c.ports) = (Mode::DivertOnly, Some(vec![PortRange::from(1).into()])),
+            "nothing is intercepted",
+        );
         check(&|c| c.name = Some("a b".into()), "letters, digits");
         check(&|c| c.name = Some("x".repeat(21)), "1 to 20");
         check(&|c| c.name = Some(String::new()), "1 to 20");
@@ -412,7 +527,7 @@ mod tests {
         check(&|c| c.families = Some(Families::default()), "neither IPv4 nor IPv6");
         check(&|c| c.protocols = Some(Protocols::default()), "neither TCP nor UDP");
         check(&|c| c.families = Some(Families::V6), "asks for IPv6");
-        check(&|c| c.ports = Some(vec![PortRange { first: 2, last: 1 }]), "ports 2-1");
+        check(&|c| c.ports = Some(vec![PortRange { first: 2, last: 1 }.into()]), "ports 2-1");
         check(&|c| c.protocols = Some(Protocols::ALL), "asks for udp");
         check(&|c| (c.local_output, c.mark) = (true, Some(Mark { value: 4, mask: 4 })), "no other bit");
         for bad in
@@ -421,7 +536,7 @@ mod tests {
             check(&|c| c.interfaces = Some(vec![bad.into()]), "is neither the name of an interface");
         }
         check(&|c| (c.mode, c.notrack) = (Mode::Redirect, true), "connection tracking's work");
-        check(&|c| c.ports = Some(vec![PortRange { first: 0, last: 1 }]), "at least 1");
+        check(&|c| c.ports = Some(vec![PortRange { first: 0, last: 1 }.into()]), "at least 1");
     }
 
     #[test]
@@ -464,21 +579,5 @@ mod tests {
         assert!(plan.intercepts.is_empty());
         let one_family = Config::new([listener(true, false, None, 3129)]).mode(Mode::DivertOnly);
         assert_eq!(make(&one_family).unwrap().families.only(), Some(Family::V4));
-    }
-
-    proptest! {
-        #[test]
-        fn plan_merged_ports_cover_the_same(ranges in proptest::collection::vec((1..=u16::MAX, 0..2000u16), 0..30)) {
-            let ranges: Vec<PortRange> =
-                ranges.into_iter().map(|(first, n)| PortRange { first, last: first.saturating_add(n) }).collect();
-            let merged = merge_ports(&ranges).unwrap();
-            let covered = |ranges: &[PortRange], port| ranges.iter().any(|r| r.first <= port && port <= r.last);
-            for port in 0..=u16::MAX {
-                prop_assert_eq!(covered(&ranges, port), covered(&merged, port));
-            }
-            for pair in merged.windows(2) {
-                prop_assert!(u32::from(pair[0].last) + 1 < u32::from(pair[1].first));
-            }
-        }
     }
 }

@@ -10,7 +10,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::network::Network;
 use crate::address::canonical;
 use crate::error::{Error, Result};
-use crate::model::{Family, Mode, Protocol};
+use crate::model::{Family, Mode, PortRange, Protocol};
 use crate::netlink::Channel;
 use crate::orig_dst::orig_dst;
 use crate::plan::Plan;
@@ -94,9 +94,10 @@ pub(super) fn intercepts(config: &Config, family: Family) -> bool {
 
 /// Returns the source of the probes of a family; `None`: the config selects none.
 fn client(config: &Config, family: Family) -> Option<IpAddr> {
+    let exempt = |addr: &IpAddr| config.bypass_src.iter().flatten().any(|prefix| prefix.covers(*addr));
     match &config.src {
-        Some(src) => of_family(src, family).map(Prefix::sample).next(),
-        None => Some(sample(CLIENTS, family)),
+        Some(src) => of_family(src, family).map(Prefix::sample).find(|addr| !exempt(addr)),
+        None => Some(sample(CLIENTS, family)).filter(|addr| !exempt(addr)),
     }
 }
 
@@ -185,7 +186,10 @@ pub(super) fn run(config: &Config, plan: &Plan, network: &Network) -> Result<Vec
 /// is none.
 fn target(config: &mut Config, plan: &Plan, family: Family, protocol: Protocol) -> Option<SocketAddr> {
     if plan.mode != Mode::DivertOnly {
-        let port = plan.ports.as_ref().map_or(Some(PORT), |ports| ports.first().map(|range| range.first))?;
+        // No packet can be sent to port 0, which a list without some ports begins with.
+        let some_port =
+            |ports: &Vec<PortRange>| ports.iter().find(|range| range.last > 0).map(|range| range.first.max(1));
+        let port = plan.ports.of(protocol).as_ref().map_or(Some(PORT), some_port)?;
         if !intercepts(config, family) {
             return None;
         }

@@ -1,6 +1,6 @@
 //! A configuration of rules with all that it points to, for every call that takes one.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_char};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -29,6 +29,20 @@ pub struct RulesConfig {
     src: Option<Vec<tp_prefix>>,
     bypass: Option<Vec<tp_prefix>>,
     interfaces: Option<Vec<CString>>,
+    bypass_ports: Option<Vec<tp_port_range>>,
+    bypass_src: Option<Vec<tp_prefix>>,
+    bypass_interfaces: Option<Vec<CString>>,
+    macs: Option<Vec<tp_mac>>,
+    bypass_macs: Option<Vec<tp_mac>>,
+    uids: Option<Vec<tp_id_range>>,
+    bypass_uids: Option<Vec<tp_id_range>>,
+    gids: Option<Vec<tp_id_range>>,
+    bypass_gids: Option<Vec<tp_id_range>>,
+    cgroups: Option<Vec<CString>>,
+    bypass_cgroups: Option<Vec<CString>>,
+    bypass_mark: u32,
+    bypass_mark_mask: u32,
+    reject_ports: Option<Vec<tp_port_range>>,
 }
 
 /// Methods that set a number.
@@ -49,6 +63,48 @@ macro_rules! prefix_lists {
     )* };
 }
 
+/// Methods that set a list of ports, each with its protocols (0: every protocol).
+macro_rules! port_lists {
+    ($($name:ident),*) => { $(
+        pub fn $name(self, ports: &[(u16, u32)]) -> RulesConfig {
+            RulesConfig { $name: Some(ports.iter().map(|(port, protocols)| port_of(*port, *protocols)).collect()), ..self }
+        }
+    )* };
+}
+
+/// Methods that set a list of names.
+macro_rules! name_lists {
+    ($($name:ident),*) => { $(
+        pub fn $name<T: AsRef<str>>(self, names: &[T]) -> RulesConfig {
+            let name = |name: &T| CString::new(name.as_ref()).unwrap();
+            RulesConfig { $name: Some(names.iter().map(name).collect()), ..self }
+        }
+    )* };
+}
+
+/// Methods that set a list of numbers of users or groups.
+macro_rules! id_lists {
+    ($($name:ident),*) => { $(
+        pub fn $name(self, ids: &[(u32, u32)]) -> RulesConfig {
+            let range = |(first, last): &(u32, u32)| tp_id_range { first: *first, last: *last };
+            RulesConfig { $name: Some(ids.iter().map(range).collect()), ..self }
+        }
+    )* };
+}
+
+/// Methods that set a list of Ethernet addresses.
+macro_rules! mac_lists {
+    ($($name:ident),*) => { $(
+        pub fn $name(self, macs: &[[u8; 6]]) -> RulesConfig {
+            RulesConfig { $name: Some(macs.iter().map(|addr| tp_mac { addr: *addr }).collect()), ..self }
+        }
+    )* };
+}
+
+fn port_of(port: u16, protocols: u32) -> tp_port_range {
+    tp_port_range { first: port, last: port, protocols }
+}
+
 impl RulesConfig {
     pub fn new() -> RulesConfig {
         RulesConfig::default()
@@ -59,8 +115,12 @@ impl RulesConfig {
         RulesConfig::new().listeners(&[listener])
     }
 
-    numbers!(flags, backend, protocols, families, mark, mark_mask, table, priority);
-    prefix_lists!(dst, src, bypass);
+    numbers!(flags, backend, protocols, families, mark, mark_mask, table, priority, bypass_mark, bypass_mark_mask);
+    prefix_lists!(dst, src, bypass, bypass_src);
+    port_lists!(bypass_ports, reject_ports);
+    name_lists!(interfaces, bypass_interfaces, cgroups, bypass_cgroups);
+    id_lists!(uids, bypass_uids, gids, bypass_gids);
+    mac_lists!(macs, bypass_macs);
 
     pub fn name(self, name: &str) -> RulesConfig {
         RulesConfig { name: Some(CString::new(name).unwrap()), ..self }
@@ -79,13 +139,12 @@ impl RulesConfig {
     }
 
     pub fn port_ranges(self, ranges: impl IntoIterator<Item = (u16, u16)>) -> RulesConfig {
-        let range = |(first, last)| tp_port_range { first, last };
+        let range = |(first, last)| tp_port_range { first, last, protocols: 0 };
         RulesConfig { ports: Some(ranges.into_iter().map(range).collect()), ..self }
     }
 
-    pub fn interfaces<T: AsRef<str>>(self, names: &[T]) -> RulesConfig {
-        let name = |name: &T| CString::new(name.as_ref()).unwrap();
-        RulesConfig { interfaces: Some(names.iter().map(name).collect()), ..self }
+    pub fn ports_of(self, ports: &[(u16, u32)]) -> RulesConfig {
+        RulesConfig { ports: Some(ports.iter().map(|(port, protocols)| port_of(*port, *protocols)).collect()), ..self }
     }
 
     pub fn install(&self) -> Result<Rules, Failed> {
@@ -115,7 +174,11 @@ fn list<T>(items: Option<&Vec<T>>) -> (*const T, usize) {
 
 impl AsConfig for RulesConfig {
     fn with<T>(&self, call: impl FnOnce(&tp_rules_config) -> T) -> T {
-        let interfaces = self.interfaces.as_ref().map(|names| names.iter().map(|name| name.as_ptr()).collect());
+        let pointers = |names: &Option<Vec<CString>>| -> Option<Vec<*const c_char>> {
+            names.as_ref().map(|names| names.iter().map(|name| name.as_ptr()).collect())
+        };
+        let (interfaces, bypass_interfaces) = (pointers(&self.interfaces), pointers(&self.bypass_interfaces));
+        let (cgroups, bypass_cgroups) = (pointers(&self.cgroups), pointers(&self.bypass_cgroups));
         let mut raw = config();
         raw.name = self.name.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
         (raw.listeners, raw.n_listeners) = list(self.listeners.as_ref());
@@ -131,6 +194,19 @@ impl AsConfig for RulesConfig {
         (raw.src, raw.n_src) = list(self.src.as_ref());
         (raw.bypass, raw.n_bypass) = list(self.bypass.as_ref());
         (raw.interfaces, raw.n_interfaces) = list(interfaces.as_ref());
+        (raw.bypass_ports, raw.n_bypass_ports) = list(self.bypass_ports.as_ref());
+        (raw.bypass_src, raw.n_bypass_src) = list(self.bypass_src.as_ref());
+        (raw.bypass_interfaces, raw.n_bypass_interfaces) = list(bypass_interfaces.as_ref());
+        (raw.macs, raw.n_macs) = list(self.macs.as_ref());
+        (raw.bypass_macs, raw.n_bypass_macs) = list(self.bypass_macs.as_ref());
+        (raw.uids, raw.n_uids) = list(self.uids.as_ref());
+        (raw.bypass_uids, raw.n_bypass_uids) = list(self.bypass_uids.as_ref());
+        (raw.gids, raw.n_gids) = list(self.gids.as_ref());
+        (raw.bypass_gids, raw.n_bypass_gids) = list(self.bypass_gids.as_ref());
+        (raw.cgroups, raw.n_cgroups) = list(cgroups.as_ref());
+        (raw.bypass_cgroups, raw.n_bypass_cgroups) = list(bypass_cgroups.as_ref());
+        (raw.bypass_mark, raw.bypass_mark_mask) = (self.bypass_mark, self.bypass_mark_mask);
+        (raw.reject_ports, raw.n_reject_ports) = list(self.reject_ports.as_ref());
         call(&raw)
     }
 }

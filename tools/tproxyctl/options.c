@@ -27,43 +27,101 @@ static unsigned long number(const char *what, const char *text, unsigned long mo
     return value;
 }
 
-/* Adds ports such as 80, 8000-8010 or 80,443. */
-static void add_ports(struct options *options, char *text)
+/* A list with place for one item more; the program ends if there is no memory. */
+static void *grown(const void *items, size_t n, size_t size)
 {
-    size_t before = options->config.n_ports;
-    for (char *one = strtok(text, ","); one; one = strtok(NULL, ",")) {
-        char *dash = strchr(one, '-');
-        if (dash)
-            *dash++ = 0;
-        if (options->config.n_ports == MANY)
-            usage_error("--port: more than %d", MANY);
-        uint16_t first = (uint16_t)number("--port", one, 65535);
-        uint16_t last = dash ? (uint16_t)number("--port", dash, 65535) : first;
-        options->ports[options->config.n_ports++] = (struct tp_port_range){ first, last };
+    void *place = realloc((void *)(uintptr_t)items, (n + 1) * size);
+    if (!place) {
+        perror("tproxyctl");
+        exit(FAILED);
     }
-    if (options->config.n_ports == before)
-        usage_error("--port: no port given");
-    options->config.ports = options->ports;
+    return place;
+}
+
+#define APPEND(list, n, item) do { \
+        (list) = grown((list), (n), sizeof *(list)); \
+        memcpy((void *)(uintptr_t)&(list)[(n)++], &(item), sizeof *(list)); \
+    } while (0)
+
+/* Splits a range such as 80 or 8000-8010. */
+static void range(const char *what, char *text, unsigned long most, unsigned long *first, unsigned long *last)
+{
+    char *dash = strchr(text, '-');
+    if (dash)
+        *dash++ = 0;
+    *first = number(what, text, most);
+    *last = dash ? number(what, dash, most) : *first;
+}
+
+/* Adds ports such as 80, 8000-8010, 80,443 or udp:443. */
+static void add_ports(const char *what, const struct tp_port_range **ports, size_t *n, char *text)
+{
+    size_t before = *n;
+    for (char *one = strtok(text, ","); one; one = strtok(NULL, ",")) {
+        struct tp_port_range added = { 0 };
+        if (strncmp(one, "tcp:", 4) == 0 || strncmp(one, "udp:", 4) == 0) {
+            added.protocols = *one == 't' ? TP_PROTO_TCP : TP_PROTO_UDP;
+            one += 4;
+        }
+        unsigned long first, last;
+        range(what, one, 65535, &first, &last);
+        added.first = (uint16_t)first;
+        added.last = (uint16_t)last;
+        APPEND(*ports, *n, added);
+    }
+    if (*n == before)
+        usage_error("%s: no port given", what);
+}
+
+/* Adds numbers such as 1000, 1000-1999 or 33,1000. */
+static void add_ids(const char *what, const struct tp_id_range **ids, size_t *n, char *text)
+{
+    size_t before = *n;
+    for (char *one = strtok(text, ","); one; one = strtok(NULL, ",")) {
+        unsigned long first, last;
+        range(what, one, UINT32_MAX - 1UL, &first, &last);
+        struct tp_id_range added = { (uint32_t)first, (uint32_t)last };
+        APPEND(*ids, *n, added);
+    }
+    if (*n == before)
+        usage_error("%s: no number given", what);
+}
+
+static void add_name(const char *const **names, size_t *n, const char *name)
+{
+    APPEND(*names, *n, name);
+}
+
+/* Adds an Ethernet address such as 02:00:00:00:00:01. */
+static void add_mac(const char *what, const struct tp_mac **macs, size_t *n, const char *text)
+{
+    struct tp_mac added;
+    unsigned byte[6];
+    int end = 0;
+    if (sscanf(text, "%2x:%2x:%2x:%2x:%2x:%2x%n", &byte[0], &byte[1], &byte[2], &byte[3], &byte[4], &byte[5], &end) != 6 ||
+        text[end])
+        usage_error("%s: %s is not an Ethernet address such as 02:00:00:00:00:01", what, text);
+    for (int i = 0; i < 6; ++i)
+        added.addr[i] = (uint8_t)byte[i];
+    APPEND(*macs, *n, added);
 }
 
 /* Adds a prefix such as 192.0.2.0/24 or 2001:db8::/32. An address without a length is a full-length prefix. */
-static void add_prefix(const char *what, struct tp_prefix *prefixes, size_t *n, char *text)
+static void add_prefix(const char *what, const struct tp_prefix **prefixes, size_t *n, char *text)
 {
     char *slash = strchr(text, '/');
     if (slash)
         *slash++ = 0;
-    if (*n == MANY)
-        usage_error("%s: more than %d", what, MANY);
-    struct tp_prefix *prefix = &prefixes[*n];
-    if (inet_pton(AF_INET, text, prefix->addr) == 1)
-        prefix->family = AF_INET;
-    else if (inet_pton(AF_INET6, text, prefix->addr) == 1)
-        prefix->family = AF_INET6;
+    struct tp_prefix added = { 0 };
+    if (inet_pton(AF_INET, text, added.addr) == 1)
+        added.family = AF_INET;
+    else if (inet_pton(AF_INET6, text, added.addr) == 1)
+        added.family = AF_INET6;
     else
         usage_error("%s: %s is not an address", what, text);
-    unsigned long bits = prefix->family == AF_INET ? 32 : 128;
-    prefix->len = (uint8_t)(slash ? number(what, slash, bits) : bits);
-    ++*n;
+    unsigned long bits = added.family == AF_INET ? 32 : 128;
+    added.len = (uint8_t)(slash ? number(what, slash, bits) : bits);
+    APPEND(*prefixes, *n, added);
 }
 
 /* Sets the listener to an address such as 127.0.0.1:3129 or [::]:3129. A port alone means [::]. */
@@ -94,14 +152,15 @@ static void set_listener(struct options *options, char *text)
     }
 }
 
-static void set_mark(struct options *options, char *text)
+/* Sets a mark such as 0x2000 or 0x2000/0x3000. */
+static void set_mark(const char *what, char *text, uint32_t *mark, uint32_t *mask)
 {
     char *slash = strchr(text, '/');
     if (slash)
         *slash++ = 0;
-    options->config.mark = (uint32_t)number("--mark", text, UINT32_MAX);
+    *mark = (uint32_t)number(what, text, UINT32_MAX);
     if (slash)
-        options->config.mark_mask = (uint32_t)number("--mark", slash, UINT32_MAX);
+        *mask = (uint32_t)number(what, slash, UINT32_MAX);
 }
 
 static uint32_t one_of(const char *what, const char *text, const char *const names[], size_t n)
@@ -120,6 +179,19 @@ const struct option long_options[] = {
     { "src", required_argument, NULL, SRC },
     { "bypass", required_argument, NULL, BYPASS },
     { "interface", required_argument, NULL, INTERFACE },
+    { "bypass-port", required_argument, NULL, BYPASS_PORT },
+    { "reject-port", required_argument, NULL, REJECT_PORT },
+    { "bypass-src", required_argument, NULL, BYPASS_SRC },
+    { "bypass-interface", required_argument, NULL, BYPASS_INTERFACE },
+    { "mac", required_argument, NULL, MAC },
+    { "bypass-mac", required_argument, NULL, BYPASS_MAC },
+    { "uid", required_argument, NULL, UID },
+    { "bypass-uid", required_argument, NULL, BYPASS_UID },
+    { "gid", required_argument, NULL, GID },
+    { "bypass-gid", required_argument, NULL, BYPASS_GID },
+    { "cgroup", required_argument, NULL, CGROUP },
+    { "bypass-cgroup", required_argument, NULL, BYPASS_CGROUP },
+    { "bypass-mark", required_argument, NULL, BYPASS_MARK },
     { "mark", required_argument, NULL, MARK },
     { "table", required_argument, NULL, TABLE },
     { "priority", required_argument, NULL, PRIORITY },
@@ -155,17 +227,25 @@ void set_option(struct options *options, int option, char *value)
     switch (option) {
     case NAME: config->name = value; break;
     case LISTEN: set_listener(options, value); break;
-    case PORT: add_ports(options, value); break;
-    case DST: add_prefix("--dst", options->dst, &config->n_dst, value); config->dst = options->dst; break;
-    case SRC: add_prefix("--src", options->src, &config->n_src, value); config->src = options->src; break;
-    case BYPASS: add_prefix("--bypass", options->bypass, &config->n_bypass, value); config->bypass = options->bypass; break;
-    case INTERFACE:
-        if (config->n_interfaces == MANY)
-            usage_error("--interface: more than %d", MANY);
-        options->interfaces[config->n_interfaces++] = value;
-        config->interfaces = options->interfaces;
-        break;
-    case MARK: set_mark(options, value); break;
+    case PORT: add_ports("--port", &config->ports, &config->n_ports, value); break;
+    case BYPASS_PORT: add_ports("--bypass-port", &config->bypass_ports, &config->n_bypass_ports, value); break;
+    case REJECT_PORT: add_ports("--reject-port", &config->reject_ports, &config->n_reject_ports, value); break;
+    case DST: add_prefix("--dst", &config->dst, &config->n_dst, value); break;
+    case SRC: add_prefix("--src", &config->src, &config->n_src, value); break;
+    case BYPASS: add_prefix("--bypass", &config->bypass, &config->n_bypass, value); break;
+    case BYPASS_SRC: add_prefix("--bypass-src", &config->bypass_src, &config->n_bypass_src, value); break;
+    case INTERFACE: add_name(&config->interfaces, &config->n_interfaces, value); break;
+    case BYPASS_INTERFACE: add_name(&config->bypass_interfaces, &config->n_bypass_interfaces, value); break;
+    case MAC: add_mac("--mac", &config->macs, &config->n_macs, value); break;
+    case BYPASS_MAC: add_mac("--bypass-mac", &config->bypass_macs, &config->n_bypass_macs, value); break;
+    case UID: add_ids("--uid", &config->uids, &config->n_uids, value); break;
+    case BYPASS_UID: add_ids("--bypass-uid", &config->bypass_uids, &config->n_bypass_uids, value); break;
+    case GID: add_ids("--gid", &config->gids, &config->n_gids, value); break;
+    case BYPASS_GID: add_ids("--bypass-gid", &config->bypass_gids, &config->n_bypass_gids, value); break;
+    case CGROUP: add_name(&config->cgroups, &config->n_cgroups, value); break;
+    case BYPASS_CGROUP: add_name(&config->bypass_cgroups, &config->n_bypass_cgroups, value); break;
+    case BYPASS_MARK: set_mark("--bypass-mark", value, &config->bypass_mark, &config->bypass_mark_mask); break;
+    case MARK: set_mark("--mark", value, &config->mark, &config->mark_mask); break;
     case TABLE: config->table = (uint32_t)number("--table", value, UINT32_MAX); break;
     case PRIORITY: config->priority = (uint32_t)number("--priority", value, UINT32_MAX); break;
     case TCP: config->protocols |= TP_PROTO_TCP; break;

@@ -13,9 +13,6 @@
 
 enum exit_code { FINE = 0, FOUND_FAILURES = 1, USAGE = 2, FAILED = 3 };
 
-/* Maximum number of prefixes, ports or names of one kind on a command line. */
-enum { MANY = 4096 };
-
 struct options {
     bool json, all, persist, watch;
     unsigned seconds;
@@ -24,13 +21,11 @@ struct options {
     const char *argument;                     /* the word after the command, or NULL */
     struct tp_rules_config config;
     struct sockaddr_storage listen;
-    struct tp_port_range ports[MANY];
-    struct tp_prefix dst[MANY], src[MANY], bypass[MANY];
-    const char *interfaces[MANY];
 };
 
 /* Values that getopt_long returns for options without a letter. */
-enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
+enum { NAME = 256, LISTEN, PORT, DST, SRC, BYPASS, INTERFACE, BYPASS_PORT, REJECT_PORT,
+       BYPASS_SRC, BYPASS_INTERFACE, MAC, BYPASS_MAC, UID, BYPASS_UID, GID, BYPASS_GID, CGROUP, BYPASS_CGROUP, BYPASS_MARK, MARK, TABLE, PRIORITY, TCP, UDP, BACKEND, REDIRECT,
        DIVERT_ONLY, LOCAL_OUTPUT, FAIL_OPEN, ALLOW_DIRECT, NOTRACK, PERSIST, NEW_ONLY, LOCAL_SERVERS, FORMAT, JSON, ALL, WATCH, COLOR, VERSION };
 
 /* The options, for getopt_long. */

@@ -7,9 +7,10 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Iterable
-from typing import Union
+from typing import Union, cast
 
 from . import _ctypes as c
+from ._flags import Protocol
 
 #: An address in the format of Python's socket module: ``(host, port)`` for IPv4,
 #: ``(host, port, flowinfo, scope_id)`` for IPv6.
@@ -28,6 +29,12 @@ Prefix = Union[str, IPAddress, IPNetwork]
 
 #: A port, or the first and the last of a range.
 PortRange = Union[int, tuple[int, int], range]
+
+#: Ports of every protocol, or ``(Protocol.UDP, ports)`` for those of one.
+ProtocolPorts = Union[PortRange, tuple[Protocol, PortRange]]
+
+#: The number of a user or group, or the first and the last of a range.
+IdRange = Union[int, tuple[int, int], range]
 
 # struct sockaddr_in, sockaddr_in6, without the family. All fields except scope_id are in network byte order.
 _IN = struct.Struct("!2xH4s8x")
@@ -138,20 +145,55 @@ def prefixes(wanted: Iterable[Prefix]) -> ctypes.Array[c.tp_prefix]:
     return array
 
 
-def ports(wanted: Iterable[PortRange]) -> ctypes.Array[c.tp_port_range]:
-    """Returns an array of port ranges. A Python :class:`range` excludes its end, a tuple includes it."""
+def _ends(item: int | tuple[int, int] | range) -> tuple[int, int]:
+    """Returns the first and the last of a range. A Python :class:`range` excludes its end, a tuple includes it."""
+    if isinstance(item, int):
+        return item, item
+    if isinstance(item, range):
+        if item.step != 1 or not item:
+            raise ValueError(f"{item!r}: a range has at least one number, and every one")
+        return item[0], item[-1]
+    first, last = item
+    return first, last
+
+
+def ports(wanted: Iterable[ProtocolPorts]) -> ctypes.Array[c.tp_port_range]:
+    """Returns an array of port ranges."""
     ranges = []
     for item in wanted:
-        if isinstance(item, int):
-            first = last = item
-        elif isinstance(item, range):
-            if item.step != 1 or not item:
-                raise ValueError(f"{item!r}: a range of ports has at least one, and every one")
-            first, last = item[0], item[-1]
-        else:
-            first, last = item
+        protocols = 0
+        if isinstance(item, tuple) and isinstance(item[0], Protocol):
+            protocols, item = int(item[0]), cast("PortRange", item[1])
+        first, last = _ends(cast("PortRange", item))
         # The C struct has 16 bits: a larger number would become another port.
         if not 1 <= first <= last <= 0xFFFF:
             raise ValueError(f"{item!r}: ports are 1 to 65535, the lower first")
-        ranges.append(c.tp_port_range(first, last))
+        ranges.append(c.tp_port_range(first, last, protocols))
     return (c.tp_port_range * len(ranges))(*ranges)
+
+
+def ids(wanted: Iterable[IdRange]) -> ctypes.Array[c.tp_id_range]:
+    """Returns an array of ranges of user or group numbers."""
+    ranges = []
+    for item in wanted:
+        first, last = _ends(item)
+        if not 0 <= first <= last < 0xFFFFFFFF:
+            raise ValueError(f"{item!r}: numbers of users and groups are 0 to 4294967294, the lower first")
+        ranges.append(c.tp_id_range(first, last))
+    return (c.tp_id_range * len(ranges))(*ranges)
+
+
+def macs(wanted: Iterable[str | bytes]) -> ctypes.Array[c.tp_mac]:
+    """Returns an array of Ethernet addresses: text such as "02:00:00:00:00:01", or six bytes."""
+    if isinstance(wanted, (str, bytes)):
+        raise TypeError(f"{wanted!r}: a list of Ethernet addresses is needed, not one")
+    addresses = []
+    for item in wanted:
+        parts = item.split(":") if isinstance(item, str) else []
+        if isinstance(item, str) and not all(len(part) == 2 and part.isalnum() for part in parts):
+            raise ValueError(f"{item!r} is not an Ethernet address such as 02:00:00:00:00:01")
+        address = bytes.fromhex("".join(parts)) if isinstance(item, str) else bytes(item)
+        if len(address) != 6:
+            raise ValueError(f"{item!r} is not an Ethernet address, which has six bytes")
+        addresses.append(c.tp_mac((ctypes.c_uint8 * 6)(*address)))
+    return (c.tp_mac * len(addresses))(*addresses)

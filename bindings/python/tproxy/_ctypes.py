@@ -115,7 +115,15 @@ class tp_replier_stats(ctypes.Structure):
 
 
 class tp_port_range(ctypes.Structure):
-    _fields_ = [("first", c_uint16), ("last", c_uint16)]
+    _fields_ = [("first", c_uint16), ("last", c_uint16), ("protocols", c_uint32)]
+
+
+class tp_id_range(ctypes.Structure):
+    _fields_ = [("first", c_uint32), ("last", c_uint32)]
+
+
+class tp_mac(ctypes.Structure):
+    _fields_ = [("addr", c_uint8 * 6)]
 
 
 class tp_prefix(ctypes.Structure):
@@ -147,6 +155,32 @@ class tp_rules_config(ctypes.Structure):
         ("n_bypass", c_size_t),
         ("interfaces", POINTER(c_char_p)),
         ("n_interfaces", c_size_t),
+        ("bypass_ports", POINTER(tp_port_range)),
+        ("n_bypass_ports", c_size_t),
+        ("bypass_src", POINTER(tp_prefix)),
+        ("n_bypass_src", c_size_t),
+        ("bypass_interfaces", POINTER(c_char_p)),
+        ("n_bypass_interfaces", c_size_t),
+        ("macs", POINTER(tp_mac)),
+        ("n_macs", c_size_t),
+        ("bypass_macs", POINTER(tp_mac)),
+        ("n_bypass_macs", c_size_t),
+        ("uids", POINTER(tp_id_range)),
+        ("n_uids", c_size_t),
+        ("bypass_uids", POINTER(tp_id_range)),
+        ("n_bypass_uids", c_size_t),
+        ("gids", POINTER(tp_id_range)),
+        ("n_gids", c_size_t),
+        ("bypass_gids", POINTER(tp_id_range)),
+        ("n_bypass_gids", c_size_t),
+        ("cgroups", POINTER(c_char_p)),
+        ("n_cgroups", c_size_t),
+        ("bypass_cgroups", POINTER(c_char_p)),
+        ("n_bypass_cgroups", c_size_t),
+        ("bypass_mark", c_uint32),
+        ("bypass_mark_mask", c_uint32),
+        ("reject_ports", POINTER(tp_port_range)),
+        ("n_reject_ports", c_size_t),
     ]
 
 

@@ -11,7 +11,7 @@ from ctypes import byref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from . import _ctypes as c
-from ._address import Address, PortRange, Prefix, encode, ports, prefixes
+from ._address import Address, IdRange, Prefix, ProtocolPorts, encode, ids, macs, ports, prefixes
 from ._errors import checked
 from ._flags import AddressSet, Backend, Family, Format, Protocol, RulesFlag
 from ._sockets import HasFileno, descriptor, uint32
@@ -41,6 +41,19 @@ class RulesConfig(TypedDict, total=False):
     ``src``               sources; default: all
     ``bypass``            destinations that are never intercepted
     ``interfaces``        interfaces on which forwarded traffic arrives; default: all
+    ``bypass_ports``      destination ports that are never intercepted
+    ``reject_ports``      destination ports that are refused: with a reset or an ICMP error
+    ``bypass_src``        sources that are never intercepted
+    ``bypass_interfaces`` interfaces whose traffic is never intercepted
+    ``macs``              Ethernet sources of forwarded traffic; default: all
+    ``bypass_macs``       Ethernet sources whose traffic is never intercepted
+    ``uids, gids``        users and groups, of the traffic of this host; default: all
+    ``bypass_uids``       users whose traffic is never intercepted
+    ``bypass_gids``       groups whose traffic is never intercepted
+    ``cgroups``           control groups (cgroup v2), of the traffic of this host; default: all
+    ``bypass_cgroups``    control groups whose traffic is never intercepted
+    ``bypass_mark``       SO_MARK of packets of this host that are never intercepted
+    ``bypass_mark_mask``  mask of the bits of that mark that count; default: all
     ====================  ============================================================================
     """
 
@@ -55,14 +68,31 @@ class RulesConfig(TypedDict, total=False):
     mark_mask: int
     table: int
     priority: int
-    ports: Iterable[PortRange] | None
+    ports: Iterable[ProtocolPorts] | None
     dst: Iterable[Prefix] | None
     src: Iterable[Prefix] | None
     bypass: Iterable[Prefix] | None
     interfaces: Iterable[str] | None
+    bypass_ports: Iterable[ProtocolPorts] | None
+    reject_ports: Iterable[ProtocolPorts] | None
+    bypass_src: Iterable[Prefix] | None
+    bypass_interfaces: Iterable[str] | None
+    macs: Iterable[str | bytes] | None
+    bypass_macs: Iterable[str | bytes] | None
+    uids: Iterable[IdRange] | None
+    bypass_uids: Iterable[IdRange] | None
+    gids: Iterable[IdRange] | None
+    bypass_gids: Iterable[IdRange] | None
+    cgroups: Iterable[str] | None
+    bypass_cgroups: Iterable[str] | None
+    bypass_mark: int
+    bypass_mark_mask: int
 
 
-_NUMBERS = ("flags", "backend", "protocols", "families", "mark", "mark_mask", "table", "priority")
+_NUMBERS = (
+    *("flags", "backend", "protocols", "families", "mark", "mark_mask", "table", "priority"),
+    *("bypass_mark", "bypass_mark_mask"),
+)
 
 
 def _text(what: str, text: str) -> bytes:
@@ -77,10 +107,10 @@ def _name(name: str | None) -> bytes | None:
 
 
 def _names(names: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
-    """Returns an array of the names of interfaces."""
+    """Returns an array of names."""
     if isinstance(names, str):
-        raise TypeError(f"interfaces: {names!r}: a list of names is needed, not one")
-    encoded = [_text("interfaces", name) for name in names]
+        raise TypeError(f"{names!r}: a list of names is needed, not one")
+    encoded = [_text("name", name) for name in names]
     return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
@@ -107,6 +137,18 @@ def config_struct(given: RulesConfig) -> c.tp_rules_config:
         "src": prefixes,
         "bypass": prefixes,
         "interfaces": _names,
+        "bypass_ports": ports,
+        "reject_ports": ports,
+        "bypass_src": prefixes,
+        "bypass_interfaces": _names,
+        "macs": macs,
+        "bypass_macs": macs,
+        "uids": ids,
+        "bypass_uids": ids,
+        "gids": ids,
+        "bypass_gids": ids,
+        "cgroups": _names,
+        "bypass_cgroups": _names,
     }
     arrays: dict[str, ctypes.Array[Any]] = {"listeners": (ctypes.c_int * len(descriptors))(*descriptors)}
     for what, array_of in lists.items():

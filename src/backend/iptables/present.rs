@@ -23,7 +23,7 @@ impl Variant {
 }
 
 /// The tables that have chains of ours.
-const TABLES: [&str; 2] = ["mangle", "nat"];
+const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
 
 /// The chains of a family whose names are ours: table and chain, in order.
 pub(super) fn chains(family: Family, variant: Variant) -> Result<Vec<(String, String)>> {

@@ -9,7 +9,7 @@
 //!             └─ port, interface ── select ── vet ── intercept ─ tproxy, mark, accept, or drop
 //! output ─────┬─ reply of a server here to a proxy here ── reroute-reply
 //!             ├─ from a transparent socket ───────────── accept
-//!             └─ port ── select-local ── reroute ──────── second mark, priority: returns to prerouting by lo
+//!             └─ port ── owner ── select-local ── reroute ──────── second mark, priority: returns to prerouting by lo
 //! ```
 //!
 //! `vet` drops packets whose addresses cannot be those of a connection between two hosts, which a proxy would take for
@@ -29,7 +29,7 @@ use super::statement::{InterfacePrefix, Looped, Side, Statement, Verdict};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, Mode, PortRange, Protocol};
-use crate::plan::{Intercept, Plan};
+use crate::plan::{Intercept, Interfaces, Plan};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 pub(crate) const DIVERT: &str = "divert";
@@ -43,6 +43,9 @@ pub(crate) const REROUTE: &str = "reroute";
 pub(crate) const REROUTE_REPLY: &str = "reroute-reply";
 pub(crate) const UNTRACK: &str = "untrack";
 pub(crate) const DEFRAGMENT: &str = "defragment";
+const OWNER: &str = "owner";
+const OWNER_GROUP: &str = "owner-group";
+const OWNER_CGROUP: &str = "owner-cgroup";
 const SELECT: &str = "select";
 const SELECT_LOCAL: &str = "select-local";
 const SELECT_RAW: &str = "select-raw";
@@ -53,7 +56,18 @@ pub(crate) const DROPPED: &str = "dropped";
 pub(crate) const DIRECT: &str = "direct";
 
 const PORTS: &str = "ports";
+const PORTS_TCP: &str = "ports-tcp";
+const PORTS_UDP: &str = "ports-udp";
+const REJECT_TCP: &str = "reject-tcp";
+const REJECT_UDP: &str = "reject-udp";
 const INTERFACES: &str = "interfaces";
+const BYPASS_INTERFACES: &str = "bypass-interfaces";
+const MACS: &str = "macs";
+const BYPASS_MACS: &str = "bypass-macs";
+const UIDS: &str = "uids";
+const BYPASS_UIDS: &str = "bypass-uids";
+const GIDS: &str = "gids";
+const BYPASS_GIDS: &str = "bypass-gids";
 
 /// Chains that refuse packets, and do not lead any to a listener.
 pub(crate) fn only_refuses(chain: &str) -> bool {
@@ -66,6 +80,7 @@ pub(crate) enum PrefixList {
     Dst,
     Src,
     Bypass,
+    BypassSrc,
 }
 
 impl PrefixList {
@@ -78,6 +93,8 @@ impl PrefixList {
             (PrefixList::Src, Family::V6) => "src6",
             (PrefixList::Bypass, Family::V4) => "bypass4",
             (PrefixList::Bypass, Family::V6) => "bypass6",
+            (PrefixList::BypassSrc, Family::V4) => "bypass-src4",
+            (PrefixList::BypassSrc, Family::V6) => "bypass-src6",
         };
         SetName { base, len, variant }
     }
@@ -119,6 +136,7 @@ pub(crate) fn compile(plan: &Plan, variant: Variant) -> Result<Vec<Object>> {
             ruleset.select_chain(&TO_INTERCEPT);
             if plan.local_output {
                 ruleset.select_chain(&TO_REDIRECT);
+                ruleset.owner_chains();
             }
         }
     }
@@ -219,7 +237,7 @@ impl Ruleset<'_> {
             ];
             self.rule(PREROUTING.0, "looped back via lo", &[&looped]);
         }
-        for protocol in self.plan.protocols.iter() {
+        for protocol in self.plan.candidate_protocols() {
             self.candidates(PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
         self.output();
@@ -232,8 +250,11 @@ impl Ruleset<'_> {
             // Another mark makes the kernel route the packet anew (a chain of type route): to lo.
             self.chain((REROUTE, None));
             let reroute = [Statement::SetMark(mark), Statement::SetLooped(Looped::by(&plan.name)), ACCEPT];
-            self.rule(REROUTE, "looped back via lo", &[&reroute]);
+            // The kernel's own packets of a connection, when its program has ended, have no owner any more.
+            let kept = plan.owners.narrow().then_some(Statement::SetCtMark(mark));
+            self.rule(REROUTE, "looped back via lo", &[kept.as_slice(), &reroute]);
             self.select_chain(&TO_REROUTE);
+            self.owner_chains();
         }
         if !plan.local_output && !plan.local_servers && !plan.may_match_replies(Protocol::Udp) {
             return;
@@ -285,7 +306,7 @@ impl Ruleset<'_> {
     /// NAT, of what comes in and of what the host itself sends.
     fn redirecting(&mut self) {
         self.chain(NAT_PREROUTING);
-        for protocol in self.plan.protocols.iter() {
+        for protocol in self.plan.candidate_protocols() {
             self.candidates(NAT_PREROUTING.0, "by port and interface", protocol, true, &TO_INTERCEPT);
         }
         if self.plan.local_output {
@@ -294,12 +315,53 @@ impl Ruleset<'_> {
         }
     }
 
+    /// Whose packets are selected, of those that this host sends. Exemptions come first. A list is a chain whose rules lead on:
+    /// a packet that matches none, as the kernel's own do, is not selected.
+    fn owner_chains(&mut self) {
+        let owners = &self.plan.owners;
+        if owners.is_everyone() {
+            return;
+        }
+        let goto = |chain| Statement::Verdict(Verdict::Goto(chain));
+        let mut next = SELECT_LOCAL;
+        if let Some(cgroups) = &owners.cgroups {
+            self.chain((OWNER_CGROUP, None));
+            for cgroup in cgroups {
+                self.rule(OWNER_CGROUP, "by control group", &[&[Statement::Cgroup(cgroup.clone()), goto(next)]]);
+            }
+            next = OWNER_CGROUP;
+        }
+        if owners.gids.is_some() {
+            self.chain((OWNER_GROUP, None));
+            self.rule(OWNER_GROUP, "by group", &[&[Statement::GidIn(self.set(GIDS)), goto(next)]]);
+            next = OWNER_GROUP;
+        }
+        self.chain((OWNER, None));
+        let uids = (!owners.bypass_uids.is_empty()).then_some(Statement::UidIn(self.set(BYPASS_UIDS)));
+        let gids = (!owners.bypass_gids.is_empty()).then_some(Statement::GidIn(self.set(BYPASS_GIDS)));
+        let cgroups = owners.bypass_cgroups.iter().cloned().map(Statement::Cgroup);
+        let mark = owners.bypass_mark.map(Statement::MarkIs);
+        for exempt in uids.into_iter().chain(gids).chain(cgroups).chain(mark) {
+            self.rule(OWNER, "to be left alone", &[&[exempt, RETURN]]);
+        }
+        match owners.uids {
+            Some(_) => self.rule(OWNER, "by user", &[&[Statement::UidIn(self.set(UIDS)), goto(next)]]),
+            None => self.rule(OWNER, "by owner", &[&[goto(next)]]),
+        }
+    }
+
     /// The host's own packets, but for those of transparent sockets: the proxy's connections onward do not come back.
     fn own_output(&mut self, hook: &'static str, selection: &Selection) {
         for protocol in self.plan.protocols.iter() {
             self.of_socket(hook, "from a transparent socket", protocol, Verdict::Accept);
         }
-        for protocol in self.plan.protocols.iter() {
+        let kept = self.plan.loop_mark.filter(|_| self.plan.owners.narrow() && selection.then == REROUTE);
+        if let Some(mark) = kept {
+            let goto = Statement::Verdict(Verdict::Goto(REROUTE));
+            let chosen = [Statement::CtMark { mark, is: true }, Statement::CtOriginal, goto];
+            self.rule(hook, "of a connection that was selected by its owner", &[&chosen]);
+        }
+        for protocol in self.plan.candidate_protocols() {
             self.candidates(hook, "by port", protocol, false, selection);
         }
     }
@@ -447,12 +509,31 @@ impl Ruleset<'_> {
 
     fn intercept_chain(&mut self) {
         self.chain((INTERCEPT, None));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            self.reject(protocol);
+        }
         self.plan.intercepts.iter().for_each(|listener| self.deliver(listener));
         // `tproxy` without a listener lets the packet pass (nft_tproxy_eval: NFT_BREAK).
         if !self.plan.fail_open && self.plan.mode == Mode::Tproxy {
             let drop = [Statement::Count(DROPPED), Statement::Verdict(Verdict::Drop)];
             self.rule(INTERCEPT, "no listener, no traffic", &[&drop]);
         }
+    }
+
+    /// Refuses packets to some ports of a protocol; of one without a listener no other packets come here.
+    fn reject(&mut self, protocol: Protocol) {
+        let plan = self.plan;
+        let rejected = plan.reject.of(protocol);
+        if rejected.is_empty() {
+            return;
+        }
+        let base = match protocol {
+            Protocol::Tcp => REJECT_TCP,
+            Protocol::Udp => REJECT_UDP,
+        };
+        let ports = plan.protocols.contains(protocol).then(|| self.ports(base, rejected));
+        let reject = [Statement::Count(DROPPED), Statement::Reject(protocol)];
+        self.rule(INTERCEPT, "refused", &[&[Statement::Protocol(protocol)], ports.as_slice(), &reject]);
     }
 
     fn deliver(&mut self, listener: &Intercept) {
@@ -479,6 +560,15 @@ impl Ruleset<'_> {
         }
         let (plan, variant, name) = (self.plan, self.variant, selection.name);
         self.chain((name, None));
+        if name != SELECT_LOCAL {
+            self.return_by_arrival(name);
+        }
+        for (bypass, family) in each(&plan.bypass_src, plan.families) {
+            for set in PrefixList::BypassSrc.sets(bypass, family, variant) {
+                let bypass = Statement::SourceIn { family, set };
+                self.rule(name, "to be left alone", &[&[bypass, RETURN]]);
+            }
+        }
         for (src, family) in each(&plan.src, plan.families) {
             let mut lengths = [None; LENGTHS];
             lengths.iter_mut().zip(src.lengths(family)).for_each(|(slot, len)| *slot = Some(len));
@@ -505,12 +595,37 @@ impl Ruleset<'_> {
         }
     }
 
+    /// Leaves alone what arrived by an interface or from an Ethernet address that is not selected. What this host sends has
+    /// not arrived, and matches none of these.
+    fn return_by_arrival(&mut self, chain: &'static str) {
+        let plan = self.plan;
+        let exempt = &plan.bypass_interfaces;
+        let names = (!exempt.names.is_empty()).then_some(Statement::InterfaceIn(self.set(BYPASS_INTERFACES)));
+        let like = |prefix: &String| Statement::InterfaceLike(InterfacePrefix::new(prefix));
+        for interface in names.into_iter().chain(exempt.prefixes.iter().map(like)) {
+            self.rule(chain, "to be left alone", &[&[interface, RETURN]]);
+        }
+        if plan.macs.is_some() {
+            self.rule(chain, "from elsewhere", &[&[Statement::NotByEthernet, RETURN]]);
+            let others = Statement::EtherSource { set: self.set(MACS), inside: false };
+            self.rule(chain, "from elsewhere", &[&[others, RETURN]]);
+        }
+        if !plan.bypass_macs.is_empty() {
+            let exempt = Statement::EtherSource { set: self.set(BYPASS_MACS), inside: true };
+            self.rule(chain, "to be left alone", &[&[exempt, RETURN]]);
+        }
+    }
+
     /// What would be the selection's chain is one rule.
     fn has_no_addresses(&self, selection: &Selection) -> bool {
         let plan = self.plan;
-        let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some();
-        let tracked = self.returns_replies(selection) && plan.protocols.iter().any(|p| plan.may_match_replies(p));
-        !given && !tracked
+        let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some() || plan.bypass_src.is_some();
+        let by_arrival =
+            plan.bypass_interfaces != Interfaces::default() || plan.macs.is_some() || !plan.bypass_macs.is_empty();
+        let own = selection.name == SELECT_LOCAL;
+        let tracked = self.returns_replies(selection)
+            && plan.candidate_protocols().any(|protocol| plan.may_match_replies(protocol));
+        !given && !tracked && (own || !by_arrival) && (!own || plan.owners.is_everyone())
     }
 
     /// Before connection tracking no reply can be told.
@@ -533,7 +648,7 @@ impl Ruleset<'_> {
         }
         let (plan, chain) = (self.plan, selection.name);
         let own = chain == SELECT_LOCAL;
-        for protocol in plan.protocols.iter().filter(|protocol| plan.may_match_replies(*protocol)) {
+        for protocol in plan.candidate_protocols().filter(|protocol| plan.may_match_replies(*protocol)) {
             let mut reply = |statements: &[Statement]| {
                 self.rule(chain, "of a connection that others began", &[statements, &[Statement::CtReply, RETURN]]);
             };
@@ -585,13 +700,10 @@ impl Ruleset<'_> {
         selection: &Selection,
     ) {
         let plan = self.plan;
-        let ports = match plan.ports.as_deref() {
+        let ports = match plan.candidate_ports(protocol).as_deref() {
             None => None,
             Some([]) => return,
-            Some(_) => Some(match one_port(plan) {
-                Some(port) => Statement::DestinationPort(port),
-                None => Statement::DestinationPortIn(self.set(PORTS)),
-            }),
+            Some(ports) => Some(self.ports(self.port_set(protocol), ports)),
         };
         // Connection tracking has to see replies to know them: of TCP, only packets that begin a connection are chosen before it.
         let begins = match selection.name {
@@ -602,9 +714,10 @@ impl Ruleset<'_> {
             Protocol::Tcp if begins => Statement::TcpSyn,
             _ => Statement::Protocol(protocol),
         };
-        let choose = [Statement::Verdict(Verdict::Goto(selection.name))];
+        let own = selection.name == SELECT_LOCAL && !plan.owners.is_everyone();
+        let choose = [Statement::Verdict(Verdict::Goto(if own { OWNER } else { selection.name }))];
         let (first, choose): (_, &[Statement]) = match self.has_no_addresses(selection) {
-            true => (selection.first, &goto_unless_local(selection)),
+            true => (selection.first.clone(), &goto_unless_local(selection)),
             false => (None, &choose),
         };
         for interface in self.interfaces(incoming) {
@@ -614,7 +727,7 @@ impl Ruleset<'_> {
                 &[
                     // A protocol that is served over one family only is not intercepted over the other.
                     only(plan.family_of(protocol)).as_slice(),
-                    &[of_protocol],
+                    std::slice::from_ref(&of_protocol),
                     ports.as_slice(),
                     interface.as_slice(),
                     first.as_slice(),
@@ -637,23 +750,51 @@ impl Ruleset<'_> {
     /// The sets, each with its elements. Those of prefixes exist even if they are empty: they may be filled later.
     fn sets(&mut self) -> Result<()> {
         let plan = self.plan;
-        let ports = plan.ports.as_deref().unwrap_or_default();
-        if !ports.is_empty() && one_port(plan).is_none() {
-            let set = self.empty_set(self.set(PORTS), Key::Port);
-            for piece in ports.chunks(IN_A_MESSAGE) {
-                self.objects.push(Object::Elements { set, elements: Elements::Ports(piece.to_vec()) });
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let ports = plan.candidate_ports(protocol).unwrap_or_default();
+            // A set that both protocols have is made once.
+            let shared = protocol == Protocol::Udp && plan.candidate_ports(Protocol::Tcp).as_ref() == Some(&ports);
+            if !shared {
+                self.port_elements(self.port_set(protocol), &ports);
+            }
+            if plan.protocols.contains(protocol) {
+                self.port_elements(
+                    if protocol == Protocol::Tcp { REJECT_TCP } else { REJECT_UDP },
+                    plan.reject.of(protocol),
+                );
             }
         }
-        let names = plan.interfaces.as_ref().map(|interfaces| interfaces.names.as_slice()).unwrap_or_default();
-        if !names.is_empty() {
-            let set = self.empty_set(self.set(INTERFACES), Key::Interface);
-            for piece in names.chunks(IN_A_MESSAGE) {
-                self.objects.push(Object::Elements { set, elements: Elements::Interfaces(piece.to_vec()) });
+        let names = plan.interfaces.as_ref().map_or(&[][..], |interfaces| &interfaces.names);
+        for (base, names) in [(INTERFACES, names), (BYPASS_INTERFACES, &plan.bypass_interfaces.names)] {
+            if !names.is_empty() {
+                self.filled_set(base, Key::Interface, names, Elements::Interfaces);
             }
         }
-        for (which, prefixes) in
-            [(PrefixList::Src, &plan.src), (PrefixList::Bypass, &plan.bypass), (PrefixList::Dst, &plan.dst)]
+        if let Some(macs) = &plan.macs {
+            self.filled_set(MACS, Key::Mac, macs, Elements::Macs);
+        }
+        if !plan.bypass_macs.is_empty() {
+            self.filled_set(BYPASS_MACS, Key::Mac, &plan.bypass_macs, Elements::Macs);
+        }
+        let owners = &plan.owners;
+        for (base, key, ids) in [(UIDS, Key::Uid, &owners.uids), (GIDS, Key::Gid, &owners.gids)] {
+            if let Some(ids) = ids {
+                self.filled_set(base, key, ids, Elements::Ids);
+            }
+        }
+        for (base, key, ids) in
+            [(BYPASS_UIDS, Key::Uid, &owners.bypass_uids), (BYPASS_GIDS, Key::Gid, &owners.bypass_gids)]
         {
+            if !ids.is_empty() {
+                self.filled_set(base, key, ids, Elements::Ids);
+            }
+        }
+        for (which, prefixes) in [
+            (PrefixList::Src, &plan.src),
+            (PrefixList::Bypass, &plan.bypass),
+            (PrefixList::BypassSrc, &plan.bypass_src),
+            (PrefixList::Dst, &plan.dst),
+        ] {
             for (prefixes, family) in each(prefixes, plan.families) {
                 for set in which.sets(prefixes, family, self.variant) {
                     self.empty_set(set, if set.len.is_some() { Key::Network(family) } else { Key::Address(family) });
@@ -664,6 +805,41 @@ impl Ruleset<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The name of the set of a protocol's candidate ports: both protocols share it if they have the same.
+    fn port_set(&self, protocol: Protocol) -> &'static str {
+        let of = |protocol| self.plan.candidate_ports(protocol);
+        let other = if protocol == Protocol::Tcp { Protocol::Udp } else { Protocol::Tcp };
+        let alone = of(other).is_some_and(|ports| ports.is_empty());
+        match protocol {
+            _ if alone || of(Protocol::Tcp) == of(Protocol::Udp) => PORTS,
+            Protocol::Tcp => PORTS_TCP,
+            Protocol::Udp => PORTS_UDP,
+        }
+    }
+
+    /// Matches destination ports, of which there is one at least.
+    fn ports(&self, base: &'static str, ports: &[PortRange]) -> Statement {
+        match one_port(ports) {
+            Some(port) => Statement::DestinationPort(port),
+            None => Statement::DestinationPortIn(self.set(base)),
+        }
+    }
+
+    /// The set for these ports, unless they need none.
+    fn port_elements(&mut self, base: &'static str, ports: &[PortRange]) {
+        if !ports.is_empty() && one_port(ports).is_none() {
+            self.filled_set(base, Key::Port, ports, Elements::Ports);
+        }
+    }
+
+    /// A set and its elements, in pieces that fit into a message.
+    fn filled_set<T: Clone>(&mut self, base: &'static str, key: Key, items: &[T], elements: fn(Vec<T>) -> Elements) {
+        let set = self.empty_set(self.set(base), key);
+        for piece in items.chunks(IN_A_MESSAGE) {
+            self.objects.push(Object::Elements { set, elements: elements(piece.to_vec()) });
+        }
     }
 
     fn empty_set(&mut self, name: SetName, key: Key) -> SetName {
@@ -687,9 +863,9 @@ fn each(prefixes: &Option<PrefixSet>, families: Families) -> impl Iterator<Item 
 }
 
 /// The port, if there is but one: it needs no set.
-fn one_port(plan: &Plan) -> Option<u16> {
-    match plan.ports.as_deref() {
-        Some([PortRange { first, last }]) if first == last => Some(*first),
+fn one_port(ports: &[PortRange]) -> Option<u16> {
+    match ports {
+        [PortRange { first, last }] if first == last => Some(*first),
         _ => None,
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::model::{Family, PortRange};
+use crate::model::{Family, IdRange, MacAddr, PortRange};
 use crate::netlink::wire::Attrs;
 use crate::prefix::{self, Range};
 
@@ -63,6 +63,10 @@ pub(crate) struct Set {
 pub(crate) enum Key {
     Port,
     Interface,
+    Mac,
+    /// Ranges of numbers of users, or of groups. The kernel compares ranges in network order.
+    Uid,
+    Gid,
     /// Ranges of addresses.
     Address(Family),
     /// Networks of one length, each by its first address.
@@ -78,6 +82,9 @@ pub(crate) enum Elements {
     /// Sorted and apart from each other.
     Ports(Vec<PortRange>),
     Interfaces(Vec<String>),
+    Macs(Vec<MacAddr>),
+    /// Sorted and apart from each other.
+    Ids(Vec<IdRange>),
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),
     Networks(Vec<IpAddr>),
@@ -92,6 +99,9 @@ impl Set {
         let (flags, key_type, key_len) = match self.key {
             Key::Port => (Self::INTERVAL, 13, 2),
             Key::Interface => (0, 41, 16),
+            Key::Mac => (0, 9, 6),
+            Key::Uid => (Self::INTERVAL, 24, 4),
+            Key::Gid => (Self::INTERVAL, 25, 4),
             Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
             Key::Network(Family::V4) => (0, 7, 4),
@@ -102,7 +112,7 @@ impl Set {
         attrs.be32(4, key_type);
         attrs.be32(5, key_len);
         attrs.be32(10, self.id);
-        if self.key == Key::Interface {
+        if matches!(self.key, Key::Interface | Key::Uid | Key::Gid) {
             attrs.bytes(13, &HOST_ORDER);
         }
     }
@@ -120,6 +130,9 @@ impl fmt::Display for Set {
         f.write_str(match self.key {
             Key::Port => "type inet_service; flags interval;",
             Key::Interface => "type ifname;",
+            Key::Mac => "type ether_addr;",
+            Key::Uid => "type uid; flags interval;",
+            Key::Gid => "type gid; flags interval;",
             Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
             Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
             Key::Network(Family::V4) => "type ipv4_addr;",
@@ -145,6 +158,15 @@ impl Elements {
                     let mut key = [0; libc::IFNAMSIZ];
                     key.iter_mut().zip(name.bytes()).for_each(|(slot, byte)| *slot = byte);
                     element(list, &key, false);
+                }
+            }
+            Elements::Macs(macs) => macs.iter().for_each(|mac| element(list, &mac.0, false)),
+            Elements::Ids(ranges) => {
+                for range in ranges {
+                    element(list, &range.first.to_be_bytes(), false);
+                    if let Some(end) = range.last.checked_add(1) {
+                        element(list, &end.to_be_bytes(), true);
+                    }
                 }
             }
             Elements::Addresses(family, ranges) => {
@@ -188,6 +210,8 @@ impl fmt::Display for Elements {
         match self {
             Elements::Ports(ranges) => comma_separated(f, ranges),
             Elements::Interfaces(names) => comma_separated(f, names.iter().map(|name| format!("\"{name}\""))),
+            Elements::Macs(macs) => comma_separated(f, macs),
+            Elements::Ids(ranges) => comma_separated(f, ranges),
             Elements::Addresses(family, ranges) => comma_separated(
                 f,
                 ranges.iter().map(|range| {

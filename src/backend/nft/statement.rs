@@ -8,6 +8,7 @@ use super::set::SetName;
 use crate::backend::route::LOOPBACK;
 use crate::model::{Family, Mark, Protocol};
 use crate::netlink::wire::Attrs;
+use crate::plan::Cgroup;
 use crate::prefix::{self, LENGTHS};
 
 /// NFT_REG_VERDICT and the first two 16-byte data registers.
@@ -27,7 +28,7 @@ const AT_LEAST: u32 = 5;
 const LOCAL_ADDR_TYPES: std::ops::RangeInclusive<u8> = libc::RTN_LOCAL..=libc::RTN_MULTICAST;
 
 /// One statement of a rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Statement {
     /// Only this family's packets.
     Family(Family),
@@ -44,7 +45,6 @@ pub(crate) enum Statement {
     /// Only packets to a port of this set.
     DestinationPortIn(SetName),
     /// Only packets of this family from an address of this set.
-    #[allow(dead_code)]
     SourceIn { family: Family, set: SetName },
     /// Only packets of this family whose source is in none of the sets of a name: those of these lengths, and that of
     /// ranges, whose name it is.
@@ -55,13 +55,24 @@ pub(crate) enum Statement {
     InterfaceIn(SetName),
     /// Only packets that came in by an interface whose name begins so.
     InterfaceLike(InterfacePrefix),
+    /// Only packets that did not come in by Ethernet. A packet that is sent did not come in.
+    NotByEthernet,
+    /// Only packets that came in by Ethernet from an address of this set, or from none of it.
+    EtherSource { set: SetName, inside: bool },
+    /// Only packets of sockets whose user is in this set. The kernel's own packets have none.
+    UidIn(SetName),
+    /// The same for the group.
+    GidIn(SetName),
+    /// Only packets of sockets in this control group or below.
+    Cgroup(Cgroup),
     /// Only packets whose mark has this value in our bits.
-    #[allow(dead_code)]
     MarkIs(Mark),
     /// Only packets whose destination was not translated.
     NotTranslated,
     /// Only packets in the reply direction of a connection, as connection tracking knows it.
     CtReply,
+    /// Only packets in the direction in which the connection was begun.
+    CtOriginal,
     /// Only packets that begin a connection, as connection tracking knows it.
     CtNew,
     /// Only packets of connections whose mark has this value in our bits, or has another.
@@ -118,6 +129,8 @@ pub(crate) enum Statement {
     Redirect { port: u16 },
     /// Translates the destination to this address and port.
     Dnat { addr: IpAddr, port: u16 },
+    /// Refuses the packet: by a reset for TCP, else by an ICMP error (port unreachable).
+    Reject(Protocol),
     /// Keeps the packet out of connection tracking.
     Notrack,
     /// Counts packets and bytes, in a counter of the table.
@@ -233,6 +246,16 @@ impl fmt::Display for Statement {
             Statement::NotTranslated => f.write_str("ct status ! dnat"),
             Statement::CtReply => f.write_str("ct direction reply"),
             Statement::Assured => f.write_str("ct status & assured == assured"),
+            Statement::NotByEthernet => f.write_str("meta iiftype != ether"),
+            Statement::EtherSource { set, inside } => {
+                write!(f, "ether saddr {}@{set}", if *inside { "" } else { "!= " })
+            }
+            Statement::UidIn(set) => write!(f, "meta skuid @{set}"),
+            Statement::GidIn(set) => write!(f, "meta skgid @{set}"),
+            Statement::Cgroup(cgroup) => write!(f, "socket cgroupv2 level {} \"{}\"", cgroup.level(), cgroup.path),
+            Statement::CtOriginal => f.write_str("ct direction original"),
+            Statement::Reject(Protocol::Tcp) => f.write_str("reject with tcp reset"),
+            Statement::Reject(Protocol::Udp) => f.write_str("reject with icmpx port-unreachable"),
             Statement::CtNew => f.write_str("ct state new"),
             Statement::CtMark { mark, is } => {
                 f.write_str("ct mark ")?;
@@ -396,6 +419,41 @@ impl Statement {
                 rule.and_xor(REG_1, &DESTINATION_TRANSLATED.to_ne_bytes(), &0u32.to_ne_bytes());
                 rule.compare(REG_1, &0u32.to_ne_bytes());
             }
+            Statement::NotByEthernet => {
+                rule.meta_load(META_IIFTYPE, REG_1);
+                rule.compare_as(NOT_EQ, REG_1, &libc::ARPHRD_ETHER.to_ne_bytes());
+            }
+            Statement::EtherSource { set, inside } => {
+                rule.meta_load(META_IIFTYPE, REG_1);
+                rule.compare(REG_1, &libc::ARPHRD_ETHER.to_ne_bytes());
+                // The destination is before it, of 6 bytes too.
+                rule.payload_load(LINK_HEADER, 6, 6, REG_1);
+                rule.lookup_if(*set, REG_1, *inside);
+            }
+            Statement::UidIn(set) => rule.owner_lookup(META_SKUID, *set),
+            Statement::GidIn(set) => rule.owner_lookup(META_SKGID, *set),
+            Statement::Cgroup(cgroup) => {
+                rule.expression("socket", |a| {
+                    a.be32(1, SOCKET_CGROUPV2);
+                    a.be32(2, REG_1);
+                    a.be32(3, cgroup.level());
+                });
+                rule.compare(REG_1, &cgroup.id.to_ne_bytes());
+            }
+            Statement::CtOriginal => {
+                rule.connection_load(CT_DIRECTION, REG_1);
+                rule.compare(REG_1, &[ORIGINAL]);
+            }
+            Statement::Reject(protocol) => {
+                let (kind, code) = match protocol {
+                    Protocol::Tcp => (TCP_RESET, 0),
+                    Protocol::Udp => (ICMPX_UNREACHABLE, ICMPX_PORT_UNREACHABLE),
+                };
+                rule.expression("reject", |a| {
+                    a.be32(1, kind);
+                    a.u8(2, code);
+                });
+            }
             Statement::CtReply => {
                 rule.connection_load(CT_DIRECTION, REG_1);
                 rule.compare(REG_1, &[REPLY]);
@@ -539,6 +597,9 @@ const META_PRIORITY: u32 = 2;
 const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
 const META_IIFNAME: u32 = 6;
+const META_IIFTYPE: u32 = 8;
+const META_SKUID: u32 = 10;
+const META_SKGID: u32 = 11;
 const META_NFTRACE: u32 = 12;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
@@ -549,11 +610,13 @@ const NEW: u32 = 8;
 const CT_MARK: u32 = 3;
 /// NFT_CT_DIRECTION, and IP_CT_DIR_REPLY.
 const CT_DIRECTION: u32 = 1;
+const ORIGINAL: u8 = 0;
 const REPLY: u8 = 1;
 /// NFT_CT_STATUS, IPS_ASSURED and IPS_DST_NAT.
 const CT_STATUS: u32 = 2;
 const ASSURED: u32 = 0x4;
 const DESTINATION_TRANSLATED: u32 = 0x20;
+const LINK_HEADER: u32 = 0;
 const NETWORK_HEADER: u32 = 1;
 const TRANSPORT_HEADER: u32 = 2;
 /// NFTA_FIB_F_SADDR and NFTA_FIB_F_DADDR.
@@ -565,6 +628,11 @@ const NAT_PORT_SPECIFIED: u32 = 2;
 pub(super) const OBJECT_COUNTER: u32 = 1;
 const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_WILDCARD: u32 = 2;
+const SOCKET_CGROUPV2: u32 = 3;
+/// NFT_REJECT_TCP_RST, NFT_REJECT_ICMPX_UNREACH and NFT_REJECT_ICMPX_PORT_UNREACH.
+const TCP_RESET: u32 = 1;
+const ICMPX_UNREACHABLE: u32 = 2;
+const ICMPX_PORT_UNREACHABLE: u8 = 1;
 
 /// The list of a rule's expressions (NFTA_RULE_EXPRESSIONS), being written.
 /// Attribute numbers are those of `linux/netfilter/nf_tables.h`.
@@ -802,6 +870,13 @@ impl Expressions<'_, '_> {
                 a.be32(5, INVERTED);
             }
         });
+    }
+
+    /// The number of a socket's user or group, in a set of ranges.
+    fn owner_lookup(&mut self, key: u32, set: SetName) {
+        self.meta_load(key, REG_1);
+        self.in_network_order(REG_1);
+        self.lookup(set, REG_1);
     }
 
     fn socket_load(&mut self, key: u32, register: u32) {

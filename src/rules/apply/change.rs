@@ -11,7 +11,7 @@ impl Instance {
     ///
     /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
     pub fn replace(&mut self, config: &Config) -> Result<()> {
-        let mut plan = plan::make(config)?;
+        let mut plan = plan_here(config)?;
         if plan.name != self.plan.name || plan.persist != self.plan.persist {
             return Err(Error::invalid(
                 "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
@@ -204,6 +204,7 @@ fn prefixes_of(plan: &mut Plan, which: PrefixList) -> &mut Option<PrefixSet> {
         PrefixList::Dst => &mut plan.dst,
         PrefixList::Src => &mut plan.src,
         PrefixList::Bypass => &mut plan.bypass,
+        PrefixList::BypassSrc => &mut plan.bypass_src,
     }
 }
 
