@@ -180,3 +180,35 @@ fn install_rules_divert_only_for_one_family_equals_golden() {
         include_str!("golden/default.ip").lines().filter(|l| l.starts_with("-6")).map(|l| format!("{l}\n")).collect();
     compare(&net, include_str!("golden/divert.nft"), &only_v6);
 }
+
+/// Whom and what rules select: the script that is rendered makes the same rules as the call, whose bytecode `nft` reads.
+#[test]
+fn render_rules_script_selects_as_install_rules_does() {
+    fn selecting<T>(body: impl FnOnce(&RulesConfig) -> T) -> T {
+        let tcp = listen("[::]:3129".parse().unwrap(), 0).unwrap();
+        let udp = receiver("[::]:3129".parse().unwrap());
+        let config = RulesConfig::new()
+            .listeners(&[&tcp, &udp])
+            .flags(TP_RULES_LOCAL_OUTPUT | TP_RULES_LOCAL_SERVERS)
+            .ports_of(&[(80, TP_PROTO_TCP), (443, TP_PROTO_TCP), (53, TP_PROTO_UDP), (5353, 0)])
+            .bypass_ports(&[(8080, 0), (443, TP_PROTO_UDP)])
+            .reject_ports(&[(443, TP_PROTO_UDP), (853, 0), (854, TP_PROTO_TCP)])
+            .bypass_src(["10.1.0.0/16", "2001:db8:7::/48"])
+            .bypass_interfaces(&["wg0", "docker*"])
+            .macs(&[[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]])
+            .bypass_macs(&[[2, 0, 0, 0, 0, 3]])
+            .uids(&[(0, 0), (1000, 1999)])
+            .bypass_uids(&[(1500, 1500)])
+            .gids(&[(0, 99)])
+            .bypass_gids(&[(33, 33)])
+            .bypass_mark(0x40)
+            .bypass_mark_mask(0xf0);
+        body(&config)
+    }
+    let (ours, theirs) = (host(), host());
+    let _rules = ours.run(|| selecting(RulesConfig::install)).unwrap();
+    let script = Net::new().run(|| selecting(|config| config.render(TP_FORMAT_NFT)));
+    theirs.command("sh", &["-c", &script]);
+    assert_eq!(nf_tables(&ours), nf_tables(&theirs));
+    assert_eq!(routing(&ours), routing(&theirs));
+}

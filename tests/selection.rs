@@ -387,3 +387,66 @@ fn selection_that_cannot_be_served_is_refused() {
         assert_eq!(errno(iptables), libc::EOPNOTSUPP);
     });
 }
+
+/// A control group that exists while the test runs. An ordinary user may not make one.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Option<Cgroup> {
+        let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(std::path::Path::new);
+        let root = roots.iter().find(|root| root.join("cgroup.controllers").exists())?;
+        let group = root.join(format!("libtproxy-{name}-{}", std::process::id()));
+        std::fs::create_dir(&group).ok()?;
+        Some(Cgroup(group))
+    }
+
+    /// Its path below the root.
+    fn path(&self) -> &str {
+        self.0.file_name().unwrap().to_str().unwrap()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Processes that were killed leave it a moment later.
+        eventually("the control group is empty", || std::fs::remove_dir(&self.0).is_ok());
+    }
+}
+
+#[test]
+fn cgroups_select_traffic_of_this_host() {
+    let (Some(group), Some(other)) = (Cgroup::new("one"), Cgroup::new("other")) else {
+        // Root runs it.
+        return;
+    };
+    for backend in BACKENDS {
+        let case = Case::new();
+        let own = || RulesConfig::of(&case.tcp).flags(TP_RULES_LOCAL_OUTPUT).backend(backend);
+        let cases = [
+            ("its", own().cgroups(&[group.path()]), "proxy"),
+            ("both", own().cgroups(&[other.path(), &format!("/{}/", group.path())]), "proxy"),
+            ("another's", own().cgroups(&[other.path()]), "server"),
+            ("none", own().cgroups::<&str>(&[]), "server"),
+            ("exempt", own().bypass_cgroups(&[group.path()]), "server"),
+            ("another's exempt", own().bypass_cgroups(&[other.path()]), "proxy"),
+        ];
+        for (what, config, expected) in &cases {
+            let rules = case.install(config);
+            for hosts in [v4(), v6()] {
+                let script = "import os,socket,sys; open(sys.argv[2]+'/cgroup.procs','w').write(str(os.getpid())); \
+                              s=socket.create_connection((sys.argv[1],80),20); s.sendall(b'who am I?'); s.shutdown(1); \
+                              print(s.recv(100).decode())";
+                let to = hosts.server.to_string();
+                let heard = while_answering(&[(&case.tcp, "proxy"), (&case.server, "server")], || {
+                    case.lab.proxy.command("python3", &["-c", script, &to, group.0.to_str().unwrap()])
+                });
+                assert_eq!(heard.trim(), *expected, "{what}, {to} backend {backend}");
+            }
+            case.lab.proxy.run(|| rules.remove()).unwrap();
+        }
+        let missing = case.lab.proxy.run(|| own().cgroups(&["libtproxy-missing/one"]).install());
+        let missing = missing.err().unwrap();
+        assert_eq!(missing.errno, libc::ENOENT);
+        assert!(missing.sentence.contains("libtproxy-missing/one"), "{}", missing.sentence);
+    }
+}
