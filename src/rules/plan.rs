@@ -358,10 +358,13 @@ fn ports_of(what: &str, ports: &[ProtocolPorts], protocol: Protocol) -> Result<V
     Ok(ports::merge(chosen.map(|ports| ports.range)))
 }
 
+/// Sorted ranges that do not touch.
+type Ports = Vec<PortRange>;
+
 /// The ports to intercept and those to refuse, of each protocol: an exemption wins over both, and a refusal over
 /// interception.
-fn chosen_ports(config: &Config) -> Result<(ByProtocol<Option<Vec<PortRange>>>, ByProtocol<Vec<PortRange>>)> {
-    let of = |protocol| -> Result<(Option<Vec<PortRange>>, Vec<PortRange>)> {
+fn chosen_ports(config: &Config) -> Result<(ByProtocol<Option<Ports>>, ByProtocol<Ports>)> {
+    let of = |protocol| -> Result<(Option<Ports>, Ports)> {
         let bypass = ports_of("bypass_ports", &config.bypass_ports, protocol)?;
         let reject = ports_of("reject_ports", &config.reject_ports, protocol)?;
         let ports = config.ports.as_deref().map(|ports| ports_of("ports", ports, protocol)).transpose()?;

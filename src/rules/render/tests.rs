@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use super::*;
-use crate::rules::{Families, Listener, Mark, Mode, Prefix, Protocol, Protocols};
+use crate::rules::{Families, Listener, MacAddr, Mark, Mode, Prefix, Protocol, Protocols};
 use Protocol::{Tcp, Udp};
 
 fn listener(protocol: Protocol, addr: &str) -> Listener {
@@ -55,6 +55,18 @@ fn configurations() -> Vec<(&'static str, Config)> {
         ("ports", http().ports([443..=443, 80..=80, 8000..=8100, 8050..=8200])),
         ("every port", every_port(&HTTP)),
         ("no port", http().ports([0u16; 0])),
+        ("ports of each protocol", config(&BOTH).ports_of(Tcp, [80, 443]).ports_of(Udp, [53])),
+        ("ports, some exempt", config(&BOTH).bypass_ports([22, 25]).bypass_ports_of(Udp, [123])),
+        ("refused ports", http().reject_ports_of(Udp, [443]).reject_ports([853])),
+        ("sources and interfaces, some exempt", http().bypass_src(src()).bypass_interfaces(interfaces)),
+        ("Ethernet sources", http().macs([MacAddr([2, 0, 0, 0, 0, 1])]).bypass_macs([MacAddr([2, 0, 0, 0, 0, 2])])),
+        ("users and groups", http().local_output(true).uids([1000..=1999]).bypass_gids([33]).bypass_mark(0x40)),
+        (
+            "control groups",
+            http().local_output(true).cgroups(["user.slice"]).bypass_cgroups(["system.slice/a.service"]),
+        ),
+        ("new connections only", config(&BOTH).new_only(true)),
+        ("local servers", divert().local_servers(true)),
         ("TCP and UDP", config(&BOTH)),
         ("UDP", config(&DNS)),
         ("UDP of listeners of both", config(&BOTH).protocols(UDP)),
