@@ -67,14 +67,22 @@
 
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
+// Without a feature, what only that feature calls is dead code, which the compiler leaves out. The build with every feature
+// is the one that has no dead code.
+#![cfg_attr(
+    not(all(feature = "capi", feature = "check", feature = "self-test", feature = "iptables")),
+    allow(dead_code, unused_imports)
+)]
 
 mod accept;
 mod address;
 mod backend;
+#[cfg(feature = "check")]
 pub mod check;
 #[allow(unsafe_code)]
 mod errno;
 pub mod error;
+#[cfg(feature = "capi")]
 #[allow(unsafe_code)]
 pub mod ffi;
 mod memory;
@@ -85,8 +93,10 @@ mod orig_dst;
 mod plan;
 mod prefix;
 mod process;
+#[cfg(any(feature = "check", feature = "iptables"))]
 mod program;
 pub mod rules;
+#[cfg(feature = "self-test")]
 mod self_test;
 pub mod socket;
 #[allow(unsafe_code)]
@@ -101,6 +111,7 @@ pub use accept::{AcceptOptions, Accepted, accept};
 pub use address::unmap_addr;
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
+#[cfg(feature = "self-test")]
 pub use self_test::self_test;
 pub use socket2;
 

@@ -161,7 +161,7 @@ expect "networks: built twice beside named namespaces, no mount changes" python3
 
 # A library in which a call can be made to panic: no panic may leave the library, print a message, or be reported as success.
 with_panics() {
-    CARGO_TARGET_DIR="$root/build/panics" RUSTFLAGS=--cfg=tproxy_panics "${CARGO:-cargo}" shared &&
+    CARGO_TARGET_DIR="$root/build/panics" RUSTFLAGS=--cfg=tproxy_panics sh tools/shared.sh &&
         ln -sf libtproxy.so "$root/build/panics/release/libtproxy.so.0" &&
         cc -std=gnu11 -O2 $flags $(pkg-config --cflags tproxy) "$here/panics.c" $(pkg-config --libs tproxy) -o "$work/panics"
 }
