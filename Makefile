@@ -16,7 +16,7 @@ SOURCES := Makefile tools/shared.sh Cargo.toml Cargo.lock build.rs $(shell find 
 # environment of package managers has a variable of this name too.
 ifeq ($(origin FEATURES),command line)
 CARGO_FEATURES := --no-default-features --features 'capi $(FEATURES)'
-BUILD := $(subst $() ,-,features $(sort $(FEATURES)))
+BUILD := $(if $(strip $(FEATURES)),$(subst $() ,-,features $(sort $(FEATURES))),small)
 else
 BUILD := cargo
 endif

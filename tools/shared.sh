@@ -4,5 +4,5 @@
 #
 # The soname is given here and not by build.rs, because cargo-c gives one of its own. With a frame pointer, unwind tables
 # are smaller by 18 KB. The profile `release` (Cargo.toml) has the other options.
-exec "${CARGO:-cargo}" rustc --release --lib --crate-type cdylib "$@" -- \
+exec ${CARGO:-cargo} rustc --release --lib --crate-type cdylib "$@" -- \
     --cfg=tproxy_shared -Cforce-frame-pointers=yes -Clink-arg=-Wl,-soname,libtproxy.so.0
