@@ -36,11 +36,18 @@ fn bad_descriptor(fd: c_int) -> Error {
 }
 
 /// Flags, none of which may be unknown.
+#[inline(always)]
 pub(super) fn flags(flags: u32, known: u32) -> Result<u32> {
     match flags & !known {
         0 => Ok(flags),
-        unknown => Err(Error::invalid_with(format_args!("flags: {unknown:#x} is not known to this call"))),
+        unknown => Err(unknown_flags(unknown)),
     }
+}
+
+#[cold]
+#[inline(never)]
+fn unknown_flags(unknown: u32) -> Error {
+    Error::invalid_with(format_args!("flags: {unknown:#x} is not known to this call"))
 }
 
 /// A socket address.
@@ -243,6 +250,7 @@ impl DatagramAddressOut {
     /// # Safety
     /// The pointers are NULL, or the length is valid for reads and writes, and
     /// the place for writes of that length.
+    #[inline(always)]
     pub(super) unsafe fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<DatagramAddressOut> {
         if addr.is_null() {
             return Ok(DatagramAddressOut(None));
