@@ -54,9 +54,9 @@
 //! | [`orig_dst()`], [`accept()`] | the original destination of a connection, for an accepted socket or together with accept |
 //! | [`rules`] | the nf_tables rules and the policy routing that deliver packets to such sockets |
 //! | [`udp`] | datagrams with their original destinations, and replies from any source |
-//! | [`check`] | causes that break transparent proxying on this host, and the commands that fix them |
-//! | [`self_test()`] | tests rules on this kernel, by probes through a temporary network namespace |
-//! | [`ffi`] | the functions of the C library, `include/tproxy.h` |
+//! | [`check`] | causes that break transparent proxying on this host, and the commands that fix them (feature `check`) |
+//! | [`self_test()`] | tests rules on this kernel, by probes through a temporary network namespace (feature `self-test`) |
+//! | [`ffi`] | the functions of the C library, `include/tproxy.h` (feature `capi`) |
 //!
 //! A call that fails returns an [`Error`] with an errno and a message, and leaves nothing behind: no descriptor, rule or
 //! route. Functions take any descriptor ([`AsFd`](std::os::fd::AsFd)) and return [`socket2::Socket`], which converts into

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::AtomicU64;
 
 use socket2::SockAddr;
 
@@ -77,24 +78,25 @@ pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
 const PAGE: usize = 4096;
 
 /// Maps a page with a word that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
-pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64> {
-    // SAFETY: a new private mapping, which is unmapped if the kernel does not support the advice.
+pub(crate) fn memory_wiped_on_fork() -> Result<&'static AtomicU64> {
+    // SAFETY: a new private mapping, zero-filled and page-aligned, which is unmapped only if the kernel does not support the advice.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
         if page == libc::MAP_FAILED {
-            return None;
+            return Err(Errno::last());
         }
         if libc::madvise(page, PAGE, libc::MADV_WIPEONFORK) != 0 {
+            let error = Errno::last();
             libc::munmap(page, PAGE);
-            return None;
+            return Err(error);
         }
-        Some(page.cast())
+        Ok(AtomicU64::from_ptr(page.cast()))
     }
 }
 
 /// Maps a page with a word, initially 0, that forked children share with this process (`MAP_SHARED`).
-pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::AtomicU64> {
+pub(crate) fn memory_shared_with_children() -> Result<*mut AtomicU64> {
     // SAFETY: a new mapping.
     unsafe {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
@@ -107,7 +109,7 @@ pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::At
 ///
 /// # Safety
 /// The pointer must come from [`memory_shared_with_children`], and this process must not use it again.
-pub(crate) unsafe fn unmap_shared(word: *mut std::sync::atomic::AtomicU64) {
+pub(crate) unsafe fn unmap_shared(word: *mut AtomicU64) {
     // SAFETY: the caller guarantees it.
     unsafe { libc::munmap(word.cast(), PAGE) };
 }

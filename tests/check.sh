@@ -93,6 +93,7 @@ for features in '' capi check self-test iptables 'check capi' 'check iptables ca
     one "cargo clippy: features \"$features\"" cargo clippy --lib --profile test --no-default-features --features "$features" --quiet -- -D warnings
     one "cargo clippy: library with features \"$features\"" cargo clippy --lib --no-default-features --features "$features" --quiet -- -D warnings
 done
+one 'cargo package: the crate builds from what is published' cargo package --offline --allow-dirty --quiet
 one 'rustdoc' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items --quiet
 
 say 'Rust: unit, property, golden and namespace tests, the header'

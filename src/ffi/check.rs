@@ -55,6 +55,8 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 /// @param context  passed to report.
 /// @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
 ///   EFAULT  report is NULL
+///   EOPNOTSUPP
+///           the library was built without feature `check`
 ///
 /// Changes nothing, except that the kernel may load a module that it is queried about. Runs no program.
 /// Needs no privilege; what cannot be read without privilege is reported as the note "check.unseen".
@@ -87,6 +89,8 @@ pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -
 ///           has it in `unshare -r`)
 ///   ETIMEDOUT
 ///           the veth pair of the test carried no packet within 10 seconds
+///   EOPNOTSUPP
+///           the library was built without feature `self-test`
 ///   EINVAL, E2BIG, EOPNOTSUPP
 ///           as for tp_install_rules(); its other errors are possible too
 ///
