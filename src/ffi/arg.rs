@@ -65,15 +65,23 @@ pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) 
 /// As for [`address()`].
 #[inline(always)]
 pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<KernelAddr> {
-    let len = len as usize;
-    if !addr.is_null() && len <= size_of::<sockaddr_storage>() {
-        // SAFETY: not NULL, valid for len bytes, and these are bytes.
-        if let Some(addr) = KernelAddr::parse(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) }) {
-            return Ok(addr);
-        }
-    }
     // SAFETY: by the caller's word.
-    Err(unsafe { no_address(what, addr, len) })
+    unsafe { parsed_address(addr, len).ok_or_else(|| no_address(what, addr, len)) }
+}
+
+/// The same; `None`: [`no_address`] says why. In a hot call that takes less than a Result, which the compiler copies piece
+/// by piece.
+///
+/// # Safety
+/// As for [`address()`].
+#[inline(always)]
+pub(super) unsafe fn parsed_address(addr: *const sockaddr, len: socklen_t) -> Option<KernelAddr> {
+    let len = len as usize;
+    if addr.is_null() || len > size_of::<sockaddr_storage>() {
+        return None;
+    }
+    // SAFETY: not NULL, valid for len bytes, and these are bytes.
+    KernelAddr::parse(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) })
 }
 
 /// Why it is none.
@@ -82,7 +90,8 @@ pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: sock
 /// As for [`address()`].
 #[cold]
 #[inline(never)]
-unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
+pub(super) unsafe fn no_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Error {
+    let len = len as usize;
     if addr.is_null() {
         return null(what);
     }
