@@ -10,9 +10,18 @@ CARGO   ?= cargo
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libtproxy.so.0
-SOURCES := Makefile .cargo/config.toml Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
-# A target directory of its own: what `cargo build` leaves in the usual one has no LTO.
-CARGO_DIR := build/cargo
+SOURCES := Makefile tools/shared.sh Cargo.toml Cargo.lock build.rs $(shell find src -name '*.rs')
+# Which of the features check, self-test and iptables (Cargo.toml) the library has. The default is all of them. `make FEATURES=`
+# builds the small library with none, `make FEATURES="check iptables"` one with these. Only the command line counts: the
+# environment of package managers has a variable of this name too.
+ifeq ($(origin FEATURES),command line)
+CARGO_FEATURES := --no-default-features --features 'capi $(FEATURES)'
+BUILD := $(if $(strip $(FEATURES)),$(subst $() ,-,features $(sort $(FEATURES))),small)
+else
+BUILD := cargo
+endif
+# A target directory for each choice: what `cargo build` leaves in the usual one has no LTO.
+CARGO_DIR := build/$(BUILD)
 OUT       := $(CARGO_DIR)/release
 
 # What is installed, and where; uninstall removes just that.
@@ -27,14 +36,14 @@ INSTALLED := $(LIBRARIES) $(LIBDIR)/pkgconfig/tproxy.pc $(PREFIX)/include/tproxy
 
 all: $(OUT)/libtproxy.so $(OUT)/libtproxy.a $(OUT)/tproxyctl
 
-# One crate type at a time: along with an rlib, cargo skips LTO without a word. The flags are in .cargo/config.toml.
+# One crate type at a time: along with an rlib, cargo skips LTO without a word.
 $(OUT)/libtproxy.so: $(SOURCES)
-	CARGO_TARGET_DIR=$(CARGO_DIR) $(CARGO) shared
+	CARGO='$(CARGO)' CARGO_TARGET_DIR=$(CARGO_DIR) sh tools/shared.sh $(CARGO_FEATURES)
 	@touch $@
 
 # rustc says what a program that links the archive needs besides.
 $(OUT)/libtproxy.a: $(SOURCES) | $(OUT)/libtproxy.so
-	$(CARGO) rustc --release --lib --crate-type staticlib --target-dir $(CARGO_DIR) -- --print native-static-libs \
+	$(CARGO) rustc --release --lib --crate-type staticlib --target-dir $(CARGO_DIR) $(CARGO_FEATURES) -- --print native-static-libs \
 		2> $(OUT)/staticlib.log || { cat $(OUT)/staticlib.log >&2; exit 1; }
 	@sed -n 's/^note: native-static-libs: //p' $(OUT)/staticlib.log | tail -n 1 > $(OUT)/native-static-libs
 	@test -s $(OUT)/native-static-libs || { rm -f $@; echo 'rustc did not name the native libraries' >&2; exit 1; }

@@ -1,14 +1,10 @@
-//! Gives the shared library its soname. cargo-c (feature `capi`) sets one of
-//! its own, and two would be an error.
+//! Makes the relocations of the shared library small. Its soname comes from whoever builds it: tools/shared.sh or cargo-c.
 
 use std::env;
 use std::process::Command;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    if env::var_os("CARGO_FEATURE_CAPI").is_none() {
-        println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libtproxy.so.0");
-    }
     if packs_relocations() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,pack-relative-relocs");
     }

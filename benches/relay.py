@@ -16,6 +16,7 @@ import sys
 import time
 
 import plots
+from instructions import CALLS, instructions, target
 from topology import SERVER, Contender, HAProxy, Load, Relay, TunedHAProxy, demo
 
 QUICK = "QUICK" in os.environ
@@ -23,17 +24,6 @@ SECONDS = 0.1 if QUICK else 1
 REPETITIONS = 1 if QUICK else 5
 WITH_LIBRARY = "relay with libtproxy"
 EQUIVALENT_C = "relay with equivalent C code"
-
-# The function, the argument of benches/calls.c that calls it, and the number of datagrams of one call.
-CALLS = (
-    ("tp_socket", "socket", 1),
-    ("tp_connect_from", "connect", 1),
-    ("tp_accept", "accept", 1),
-    ("tp_orig_dst", "orig_dst", 1),
-    ("tp_recvfrom", "recvfrom", 1),
-    ("tp_msg_orig_dst", "msg_orig_dst", 1),
-    ("tp_recv_datagrams", "datagrams", 32),
-)
 
 # By name: the mode of benches/load.c, the number of clients, and the title of the table.
 MODES = {
@@ -248,12 +238,11 @@ class Run:
             figures = []
             for program in ("calls", "calls-raw"):
                 command = [os.path.join(self.build, "bench", program), argument]
-                figures.append((instructions(command, name, count) / datagrams, system_calls(command, count)))
+                figures.append((instructions(command, name, count, isolated) / datagrams, system_calls(command, count)))
             (ours, our_calls), (theirs, their_calls) = figures
-            # 1.5 times the equivalent C code, 60 instructions for the checks that it does not make, and never more than 300.
-            target = min(300, 1.5 * theirs + 60)
+            most = target(theirs)
             label = name + (f", per datagram of {datagrams}" if datagrams > 1 else "")
-            say(f"| {label} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} | <= {target:.0f} | {verdict(ours <= target)} "
+            say(f"| {label} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} | <= {most:.0f} | {verdict(ours <= most)} "
                 f"| {our_calls:.0f} | {their_calls:.0f} |")
 
     def library(self):
@@ -301,14 +290,6 @@ class Idle:
 def isolated(command):
     """The command line that runs a command in a network namespace of its own, with loopback up."""
     return ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-
-
-def instructions(command, name, count):
-    """The instructions of one call, of which the program makes this many."""
-    tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", f"--toggle-collect={name}"]
-    output = subprocess.run(isolated([*tool, *command, str(count)]), capture_output=True, text=True, check=True).stderr
-    # The program calls tp_connect_from once more, to make the connection that it accepts.
-    return int(re.search(r"Collected : (\d+)", output)[1]) / (count + (name == "tp_connect_from"))
 
 
 def system_calls(command, count):

@@ -365,7 +365,9 @@ typedef struct tp_replier tp_replier;
  * otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
  * "Programs" in tproxy(7).
  *
- * TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
+ * TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP. So are
+ * all rules if the library was built without feature `iptables`; TP_BACKEND_AUTO then uses only nf_tables, and
+ * tp_purge_rules() leaves chains of iptables.
  * Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
  * the next tp_install_rules() of that name or tp_purge_rules(). With TP_RULES_LOCAL_OUTPUT, sockets are
  * exempt by SO_MARK (set it to the rules' mark), not by being transparent. Packets dropped because no
@@ -1855,6 +1857,7 @@ int tp_read_stats(const char *name, struct tp_rules_stats *stats, size_t size);
  *   ERANGE      the buffer is too small
  *   EINVAL      format is unknown, or config is not valid, as for tp_install_rules()
  *   EOPNOTSUPP  iptables cannot do what config requests
+ *   EOPNOTSUPP  format is TP_FORMAT_IPTABLES, and the library was built without feature `iptables`
  *
  * Thread-safe.
  *
@@ -1879,6 +1882,8 @@ int tp_render_rules(const struct tp_rules_config *config,
  * @param context  passed to report.
  * @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
  *   EFAULT  report is NULL
+ *   EOPNOTSUPP
+ *           the library was built without feature `check`
  *
  * Changes nothing, except that the kernel may load a module that it is queried about. Runs no program.
  * Needs no privilege; what cannot be read without privilege is reported as the note "check.unseen".
@@ -1910,6 +1915,8 @@ int tp_check(tp_finding_fn report,
  *           has it in `unshare -r`)
  *   ETIMEDOUT
  *           the veth pair of the test carried no packet within 10 seconds
+ *   EOPNOTSUPP
+ *           the library was built without feature `self-test`
  *   EINVAL, E2BIG, EOPNOTSUPP
  *           as for tp_install_rules(); its other errors are possible too
  *

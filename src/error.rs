@@ -79,6 +79,15 @@ impl Error {
         Error(Repr::Sentence { errno, sentence: sentence.and_then(|sentence| sys::try_box(sentence).ok()) })
     }
 
+    /// Creates an EOPNOTSUPP error: this build lacks a feature.
+    #[cfg(not(all(feature = "check", feature = "self-test", feature = "iptables")))]
+    pub(crate) fn lacks(feature: &str) -> Self {
+        Error::with(
+            libc::EOPNOTSUPP,
+            format_args!("this build of libtproxy lacks feature `{feature}`: install a build that has it"),
+        )
+    }
+
     /// Creates an ENOMEM error.
     #[cold]
     #[inline(never)]

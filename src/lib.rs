@@ -54,9 +54,9 @@
 //! | [`orig_dst()`], [`accept()`] | the original destination of a connection, for an accepted socket or together with accept |
 //! | [`rules`] | the nf_tables rules and the policy routing that deliver packets to such sockets |
 //! | [`udp`] | datagrams with their original destinations, and replies from any source |
-//! | [`check`] | causes that break transparent proxying on this host, and the commands that fix them |
-//! | [`self_test()`] | tests rules on this kernel, by probes through a temporary network namespace |
-//! | [`ffi`] | the functions of the C library, `include/tproxy.h` |
+//! | [`check`] | causes that break transparent proxying on this host, and the commands that fix them (feature `check`) |
+//! | [`self_test()`] | tests rules on this kernel, by probes through a temporary network namespace (feature `self-test`) |
+//! | [`ffi`] | the functions of the C library, `include/tproxy.h` (feature `capi`) |
 //!
 //! A call that fails returns an [`Error`] with an errno and a message, and leaves nothing behind: no descriptor, rule or
 //! route. Functions take any descriptor ([`AsFd`](std::os::fd::AsFd)) and return [`socket2::Socket`], which converts into
@@ -67,15 +67,23 @@
 
 #![cfg(target_os = "linux")]
 #![deny(unsafe_code)]
+// Without a feature, what only that feature calls is dead code, which the compiler leaves out. The build with every feature
+// is the one that has no dead code.
+#![cfg_attr(
+    not(all(feature = "capi", feature = "check", feature = "self-test", feature = "iptables")),
+    allow(dead_code, unused_imports)
+)]
 
 mod accept;
 mod address;
 mod backend;
 mod cgroup;
+#[cfg(feature = "check")]
 pub mod check;
 #[allow(unsafe_code)]
 mod errno;
 pub mod error;
+#[cfg(feature = "capi")]
 #[allow(unsafe_code)]
 pub mod ffi;
 mod memory;
@@ -87,8 +95,10 @@ mod plan;
 mod ports;
 mod prefix;
 mod process;
+#[cfg(any(feature = "check", feature = "iptables"))]
 mod program;
 pub mod rules;
+#[cfg(feature = "self-test")]
 mod self_test;
 pub mod socket;
 #[allow(unsafe_code)]
@@ -103,6 +113,7 @@ pub use accept::{AcceptOptions, Accepted, accept};
 pub use address::unmap_addr;
 pub use error::{Error, Result};
 pub use orig_dst::orig_dst;
+#[cfg(feature = "self-test")]
 pub use self_test::self_test;
 pub use socket2;
 

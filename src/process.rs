@@ -2,9 +2,11 @@
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
+
+use once_cell::race::OnceRef;
 
 use crate::sys::{self, Identity};
 
@@ -12,20 +14,13 @@ use crate::sys::{self, Identity};
 ///
 /// A PID does not distinguish a child from its parent if they are in different PID namespaces, and PIDs are reused.
 pub(crate) fn generation() -> u64 {
-    static WIPED_ON_FORK: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
-    let mut cell = WIPED_ON_FORK.load(Ordering::Acquire);
-    if cell.is_null() {
+    // Of `race`, because no thread may wait for another here: in a forked child the other thread would not exist. If two
+    // threads map a page at once, one page is never used.
+    static WIPED_ON_FORK: OnceRef<'static, AtomicU64> = OnceRef::new();
+    let Ok(cell) = WIPED_ON_FORK.get_or_try_init(sys::memory_wiped_on_fork) else {
         // Before Linux 4.14 such memory does not exist, and the PID is used.
-        let Some(new) = sys::memory_wiped_on_fork() else { return u64::from(std::process::id()) };
-        // Another thread may have stored its page first. The additional page stays mapped.
-        cell = match WIPED_ON_FORK.compare_exchange(cell, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => new,
-            Err(first) => first,
-        };
-    }
-    // SAFETY: the pointer refers to a zero-filled, page-aligned mapping that is never unmapped.
-    #[allow(unsafe_code)]
-    let cell = unsafe { &*cell };
+        return u64::from(std::process::id());
+    };
     match cell.load(Ordering::Acquire) {
         // At the fork, the clock was already past the parent's number.
         0 => match cell.compare_exchange(0, sys::monotonic_ns() | 1, Ordering::AcqRel, Ordering::Acquire) {

@@ -283,7 +283,7 @@ pub(crate) fn connect_between(src: &mut KernelAddr, dst: &mut KernelAddr, option
     check_ends(src, dst)?;
     match options.port {
         SourcePort::Any => connect_from_any(src, dst, options),
-        _ => connect_from_port(src, dst, options),
+        _ => connect_from_port(src, dst, &options),
     }
 }
 
@@ -323,8 +323,12 @@ fn not_of_one_host(src: &KernelAddr) -> Error {
 }
 
 /// Connects from the port of the source address. If it is not available and [`SourcePort::Keep`] allows it, connects from any port.
+///
+/// Options are passed by reference, so that calls from any port do not pack them.
+#[cold]
 #[inline(never)]
-fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: ConnectOptions) -> Result<Socket> {
+fn connect_from_port(src: &mut KernelAddr, dst: &KernelAddr, options: &ConnectOptions) -> Result<Socket> {
+    let options = *options;
     check_port(src, options)?;
     if src.port() == 0 {
         return connect_from_any(src, dst, options);

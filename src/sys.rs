@@ -1,15 +1,27 @@
 //! System calls that `std` and `socket2` do not wrap.
 
-use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
-use std::thread;
-use std::time::Duration;
+use std::sync::atomic::AtomicU64;
 
 use socket2::SockAddr;
 
 use crate::address::KernelAddr;
 pub(crate) use crate::errno::{Errno, Result, SavedErrno, errno, set_errno};
+
+#[cfg(any(feature = "check", feature = "iptables"))]
+mod child;
+#[cfg(feature = "check")]
+mod host;
+#[cfg(any(feature = "check", feature = "iptables"))]
+mod network;
+
+#[cfg(any(feature = "check", feature = "iptables"))]
+pub(crate) use child::*;
+#[cfg(feature = "check")]
+pub(crate) use host::*;
+#[cfg(any(feature = "check", feature = "iptables"))]
+pub(crate) use network::*;
 
 /// Moves a value to the heap, or returns the value if the allocation fails.
 pub(crate) fn try_box<T>(value: T) -> std::result::Result<Box<T>, T> {
@@ -66,24 +78,25 @@ pub(crate) fn identity_of(fd: BorrowedFd<'_>) -> Option<Identity> {
 const PAGE: usize = 4096;
 
 /// Maps a page with a word that is 0 in each forked child (`MADV_WIPEONFORK`, Linux 4.14). It is never unmapped.
-pub(crate) fn memory_wiped_on_fork() -> Option<*mut std::sync::atomic::AtomicU64> {
-    // SAFETY: a new private mapping, which is unmapped if the kernel does not support the advice.
+pub(crate) fn memory_wiped_on_fork() -> Result<&'static AtomicU64> {
+    // SAFETY: a new private mapping, zero-filled and page-aligned, which is unmapped only if the kernel does not support the advice.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
         if page == libc::MAP_FAILED {
-            return None;
+            return Err(Errno::last());
         }
         if libc::madvise(page, PAGE, libc::MADV_WIPEONFORK) != 0 {
+            let error = Errno::last();
             libc::munmap(page, PAGE);
-            return None;
+            return Err(error);
         }
-        Some(page.cast())
+        Ok(AtomicU64::from_ptr(page.cast()))
     }
 }
 
 /// Maps a page with a word, initially 0, that forked children share with this process (`MAP_SHARED`).
-pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::AtomicU64> {
+pub(crate) fn memory_shared_with_children() -> Result<*mut AtomicU64> {
     // SAFETY: a new mapping.
     unsafe {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
@@ -96,7 +109,7 @@ pub(crate) fn memory_shared_with_children() -> Result<*mut std::sync::atomic::At
 ///
 /// # Safety
 /// The pointer must come from [`memory_shared_with_children`], and this process must not use it again.
-pub(crate) unsafe fn unmap_shared(word: *mut std::sync::atomic::AtomicU64) {
+pub(crate) unsafe fn unmap_shared(word: *mut AtomicU64) {
     // SAFETY: the caller guarantees it.
     unsafe { libc::munmap(word.cast(), PAGE) };
 }
@@ -227,56 +240,6 @@ pub(crate) fn local_addr(fd: BorrowedFd<'_>, addr: &mut KernelAddr) -> Result<()
     if rc == 0 { Ok(()) } else { Err(Errno::last()) }
 }
 
-/// Returns the soft and the hard descriptor limit of this process (`u64::MAX`: unlimited).
-pub(crate) fn descriptor_limits() -> Option<(u64, u64)> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: valid for writes of a limit.
-    let rc = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    #[allow(clippy::useless_conversion, reason = "its width is the platform's")]
-    (rc == 0).then_some((limit.rlim_cur.into(), limit.rlim_max.into()))
-}
-
-/// Returns the effective capabilities of this thread as a bit set, by capget(2), which does not need /proc.
-pub(crate) fn effective_capabilities() -> Result<u64> {
-    /// _LINUX_CAPABILITY_VERSION_3, `struct __user_cap_header_struct` and two of `struct __user_cap_data_struct`.
-    const VERSION: u32 = 0x2008_0522;
-    let mut header = [VERSION, 0];
-    let mut sets = [0u32; 6];
-    // SAFETY: the header has 8 bytes, and the buffer holds the two parts of the three sets.
-    let rc = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
-    let [low, _, _, high, _, _] = sets;
-    if rc == 0 { Ok(u64::from(high) << 32 | u64::from(low)) } else { Err(Errno::last()) }
-}
-
-/// Returns the effective user and group IDs.
-pub(crate) fn effective_ids() -> (u32, u32) {
-    // SAFETY: plain system calls, which do not fail.
-    unsafe { (libc::geteuid(), libc::getegid()) }
-}
-
-/// Whether a capability is in the bounding set, so that executed programs can have it; `None`: unknown.
-pub(crate) fn is_in_bounding_set(capability: u32) -> Option<bool> {
-    let nothing: libc::c_ulong = 0;
-    // SAFETY: a plain system call.
-    match unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(capability), nothing, nothing, nothing) } {
-        0 => Some(false),
-        1 => Some(true),
-        _ => None,
-    }
-}
-
-/// Returns the kernel release of uname(2).
-pub(crate) fn kernel_release() -> String {
-    // SAFETY: a struct of bytes, for which all zero is valid; valid for writes.
-    let name = unsafe {
-        let mut name: libc::utsname = std::mem::zeroed();
-        libc::uname(&raw mut name);
-        name
-    };
-    let bytes: Vec<u8> = name.release.iter().map(|letter| *letter as u8).take_while(|byte| *byte != 0).collect();
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 /// Returns the address of a netlink socket (`struct sockaddr_nl`) with this port and no groups.
 pub(crate) fn netlink_address(port: u32) -> Result<SockAddr> {
     // SAFETY: the storage is larger than a sockaddr_nl and aligned for it; both
@@ -306,16 +269,6 @@ pub(crate) fn netlink_port(fd: BorrowedFd<'_>) -> Result<u32> {
     }
 }
 
-/// Opens the network namespace of a socket (`ioctl(SIOCGSKNS)`, Linux 4.9). It needs CAP_NET_ADMIN in that namespace, and not /proc.
-pub(crate) fn network_of(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
-    /// include/uapi/linux/sockios.h.
-    const SIOCGSKNS: u32 = 0x894c;
-    // SAFETY: the call takes no argument, and returns a new descriptor (close-on-exec) or -1.
-    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS as _) };
-    // SAFETY: a new descriptor that no other owner has.
-    if fd >= 0 { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) } else { Err(Errno::last()) }
-}
-
 /// `recv(2)` into a buffer, whose contents are replaced, up to its capacity.
 pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> Result<()> {
     buffer.clear();
@@ -325,203 +278,4 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> Result<()> {
     // SAFETY: the kernel has written this number of bytes, which does not exceed the capacity.
     unsafe { buffer.set_len(len) };
     Ok(())
-}
-
-/// Moves this thread to a new network namespace.
-pub(crate) fn unshare_network() -> Result<()> {
-    // SAFETY: a plain system call; it changes only this thread.
-    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(Errno::last()) }
-}
-
-/// Moves this thread to a network namespace.
-pub(crate) fn enter_network(namespace: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: a plain system call; it changes only this thread.
-    let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
-    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
-}
-
-/// Runs a function with all signals blocked in this thread. Threads that it starts keep them blocked.
-pub(crate) fn without_signals<T>(body: impl FnOnce() -> T) -> T {
-    // SAFETY: both sets are valid for writes, and the first is filled before it is read.
-    let before = unsafe {
-        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
-        before
-    };
-    let outcome = body();
-    // SAFETY: restores the set that was saved above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
-    outcome
-}
-
-/// Runs a function in a new thread with a name, and waits for its end; `None`: the function panicked.
-pub(crate) fn in_a_thread<T: Send>(name: &str, body: impl FnOnce() -> T + Send) -> Result<Option<T>> {
-    /// The default size. Without an explicit size, `std` would read RUST_MIN_STACK from the environment.
-    const STACK: usize = 2 << 20;
-    let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
-    thread::scope(|scope| {
-        let worker = builder.spawn_scoped(scope, body)?;
-        // Dropping the payload of a panic could panic again.
-        Ok(worker.join().map_err(std::mem::forget).ok())
-    })
-}
-
-/// Starts the program at a path, with the given standard input, output and error, and the given environment.
-///
-/// The program starts with no signal blocked or ignored, whatever the signal mask of this process is. Otherwise it might not
-/// be able to wait for its children or to receive an alarm. (`std::process::Command` can reset signals only in a hook between
-/// `fork` and `exec`, and then panics if the program cannot be started while SIGCHLD is ignored.)
-pub(crate) fn spawn(
-    path: &CStr,
-    arguments: &[&CStr],
-    environment: &[&CStr],
-    files: [BorrowedFd<'_>; 3],
-) -> Result<libc::pid_t> {
-    let pointers = |words: &[&CStr]| -> Vec<*mut libc::c_char> {
-        words.iter().map(|word| word.as_ptr().cast_mut()).chain([ptr::null_mut()]).collect::<Vec<_>>()
-    };
-    let (argv, envp) = (pointers(arguments), pointers(environment));
-    let done = |errno: i32| if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
-    let mut pid = 0;
-    // SAFETY: both are initialized before their first use, and destroyed at the end; path, arguments
-    // and environment are NUL-terminated, and the last pointer of each list is NULL.
-    unsafe {
-        let mut actions = std::mem::zeroed();
-        let mut attributes = std::mem::zeroed();
-        let mut signals = std::mem::zeroed();
-        done(libc::posix_spawn_file_actions_init(&raw mut actions))?;
-        let started = done(libc::posix_spawnattr_init(&raw mut attributes)).and_then(|()| {
-            libc::sigemptyset(&raw mut signals);
-            let mut outcome = libc::posix_spawnattr_setsigmask(&raw mut attributes, &raw const signals);
-            libc::sigfillset(&raw mut signals);
-            outcome |= libc::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const signals);
-            let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
-            outcome |= libc::posix_spawnattr_setflags(&raw mut attributes, flags as _);
-            for (number, file) in (0..).zip(files) {
-                outcome |= libc::posix_spawn_file_actions_adddup2(&raw mut actions, file.as_raw_fd(), number);
-            }
-            if outcome == 0 {
-                let (actions, attributes) = (&raw const actions, &raw const attributes);
-                outcome =
-                    libc::posix_spawn(&raw mut pid, path.as_ptr(), actions, attributes, argv.as_ptr(), envp.as_ptr());
-            }
-            libc::posix_spawnattr_destroy(&raw mut attributes);
-            done(outcome)
-        });
-        libc::posix_spawn_file_actions_destroy(&raw mut actions);
-        started?;
-    }
-    Ok(pid)
-}
-
-/// Opens a descriptor of a child process (Linux 5.4). It is readable after the child has ended.
-///
-/// `None`: the child has ended and was already waited for, so its PID may belong to another process. This happens if this
-/// process ignores SIGCHLD or waits for any child elsewhere.
-pub(crate) fn pidfd(child: libc::pid_t) -> Result<Option<OwnedFd>> {
-    // SAFETY: a plain system call.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child, 0) };
-    if fd < 0 {
-        let error = Errno::last();
-        return if error == Errno(libc::ESRCH) { Ok(None) } else { Err(error) };
-    }
-    // SAFETY: a new descriptor, ours alone.
-    let process = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
-    match waitid(process.as_fd(), libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) {
-        Err(Errno(libc::ECHILD)) => Ok(None),
-        other => other.map(|_| Some(process)),
-    }
-}
-
-/// Kills a process.
-pub(crate) fn kill(process: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: a plain system call; a NULL siginfo means the same as kill(2).
-    let rc = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            process.as_raw_fd(),
-            libc::SIGKILL,
-            ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    if rc == 0 { Ok(()) } else { Err(Errno::last()) }
-}
-
-/// The end of a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
-    /// The process exited with this status.
-    Exited(i32),
-    /// The process was killed by this signal.
-    Killed(i32),
-    /// The status is unknown: this process ignores SIGCHLD, or another part of it has waited for the child.
-    Unknown,
-}
-
-/// Waits for the end of a child process.
-pub(crate) fn wait(process: BorrowedFd<'_>) -> Result<End> {
-    loop {
-        return match waitid(process, libc::WEXITED) {
-            Ok((libc::CLD_EXITED, status)) => Ok(End::Exited(status)),
-            Ok((_, signal)) => Ok(End::Killed(signal)),
-            Err(Errno(libc::ECHILD)) => Ok(End::Unknown),
-            Err(Errno(libc::EINTR)) => continue,
-            Err(error) => Err(error),
-        };
-    }
-}
-
-/// `waitid(2)`. Returns the event (CLD_*), and the status or the signal.
-fn waitid(process: BorrowedFd<'_>, options: i32) -> Result<(i32, i32)> {
-    // SAFETY: all zero is valid, and has a status; the call fills it.
-    unsafe {
-        let mut info: libc::siginfo_t = std::mem::zeroed();
-        let rc = libc::waitid(libc::P_PIDFD, process.as_raw_fd() as libc::id_t, &raw mut info, options);
-        if rc == 0 { Ok((info.si_code, info.si_status())) } else { Err(Errno::last()) }
-    }
-}
-
-/// Waits for a child process by its PID, if it has no descriptor.
-pub(crate) fn reap(pid: libc::pid_t) {
-    // SAFETY: a plain system call; NULL: the status is not needed.
-    while unsafe { libc::waitpid(pid, ptr::null_mut(), 0) } < 0 && errno() == libc::EINTR {}
-}
-
-/// Waits until one of the descriptors is ready or the time has passed. Negative descriptors are ignored. Returns which are ready.
-pub(crate) fn poll<const N: usize>(events: [(RawFd, i16); N], time: Duration) -> Result<[bool; N]> {
-    let mut polled = events.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
-    // Rounded up, so that callers do not poll repeatedly in the last millisecond.
-    let time = i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
-    // SAFETY: valid for reads and writes of N.
-    let rc = unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, time) };
-    match rc {
-        0.. => Ok(polled.map(|polled| polled.revents != 0)),
-        _ if errno() == libc::EINTR => Ok([false; N]),
-        _ => Err(Errno::last()),
-    }
-}
-
-/// `write(2)` to a pipe. If the reader has closed it, the error is EPIPE, without SIGPIPE, which would end this process.
-pub(crate) fn write_to_pipe(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize> {
-    // SAFETY: the sets are valid for writes and filled before they are read; the bytes are valid for reads.
-    unsafe {
-        let (mut sigpipe, mut before, mut pending) = (std::mem::zeroed(), std::mem::zeroed(), std::mem::zeroed());
-        libc::sigemptyset(&raw mut sigpipe);
-        libc::sigaddset(&raw mut sigpipe, libc::SIGPIPE);
-        libc::sigemptyset(&raw mut pending);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const sigpipe, &raw mut before);
-        libc::sigpending(&raw mut pending);
-        let was_pending = libc::sigismember(&raw const pending, libc::SIGPIPE) == 1;
-        let written = libc::write(pipe.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
-        let outcome = usize::try_from(written).map_err(|_| Errno::last());
-        // Removes the SIGPIPE that the write has sent to this thread. It is pending when the write returns.
-        if outcome == Err(Errno(libc::EPIPE)) && !was_pending {
-            let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-            libc::sigtimedwait(&raw const sigpipe, ptr::null_mut(), &raw const at_once);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
-        outcome
-    }
 }

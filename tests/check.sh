@@ -88,10 +88,18 @@ fi
 say 'source: format, lints, documentation'
 one 'cargo fmt' cargo fmt --check
 one 'cargo clippy' cargo clippy --all-targets --quiet -- -D warnings
+# With some of the features, and with none: the library and its unit tests.
+for features in '' capi check self-test iptables 'check capi' 'check iptables capi'; do
+    one "cargo clippy: features \"$features\"" cargo clippy --lib --profile test --no-default-features --features "$features" --quiet -- -D warnings
+    one "cargo clippy: library with features \"$features\"" cargo clippy --lib --no-default-features --features "$features" --quiet -- -D warnings
+done
+one 'cargo package: the crate builds from what is published' cargo package --offline --allow-dirty --quiet
 one 'rustdoc' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items --quiet
 
 say 'Rust: unit, property, golden and namespace tests, the header'
 rust_tests cargo test --no-fail-fast
+say 'Rust: unit tests without features'
+rust_tests cargo test --lib --no-default-features
 
 say 'C and C++: the installed library'
 script tests/c/run.sh

@@ -250,10 +250,13 @@ fn own_heard(case: &Case, hosts: Hosts, change: impl Fn(&socket2::Socket) + Sync
     })
 }
 
+/// What is tried, the configuration that is made for it, and who replies to this host.
+type OwnerCase<'a> = (&'a str, &'a dyn Fn(RulesConfig) -> RulesConfig, &'a str);
+
 /// The test runs as user and group 0 of its namespace.
 #[test]
 fn owners_select_traffic_of_this_host() {
-    let cases: &[(&str, &(dyn Fn(RulesConfig) -> RulesConfig), &str)] = &[
+    let cases: &[OwnerCase<'_>] = &[
         ("everyone", &|c| c, "proxy"),
         ("user", &|c| c.uids(&[(0, 0)]), "proxy"),
         ("user, or another", &|c| c.uids(&[(0, 0), (1000, 1999)]), "proxy"),

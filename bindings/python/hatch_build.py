@@ -20,7 +20,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 SONAME = "libtproxy.so.0"
 LICENCES = ("LICENSE-MIT", "LICENSE-APACHE")
 #: What cargo needs to build the library.
-RUST = (".cargo/config.toml", "Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", *LICENCES)
+RUST = ("tools/shared.sh", "Cargo.toml", "Cargo.lock", "build.rs", "src", "benches", "include/tproxy.h", *LICENCES)
 
 
 def rust_source(root: str) -> Path:
@@ -63,5 +63,5 @@ class Library(BuildHookInterface[Any]):
         # Where `make` builds it, so that nothing is built twice.
         target = source / "build" / "cargo"
         environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
-        subprocess.run(["cargo", "--locked", "shared"], cwd=source, env=environment, check=True)
+        subprocess.run(["sh", "tools/shared.sh", "--locked"], cwd=source, env=environment, check=True)
         return target / "release" / "libtproxy.so"

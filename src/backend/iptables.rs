@@ -11,6 +11,7 @@
 use std::fmt::{self, Write};
 use std::net::IpAddr;
 
+use crate::backend::xtables::instance_of;
 use crate::error::{Error, Result};
 use crate::model::{Family, Mark, Mode, PortRange, Protocol};
 use crate::name;
@@ -84,16 +85,6 @@ fn chain_name(instance: &str, part: &str) -> String {
 /// The names of an instance's chains, for people.
 pub(crate) fn chains_of(instance: &str) -> String {
     chain_name(instance, "*")
-}
-
-/// The instance that a chain of this name would be of.
-pub(crate) fn instance_of(chain: &str) -> Option<&str> {
-    chain.strip_prefix("tp-")?.rsplit_once('-').map(|(instance, _)| instance)
-}
-
-/// What begins the comment of a jump to one of our chains.
-pub(crate) fn comment(instance: &str) -> String {
-    format!("libtproxy {instance}")
 }
 
 /// The parts: `p`rerouting, `d`ivert, `s`ources, `t`o destinations, `v`et, `i`ntercept; for the host's own packets

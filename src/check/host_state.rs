@@ -9,6 +9,7 @@ use super::probes::{self, Transparency};
 use super::procfs::{self, Sysctls};
 use crate::backend::holder::{self, Holder};
 use crate::backend::nft::table::{self, Table};
+use crate::backend::xtables::legacy_tables;
 use crate::check::inspect::filter::Ruleset;
 use crate::check::inspect::routing::{self, Action, Interface, Route, Rule};
 use crate::check::inspect::sockets::{self, Listeners};
@@ -330,7 +331,7 @@ impl HostState {
         self.iptables = ["iptables-nft", "iptables-legacy"].into_iter().filter(installed).collect();
         self.legacy_known = true;
         for family in Families::ALL.iter() {
-            let tables = match xtables::legacy_tables(family) {
+            let tables = match legacy_tables(family) {
                 Ok(tables) => tables,
                 Err(e) => {
                     let only_root = matches!(e, sys::Errno(libc::EACCES | libc::EPERM));

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::backend::holder::Holder;
-use crate::backend::iptables;
 use crate::backend::nft::ruleset;
 use crate::backend::nft::table::{self, RoutingSlot, Table};
 use crate::backend::route::RULES;
+use crate::backend::xtables;
 use crate::check::inspect::filter::{self, Chain, Condition, Origin, Part, PortSet, Rule, Ruleset};
 use crate::model::{Families, Family, Mark};
 use crate::name::Name;
@@ -68,7 +68,7 @@ fn owner_of(chain: &Chain) -> Option<&str> {
 
 /// Returns the instance whose iptables chain would have this name.
 pub(super) fn instance_of_chain(name: &Name) -> Option<&str> {
-    iptables::instance_of(name.as_str()?).filter(|name| is_name(name))
+    xtables::instance_of(name.as_str()?).filter(|name| is_name(name))
 }
 
 /// Whether an instance can have this name.

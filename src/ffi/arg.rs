@@ -36,11 +36,18 @@ fn bad_descriptor(fd: c_int) -> Error {
 }
 
 /// Flags, none of which may be unknown.
+#[inline(always)]
 pub(super) fn flags(flags: u32, known: u32) -> Result<u32> {
     match flags & !known {
         0 => Ok(flags),
-        unknown => Err(Error::invalid_with(format_args!("flags: {unknown:#x} is not known to this call"))),
+        unknown => Err(unknown_flags(unknown)),
     }
+}
+
+#[cold]
+#[inline(never)]
+fn unknown_flags(unknown: u32) -> Error {
+    Error::invalid_with(format_args!("flags: {unknown:#x} is not known to this call"))
 }
 
 /// A socket address.
@@ -58,15 +65,23 @@ pub(super) unsafe fn address(what: &str, addr: *const sockaddr, len: socklen_t) 
 /// As for [`address()`].
 #[inline(always)]
 pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Result<KernelAddr> {
-    let len = len as usize;
-    if !addr.is_null() && len <= size_of::<sockaddr_storage>() {
-        // SAFETY: not NULL, valid for len bytes, and these are bytes.
-        if let Some(addr) = KernelAddr::parse(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) }) {
-            return Ok(addr);
-        }
-    }
     // SAFETY: by the caller's word.
-    Err(unsafe { no_address(what, addr, len) })
+    unsafe { parsed_address(addr, len).ok_or_else(|| no_address(what, addr, len)) }
+}
+
+/// The same; `None`: [`no_address`] says why. In a hot call that takes less than a Result, which the compiler copies piece
+/// by piece.
+///
+/// # Safety
+/// As for [`address()`].
+#[inline(always)]
+pub(super) unsafe fn parsed_address(addr: *const sockaddr, len: socklen_t) -> Option<KernelAddr> {
+    let len = len as usize;
+    if addr.is_null() || len > size_of::<sockaddr_storage>() {
+        return None;
+    }
+    // SAFETY: not NULL, valid for len bytes, and these are bytes.
+    KernelAddr::parse(unsafe { std::slice::from_raw_parts(addr.cast::<u8>(), len) })
 }
 
 /// Why it is none.
@@ -75,7 +90,8 @@ pub(super) unsafe fn kernel_address(what: &str, addr: *const sockaddr, len: sock
 /// As for [`address()`].
 #[cold]
 #[inline(never)]
-unsafe fn no_address(what: &str, addr: *const sockaddr, len: usize) -> Error {
+pub(super) unsafe fn no_address(what: &str, addr: *const sockaddr, len: socklen_t) -> Error {
+    let len = len as usize;
     if addr.is_null() {
         return null(what);
     }
@@ -243,6 +259,7 @@ impl DatagramAddressOut {
     /// # Safety
     /// The pointers are NULL, or the length is valid for reads and writes, and
     /// the place for writes of that length.
+    #[inline(always)]
     pub(super) unsafe fn new(what: &str, addr: *mut sockaddr, len: *mut socklen_t) -> Result<DatagramAddressOut> {
         if addr.is_null() {
             return Ok(DatagramAddressOut(None));

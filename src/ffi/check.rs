@@ -1,14 +1,10 @@
 //! What is wrong, and what cures it.
 
-use std::ffi::{CString, c_char, c_int, c_void};
-use std::fmt::Write;
+use std::ffi::{c_char, c_int, c_void};
 
-use super::arg;
 use super::config::*;
 use super::guard::guard;
-use crate::check::{self, Finding, Severity};
-use crate::name::Escaping;
-use crate::self_test;
+use super::{report, self_test};
 
 /// The check passed.
 pub const TP_SEVERITY_OK: u32 = 0;
@@ -59,6 +55,8 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 /// @param context  passed to report.
 /// @return number of failures (findings of TP_SEVERITY_FAILURE), or -1 with errno:
 ///   EFAULT  report is NULL
+///   EOPNOTSUPP
+///           the library was built without feature `check`
 ///
 /// Changes nothing, except that the kernel may load a module that it is queried about. Runs no program.
 /// Needs no privilege; what cannot be read without privilege is reported as the note "check.unseen".
@@ -69,11 +67,8 @@ pub type tp_finding_fn = Option<unsafe extern "C" fn(finding: *const tp_finding,
 /// @since 0.1.0
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -> c_int {
-    guard(|| {
-        let report = report.ok_or_else(|| arg::null("report"))?;
-        // SAFETY: the caller's function, and its context.
-        Ok(unsafe { report_all(report, context, &check::check()) })
-    })
+    // SAFETY: the caller's function, and its context.
+    guard(|| unsafe { report::check(report, context) })
 }
 
 /// Tests the configuration on this kernel: in a temporary network namespace, sends one TCP connection and
@@ -94,6 +89,8 @@ pub unsafe extern "C" fn tp_check(report: tp_finding_fn, context: *mut c_void) -
 ///           has it in `unshare -r`)
 ///   ETIMEDOUT
 ///           the veth pair of the test carried no packet within 10 seconds
+///   EOPNOTSUPP
+///           the library was built without feature `self-test`
 ///   EINVAL, E2BIG, EOPNOTSUPP
 ///           as for tp_install_rules(); its other errors are possible too
 ///
@@ -110,60 +107,6 @@ pub unsafe extern "C" fn tp_self_test(
     report: tp_finding_fn,
     context: *mut c_void,
 ) -> c_int {
-    guard(|| {
-        // SAFETY: by the caller's word; the struct is integers and pointers.
-        let config = unsafe { arg::sized("config", config, size, FIRST_VERSION) }?;
-        let report = report.ok_or_else(|| arg::null("report"))?;
-        // SAFETY: by the caller's word.
-        let findings = self_test(&unsafe { decode(&config) }?)?;
-        // SAFETY: the caller's function, and its context.
-        Ok(unsafe { report_all(report, context, &findings) })
-    })
-}
-
-/// Hands findings to C, and counts the failures.
-///
-/// # Safety
-/// As for [`invoke_callback`].
-unsafe fn report_all(
-    report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
-    context: *mut c_void,
-    findings: &[Finding],
-) -> c_int {
     // SAFETY: by the caller's word.
-    findings.iter().for_each(|finding| unsafe { invoke_callback(report, context, finding) });
-    findings.iter().filter(|finding| finding.severity == Severity::Failure).count() as c_int
-}
-
-/// Hands a finding to C.
-///
-/// # Safety
-/// `report` may be called with a finding and this context.
-unsafe fn invoke_callback(
-    report: unsafe extern "C" fn(*const tp_finding, *mut c_void),
-    context: *mut c_void,
-    finding: &Finding,
-) {
-    // Names that other programs gave may have anything in them, for a terminal too.
-    let text = |text: &str| {
-        let mut escaped = String::new();
-        // Writing to a String does not fail; no NUL is left.
-        let _ = Escaping(&mut escaped).write_str(text);
-        CString::new(escaped).unwrap_or_default()
-    };
-    let [id, message, impact, fix] = [finding.kind.id, &finding.message, finding.kind.impact, &finding.fix].map(text);
-    let finding = tp_finding {
-        severity: match finding.severity {
-            Severity::Ok => TP_SEVERITY_OK,
-            Severity::Note => TP_SEVERITY_NOTE,
-            Severity::Warning => TP_SEVERITY_WARNING,
-            Severity::Failure => TP_SEVERITY_FAILURE,
-        },
-        id: id.as_ptr(),
-        message: message.as_ptr(),
-        impact: impact.as_ptr(),
-        fix: fix.as_ptr(),
-    };
-    // SAFETY: by the caller's word; the texts live until it returns.
-    unsafe { report(&raw const finding, context) };
+    guard(|| unsafe { self_test::run(config, size, report, context) })
 }

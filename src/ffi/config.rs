@@ -82,7 +82,9 @@ pub const TP_BACKEND_NFT: u32 = 1;
 /// otherwise the nft variant if it has rules, otherwise the program called `iptables`. Runs programs: see
 /// "Programs" in tproxy(7).
 ///
-/// TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP.
+/// TP_RULES_FAIL_OPEN, TP_RULES_NOTRACK, TP_RULES_PERSIST and more than 1000 prefixes are EOPNOTSUPP. So are
+/// all rules if the library was built without feature `iptables`; TP_BACKEND_AUTO then uses only nf_tables, and
+/// tp_purge_rules() leaves chains of iptables.
 /// Chains have no owner: those of a killed process remain, and drop the packets that they intercept, until
 /// the next tp_install_rules() of that name or tp_purge_rules(). With TP_RULES_LOCAL_OUTPUT, sockets are
 /// exempt by SO_MARK (set it to the rules' mark), not by being transparent. Packets dropped because no

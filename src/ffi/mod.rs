@@ -16,7 +16,11 @@ mod diagnosis;
 mod guard;
 #[cfg(tproxy_shared)]
 mod no_backtrace;
+#[cfg_attr(not(feature = "check"), path = "without_check.rs")]
+mod report;
 mod rules;
+#[cfg_attr(not(feature = "self-test"), path = "without_self_test.rs")]
+mod self_test;
 mod sockets;
 
 pub use check::*;

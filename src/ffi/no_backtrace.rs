@@ -1,4 +1,4 @@
-//! What is particular to the shared library as `cargo shared` builds it: it is
+//! What is particular to the shared library as `tools/shared.sh` builds it: it is
 //! linked into other people's programs, so it brings no more than it needs.
 //!
 //! Only there. In an executable, or an archive that becomes part of one, these

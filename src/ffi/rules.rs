@@ -390,6 +390,7 @@ fn as_c(found: &rules::Stats) -> tp_rules_stats {
 ///   ERANGE      the buffer is too small
 ///   EINVAL      format is unknown, or config is not valid, as for tp_install_rules()
 ///   EOPNOTSUPP  iptables cannot do what config requests
+///   EOPNOTSUPP  format is TP_FORMAT_IPTABLES, and the library was built without feature `iptables`
 ///
 /// Thread-safe.
 ///

@@ -257,45 +257,56 @@ pub unsafe extern "C" fn tp_connect_from(
     flags: u32,
 ) -> c_int {
     guard_hot(|| {
-        let options = connect_options(flags, TP_NONBLOCK | TP_CONNECT_DGRAM)?;
+        check_connect_flags(flags, TP_NONBLOCK | TP_CONNECT_DGRAM)?;
         // SAFETY: by the caller's word.
-        let mut src = unsafe { arg::kernel_address("src", src, srclen) }?;
+        let Some(mut from) = (unsafe { arg::parsed_address(src, srclen) }) else {
+            // SAFETY: as above.
+            return Err(unsafe { arg::no_address("src", src, srclen) });
+        };
         // SAFETY: by the caller's word.
-        let mut dst = unsafe { arg::kernel_address("dst", dst, dstlen) }?;
+        let Some(mut to) = (unsafe { arg::parsed_address(dst, dstlen) }) else {
+            // SAFETY: as above.
+            return Err(unsafe { arg::no_address("dst", dst, dstlen) });
+        };
         // A connection under way, a port that is taken: calls fail on the way to success.
         let errno = SavedErrno::errno();
-        let socket = socket::connect_between(&mut src, &mut dst, options)?;
+        let socket = socket::connect_between(&mut from, &mut to, connect_options(flags))?;
         errno.restore();
         Ok(socket.into_raw_fd())
     })
 }
 
-/// The flags of a call that connects; `more` are those that not every such call has.
+/// Refuses unknown flags and combinations that exclude each other; `more` are the flags that not every call has.
+///
+/// Separate from [`connect_options`]: with a Result of several bytes the compiler copies the addresses in small pieces.
 #[inline(always)]
-fn connect_options(flags: u32, more: u32) -> Result<ConnectOptions> {
+fn check_connect_flags(flags: u32, more: u32) -> Result<()> {
     let flags = arg::flags(flags, TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT | TP_CONNECT_DATA_FOLLOWS | more)?;
-    let has_port = flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT) != 0;
-    let port = if has_port { source_port(flags)? } else { SourcePort::Any };
-    let options = ConnectOptions {
-        nonblocking: flags & TP_NONBLOCK != 0,
-        port,
-        datagram: flags & TP_CONNECT_DGRAM != 0,
-        data_follows: flags & TP_CONNECT_DATA_FOLLOWS != 0,
-    };
-    if options.datagram && options.data_follows {
+    let both = |these: u32| flags & these == these;
+    if both(TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT) {
+        return Err(Error::invalid("flags: TP_CONNECT_SAME_PORT excludes TP_CONNECT_KEEP_PORT"));
+    }
+    if both(TP_CONNECT_DGRAM | TP_CONNECT_DATA_FOLLOWS) {
         return Err(Error::invalid("flags: TP_CONNECT_DATA_FOLLOWS is for streams, not for TP_CONNECT_DGRAM"));
     }
-    Ok(options)
+    Ok(())
 }
 
+/// Separate from [`connect_options`], so that calls without these flags do not compute it.
+#[cold]
 #[inline(never)]
-fn source_port(flags: u32) -> Result<SourcePort> {
-    if flags & TP_CONNECT_SAME_PORT == 0 {
-        Ok(SourcePort::Keep)
-    } else if flags & TP_CONNECT_KEEP_PORT == 0 {
-        Ok(SourcePort::Same)
-    } else {
-        Err(Error::invalid("flags: TP_CONNECT_SAME_PORT excludes TP_CONNECT_KEEP_PORT"))
+fn own_port(flags: u32) -> SourcePort {
+    if flags & TP_CONNECT_KEEP_PORT != 0 { SourcePort::Keep } else { SourcePort::Same }
+}
+
+#[inline(always)]
+fn connect_options(flags: u32) -> ConnectOptions {
+    let has = |flag: u32| flags & flag != 0;
+    ConnectOptions {
+        nonblocking: has(TP_NONBLOCK),
+        port: if has(TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT) { own_port(flags) } else { SourcePort::Any },
+        datagram: has(TP_CONNECT_DGRAM),
+        data_follows: has(TP_CONNECT_DATA_FOLLOWS),
     }
 }
 
@@ -378,13 +389,13 @@ pub unsafe extern "C" fn tp_connect_socket(
     flags: u32,
 ) -> c_int {
     guard(|| {
-        let options = connect_options(flags, 0)?;
+        check_connect_flags(flags, 0)?;
         // SAFETY: by the caller's word.
         let src = unsafe { arg::address("src", src, srclen) }?;
         // SAFETY: by the caller's word.
         let dst = unsafe { arg::address("dst", dst, dstlen) }?;
         // SAFETY: the caller's descriptor, open during the call.
-        socket::connect_socket(unsafe { arg::fd(fd) }?, src, dst, options)?;
+        socket::connect_socket(unsafe { arg::fd(fd) }?, src, dst, connect_options(flags))?;
         Ok(0)
     })
 }

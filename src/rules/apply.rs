@@ -9,7 +9,6 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::backend::iptables;
 use crate::backend::nft::object::Object;
 use crate::backend::nft::ruleset::{self, PrefixList};
 use crate::backend::nft::set::Variant;
@@ -118,7 +117,7 @@ impl Instance {
         let plan = plan_here(config)?;
         let by_nft = |plan| open().and_then(|(nft, route)| Instance::install_by_nft(plan, nft, route));
         let by_iptables = |plan| {
-            iptables::check(&plan)?;
+            by_iptables::check(&plan)?;
             open().and_then(|(nft, route)| Instance::install_by_iptables(plan, nft, route))
         };
         match config.backend {
@@ -126,7 +125,7 @@ impl Instance {
             Backend::Iptables => by_iptables(plan),
             Backend::Auto => by_nft(plan).or_else(|error| {
                 let plan = plan_here(config)?;
-                if error.errno() != libc::EOPNOTSUPP || iptables::check(&plan).is_err() {
+                if error.errno() != libc::EOPNOTSUPP || by_iptables::check(&plan).is_err() {
                     return Err(error);
                 }
                 by_iptables(plan).map_err(|other| {
@@ -470,7 +469,8 @@ pub(super) fn routing(plan: &Plan, slot: table::RoutingSlot) -> Routing {
     }
 }
 
-mod by_iptables;
+#[cfg_attr(not(feature = "iptables"), path = "apply/without_iptables.rs")]
+pub(super) mod by_iptables;
 mod change;
 #[cfg(test)]
 mod fault_tests;

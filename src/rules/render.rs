@@ -3,11 +3,12 @@
 
 use std::fmt::{self, Write};
 
+use super::apply::by_iptables;
 use super::config::Config;
 use super::{plan, slot};
 use crate::backend::nft::set::Variant;
 use crate::backend::nft::{ruleset, table};
-use crate::backend::{iptables, route};
+use crate::backend::route;
 use crate::error::{Error, Result, Text};
 use crate::model::Family;
 use crate::plan::Plan;
@@ -50,7 +51,7 @@ pub fn render_nft(config: &Config) -> Result<String> {
 /// ```
 pub fn render_iptables(config: &Config) -> Result<String> {
     let plan = plan::make(config)?;
-    iptables::check(&plan)?;
+    by_iptables::check(&plan)?;
     written(|script| {
         write_routing(script, &plan)?;
         plan.families.iter().try_for_each(|family| {
@@ -58,7 +59,7 @@ pub fn render_iptables(config: &Config) -> Result<String> {
                 Family::V4 => "iptables-restore",
                 Family::V6 => "ip6tables-restore",
             };
-            let rules = iptables::render(&plan, family);
+            let rules = by_iptables::render(&plan, family);
             write!(script, "\n{program} --noflush --wait <<'END'\n{rules}END\n")
         })
     })

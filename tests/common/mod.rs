@@ -3,6 +3,11 @@
 
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
 
+#[cfg(not(all(feature = "capi", feature = "check", feature = "self-test", feature = "iptables")))]
+compile_error!(
+    "these tests need all features of the crate; with fewer, there are the unit tests (`cargo test --lib`) and tests/c/small.c"
+);
+
 mod client;
 mod config;
 mod counters;

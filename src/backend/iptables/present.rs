@@ -3,10 +3,11 @@
 //! It is read from the kernel itself: no program has to be run where there are none, and after one was run the kernel
 //! says whether it did what it was to do.
 
-use crate::check::inspect::{nft, xtables};
+use crate::backend::nft::{SUBSYSTEM, header};
+use crate::backend::xtables;
 use crate::error::{Error, Result};
 use crate::model::Family;
-use crate::netlink::Channel;
+use crate::netlink::{Channel, wire};
 use crate::sys;
 
 /// The two implementations of iptables. Each has tables of its own in the kernel.
@@ -22,6 +23,13 @@ impl Variant {
     pub const ALL: [Variant; 2] = [Variant::Legacy, Variant::Nft];
 }
 
+/// NFT_MSG_GETCHAIN, NFT_MSG_GETRULE; NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME; NFTA_RULE_TABLE (linux/netfilter/nf_tables.h).
+const GET_CHAIN: u16 = 4;
+const GET_RULE: u16 = 7;
+const CHAIN_TABLE: u16 = 1;
+const CHAIN_NAME: u16 = 3;
+const RULE_TABLE: u16 = 1;
+
 /// The tables that have chains of ours.
 const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
 
@@ -32,7 +40,7 @@ pub(super) fn chains(family: Family, variant: Variant) -> Result<Vec<(String, St
             let names = xtables::legacy_chain_names(family, table)?;
             Ok(names.into_iter().map(|name| (table.to_owned(), name)).collect::<Vec<_>>())
         })?,
-        Variant::Nft => nftables(|| nft::chain_names(&mut Channel::open(libc::NETLINK_NETFILTER)?, family))?,
+        Variant::Nft => nftables(|| chain_names(&mut Channel::open(libc::NETLINK_NETFILTER)?, family))?,
     };
     chains.retain(|(table, chain)| TABLES.contains(&table.as_str()) && super::instance_of(chain).is_some());
     chains.sort_unstable();
@@ -44,7 +52,7 @@ pub(super) fn chains(family: Family, variant: Variant) -> Result<Vec<(String, St
 pub(super) fn variant_in_use(family: Family) -> Result<Option<Variant>> {
     if legacy(family, |table| Ok(vec![xtables::legacy_has_rules(family, table)?]))?.contains(&true) {
         Ok(Some(Variant::Legacy))
-    } else if nftables(|| nft::iptables_has_rules(family))? {
+    } else if nftables(|| nft_has_rules(family))? {
         Ok(Some(Variant::Nft))
     } else {
         Ok(None)
@@ -78,4 +86,29 @@ fn nftables<T: Default>(ask: impl FnOnce() -> sys::Result<T>) -> Result<T> {
         Err(e) => Err(Error::io(format_args!("reading the chains of iptables-nft in nf_tables"), e)),
         Ok(answer) => Ok(answer),
     }
+}
+
+/// Returns the table and the name of every chain of a family. Names that are not UTF-8 are omitted.
+fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
+    let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
+    let names = |payload: &[u8]| {
+        let attrs = payload.get(header(0, 0).len()..)?;
+        let text = |kind| Some(wire::name_of(attrs, kind)?.as_str()?.to_owned());
+        Some((text(CHAIN_TABLE)?, text(CHAIN_NAME)?))
+    };
+    Ok(dumped.iter().filter_map(|payload| names(payload)).collect())
+}
+
+/// Whether the tables of `iptables-nft` in a family have rules. Reads no more than needed.
+fn nft_has_rules(family: Family) -> sys::Result<bool> {
+    for table in xtables::NFT_TABLES {
+        let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
+        let header = header(family.nfproto(), 0);
+        let rules =
+            channel.read_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(RULE_TABLE, table), 1, &|_| Some(()))?;
+        if rules.objects > 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::{Table, chain_name, comment, instance_of};
+use super::{Table, chain_name, instance_of};
+use crate::backend::xtables::comment;
 
 /// The chains of an instance, and the jumps to them as they are listed.
 #[derive(Debug, Default, PartialEq, Eq)]

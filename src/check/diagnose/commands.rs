@@ -222,7 +222,7 @@ fn is_for_iptables(name: &[u8]) -> bool {
 pub(super) fn removal_of_jump(chain: &Chain, instance: &str, to: &str) -> String {
     let Chain { table, name, .. } = chain;
     let program = program(chain.origin, chain.family.unwrap_or(Family::V4));
-    let comment = crate::backend::iptables::comment(instance);
+    let comment = crate::backend::xtables::comment(instance);
     let mut command = String::new();
     if is_plain(name) && is_plain(table) {
         // Writing to a String does not fail.

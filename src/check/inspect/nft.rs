@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, PortSet, Ruleset};
 use crate::backend::nft::{SUBSYSTEM, header, table};
+use crate::backend::xtables::NFT_TABLES;
 use crate::model::Family;
 use crate::name::Name;
 use crate::netlink::{Channel, FirstRead, wire};
@@ -192,26 +193,6 @@ impl Found {
     }
 }
 
-/// Returns the table and the name of every chain of a family. Names that are not UTF-8 are omitted.
-pub(crate) fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
-    let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
-    let names = |(_, chain): (u8, Chain)| Some((chain.table.as_str()?.to_owned(), chain.name.as_str()?.to_owned()));
-    Ok(dumped.iter().filter_map(|payload| names(parse_chain(payload)?)).collect())
-}
-
-/// Whether the tables of `iptables-nft` in a family have rules. Reads no more than needed.
-pub(crate) fn iptables_has_rules(family: Family) -> sys::Result<bool> {
-    for table in IPTABLES {
-        let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
-        let header = header(family.nfproto(), 0);
-        let rules = channel.read_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(1, table), 1, &|_| Some(()))?;
-        if rules.objects > 0 {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 /// Families whose chains process IP packets.
 fn family_of(nfproto: u8) -> Option<Option<Family>> {
     match nfproto {
@@ -222,13 +203,10 @@ fn family_of(nfproto: u8) -> Option<Option<Family>> {
     }
 }
 
-/// Names of the tables of `iptables-nft`, in the families that it uses.
-const IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
-
 /// Whether `iptables-nft` uses a table and a base chain of these names.
 fn origin_of(family: Option<Family>, table: &Name) -> Origin {
     match family {
-        Some(_) if IPTABLES.iter().any(|name| *table == **name) => Origin::IptablesNft,
+        Some(_) if NFT_TABLES.iter().any(|name| *table == **name) => Origin::IptablesNft,
         _ => Origin::Nft,
     }
 }

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::backend::iptables;
+pub(in crate::rules) use crate::backend::iptables::{check, render};
 use crate::sys;
 use std::os::fd::AsFd;
 

@@ -281,6 +281,7 @@ fn own_connections() -> Config {
 }
 
 #[test]
+#[cfg(feature = "iptables")]
 fn install_without_nf_tables_intercepts_by_iptables() {
     enter_own_network();
     enter_own_mounts();
@@ -352,6 +353,7 @@ fn install_without_nf_tables_of_what_iptables_cannot_do_is_eopnotsupp() {
 }
 
 #[test]
+#[cfg(feature = "iptables")]
 fn install_without_nf_tables_that_fails_by_iptables_names_both_failures() {
     enter_own_network();
     enter_own_mounts();

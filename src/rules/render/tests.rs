@@ -145,6 +145,7 @@ fn shortened(script: &str, first: &str) -> String {
     text
 }
 
+#[cfg(feature = "iptables")]
 #[test]
 fn scripts_of_configurations_are_as_recorded() {
     let mut made = String::new();
