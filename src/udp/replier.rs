@@ -478,6 +478,16 @@ mod tests {
 
     use proptest::prelude::*;
 
+    #[test]
+    fn replier_options_are_set_by_their_methods() {
+        let options = ReplierOptions::new();
+        assert_eq!(options.max_sockets(7), ReplierOptions { max_sockets: 7, ..options });
+        let idle = Duration::from_millis(5);
+        assert_eq!(options.idle(idle), ReplierOptions { idle, ..options });
+        assert_eq!(options.nonblocking(true), ReplierOptions { nonblocking: true, ..options });
+        assert_eq!(options.raw(true), ReplierOptions { raw: true, ..options });
+    }
+
     proptest! {
         #[test]
         fn reply_batch_is_grouped_by_port_and_family_in_order(
