@@ -668,6 +668,18 @@ mod tests {
         assert_eq!(connect.data_follows(true), ConnectOptions { data_follows: true, ..connect });
     }
 
+    #[test]
+    fn bind_nonlocal_of_other_family_says_how_to_give_the_address() {
+        for (domain, addr, words) in [
+            (Domain::IPV6, "192.0.2.1:80", "v4-mapped"),
+            (Domain::IPV4, "[2001:db8::1]:80", "an AF_INET6 address on an AF_INET socket"),
+        ] {
+            let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+            let error = bind_nonlocal(&socket, addr.parse().unwrap()).unwrap_err();
+            assert!(error.errno() == libc::EAFNOSUPPORT && error.to_string().contains(words), "{error}");
+        }
+    }
+
     /// Each of them is said in its own words.
     #[test]
     fn connect_from_addresses_of_no_host_is_refused() {
