@@ -111,7 +111,10 @@ mod tests {
 
     #[test]
     fn orig_dst_of_what_is_no_connection_says_what_it_is() {
-        let refused = |fd: BorrowedFd<'_>| find_of_transparent(fd, &mut KernelAddr::NONE).unwrap_err();
+        let refused = |fd: BorrowedFd<'_>| {
+            let mut addr = KernelAddr::NONE;
+            find_of_transparent(fd, &mut addr).unwrap_err()
+        };
         let (unix, _other) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
         let error = refused(unix.as_fd());
         assert_eq!(error.errno(), libc::EAFNOSUPPORT, "{error}");

@@ -1,4 +1,4 @@
-//! The memory of a [`Datagram`](super::Datagram): its addresses (`struct sockaddr_storage` in C) and its bytes.
+//! The memory of a [`Datagram`]: its addresses (`struct sockaddr_storage` in C) and its bytes.
 
 use std::ffi::c_void;
 use std::mem::zeroed;

@@ -258,7 +258,7 @@ fn shared(context: &Context<'_>, found: &mut Findings) {
         };
         let of_servers = rule.protocol == PROTOCOL
             && rule.priority == instance.slot.priority.saturating_add(2)
-            && matches!(&rule.others[..], [("from", source)] if *source == Name::from(from_loopback));
+            && matches!(&rule.others[..], [("from", source)] if *source == from_loopback);
         let own =
             of_servers || rule.mark.is_some() && (rule.mark == instance.mark || rule.mark == instance.output_mark);
         if own || !instance.families.contains(rule.family) || !context.host.routed.contains(rule.family) {
