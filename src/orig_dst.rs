@@ -103,3 +103,30 @@ fn not_intercepted() -> Error {
          REDIRECT or DNAT of it",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use socket2::{Domain, Socket, Type};
+
+    #[test]
+    fn orig_dst_of_what_is_no_connection_says_what_it_is() {
+        let refused = |fd: BorrowedFd<'_>| {
+            let mut addr = KernelAddr::NONE;
+            find_of_transparent(fd, &mut addr).unwrap_err()
+        };
+        let (unix, _other) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        let error = refused(unix.as_fd());
+        assert_eq!(error.errno(), libc::EAFNOSUPPORT, "{error}");
+        assert!(error.to_string().contains("not an IPv4 or IPv6 stream socket"), "{error}");
+        for domain in [Domain::IPV4, Domain::IPV6] {
+            let error = refused(Socket::new(domain, Type::STREAM, None).unwrap().as_fd());
+            assert_eq!(error.errno(), libc::ENOTCONN, "{error}");
+            assert!(error.to_string().contains("not an accepted connection"), "{error}");
+        }
+        for errno in [libc::EOPNOTSUPP, libc::ENOPROTOOPT] {
+            assert_eq!(no_address(Errno(errno)).errno(), libc::EAFNOSUPPORT);
+        }
+        assert_eq!(no_address(Errno(libc::ENOTSOCK)).errno(), libc::ENOTSOCK);
+    }
+}

@@ -653,3 +653,62 @@ fn bind_without_port(socket: &Socket, addr: &KernelAddr) -> Result<()> {
         _ => bind(socket, addr),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_options_are_set_by_their_methods() {
+        let listen = ListenOptions::new();
+        assert_eq!(listen.nonblocking(true), ListenOptions { nonblocking: true, ..listen });
+        assert_eq!(listen.reuse_port(true), ListenOptions { reuse_port: true, ..listen });
+        assert_eq!(listen.only_v6(true), ListenOptions { only_v6: true, ..listen });
+        assert_eq!(listen.backlog(7), ListenOptions { backlog: Some(7), ..listen });
+        let connect = ConnectOptions::new();
+        assert_eq!(connect.nonblocking(true), ConnectOptions { nonblocking: true, ..connect });
+        assert_eq!(connect.port(SourcePort::Keep), ConnectOptions { port: SourcePort::Keep, ..connect });
+        assert_eq!(connect.datagram(true), ConnectOptions { datagram: true, ..connect });
+        assert_eq!(connect.data_follows(true), ConnectOptions { data_follows: true, ..connect });
+    }
+
+    #[test]
+    fn bind_nonlocal_of_other_family_says_how_to_give_the_address() {
+        for (domain, addr, words) in [
+            (Domain::IPV6, "192.0.2.1:80", "v4-mapped"),
+            (Domain::IPV4, "[2001:db8::1]:80", "an AF_INET6 address on an AF_INET socket"),
+        ] {
+            let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+            let error = bind_nonlocal(&socket, addr.parse().unwrap()).unwrap_err();
+            assert!(error.errno() == libc::EAFNOSUPPORT && error.to_string().contains(words), "{error}");
+        }
+    }
+
+    /// Each of them is said in its own words.
+    #[test]
+    fn connect_from_addresses_of_no_host_is_refused() {
+        let good: SocketAddr = "192.0.2.1:80".parse().unwrap();
+        for (src, dst, words) in [
+            ("0.0.0.0:1", "192.0.2.1:80", "the source is 0.0.0.0 or ::"),
+            ("[::]:1", "[2001:db8::1]:80", "the source is 0.0.0.0 or ::"),
+            ("224.0.0.1:1", "192.0.2.1:80", "the source is a multicast address"),
+            ("255.255.255.255:1", "192.0.2.1:80", "255.255.255.255, which no answer can go to"),
+            ("[ff02::1]:1", "[2001:db8::1]:80", "the source is a multicast address"),
+            ("192.0.2.7:1", "0.0.0.0:80", "the destination is 0.0.0.0 or ::"),
+            ("[2001:db8::7]:1", "[::]:80", "the destination is 0.0.0.0 or ::"),
+        ] {
+            let error = connect_from(src.parse().unwrap(), dst.parse().unwrap(), ConnectOptions::new()).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{error}");
+            assert!(error.to_string().contains(words), "{src} {dst}: {error}");
+        }
+        let same = ConnectOptions::new().port(SourcePort::Same);
+        let error = connect_from("192.0.2.7:0".parse().unwrap(), good, same).unwrap_err();
+        assert!(error.errno() == libc::EINVAL && error.to_string().contains("port 0"), "{error}");
+        // The socket's own mode and type.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        for options in [ConnectOptions::new().nonblocking(true), ConnectOptions::new().datagram(true)] {
+            let error = connect_socket(&socket, "192.0.2.7:1".parse().unwrap(), good, options).unwrap_err();
+            assert!(error.errno() == libc::EINVAL && error.to_string().contains("socket's own"), "{error}");
+        }
+    }
+}

@@ -583,6 +583,92 @@ mod tests {
     use crate::netlink::wire;
     use proptest::prelude::*;
 
+    /// Gives the answers that it was given.
+    struct Canned(std::collections::VecDeque<Vec<u8>>);
+
+    impl crate::netlink::Transport for Canned {
+        fn send(&mut self, _: &[u8]) -> sys::Result<()> {
+            Ok(())
+        }
+
+        fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+            *buffer = self.0.pop_front().ok_or(sys::Errno(libc::EAGAIN))?;
+            Ok(())
+        }
+    }
+
+    /// The answer to a dump: the rules that it lists, or an errno. They are numbered from 1.
+    fn dumped(seq: u32, answer: std::result::Result<&[Entry], i32>) -> Vec<u8> {
+        let mut buffer = Buffer::default();
+        match answer {
+            Ok(entries) => {
+                entries.iter().for_each(|entry| entry.encode(&mut buffer, seq, Operation::Add, 0));
+                buffer.message(libc::NLMSG_DONE as u16, 0, seq, &[0; 4], |_| {});
+            }
+            Err(errno) => {
+                let payload = [&(-errno).to_ne_bytes()[..], &[0; 16]].concat();
+                buffer.message(libc::NLMSG_ERROR as u16, 0, seq, &payload, |_| {});
+            }
+        }
+        buffer.bytes().unwrap().to_vec()
+    }
+
+    /// A kernel may have IPv4 alone, or no routing rules.
+    #[test]
+    fn routing_rules_of_a_family_that_the_kernel_lacks_are_none() {
+        let nop = |family| Entry::Rule { family, priority: 7, kind: RuleKind::Nop, mark: Mark { value: 0, mask: 0 } };
+        let (v4, v6) = ([nop(Family::V4)], [nop(Family::V6)]);
+        let both = [v4[0], v6[0]];
+        let absent = Err(libc::EAFNOSUPPORT);
+        type Answer<'a> = std::result::Result<&'a [Entry], i32>;
+        let found = |needed: Families, answers: &[Answer<'_>]| {
+            let answers = answers.iter().zip(1..).map(|(answer, seq)| dumped(seq, *answer)).collect();
+            let found = rules(&mut Channel::over(Box::new(Canned(answers))), needed);
+            found.map(|rules| rules.iter().map(|rule| rule.family).collect::<Vec<_>>()).map_err(|error| error.errno())
+        };
+        let (only_v4, only_v6) = (Families { v4: true, v6: false }, Families { v4: false, v6: true });
+        // The second question, and the third, are asked for the families of which the first gave none.
+        assert_eq!(found(Families::ALL, &[Ok(&both)]), Ok(vec![Family::V4, Family::V6]));
+        assert_eq!(found(Families::ALL, &[Ok(&v4), Ok(&v6)]), Ok(vec![Family::V4, Family::V6]));
+        assert_eq!(found(Families::ALL, &[Ok(&v4), Ok(&[])]), Ok(vec![Family::V4]));
+        assert_eq!(found(Families::ALL, &[Ok(&v4), absent]), Ok(vec![Family::V4]));
+        assert_eq!(found(Families::ALL, &[Ok(&v4), Err(libc::EOPNOTSUPP)]), Ok(vec![Family::V4]));
+        assert_eq!(found(Families::ALL, &[Ok(&v4), Err(libc::EPERM)]), Err(libc::EPERM));
+        assert_eq!(found(Families::ALL, &[Ok(&v6), absent]), Err(libc::EAFNOSUPPORT));
+        assert_eq!(found(only_v4, &[Ok(&v4), absent]), Ok(vec![Family::V4]));
+        assert_eq!(found(only_v6, &[Ok(&v6), absent]), Ok(vec![Family::V6]));
+        assert_eq!(found(only_v6, &[Ok(&v4), absent]), Err(libc::EAFNOSUPPORT));
+        assert_eq!(found(only_v4, &[absent, Ok(&v4), absent]), Ok(vec![Family::V4]));
+        assert_eq!(found(Families::ALL, &[absent, absent]), Err(libc::EAFNOSUPPORT));
+        assert_eq!(found(Families::ALL, &[Err(libc::EPERM)]), Err(libc::EPERM));
+    }
+
+    #[test]
+    fn refused_routing_says_what_would_help() {
+        let route = |family| Entry::Route { family, table: 7470 };
+        let rule = Entry::Rule { family: Family::V4, priority: 200, kind: RuleKind::Nop, mark: Mark::DEFAULT };
+        for (entry, errno, words) in [
+            (route(Family::V4), libc::EPERM, "CAP_NET_ADMIN"),
+            (rule, libc::EPERM, "CAP_NET_ADMIN"),
+            (route(Family::V4), libc::ENETDOWN, "ip link set lo up"),
+            (route(Family::V6), libc::ENETUNREACH, "ip link set lo up"),
+            (route(Family::V4), libc::EINVAL, "ip link set lo up"),
+            (route(Family::V6), libc::EACCES, "disable_ipv6=0"),
+            (route(Family::V6), libc::ENODEV, "disable_ipv6=0"),
+            (route(Family::V4), libc::EEXIST, "choose another `table`"),
+            (rule, libc::EEXIST, "choose another `priority`"),
+        ] {
+            let error = rejected(&entry, &Failure { seq: 1, errno, text: None, offset: None });
+            let sentence = error.to_string();
+            assert_eq!(error.errno(), errno);
+            assert!(sentence.starts_with("ip ") && sentence.contains("; ") && sentence.contains(words), "{sentence}");
+        }
+        for (entry, errno) in [(rule, libc::ENETDOWN), (rule, libc::EINVAL), (route(Family::V4), libc::EACCES)] {
+            let error = rejected(&entry, &Failure { seq: 1, errno, text: None, offset: None });
+            assert!(error.to_string().ends_with(&sys::Errno(errno).to_string()), "{error}");
+        }
+    }
+
     #[test]
     fn routing_rule_added_is_recognized_in_dump() {
         let routing = Routing {

@@ -222,6 +222,7 @@ mod tests {
         ]
         .concat();
         assert_eq!(Control::parse(&data), Control { orig_dst: to.into(), segment_len: 1200 });
+        assert_eq!(Control::parse(&data).orig_dst(), Some(to));
     }
 
     #[test]

@@ -290,3 +290,50 @@ fn send_only_socket(v6: bool, kind: Type, protocol: Option<Protocol>) -> Result<
     socket.attach_filter(&[nothing]).map_err(|e| Error::socket(SocketOp::Prepare, Endpoints::default(), e))?;
     Ok(socket)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(port: u16, since: u64) -> PoolEntry {
+        PoolEntry { key: Key::new(false, port), socket: None, df_cleared: false, since, used: since, turn: 0 }
+    }
+
+    #[test]
+    fn port_of_another_counts_as_taken_for_a_second() {
+        let entry = taken(53, 5000);
+        assert!(entry.serves(5000) && entry.serves(5999));
+        assert!(!entry.serves(6000) && !entry.serves(7000));
+    }
+
+    #[test]
+    fn sweep_forgets_what_was_unused_for_long_and_looks_four_times_in_that_time() {
+        let mut pool = SocketPool::new(8, 1000, false).unwrap();
+        pool.ports.push(taken(53, 0));
+        pool.sweep(999);
+        assert_eq!(pool.ports.len(), 1);
+        // It is looked at after a quarter of the time.
+        pool.sweep(1248);
+        assert_eq!(pool.ports.len(), 1);
+        pool.sweep(1249);
+        assert_eq!(pool.ports.len(), 0);
+        pool.ports.extend([taken(53, 2000), taken(54, 2001)]);
+        pool.sweep(3000);
+        assert_eq!(pool.ports.iter().map(|entry| entry.key.port()).collect::<Vec<_>>(), [54]);
+    }
+
+    #[test]
+    fn evict_forgets_what_was_unused_for_longest() {
+        let mut pool = SocketPool::new(8, 1000, false).unwrap();
+        assert!(!pool.evict());
+        pool.ports.extend([taken(53, 0), taken(54, 0), taken(55, 0)]);
+        for (entry, turn) in pool.ports.iter_mut().zip([7, 5, 6]) {
+            entry.turn = turn;
+        }
+        for left in [vec![53, 55], vec![53], vec![]] {
+            assert!(pool.evict());
+            assert_eq!(pool.ports.iter().map(|entry| entry.key.port()).collect::<Vec<_>>(), left);
+        }
+        assert_eq!(pool.counts.evictions, 3);
+    }
+}

@@ -478,6 +478,54 @@ mod tests {
 
     use proptest::prelude::*;
 
+    #[test]
+    fn reply_between_addresses_of_no_host_is_refused() {
+        let mut batch = Batch::new().unwrap();
+        batch.clear(SORTED);
+        let mut added = |from: &str, to: &str| {
+            let mut datagram = Datagram::new(&mut []);
+            datagram.set_orig_dst(from.parse().unwrap());
+            datagram.set_client(to.parse().unwrap());
+            batch.add(&datagram, 0).err().unwrap_or(0)
+        };
+        for (from, to, errno) in [
+            ("192.0.2.1:53", "198.51.100.1:1", 0),
+            ("192.0.2.1:0", "198.51.100.1:1", libc::EINVAL),
+            ("192.0.2.1:53", "198.51.100.1:0", libc::EINVAL),
+            ("0.0.0.0:53", "198.51.100.1:1", libc::EADDRNOTAVAIL),
+            ("224.0.0.1:53", "198.51.100.1:1", libc::EADDRNOTAVAIL),
+            ("192.0.2.1:53", "0.0.0.0:1", libc::EINVAL),
+            ("[2001:db8::1]:53", "[2001:db8::2]:1", 0),
+            ("[::]:53", "[2001:db8::2]:1", libc::EADDRNOTAVAIL),
+            ("[ff02::1]:53", "[2001:db8::2]:1", libc::EADDRNOTAVAIL),
+            ("[2001:db8::1]:53", "[::]:1", libc::EINVAL),
+            ("[::ffff:192.0.2.1]:53", "[::ffff:0.0.0.0]:1", libc::EINVAL),
+            ("[2001:db8::1]:53", "198.51.100.1:1", libc::EAFNOSUPPORT),
+        ] {
+            assert_eq!(added(from, to), errno, "{from} {to}");
+        }
+    }
+
+    #[test]
+    fn errors_of_segments_are_those_that_one_by_one_may_not_have() {
+        for errno in [libc::EINVAL, libc::EMSGSIZE, libc::EIO, libc::EOPNOTSUPP] {
+            assert!(refuses_segments(Errno(errno)));
+        }
+        for errno in [libc::EAGAIN, libc::EPERM, libc::ENETUNREACH, libc::ENOBUFS, libc::ECONNREFUSED] {
+            assert!(!refuses_segments(Errno(errno)));
+        }
+    }
+
+    #[test]
+    fn replier_options_are_set_by_their_methods() {
+        let options = ReplierOptions::new();
+        assert_eq!(options.max_sockets(7), ReplierOptions { max_sockets: 7, ..options });
+        let idle = Duration::from_millis(5);
+        assert_eq!(options.idle(idle), ReplierOptions { idle, ..options });
+        assert_eq!(options.nonblocking(true), ReplierOptions { nonblocking: true, ..options });
+        assert_eq!(options.raw(true), ReplierOptions { raw: true, ..options });
+    }
+
     proptest! {
         #[test]
         fn reply_batch_is_grouped_by_port_and_family_in_order(

@@ -126,7 +126,7 @@ same_calls() {
     traced "$1" hand > "$work/equivalent" && traced "$1" library > "$work/library" && test -s "$work/equivalent" &&
         diff "$work/equivalent" "$work/library"
 }
-for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data orig_dst4 orig_dst6 \
+for name in socket4-stream socket6-stream socket4-dgram socket6-dgram connect4 connect6 connect4-keep connect6-keep connect4-data connect6-data connect4-dgram connect6-dgram connect4-given-dgram connect6-given-dgram orig_dst4 orig_dst6 \
     connect4-same connect6-same connect4-given connect6-given connect4-given-same connect6-given-same \
     accept4 accept6 accept4-tproxy accept6-tproxy accept4-tproxy-null accept6-tproxy-null; do
     expect "system calls of equivalent C code: $name" same_calls "$name"

@@ -45,19 +45,27 @@ static int socket_by_hand(int domain, int type)
     return fd;
 }
 
+/* Discards datagrams that came before connect(2), when the socket received from any sender. Here there are none. */
+static void discard_datagrams(int fd)
+{
+    recv(fd, (void *)1, 0, MSG_DONTWAIT);
+}
+
 static int connect_by_hand(struct sockaddr *src, socklen_t src_len, struct sockaddr *dst, socklen_t dst_len, uint32_t flags)
 {
-    bool six = src->sa_family == AF_INET6;
-    int fd = socket(src->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    bool six = src->sa_family == AF_INET6, datagrams = (flags & TP_CONNECT_DGRAM) != 0;
+    int fd = socket(src->sa_family, (datagrams ? SOCK_DGRAM : SOCK_STREAM) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     setsockopt(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT, &on, sizeof on);
     if (flags & TP_CONNECT_DATA_FOLLOWS)
         setsockopt(fd, SOL_TCP, TCP_QUICKACK, &off, sizeof off);
     if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    else
+    else if (!datagrams)
         setsockopt(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
     bind(fd, src, src_len);
     connect(fd, dst, dst_len);
+    if (datagrams)
+        discard_datagrams(fd);
     return fd;
 }
 
@@ -81,10 +89,13 @@ static int connect_socket_by_hand(int fd, struct sockaddr *src, socklen_t src_le
     set_option(fd, six ? SOL_IPV6 : SOL_IP, six ? IPV6_TRANSPARENT : IP_TRANSPARENT);
     if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
         set_option(fd, SOL_SOCKET, SO_REUSEADDR);
-    else
+    else if (type == SOCK_STREAM)
         set_option(fd, SOL_IP, IP_BIND_ADDRESS_NO_PORT);
     bind(fd, src, src_len);
-    return connect(fd, dst, dst_len);
+    int rc = connect(fd, dst, dst_len);
+    if (type == SOCK_DGRAM)
+        discard_datagrams(fd);
+    return rc;
 }
 
 static int accept_by_hand(int listener, struct sockaddr *client, socklen_t *client_len, struct sockaddr *addr, socklen_t *len, uint32_t flags)
@@ -189,13 +200,16 @@ int main(int argc, char **argv)
         getsockname(listener, sa(&to), &to_len);
         uint32_t flags = strstr(name, "keep") != NULL ? TP_CONNECT_KEEP_PORT : strstr(name, "same") != NULL ? TP_CONNECT_SAME_PORT
                        : strstr(name, "data") != NULL ? TP_CONNECT_DATA_FOLLOWS : 0;
+        bool dgram = strstr(name, "dgram") != NULL;
         memcpy(&from, loopback, len);
         if (flags & (TP_CONNECT_KEEP_PORT | TP_CONNECT_SAME_PORT))
             ((struct sockaddr_in *)&from)->sin_port = htons(4321); /* the same offset in both families */
         bool asks = strncmp(name, "orig_dst", 8) == 0, accepts = strncmp(name, "accept", 6) == 0;
         bool given = strstr(name, "given") != NULL;
         if (given)
-            fd = socket(domain, SOCK_STREAM, 0);
+            fd = socket(domain, dgram ? SOCK_DGRAM : SOCK_STREAM, 0);
+        else if (dgram)
+            flags |= TP_CONNECT_DGRAM;
         if (!asks && !accepts)
             mark();
         if (given) {
@@ -208,6 +222,8 @@ int main(int argc, char **argv)
                          : connect_by_hand(sa(&from), len, sa(&to), to_len, flags);
         if (!asks && !accepts)
             mark();
+        if (dgram)
+            return fd < 0;
         struct sockaddr_storage found;
         socklen_t found_len = sizeof found;
         if (accepts) {

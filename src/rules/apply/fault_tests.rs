@@ -378,3 +378,128 @@ fn install_of_name_in_use_does_not_fall_back_to_iptables() {
     assert_eq!(rules.installed, Installed::Nft);
     rules.remove().unwrap();
 }
+
+/// A transport to the kernel that takes no more than so many bytes at once, as a socket does whose buffer cannot grow.
+struct Narrow {
+    socket: Socket,
+    most: usize,
+    /// The most that was sent at once.
+    sent: Arc<AtomicUsize>,
+}
+
+impl Transport for Narrow {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
+        if bytes.len() > self.most {
+            return Err(sys::Errno(libc::EMSGSIZE));
+        }
+        self.sent.fetch_max(bytes.len(), Ordering::Relaxed);
+        Transport::send(&mut self.socket, bytes)
+    }
+
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+        Transport::receive(&mut self.socket, buffer)
+    }
+}
+
+#[test]
+fn install_and_replace_through_a_narrow_socket_put_in_as_much() {
+    enter_own_network();
+    let before = state();
+    let networks = |first: u8| {
+        let network = move |n: u16| {
+            let [high, low] = n.to_be_bytes();
+            Prefix::new(std::net::Ipv4Addr::new(first, high, low, 0).into(), 25).unwrap()
+        };
+        (0..2000).map(network).collect::<Vec<_>>()
+    };
+    let config = full().dst(networks(20)).src(networks(30)).bypass(networks(40));
+    let install = |most: usize| {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let nft = Narrow { socket: Channel::socket(libc::NETLINK_NETFILTER).unwrap(), most, sent: sent.clone() };
+        let route = Channel::open(libc::NETLINK_ROUTE).unwrap();
+        let installed = Instance::install_by_nft(plan::make(&config).unwrap(), Channel::over(Box::new(nft)), route);
+        (installed, sent.load(Ordering::Relaxed))
+    };
+    let (undisturbed, whole) = install(usize::MAX);
+    let installed = sorted_state();
+    undisturbed.unwrap().remove().unwrap();
+    // One message has 900 networks of some 20 bytes.
+    const ONE_MESSAGE: usize = 25_000;
+    assert!(whole > 4 * ONE_MESSAGE, "{whole}");
+    for most in [whole, whole - 1, whole / 2, whole / 4, ONE_MESSAGE] {
+        let mut rules = install(most).0.unwrap_or_else(|error| panic!("{most}: {error}"));
+        assert!(sorted_state() == installed, "{most}");
+        rules.replace(&full()).unwrap();
+        rules.replace(&config).unwrap();
+        rules.remove().unwrap();
+        assert_eq!(state(), before);
+    }
+    // A message that does not fit by itself.
+    for most in [10_000, 5000] {
+        let error = install(most).0.err().unwrap();
+        assert_eq!(error.errno(), libc::EMSGSIZE, "{error}");
+        assert_eq!(state(), before);
+    }
+}
+
+#[test]
+fn install_beside_another_instance_overlaps_neither_its_priorities_nor_its_table() {
+    enter_own_network();
+    let first = Instance::install(&config()).unwrap();
+    let slot = |rules: &Instance| (rules.routing.priority, rules.routing.table);
+    assert_eq!(slot(&first), (200, 7470));
+    let other = || config().name("other");
+    for priority in [197, 199, 200, 201, 203] {
+        let error = Instance::install(&other().priority(priority).table(7500)).err().unwrap();
+        assert_eq!(error.errno(), libc::EBUSY, "{priority}: {error}");
+    }
+    for priority in [196, 204] {
+        let rules = Instance::install(&other().priority(priority).table(7500)).unwrap();
+        assert_eq!(slot(&rules), (priority, 7500));
+        rules.remove().unwrap();
+    }
+    assert_eq!(Instance::install(&other().priority(1000).table(7470)).err().unwrap().errno(), libc::EBUSY);
+    // What is not asked for is chosen.
+    for (config, expected) in
+        [(other(), (204, 7471)), (other().priority(1000), (1000, 7471)), (other().table(7500), (204, 7500))]
+    {
+        let rules = Instance::install(&config).unwrap();
+        assert_eq!(slot(&rules), expected);
+        rules.remove().unwrap();
+    }
+    first.remove().unwrap();
+}
+
+/// The kernel releases what a closed socket owned some time later.
+fn not_busy<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
+    crate::test_time::wait_for("the former owner is gone", || match attempt() {
+        Err(error) if error.errno() == libc::EBUSY => None,
+        done => Some(done),
+    })
+}
+
+#[test]
+fn install_of_persistent_rules_keeps_their_slot() {
+    enter_own_network();
+    let persistent = || config().persist(true);
+    drop(Instance::install(&persistent().priority(1000)).unwrap());
+    for config in [persistent().priority(1004), persistent().table(7500), persistent().priority(1000).table(7500)] {
+        let error = not_busy(|| Instance::install(&config)).err().unwrap();
+        assert_eq!(error.errno(), libc::EINVAL, "{error}");
+        assert!(error.to_string().contains("priority 1000 and table 7470"), "{error}");
+    }
+    let error = not_busy(|| Instance::install(&config())).err().unwrap();
+    assert_eq!(error.errno(), libc::EEXIST, "{error}");
+    assert!(error.to_string().contains("TP_RULES_PERSIST"), "{error}");
+    for config in [persistent(), persistent().priority(1000), persistent().priority(1000).table(7470)] {
+        drop(not_busy(|| Instance::install(&config)).unwrap());
+    }
+    not_busy(|| Instance::install(&persistent())).unwrap().remove().unwrap();
+    // A table without an owner that does not persist is no instance's.
+    run("nft add table inet libtproxy-tproxy { comment \"libtproxy: priority 200 table 7470\"; }");
+    for config in [config(), persistent()] {
+        let error = Instance::install(&config).err().unwrap();
+        assert_eq!(error.errno(), libc::EEXIST, "{error}");
+        assert!(error.to_string().contains("nft delete table inet"), "{error}");
+    }
+}

@@ -3,9 +3,10 @@
 //! reviewed as text.
 
 use std::fmt::Write;
+use std::process::Command;
 
 use super::*;
-use crate::rules::{Families, Listener, MacAddr, Mark, Mode, Prefix, Protocol, Protocols};
+use crate::rules::{Backend, Families, Listener, MacAddr, Mark, Mode, Prefix, Protocol, Protocols, Rules};
 use Protocol::{Tcp, Udp};
 
 fn listener(protocol: Protocol, addr: &str) -> Listener {
@@ -96,6 +97,7 @@ fn configurations() -> Vec<(&'static str, Config)> {
         ("a pattern of interfaces, every port", every_port(&HTTP).interfaces(["ppp*"])),
         ("own traffic", config(&BOTH).local_output(true)),
         ("own traffic, no interface", config(&HTTP).local_output(true).interfaces([""; 0])),
+        ("own traffic, a mark of all bits", http().local_output(true).mark(7)),
         ("own traffic, every port", every_port(&BOTH).local_output(true)),
         ("own UDP traffic, every port", every_port(&DNS).local_output(true)),
         ("own traffic, every port, bypass", every_port(&HTTP).local_output(true).bypass(bypass())),
@@ -108,6 +110,7 @@ fn configurations() -> Vec<(&'static str, Config)> {
         ("new connections, not tracked", every_port(&HTTP).new_only(true).notrack(true)),
         ("new connections, redirected", redirect(&HTTP).new_only(true)),
         ("servers of this host", config(&BOTH).local_servers(true)),
+        ("servers of this host, a mark of all bits", http().local_servers(true).mark(7)),
         ("servers of this host, every port, not tracked", every_port(&HTTP).local_servers(true).notrack(true)),
         ("servers of this host, own traffic", every_port(&BOTH).local_servers(true).local_output(true)),
         ("servers of this host, redirected", redirect(&HTTP).local_servers(true)),
@@ -173,4 +176,54 @@ fn scripts_of_configurations_are_as_recorded() {
         }
     }
     assert!(made == recorded, "a rule is new or gone; `UPDATE_GOLDEN=1 cargo test --lib scripts` records what is made");
+}
+
+/// Does something in a thread with a network namespace of its own.
+fn in_own_network<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    #[allow(unsafe_code)]
+    let enter = || {
+        // SAFETY: a plain system call, which changes this new thread alone.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", std::io::Error::last_os_error());
+        shell("ip link set lo up");
+        body()
+    };
+    std::thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn shell(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What nf_tables has, as bytecode and as text, without the owner and the handles.
+fn held() -> Vec<String> {
+    let listing = shell("nft --debug=netlink list ruleset");
+    let (bytecode, text) = listing.split_once("\ntable ").unwrap();
+    let expressions = bytecode.lines().filter(|line| line.starts_with("  ["));
+    let text = text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.contains("flags owner") && !line.contains("comment \"libtproxy:"));
+    let text = text.map(|line| line.split(" # ").next().unwrap_or(line));
+    expressions.chain(text).map(str::to_owned).collect()
+}
+
+/// The bytes of each statement do what its text says.
+#[test]
+fn scripts_make_the_kernel_hold_what_install_makes_it_hold() {
+    for (what, config) in configurations() {
+        let Ok(script) = render_nft(&config) else { continue };
+        let ours = in_own_network(|| {
+            let _rules = Rules::install(&config.backend(Backend::Nft)).unwrap();
+            held()
+        });
+        let theirs = in_own_network(|| {
+            shell(&script);
+            held()
+        });
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            assert_eq!(ours, theirs, "{what}");
+        }
+        assert_eq!(ours.len(), theirs.len(), "{what}");
+    }
 }
