@@ -213,6 +213,10 @@ fn held() -> Vec<String> {
 fn scripts_make_the_kernel_hold_what_install_makes_it_hold() {
     for (what, config) in configurations() {
         let Ok(script) = render_nft(&config) else { continue };
+        // This host need not have them (tests/selection.rs makes some).
+        if script.contains("cgroupv2") {
+            continue;
+        }
         let ours = in_own_network(|| {
             let _rules = Rules::install(&config.backend(Backend::Nft)).unwrap();
             held()
