@@ -46,7 +46,7 @@ def raw_function(name: str) -> Any:
 def test_header_patterns_find_known_names() -> None:
     """The patterns above find names that the header has."""
     assert {"TP_NONBLOCK", "TP_FORMAT_IPTABLES"} <= set(CONSTANTS)
-    assert fields(dict(STRUCTS)["tp_port_range"]) == ["first", "last"]
+    assert fields(dict(STRUCTS)["tp_port_range"]) == ["first", "last", "protocols"]
     assert fields(dict(STRUCTS)["tp_prefix"]) == ["family", "len", "reserved", "addr"]
     exported = (HEADER.parents[1] / "tests/c/symbols.txt").read_text().split()
     assert sorted(name for _, name, _ in FUNCTIONS) == exported
@@ -99,6 +99,8 @@ MEMBERS: dict[str, Any] = {
     "const struct sockaddr *": ctypes.POINTER(c.sockaddr_storage),
     "const struct tp_port_range *": ctypes.POINTER(c.tp_port_range),
     "const struct tp_prefix *": ctypes.POINTER(c.tp_prefix),
+    "const struct tp_id_range *": ctypes.POINTER(c.tp_id_range),
+    "const struct tp_mac *": ctypes.POINTER(c.tp_mac),
     "struct sockaddr_storage": c.sockaddr_storage,
 }
 

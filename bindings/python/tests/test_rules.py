@@ -7,6 +7,7 @@ import gc
 import ipaddress
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -85,6 +86,51 @@ def test_install_rules_selects_ports_destinations_and_sources(lab: Lab, hosts: H
         assert stats.intercepted_packets > 0
         assert stats.intercepted_bytes >= 20 * stats.intercepted_packets
         assert stats.dropped_packets == stats.direct_packets == 0
+
+
+def test_install_rules_exempts_and_refuses(lab: Lab, hosts: Hosts) -> None:
+    """Ports of one protocol, what is exempt, and what is refused."""
+    host, client = hosts.server, hosts.client
+    link = lab.client.run(lambda: subprocess.run(["ip", "-o", "link", "show", "eth0"], capture_output=True, text=True))
+    mac = link.stdout.split("link/ether ")[1].split()[0]
+    other = bytes([2, 0, 0, 0, 0, 9])
+    for chosen, expected in (
+        ({"ports": [(Protocol.TCP, 80), (Protocol.UDP, (81, 89))]}, {80: "proxy", 81: "server"}),
+        ({"bypass_ports": [80, (Protocol.UDP, 81)]}, {80: "server", 81: "proxy"}),
+        ({"bypass_src": [client]}, {80: "server"}),
+        ({"bypass_interfaces": ["eth*"]}, {80: "server"}),
+        ({"macs": [mac, other]}, {80: "proxy"}),
+        ({"macs": [other]}, {80: "server"}),
+        ({"bypass_macs": [mac]}, {80: "server"}),
+    ):
+        with proxy(lab, **chosen):
+            assert {port: answer(lab, host, port) for port in expected} == expected
+    with proxy(lab, reject_ports=[80]), pytest.raises(ConnectionRefusedError):
+        lab.client.run(lambda: socket.create_connection((host, 80), PATIENCE))
+
+
+def test_install_rules_selects_owners_of_this_host(lab: Lab, hosts: Hosts) -> None:
+    """Users, groups and marks of the traffic that this host sends."""
+
+    def own() -> str:
+        listener = lab.server.run(lambda: socket.create_server((hosts.server, 80), family=family_of(hosts.server)))
+        with listener:
+            listener.settimeout(1)
+            with lab.proxy.run(lambda: socket.create_connection((hosts.server, 80), PATIENCE)):
+                try:
+                    listener.accept()[0].close()
+                    return "server"
+                except socket.timeout:
+                    return "proxy"
+
+    for chosen, expected in (
+        ({"uids": [0, (5, 9)]}, "proxy"),
+        ({"uids": [range(1, 5)]}, "server"),
+        ({"bypass_gids": [0]}, "server"),
+        ({"gids": [], "uids": [0]}, "server"),
+    ):
+        with proxy(lab, flags=RulesFlag.LOCAL_OUTPUT, **chosen):
+            assert own() == expected
 
 
 def test_update_rules_adds_and_removes_prefixes(lab: Lab, hosts: Hosts) -> None:
@@ -272,6 +318,16 @@ def test_install_rules_persist_stay_until_purged(net: Net) -> None:
         ({"dst": "10.0.0.0/8"}, TypeError),
         ({"dst": ["example.org"]}, ValueError),
         ({"interfaces": "eth0"}, TypeError),
+        ({"macs": ["02:00:00:00:00"]}, ValueError),
+        ({"macs": ["0200.0000.0001"]}, ValueError),
+        ({"macs": "02:00:00:00:00:01"}, TypeError),
+        ({"bypass_macs": [b"12345"]}, ValueError),
+        ({"uids": [-1]}, ValueError),
+        ({"gids": [(2, 1)]}, ValueError),
+        ({"bypass_uids": [0xFFFFFFFF]}, ValueError),
+        ({"reject_ports": [(Protocol.UDP, 0)]}, ValueError),
+        ({"cgroups": "user.slice"}, TypeError),
+        ({"bypass_mark": 1 << 32}, ValueError),
         ({"interfaces": ["eth\0"]}, ValueError),
         ({"name": "a\0b"}, ValueError),
         ({"mark": 1 << 32}, ValueError),

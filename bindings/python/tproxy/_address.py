@@ -163,7 +163,7 @@ def ports(wanted: Iterable[ProtocolPorts]) -> ctypes.Array[c.tp_port_range]:
     for item in wanted:
         protocols = 0
         if isinstance(item, tuple) and isinstance(item[0], Protocol):
-            protocols, item = int(item[0]), cast("PortRange", item[1])
+            protocols, item = int(item[0]), item[1]
         first, last = _ends(cast("PortRange", item))
         # The C struct has 16 bits: a larger number would become another port.
         if not 1 <= first <= last <= 0xFFFF:
