@@ -20,6 +20,15 @@
 //! address that replies to another host's address: the kernel looks for a route before any rule of netfilter can set a
 //! mark, and refuses to send from such an address by another interface (`__mkroute_output`).
 //!
+//! While IPv6 is disabled on `lo`, the kernel refuses the route, and the table has another one:
+//!
+//! ```text
+//! ip -6 route add blackhole default table T metric 2147483647
+//! ```
+//!
+//! A packet that another host sent and `tproxy` assigned is never forwarded (`ip6_forward` drops what has a socket). The
+//! blackhole drops those that this host sends.
+//!
 //! Unlike nf_tables, rtnetlink has no transactions: each message stands for
 //! itself.
 
@@ -53,7 +62,10 @@ pub(crate) fn is_system_table(table: u32) -> bool {
 /// What the kernel shall have for one instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Routing {
+    /// Families with a local route.
     pub families: Families,
+    /// Families whose local route cannot be made yet: their marked packets are dropped.
+    pub blocked: Families,
     pub mark: Mark,
     /// The mark of packets that this host sends and that return by `lo`, if there are such.
     pub output_mark: Option<Mark>,
@@ -72,9 +84,45 @@ pub(crate) struct FoundRule {
     pub ours: bool,
     kind: RuleKind,
     mark: Mark,
+    selectors: Selectors,
+}
+
+/// What a rule selects packets by, besides the mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Selectors {
+    /// FIB_RULE_INVERT: the rule takes the packets that the selectors do not match.
+    inverted: bool,
+    /// Whether it selects packets of an interface, and whether that is `lo`.
+    incoming: Option<bool>,
+    /// An interface that packets leave by. None has been chosen for a packet that arrives.
+    outgoing: bool,
+    /// Anything else, which may match.
+    others: bool,
 }
 
 impl FoundRule {
+    /// Whether a rule of another program could decide where packets with one of these marks go. `looped`: the mark of
+    /// packets that arrive by `lo`.
+    pub fn may_take(&self, arriving: Mark, looped: Option<Mark>) -> bool {
+        /// RT_TABLE_LOCAL has routes to this host's own addresses only.
+        const LOCAL: u32 = 255;
+        if self.ours || matches!(self.kind, RuleKind::Nop | RuleKind::Lookup(LOCAL)) {
+            return false;
+        }
+        let Selectors { inverted, incoming, outgoing, others } = self.selectors;
+        let takes = |mark: Mark, by_lo: bool| {
+            let common = self.mark.mask & mark.mask;
+            let contradicts = self.mark.value & common != mark.value & common;
+            let matches_mark = self.mark.mask & !mark.mask == 0 && !contradicts;
+            match inverted {
+                false => !contradicts && !outgoing && incoming.is_none_or(|lo| lo == by_lo),
+                // Each packet, except those that every selector matches.
+                true => outgoing || others || !matches_mark || incoming.is_some_and(|lo| !lo || !by_lo),
+            }
+        };
+        takes(arriving, false) || looped.is_some_and(|mark| takes(mark, true))
+    }
+
     /// It has one of the preferences of the instance that begins there.
     pub fn is_behind(&self, first: u32) -> bool {
         self.priority.checked_sub(first).is_some_and(|number| number < RULES)
@@ -94,6 +142,11 @@ impl FoundRule {
 }
 
 impl Routing {
+    /// The families that it has rules for.
+    pub fn ruled(&self) -> Families {
+        Families { v4: self.families.v4 || self.blocked.v4, v6: self.families.v6 || self.blocked.v6 }
+    }
+
     /// The rule is one that this routing wants.
     pub fn has(&self, rule: &FoundRule) -> bool {
         entries(self).iter().any(|entry| entry.is(rule))
@@ -114,8 +167,21 @@ pub(crate) enum RuleKind {
 /// One thing to add or to delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
-    Rule { family: Family, priority: u32, kind: RuleKind, mark: Mark },
-    Route { family: Family, table: u32 },
+    Rule {
+        family: Family,
+        priority: u32,
+        kind: RuleKind,
+        mark: Mark,
+    },
+    Route {
+        family: Family,
+        table: u32,
+    },
+    /// In place of the route.
+    Blackhole {
+        family: Family,
+        table: u32,
+    },
 }
 
 /// The rules of both families, as far as the kernel has both; those of `needed` it must have.
@@ -152,29 +218,35 @@ fn is_absent(error: sys::Errno) -> bool {
     matches!(error.0, libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
 }
 
-/// Whether any interface has an IPv6 address: `::1` at least, unless IPv6 is not built in or switched off.
-pub(crate) fn has_ipv6(channel: &mut Channel) -> Result<bool> {
-    /// `struct ifaddrmsg` of any address of the family.
-    const ANY: [u8; 8] = [libc::AF_INET6 as u8, 0, 0, 0, 0, 0, 0, 0];
-    // Without IPv6 in the kernel the dump is of every other family (`rtnl_dump_all`).
-    let is_v6 = |address: &Vec<u8>| address.first() == Some(&ANY[0]);
-    let addresses = channel.dump(libc::RTM_GETADDR, &ANY, &|_| {});
-    addresses.map(|addresses| addresses.iter().any(is_v6)).map_err(|e| Error::io(format_args!("ip -6 addr show"), e))
+/// Whether the kernel has IPv6, used or not.
+pub(crate) fn kernel_has_ipv6(channel: &mut Channel) -> Result<bool> {
+    match channel.dump(libc::RTM_GETRULE, &rule_header(Family::V6, 0, 0), &|_| {}) {
+        Ok(_) => Ok(true),
+        Err(sys::Errno(libc::EAFNOSUPPORT)) => Ok(false),
+        Err(e) => Err(Error::io(format_args!("ip -6 rule show"), e)),
+    }
 }
 
-/// The local route needs `lo`: what is routed to it is dropped while it is down.
-pub(crate) fn require_loopback(channel: &mut Channel) -> Result<()> {
-    /// `struct ifinfomsg`: family, type, index, flags, change.
+/// Whether `lo` serves IPv6. The local route needs it: what is routed to `lo` is dropped while it is down.
+pub(crate) fn loopback_has_ipv6(channel: &mut Channel) -> Result<bool> {
+    /// IFLA_AF_SPEC, AF_INET6, IFLA_INET6_CONF, DEVCONF_DISABLE_IPV6; `struct ifinfomsg`: family, type, index, flags, change.
+    const BY_FAMILY: u16 = 26;
+    const CONF: u16 = 2;
+    const DISABLED: usize = 26;
     const FLAGS_AT: usize = 8;
     let mut query = [0; 16];
     query[4..FLAGS_AT].copy_from_slice(&LOOPBACK.to_ne_bytes());
     let failed = |e: sys::Errno| Error::io(format_args!("ip link show lo"), e);
-    let link = channel.get(libc::RTM_GETLINK, &query).map_err(failed)?;
-    let flags = link.and_then(|link| wire::u32_at(&link, FLAGS_AT)).unwrap_or(0);
+    let link = channel.get(libc::RTM_GETLINK, &query).map_err(failed)?.unwrap_or_default();
+    let flags = wire::u32_at(&link, FLAGS_AT).unwrap_or(0);
     if flags & libc::IFF_UP as u32 == 0 {
         return Err(Error::new(libc::ENETDOWN, "the loopback device must be up: `ip link set lo up`"));
     }
-    Ok(())
+    let disabled = || {
+        let families = wire::attribute(link.get(query.len()..)?, BY_FAMILY)?;
+        wire::u32_at(wire::attribute(wire::attribute(families, libc::AF_INET6 as u16)?, CONF)?, 4 * DISABLED)
+    };
+    Ok(disabled() == Some(0))
 }
 
 /// Adds the routes and rules. On failure, what was added is deleted again.
@@ -194,27 +266,35 @@ pub(crate) fn add(channel: &mut Channel, routing: &Routing) -> Result<()> {
 
 /// Adds what of a routing is not there yet, neither among the rules found nor as a route of ours. Gives what was added.
 pub(crate) fn add_missing(channel: &mut Channel, routing: &Routing, found: &[FoundRule]) -> Result<Vec<Entry>> {
+    let missing = missing(channel, routing, found)?;
+    add_entries(channel, &missing)
+}
+
+/// What of a routing is not there, neither among the rules found nor as a route of ours.
+pub(crate) fn missing(channel: &mut Channel, routing: &Routing, found: &[FoundRule]) -> Result<Vec<Entry>> {
     let mut missing = Vec::new();
     for entry in entries(routing) {
         let there = match entry {
             Entry::Rule { .. } => found.iter().any(|rule| entry.is(rule)),
-            Entry::Route { family, table } => has_route(channel, family, table)?,
+            Entry::Route { family, table } => has_route(channel, family, table, libc::RTN_LOCAL)?,
+            Entry::Blackhole { family, table } => has_route(channel, family, table, libc::RTN_BLACKHOLE)?,
         };
         if !there {
             missing.push(entry);
         }
     }
-    add_entries(channel, &missing)
+    Ok(missing)
 }
 
-/// Whether a table has the local default route, and it is ours.
-fn has_route(channel: &mut Channel, family: Family, table: u32) -> Result<bool> {
+/// Whether a table has a default route of this type, and it is ours.
+fn has_route(channel: &mut Channel, family: Family, table: u32, wanted: u8) -> Result<bool> {
     let mut any = [0; 12];
     any[0] = family.nfproto();
     let ours = |route: &Vec<u8>| {
         let number = |kind| wire::u32_of(route.get(any.len()..)?, kind);
         // `struct rtmsg`: the destination's length, the protocol, the type.
-        matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, libc::RTN_LOCAL, ..]) && number(ROUTE_TABLE) == Some(table)
+        matches!(route[..], [_, 0, _, _, _, PROTOCOL, _, kind, ..] if kind == wanted)
+            && number(ROUTE_TABLE) == Some(table)
     };
     match channel.dump(libc::RTM_GETROUTE, &any, &|a| a.u32(ROUTE_TABLE, table)) {
         Ok(routes) => Ok(routes.iter().any(ours)),
@@ -249,7 +329,7 @@ pub(crate) fn delete(channel: &mut Channel, routing: &Routing) -> Result<()> {
 pub(crate) fn delete_found(channel: &mut Channel, rules: &[FoundRule], in_use: &[u32]) -> Result<()> {
     let tables = rules.iter().filter_map(FoundRule::table).filter(|table| !in_use.contains(table));
     let tables = tables.filter(|table| !is_system_table(*table));
-    let routes = tables.flat_map(|table| Families::ALL.iter().map(move |family| Entry::Route { family, table }));
+    let routes = tables.flat_map(routes_of);
     delete_entries(channel, &routes.chain(rules.iter().map(FoundRule::entry)).collect::<Vec<_>>())
 }
 
@@ -258,11 +338,41 @@ pub(crate) fn delete_rules(channel: &mut Channel, rules: &[FoundRule]) -> Result
     delete_entries(channel, &rules.iter().map(FoundRule::entry).collect::<Vec<_>>())
 }
 
-/// Deletes the routes of families that the routing does not serve.
+/// The routes that an instance may have in its table.
+fn routes_of(table: u32) -> [Entry; 3] {
+    [
+        Entry::Blackhole { family: Family::V6, table },
+        Entry::Route { family: Family::V4, table },
+        Entry::Route { family: Family::V6, table },
+    ]
+}
+
+/// Deletes the routes of the table that the routing does not want.
 pub(crate) fn delete_routes_without(channel: &mut Channel, routing: &Routing) -> Result<()> {
-    let unserved = Families::ALL.iter().filter(|family| !routing.families.contains(*family));
-    let routes: Vec<Entry> = unserved.map(|family| Entry::Route { family, table: routing.table }).collect::<Vec<_>>();
-    delete_entries(channel, &routes)
+    let wanted = entries(routing);
+    let mut surplus = routes_of(routing.table).to_vec();
+    surplus.retain(|route| !wanted.contains(route));
+    delete_entries(channel, &surplus)
+}
+
+/// Deletes the routes of a table that an instance has left.
+pub(crate) fn delete_routes(channel: &mut Channel, table: u32) -> Result<()> {
+    delete_entries(channel, &routes_of(table))
+}
+
+/// Adds a rule that selects nothing in each family, to be deleted once other rules of netfilter are in force: that changes
+/// the generation of the routes, and so ends the flows that flow tables have offloaded (`nf_flow_dst_check`).
+pub(crate) fn add_idle(channel: &mut Channel, families: Families, priority: u32) -> Result<Vec<Entry>> {
+    let mark = Mark { value: 0, mask: 0 };
+    let rule = |family| Entry::Rule { family, priority: priority.saturating_add(RULES - 2), kind: RuleKind::Nop, mark };
+    let rules: Vec<Entry> = families.iter().map(rule).collect();
+    // One that was left there does as well.
+    let fine = |_: &Entry, failure: &Failure| failure.errno == libc::EEXIST || is_absent(sys::Errno(failure.errno));
+    match send(channel, &rules, Operation::Add, fine).map(|outcome| outcome.first_failure) {
+        Ok(None) => Ok(rules),
+        Ok(Some((entry, failure))) => Err(rejected(&entry, &failure).after(delete_entries(channel, &rules))),
+        Err(error) => Err(error.after(delete_entries(channel, &rules))),
+    }
 }
 
 /// Deletes entries, the last first; those that are gone already are no error.
@@ -288,7 +398,7 @@ pub(crate) fn commands(routing: &Routing) -> impl Iterator<Item = String> {
 /// In the order in which they are added: a look-up without its route, or a jump without its target, would lead
 /// marked packets past.
 fn entries(routing: &Routing) -> Vec<Entry> {
-    let Routing { families, mark, output_mark, from_loopback, table, priority } = *routing;
+    let Routing { families, blocked, mark, output_mark, from_loopback, table, priority } = *routing;
     let [first, second, third, after] = [0, 1, 2, RULES - 1].map(|number| priority.saturating_add(number));
     let none = Mark { value: 0, mask: 0 };
     // Of both families, a route and five rules each.
@@ -296,7 +406,10 @@ fn entries(routing: &Routing) -> Vec<Entry> {
     for family in families.iter() {
         entries.push(Entry::Route { family, table });
     }
-    for family in families.iter() {
+    for family in blocked.iter() {
+        entries.push(Entry::Blackhole { family, table });
+    }
+    for family in routing.ruled().iter() {
         let mut rule = |priority, kind, mark| entries.push(Entry::Rule { family, priority, kind, mark });
         rule(after, RuleKind::Nop, none);
         rule(first, RuleKind::Goto(after), mark);
@@ -391,12 +504,13 @@ fn loopback(family: Family) -> (IpAddr, u8) {
     }
 }
 
-/// `struct rtmsg`, of the local default route.
-fn route_header(family: Family) -> [u8; 12] {
-    let [f0, f1, f2, f3] = 0u32.to_ne_bytes();
-    [family.nfproto(), 0, 0, 0, 0, PROTOCOL, libc::RT_SCOPE_HOST, libc::RTN_LOCAL, f0, f1, f2, f3]
+/// `struct rtmsg`, of a default route.
+fn route_header(family: Family, scope: u8, kind: u8) -> [u8; 12] {
+    [family.nfproto(), 0, 0, 0, 0, PROTOCOL, scope, kind, 0, 0, 0, 0]
 }
 
+/// FIB_RULE_INVERT.
+const INVERT: u32 = 2;
 // FR_ACT_* and FRA_* of `linux/fib_rules.h`, RTA_* of `linux/rtnetlink.h`.
 const ACT_TO_TABLE: u8 = 1;
 const ACT_GOTO: u8 = 2;
@@ -415,6 +529,12 @@ const RULE_PROTOCOL: u16 = 21;
 /// from FRA_SPORT_RANGE on (later ones are selectors too).
 const OTHER_SELECTORS: [u16; 16] = [1, 11, 12, 13, 17, 19, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30];
 const ROUTE_OIF: u16 = 4;
+const ROUTE_METRIC: u16 = 6;
+/// IP6_RT_PRIO_USER: the metric of a route of IPv6 that was given none. Without it, a request to delete such a route would
+/// take any.
+const METRIC: u32 = 1024;
+/// Every other route comes first.
+const METRIC_LAST: u32 = i32::MAX as u32;
 const ROUTE_TABLE: u16 = 15;
 
 impl Entry {
@@ -446,9 +566,20 @@ impl Entry {
                 });
             }
             Entry::Route { family, table } => {
-                messages.message(libc::RTM_NEWROUTE + op, flags, seq, &route_header(family), |a| {
+                let header = route_header(family, libc::RT_SCOPE_HOST, libc::RTN_LOCAL);
+                messages.message(libc::RTM_NEWROUTE + op, flags, seq, &header, |a| {
                     a.u32(ROUTE_TABLE, table);
                     a.u32(ROUTE_OIF, LOOPBACK);
+                    if operation == Operation::Delete && family == Family::V6 {
+                        a.u32(ROUTE_METRIC, METRIC);
+                    }
+                });
+            }
+            Entry::Blackhole { family, table } => {
+                let header = route_header(family, libc::RT_SCOPE_UNIVERSE, libc::RTN_BLACKHOLE);
+                messages.message(libc::RTM_NEWROUTE + op, flags, seq, &header, |a| {
+                    a.u32(ROUTE_TABLE, table);
+                    a.u32(ROUTE_METRIC, METRIC_LAST);
                 });
             }
         }
@@ -477,6 +608,10 @@ impl Entry {
             Entry::Route { family, table } => {
                 format!("{} route {verb} local default dev lo table {table} protocol {PROTOCOL}", flag(family))
             }
+            Entry::Blackhole { family, table } => format!(
+                "{} route {verb} blackhole default table {table} metric {METRIC_LAST} protocol {PROTOCOL}",
+                flag(family)
+            ),
         }
     }
 }
@@ -545,15 +680,31 @@ fn parse_rule(payload: &[u8]) -> Option<FoundRule> {
             Some(value) => Mark { value, mask: number(RULE_MARK_MASK).unwrap_or(u32::MAX) },
             None => Mark { value: 0, mask: 0 },
         },
+        selectors: selectors(payload, attrs),
     };
     Some(FoundRule { ours: is_ours(&found, payload, attrs), ..found })
+}
+
+fn selectors(payload: &[u8], attrs: &[u8]) -> Selectors {
+    /// FRA_OIFNAME; FRA_SUPPRESS_IFGROUP (13) selects routes, not packets.
+    const OIF: u16 = 17;
+    const ROUTES: u16 = 13;
+    let has = |kind: u16| wire::attributes(attrs).any(|(other, _)| other == kind);
+    let other = |kind: &u16| ![OIF, ROUTES].contains(kind) && has(*kind);
+    Selectors {
+        inverted: wire::u32_at(payload, 8).is_some_and(|flags| flags & INVERT != 0),
+        incoming: wire::string_of(attrs, RULE_IIF).map(|name| name == "lo"),
+        outgoing: has(OIF),
+        // struct fib_rule_hdr: the lengths of destination and source, and the type of service.
+        others: payload.get(1..4).is_some_and(|selectors| selectors != [0; 3])
+            || OTHER_SELECTORS.iter().any(other)
+            || has(RULE_SRC),
+    }
 }
 
 /// Whether a rule is one that we make: it has our protocol, selects by what ours do and nothing else, and leads where
 /// ours may. Another program may have chosen the same protocol.
 fn is_ours(rule: &FoundRule, payload: &[u8], attrs: &[u8]) -> bool {
-    /// FIB_RULE_INVERT.
-    const INVERT: u32 = 2;
     let number = |kind| wire::u32_of(attrs, kind);
     // struct fib_rule_hdr: the lengths of destination and source, the type of service, and the flags.
     let [_, 0, source_len, 0, ..] = *payload else { return false };
@@ -673,6 +824,7 @@ mod tests {
     fn routing_rule_added_is_recognized_in_dump() {
         let routing = Routing {
             families: Families::ALL,
+            blocked: Families::default(),
             mark: Mark::DEFAULT,
             output_mark: Mark::DEFAULT.second(),
             from_loopback: true,
@@ -695,6 +847,7 @@ mod tests {
         let families = Families { v4: true, v6: false };
         let routing = Routing {
             families,
+            blocked: Families::default(),
             mark: Mark::DEFAULT,
             output_mark: Mark::DEFAULT.second(),
             from_loopback: true,

@@ -137,20 +137,18 @@ impl Instance {
 
     fn install_by_nft(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         let ownership = Ownership::new()?;
-        // That there is no IPv6 shows when its route is refused; where there is no such route, look.
+        // That IPv6 cannot be served yet shows when its route is refused; where there is no such route, look.
         let shows_later = plan.mode != Mode::Redirect && plan.families.v6;
-        if !shows_later {
-            drop_ipv6_if_unavailable(&mut plan, &mut route)?;
-        }
+        let mut blocked = !shows_later && is_ipv6_blocked(&mut plan, &mut route)?;
         let mut excluded_tables = Vec::new();
         let (table, variant) = (table::name_of(&plan.name), Variant::default());
         let (routing, adopted) = loop {
             let claim = slot::claim(&plan, &mut nft, &mut route, &excluded_tables)?;
-            let routing = routing(&plan, claim.slot);
             if claim.adopted {
-                drop_ipv6_if_unavailable(&mut plan, &mut route)?;
-                break (routing, true);
+                blocked = is_ipv6_blocked(&mut plan, &mut route)?;
+                break (routing(&plan, claim.slot, blocked), true);
             }
+            let routing = routing(&plan, claim.slot, blocked);
             match install_at(&plan, &table, &routing, &mut nft, &mut route) {
                 Ok(()) => break (routing, false),
                 // Somebody's route is in a table that nobody asked for by number: take another.
@@ -158,9 +156,9 @@ impl Instance {
                     excluded_tables.push(routing.table);
                 }
                 Err(Refused { error, .. }) => {
-                    let before = plan.families;
-                    drop_ipv6_if_unavailable(&mut plan, &mut route)?;
-                    if plan.families == before {
+                    let before = (plan.families, blocked);
+                    blocked = is_ipv6_blocked(&mut plan, &mut route)?;
+                    if (plan.families, blocked) == before {
                         return Err(error);
                     }
                 }
@@ -169,7 +167,7 @@ impl Instance {
         let installed = Installed::Nft;
         let mut rules = Instance { nft, route, table, plan, variant, routing, installed, claimed: true, ownership };
         if adopted {
-            rules.take_over(rules.plan.clone())?;
+            rules.take_over(rules.plan.clone(), rules.routing)?;
         }
         Ok(rules)
     }
@@ -363,18 +361,20 @@ fn plan_here(config: &Config) -> Result<Plan> {
     Ok(plan)
 }
 
-/// Makes a plan one for this host: IPv4 alone where there is no IPv6 address, if nothing else was asked for.
+/// Whether the route of IPv6 cannot be made yet, since IPv6 is disabled on `lo`: until it can, what is selected is dropped.
+/// A plan that asks for no family becomes one for IPv4 if the kernel has no IPv6 at all.
 ///
 /// It needs `lo`. The route of IPv6 cannot be made without; that of IPv4 can, and would lead nowhere.
-fn drop_ipv6_if_unavailable(plan: &mut Plan, route: &mut Channel) -> Result<()> {
+fn is_ipv6_blocked(plan: &mut Plan, route: &mut Channel) -> Result<bool> {
     let either = plan.families_are_default && plan.families == Families::ALL;
-    if either && !route::has_ipv6(route)? {
+    if either && !route::kernel_has_ipv6(route)? {
         plan.leave_ipv6();
     }
-    if plan.mode != Mode::Redirect && !plan.families.v6 {
-        route::require_loopback(route)?;
+    if plan.mode == Mode::Redirect {
+        return Ok(false);
     }
-    Ok(())
+    let has_ipv6 = route::loopback_has_ipv6(route)?;
+    Ok(plan.families_are_default && plan.families == Families::ALL && !has_ipv6)
 }
 
 /// What did not work, and whether it was a route that was there already.
@@ -456,11 +456,13 @@ fn delete_table(nft: &mut Channel, table: &str) -> Result<()> {
     }
 }
 
-/// The routing of a plan at its slot. NAT redirection needs none.
-pub(super) fn routing(plan: &Plan, slot: table::RoutingSlot) -> Routing {
+/// The routing of a plan at its slot. NAT redirection needs none. `blocked`: the route of IPv6 cannot be made yet.
+pub(super) fn routing(plan: &Plan, slot: table::RoutingSlot, blocked: bool) -> Routing {
     let families = if plan.mode == Mode::Redirect { Families::default() } else { plan.families };
+    let v6 = families.v6 && blocked;
     Routing {
-        families,
+        families: Families { v6: families.v6 && !blocked, ..families },
+        blocked: Families { v4: false, v6 },
         mark: plan.mark,
         output_mark: plan.loop_mark,
         from_loopback: plan.local_servers,

@@ -74,7 +74,7 @@ fn written(write: impl FnOnce(&mut Text) -> fmt::Result) -> Result<String> {
 
 fn write_routing(script: &mut Text, plan: &Plan) -> fmt::Result {
     script.write_str("#!/bin/sh\nset -e\n\n")?;
-    let routing = super::apply::routing(plan, slot::first(plan));
+    let routing = super::apply::routing(plan, slot::first(plan), false);
     route::commands(&routing).try_for_each(|command| writeln!(script, "ip {command}"))
 }
 

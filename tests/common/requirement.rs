@@ -21,6 +21,8 @@ pub enum Requirement {
     LegacyIptables,
     /// A file below /proc/sys/net. Some appear only in the initial network namespace, or only with a module.
     Sysctl(&'static str),
+    /// Flow tables of nf_tables.
+    FlowTable,
 }
 
 impl Requirement {
@@ -32,6 +34,9 @@ impl Requirement {
                     .to_owned()
             }
             Requirement::Sysctl(name) => format!("ls /proc/sys/net/{name}"),
+            Requirement::FlowTable => "nft 'table inet t { flowtable f { hook ingress priority 0; devices = { lo }; }; \
+                                       chain c { type filter hook forward priority 0; ct state established flow add @f; }; }'"
+                .to_owned(),
         }
     }
 
@@ -48,7 +53,7 @@ fn missing(requirement: Requirement) -> Option<String> {
     static LEGACY: LazyLock<Option<String>> = LazyLock::new(|| Requirement::LegacyIptables.missing());
     match requirement {
         Requirement::LegacyIptables => LEGACY.clone(),
-        Requirement::Sysctl(_) => requirement.missing(),
+        Requirement::Sysctl(_) | Requirement::FlowTable => requirement.missing(),
     }
 }
 

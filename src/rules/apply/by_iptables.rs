@@ -11,12 +11,12 @@ impl Instance {
     /// The routing and the claim as ever, the rules by `iptables-restore`.
     pub(super) fn install_by_iptables(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         let ownership = Ownership::new()?;
-        drop_ipv6_if_unavailable(&mut plan, &mut route)?;
+        let blocked = is_ipv6_blocked(&mut plan, &mut route)?;
         let (claim, claimed) = match slot::claim(&plan, &mut nft, &mut route, &[]) {
             Err(error) if error.errno() == libc::EOPNOTSUPP => (slot::pick_unclaimed(&plan, &mut route)?, false),
             claim => (claim?, true),
         };
-        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.slot));
+        let (table, routing) = (table::name_of(&plan.name), routing(&plan, claim.slot, blocked));
         if let Err(error) = route::add(&mut route, &routing) {
             return Err(error.after(unclaim(&mut nft, &table)));
         }
@@ -73,9 +73,8 @@ impl Instance {
     }
 
     /// One transaction for each family; if one fails, the old rules come back.
-    pub(super) fn replace_in_iptables(&mut self, plan: Plan) -> Result<()> {
+    pub(super) fn replace_in_iptables(&mut self, plan: Plan, routing: Routing) -> Result<()> {
         iptables::check(&plan)?;
-        let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
         let before = route::rules(&mut self.route, Families::ALL)?;
         let added = route::add_missing(&mut self.route, &routing, &before)?;
         let before_plan = &self.plan;

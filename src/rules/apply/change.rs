@@ -22,18 +22,43 @@ impl Instance {
             return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
         }
         self.require_table()?;
-        drop_ipv6_if_unavailable(&mut plan, &mut self.route)?;
+        let blocked = is_ipv6_blocked(&mut plan, &mut self.route)?;
         let current = self.is_current();
-        self.changing(|rules| rules.replace_plan(plan, current))
+        self.changing(|rules| {
+            let routing = routing(&plan, rules.slot(), blocked);
+            rules.replace_plan(plan, routing, current)
+        })
     }
 
     /// `current`: this process knows what is in the table.
-    fn replace_plan(&mut self, plan: Plan, current: bool) -> Result<()> {
-        match self.installed {
-            Installed::Iptables => self.replace_in_iptables(plan),
-            Installed::Nft if current => self.swap_for(plan),
-            Installed::Nft => self.take_over(plan),
+    fn replace_plan(&mut self, plan: Plan, routing: Routing, current: bool) -> Result<()> {
+        self.ending_offloaded_flows(plan.families, |rules| match rules.installed {
+            Installed::Iptables => rules.replace_in_iptables(plan, routing),
+            Installed::Nft if current => rules.swap_for(plan, routing),
+            Installed::Nft => rules.take_over(plan, routing),
+        })
+    }
+
+    /// Does something that may intercept packets of flows that a flow table has offloaded: the kernel forwards those
+    /// before any rule sees them, until routing changes.
+    fn ending_offloaded_flows(
+        &mut self,
+        families: Families,
+        change: impl FnOnce(&mut Instance) -> Result<()>,
+    ) -> Result<()> {
+        let idle = route::add_idle(&mut self.route, families, self.routing.priority)?;
+        let done = change(self);
+        // An idle rule that stays affects no packet, and goes with the next change or sweep.
+        let deleted = route::delete_entries(&mut self.route, &idle);
+        match done {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.after(deleted)),
         }
+    }
+
+    /// Its place among the routing rules, and its routing table.
+    pub(super) fn slot(&self) -> table::RoutingSlot {
+        table::RoutingSlot { priority: self.routing.priority, table: self.routing.table }
     }
 
     /// Adds and removes prefixes of a set, in one transaction, while the rules work.
@@ -80,7 +105,7 @@ impl Instance {
         if self.installed == Installed::Iptables || first {
             let mut plan = self.plan.clone();
             prefixes_of(&mut plan, which).get_or_insert_default().update(add, remove)?;
-            return self.replace_plan(plan, true);
+            return self.replace_plan(plan, self.routing, true);
         }
         // In slot: to copy a large set takes longer than to change it.
         let prefixes = prefixes_of(&mut self.plan, which).get_or_insert_default();
@@ -90,9 +115,12 @@ impl Instance {
             Ok(Some(regrouped)) => {
                 let mut plan = self.plan.clone();
                 *prefixes_of(&mut plan, which) = Some(regrouped);
-                self.swap_for(plan)
+                self.replace_plan(plan, self.routing, true)
             }
-            Ok(None) => self.commit_elements(which, &change),
+            Ok(None) => {
+                let families = self.plan.families;
+                self.ending_offloaded_flows(families, |rules| rules.commit_elements(which, &change))
+            }
         };
         if done.is_err() {
             prefixes_of(&mut self.plan, which).get_or_insert_default().undo(&change);
@@ -127,11 +155,11 @@ impl Instance {
     }
 
     /// Makes a table hold a plan, whatever another process has put there.
-    pub(super) fn take_over(&mut self, plan: Plan) -> Result<()> {
+    pub(super) fn take_over(&mut self, plan: Plan, routing: Routing) -> Result<()> {
         let contents = table::contents(&mut self.nft, &self.table)?;
         let old = self.without_idle_sets(contents)?;
         self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
-        self.swap(plan, &old)
+        self.swap(plan, routing, &old)
     }
 
     /// The process before may have died between filling new sets and turning to them: only one variant is in use.
@@ -154,9 +182,9 @@ impl Instance {
     }
 
     /// From the plan in force to another.
-    fn swap_for(&mut self, plan: Plan) -> Result<()> {
+    fn swap_for(&mut self, plan: Plan, routing: Routing) -> Result<()> {
         let old = names_of(&ruleset::compile(&self.plan, self.variant)?);
-        self.swap(plan, &old)
+        self.swap(plan, routing, &old)
     }
 
     /// From what the table holds to a plan. First the new sets, beside the old; then, in one transaction, the rules:
@@ -165,8 +193,7 @@ impl Instance {
     /// The sets need a transaction of their own, since the kernel publishes what is in a new set of ranges only after
     /// the rules of its transaction are in force (`nf_tables_commit`: the generation, then each set's `commit`).
     /// Chains that both have stay, so that no base chain is away for a moment.
-    fn swap(&mut self, plan: Plan, old: &Contents) -> Result<()> {
-        let routing = routing(&plan, table::RoutingSlot { priority: self.routing.priority, table: self.routing.table });
+    fn swap(&mut self, plan: Plan, routing: Routing, old: &Contents) -> Result<()> {
         let variant = self.variant.other();
         let new = ruleset::compile(&plan, variant)?;
         let (sets, others): (Vec<&Object>, Vec<&Object>) = new.iter().partition(|object| is_set(object));
