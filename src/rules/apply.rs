@@ -466,3 +466,4 @@ mod by_iptables;
 mod change;
 #[cfg(test)]
 mod fault_tests;
+mod learn;

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, Mark, Mode, PortRange, Protocol, Protocols};
 use crate::name;
-use crate::plan::{Intercept, Interfaces, Plan};
+use crate::plan::{Intercept, Interfaces, Learned, Plan};
 use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 
 /// An instance's name is part of names in the kernel, which are bounded.
@@ -60,6 +60,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         interfaces: config.interfaces.as_deref().map(interfaces).transpose()?,
         table: table(config.table)?,
         priority: priority(config.priority)?,
+        learned: Learned::default(),
     })
 }
 
