@@ -103,7 +103,8 @@
  * Calls on the other copies then fail with ENOENT, and tp_remove_rules() there
  * removes nothing, even if new rules have the same name. A copy knows the sets as
  * they were when the process forked: if another process has changed the rules
- * since, tp_update_rules() fails with ESTALE until tp_replace_rules() is called.
+ * since, tp_update_rules() and tp_learn_addresses() fail with ESTALE until
+ * tp_replace_rules() is called.
  * The kernel keeps the table as long as any process
  * has the sockets. A worker process that should not keep it calls
  * tp_forget_rules() first, or executes another program (the sockets are
@@ -126,7 +127,8 @@
  *   tp_connect_from, tp_connect_socket, tp_replier_open, tp_reply
  *                                                CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
- *   tp_rules_stats, tp_read_stats, tp_purge_rules                CAP_NET_ADMIN
+ *   tp_learn_addresses, tp_rules_stats, tp_read_stats, tp_purge_rules
+ *                                                               CAP_NET_ADMIN
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
  *   tp_accept, tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
  *   tp_unmap_addr, tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
@@ -386,7 +388,7 @@ typedef struct tp_replier tp_replier;
 #define TP_PROTO_UDP 2
 
 /**
- * Destinations to intercept. For tp_update_rules().
+ * Destinations to intercept. For tp_update_rules() and tp_learn_addresses().
  */
 #define TP_SET_DST 1
 
@@ -396,7 +398,7 @@ typedef struct tp_replier tp_replier;
 #define TP_SET_SRC 2
 
 /**
- * Destinations that are never intercepted. For tp_update_rules().
+ * Destinations that are never intercepted. For tp_update_rules() and tp_learn_addresses().
  */
 #define TP_SET_BYPASS 3
 
@@ -1795,6 +1797,56 @@ int tp_update_rules(struct tp_rules *rules,
                     size_t n_add,
                     const struct tp_prefix *remove,
                     size_t n_remove);
+
+/**
+ * Adds addresses to a set for a limited time, after which the kernel removes them, while the rules are active.
+ *
+ * For addresses that are known to be valid for a time, such as the answers of a DNS server. An address that is
+ * already learned gets the new time, whether it is longer or shorter. Learned addresses add to the prefixes of
+ * the configuration and of tp_update_rules(), which cannot remove them. They are kept by tp_replace_rules(),
+ * and by TP_RULES_PERSIST when the rules are taken over.
+ *
+ * Sends only the addresses to the kernel, so the cost does not depend on the size of the set. The first call
+ * for a set and family replaces the rules as tp_replace_rules() does; until then, packets are not compared
+ * with learned addresses.
+ *
+ * @param rules        handle from tp_install_rules().
+ * @param set          TP_SET_DST, which can be used only if dst was given to tp_install_rules(), empty or not,
+ *                     or TP_SET_BYPASS.
+ * @param addrs        addresses: prefixes with len 32 (IPv4) or 128 (IPv6).
+ * @param n            number of addresses.
+ * @param ttl_seconds  time in seconds, at least 1.
+ * @return 0, or -1 with errno and with nothing changed:
+ *   EFAULT      rules is NULL, or addrs is NULL while n is not 0
+ *   EINVAL      set is unknown or TP_SET_SRC
+ *   EINVAL      set is TP_SET_DST and dst is NULL: every destination is intercepted already
+ *   EINVAL      the rules have TP_RULES_DIVERT_ONLY
+ *   EINVAL      a prefix is not valid, is shorter than its address, or is of a family that the rules do not serve
+ *   EINVAL      ttl_seconds is 0
+ *   ENOSPC      the set would have more than 1,000,000 learned addresses of a family
+ *   EOPNOTSUPP  the rules are iptables rules
+ *   ENOENT      the table was removed, or now belongs to another instance
+ *   EMSGSIZE    the addresses exceed the size of one transaction (some thousands with the default
+ *               net.core.wmem_max; no limit for root of the host)
+ *   EBADF       the program closed the descriptors of the handle, or their numbers are now used otherwise
+ *   EBUSY       this is a forked child, and the process that installed the rules is running
+ *   EDEADLK     another thread was in a call on the handle when this process was forked
+ *   ESTALE      another process has changed the rules since this process was forked, so the sets are not known
+ *               here: call tp_replace_rules() first
+ *
+ * The kernel frees the memory of expired addresses, and stops counting them, within ten seconds of their end.
+ * Kernels before Linux 6.12 count an address of the call three times until it is learned, so that they report
+ * ENOSPC earlier.
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_learn_addresses(struct tp_rules *rules,
+                       uint32_t set,
+                       const struct tp_prefix *addrs,
+                       size_t n,
+                       uint32_t ttl_seconds);
 
 /**
  * Reads the counters of the rules since they were installed.

@@ -59,6 +59,15 @@ pub(crate) struct Plan {
     /// `None`: a free one.
     pub table: Option<u32>,
     pub priority: Option<u32>,
+    /// Sets of addresses with a timeout that exist in the table; empty until the first address is learned.
+    pub learned: Learned,
+}
+
+/// The families that have a set of learned addresses. Rules ask only sets that exist.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Learned {
+    pub dst: Families,
+    pub bypass: Families,
 }
 
 /// A value for each protocol.

@@ -96,11 +96,11 @@ pub const TP_PROTO_TCP: u32 = 0x1;
 /// UDP.
 pub const TP_PROTO_UDP: u32 = 0x2;
 
-/// Destinations to intercept. For tp_update_rules().
+/// Destinations to intercept. For tp_update_rules() and tp_learn_addresses().
 pub const TP_SET_DST: u32 = 1;
 /// Sources to intercept. For tp_update_rules().
 pub const TP_SET_SRC: u32 = 2;
-/// Destinations that are never intercepted. For tp_update_rules().
+/// Destinations that are never intercepted. For tp_update_rules() and tp_learn_addresses().
 pub const TP_SET_BYPASS: u32 = 3;
 
 /// Script of `ip` and `nft` commands. For tp_render_rules().

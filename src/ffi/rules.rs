@@ -1,11 +1,14 @@
 //! Rules.
 
 use std::ffi::{c_char, c_int};
+use std::time::Duration;
 
 use super::arg::{self, SizedOut};
 use super::config::*;
 use super::guard::guard;
 use crate::error::{Error, Result};
+use crate::memory;
+use crate::prefix::Prefix;
 use crate::rules::plan::DEFAULT_NAME;
 use crate::rules::{self, Rules};
 use crate::sys;
@@ -286,12 +289,7 @@ pub unsafe extern "C" fn tp_update_rules(
     n_remove: usize,
 ) -> c_int {
     guard(|| {
-        let set = match set {
-            TP_SET_DST => rules::Set::Dst,
-            TP_SET_SRC => rules::Set::Src,
-            TP_SET_BYPASS => rules::Set::Bypass,
-            other => return Err(Error::invalid_with(format_args!("set: {other} is not known"))),
-        };
+        let set = set_of(set)?;
         // SAFETY: by the caller's word.
         let add = unsafe { prefixes("add", add, n_add) }?;
         // SAFETY: by the caller's word.
@@ -300,6 +298,86 @@ pub unsafe extern "C" fn tp_update_rules(
         unsafe { installed(rules) }?.update(set, &add, &remove)?;
         Ok(0)
     })
+}
+
+/// Adds addresses to a set for a limited time, after which the kernel removes them, while the rules are active.
+///
+/// For addresses that are known to be valid for a time, such as the answers of a DNS server. An address that is
+/// already learned gets the new time, whether it is longer or shorter. Learned addresses add to the prefixes of
+/// the configuration and of tp_update_rules(), which cannot remove them. They are kept by tp_replace_rules(),
+/// and by TP_RULES_PERSIST when the rules are taken over.
+///
+/// Sends only the addresses to the kernel, so the cost does not depend on the size of the set. The first call
+/// for a set and family replaces the rules as tp_replace_rules() does; until then, packets are not compared
+/// with learned addresses.
+///
+/// @param rules        handle from tp_install_rules().
+/// @param set          TP_SET_DST, which can be used only if dst was given to tp_install_rules(), empty or not,
+///                     or TP_SET_BYPASS.
+/// @param addrs        addresses: prefixes with len 32 (IPv4) or 128 (IPv6).
+/// @param n            number of addresses.
+/// @param ttl_seconds  time in seconds, at least 1.
+/// @return 0, or -1 with errno and with nothing changed:
+///   EFAULT      rules is NULL, or addrs is NULL while n is not 0
+///   EINVAL      set is unknown or TP_SET_SRC
+///   EINVAL      set is TP_SET_DST and dst is NULL: every destination is intercepted already
+///   EINVAL      the rules have TP_RULES_DIVERT_ONLY
+///   EINVAL      a prefix is not valid, is shorter than its address, or is of a family that the rules do not serve
+///   EINVAL      ttl_seconds is 0
+///   ENOSPC      the set would have more than 1,000,000 learned addresses of a family
+///   EOPNOTSUPP  the rules are iptables rules
+///   ENOENT      the table was removed, or now belongs to another instance
+///   EMSGSIZE    the addresses exceed the size of one transaction (some thousands with the default
+///               net.core.wmem_max; no limit for root of the host)
+///   EBADF       the program closed the descriptors of the handle, or their numbers are now used otherwise
+///   EBUSY       this is a forked child, and the process that installed the rules is running
+///   EDEADLK     another thread was in a call on the handle when this process was forked
+///   ESTALE      another process has changed the rules since this process was forked, so the sets are not known
+///               here: call tp_replace_rules() first
+///
+/// The kernel frees the memory of expired addresses, and stops counting them, within ten seconds of their end.
+/// Kernels before Linux 6.12 count an address of the call three times until it is learned, so that they report
+/// ENOSPC earlier.
+///
+/// Thread-safe.
+///
+/// @since 0.2.0
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_learn_addresses(
+    rules: *mut tp_rules,
+    set: u32,
+    addrs: *const tp_prefix,
+    n: usize,
+    ttl_seconds: u32,
+) -> c_int {
+    guard(|| {
+        let set = set_of(set)?;
+        // SAFETY: by the caller's word.
+        let prefixes = unsafe { prefixes("addrs", addrs, n) }?;
+        let address = |(index, prefix): (usize, &Prefix)| {
+            let addr = prefix.addr();
+            if *prefix == Prefix::from(addr) {
+                return Ok(addr);
+            }
+            Err(Error::invalid_with(format_args!(
+                "addrs[{index}]: {prefix} is not one address: prefixes cannot be learned"
+            )))
+        };
+        let addrs = memory::collect(prefixes.iter().enumerate().map(address))?;
+        // SAFETY: by the caller's word.
+        unsafe { installed(rules) }?.learn(set, &addrs, Duration::from_secs(ttl_seconds.into()))?;
+        Ok(0)
+    })
+}
+
+/// The set of a `TP_SET_` constant.
+fn set_of(set: u32) -> Result<rules::Set> {
+    match set {
+        TP_SET_DST => Ok(rules::Set::Dst),
+        TP_SET_SRC => Ok(rules::Set::Src),
+        TP_SET_BYPASS => Ok(rules::Set::Bypass),
+        other => Err(Error::invalid_with(format_args!("set: {other} is not known"))),
+    }
 }
 
 /// Reads the counters of the rules since they were installed.

@@ -476,3 +476,4 @@ pub(super) mod by_iptables;
 mod change;
 #[cfg(test)]
 mod fault_tests;
+mod learn;

@@ -2,6 +2,8 @@
 //! installed them, or a child of it once that has ended.
 
 use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
 
 use super::apply::{Instance, Set, Stats};
 use super::config::Config;
@@ -75,6 +77,27 @@ impl Rules {
     /// ```
     pub fn update(&self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
         self.lock()?.update(set, add, remove)
+    }
+
+    /// Adds addresses to a set for a time, after which they leave it by themselves: what a DNS server answered, for the
+    /// TTL of the answer. An address that was learned before gets the new time.
+    ///
+    /// The set is [`Set::Dst`], which the config must have, empty or not, or [`Set::Bypass`]. Learned addresses are kept beside
+    /// the prefixes of the config, at most 1,000,000 of a family (ENOSPC), and stay when the rules are replaced. The time is
+    /// rounded up to milliseconds. EOPNOTSUPP: the rules are those of iptables.
+    ///
+    /// What it costs does not grow with the set. The first call for a set and family takes as long as [`Rules::replace`].
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use tproxy::rules::{Rules, Set};
+    /// # fn example(rules: &Rules) -> Result<(), Box<dyn std::error::Error>> {
+    /// rules.learn(Set::Dst, &["192.0.2.7".parse()?], Duration::from_secs(300))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn learn(&self, set: Set, addrs: &[IpAddr], ttl: Duration) -> Result<()> {
+        self.lock()?.learn(set, addrs, ttl)
     }
 
     /// What the rules have done so far.

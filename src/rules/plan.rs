@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, ProtocolPorts, Protocols};
 use crate::name;
-use crate::plan::{ByProtocol, Cgroup, Intercept, Interfaces, Owners, Plan};
+use crate::plan::{ByProtocol, Cgroup, Intercept, Interfaces, Learned, Owners, Plan};
 use crate::ports;
 use crate::prefix::{BYTES_EACH, Prefix, PrefixSet};
 
@@ -74,6 +74,7 @@ pub(crate) fn make(config: &Config) -> Result<Plan> {
         owners: owners(config)?,
         table: table(config.table)?,
         priority: priority(config.priority)?,
+        learned: Learned::default(),
     })
 }
 

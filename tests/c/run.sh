@@ -171,6 +171,8 @@ expect "tproxyctl: output, JSON, exit status, completion" isolated python3 "$her
 expect "examples: build" make -s -C "$root/examples-c" OUT="$root/build/examples"
 expect "tcp_proxy: half-closed, few descriptors, bad arguments" python3 "$here/tcp_proxy.py" "$root/build/examples"
 expect "udp_proxy: both ways, --to, idle, few sessions, refusals, bad arguments" python3 "$here/udp_proxy.py" "$root/build/examples"
+expect "dns_interceptor: listed names until their TTL, hostile messages, bad arguments" \
+    python3 "$here/dns_interceptor.py" "$root/build/examples"
 expect "deny.h: build" cc -std=c11 -pedantic -O2 -D_GNU_SOURCE $flags "$here/deny.c" -o "$work/deny"
 expect "deny.h: refused destinations, and addresses of this host" isolated "$work/deny"
 expect "deny.h: the same on a host whose sockets bind to any address" isolated sh -c \

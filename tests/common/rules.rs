@@ -39,6 +39,11 @@ impl Rules {
         checked(rc).map(drop)
     }
 
+    pub fn learn(&self, set: u32, addrs: &[tp_prefix], ttl_seconds: u32) -> Result<(), Failed> {
+        // SAFETY: a handle that was not removed, and an array of this length.
+        checked(unsafe { tp_learn_addresses(self.0, set, addrs.as_ptr(), addrs.len(), ttl_seconds) }).map(drop)
+    }
+
     pub fn stats(&self) -> tp_rules_stats {
         // SAFETY: integers, for which all zero is valid.
         let mut stats: tp_rules_stats = unsafe { std::mem::zeroed() };

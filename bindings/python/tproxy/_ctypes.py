@@ -265,6 +265,9 @@ tp_purge_rules = _function("tp_purge_rules", c_int, c_char_p)
 tp_update_rules = _function(
     "tp_update_rules", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, POINTER(tp_prefix), c_size_t
 )
+tp_learn_addresses = _function(
+    "tp_learn_addresses", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, c_uint32
+)
 # C keeps structs and functions apart; here a function of a struct's name has a '_' after it.
 tp_rules_stats_ = _function("tp_rules_stats", c_int, c_void_p, POINTER(tp_rules_stats), c_size_t)
 tp_read_stats = _function("tp_read_stats", c_int, c_char_p, POINTER(tp_rules_stats), c_size_t)

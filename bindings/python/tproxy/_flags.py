@@ -96,7 +96,7 @@ class Family(IntFlag):
 
 
 class AddressSet(IntEnum):
-    """A set of prefixes that :meth:`Rules.update` changes."""
+    """A set of prefixes that :meth:`Rules.update` and :meth:`Rules.learn` change."""
 
     #: The destinations to intercept.
     DST = c.TP_SET_DST

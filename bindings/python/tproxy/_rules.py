@@ -228,6 +228,21 @@ class Rules:
                 c.tp_update_rules(self._installed(), uint32("set", which), added, len(added), removed, len(removed))
             )
 
+    def learn(self, which: AddressSet | int, addresses: Iterable[Prefix], ttl: int) -> None:
+        """Adds addresses to a set for ``ttl`` seconds, after which they leave it. A learned address gets the new time.
+
+        ``AddressSet.DST``, if the rules were given a list of destinations, empty or not, or ``BYPASS``. Learned
+        addresses are kept by :meth:`replace`. OSError: errno ENOSPC: more than 1,000,000 of a family; EOPNOTSUPP: the
+        rules are iptables rules.
+        """
+        learned = prefixes(addresses)
+        with self._lock:
+            checked(
+                c.tp_learn_addresses(
+                    self._installed(), uint32("set", which), learned, len(learned), uint32("ttl", ttl)
+                )
+            )
+
     def replace(self, **config: Unpack[RulesConfig]) -> None:
         """Replaces the whole configuration, in one transaction. The keywords are those of :func:`install_rules`."""
         struct = config_struct(config)

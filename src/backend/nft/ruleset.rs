@@ -29,7 +29,7 @@ use super::statement::{InterfacePrefix, Looped, Side, Statement, Verdict};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::{Families, Family, Mode, PortRange, Protocol};
-use crate::plan::{Intercept, Interfaces, Plan};
+use crate::plan::{Intercept, Interfaces, Learned, Plan};
 use crate::prefix::{Contents, LENGTHS, PrefixSet};
 
 pub(crate) const DIVERT: &str = "divert";
@@ -103,6 +103,30 @@ impl PrefixList {
     fn sets(self, prefixes: &PrefixSet, family: Family, variant: Variant) -> impl Iterator<Item = SetName> {
         prefixes.lengths(family).map(Some).chain([None]).map(move |len| self.set(family, len, variant))
     }
+}
+
+/// A set of addresses that leave it at their timeout. It has no variants: it stays when the rules are replaced.
+pub(crate) fn learned_set(which: PrefixList, family: Family) -> Option<SetName> {
+    let base = match (which, family) {
+        (PrefixList::Dst, Family::V4) => "learned-dst4",
+        (PrefixList::Dst, Family::V6) => "learned-dst6",
+        (PrefixList::Bypass, Family::V4) => "learned-bypass4",
+        (PrefixList::Bypass, Family::V6) => "learned-bypass6",
+        (PrefixList::Src | PrefixList::BypassSrc, _) => return None,
+    };
+    Some(SetName { base, len: None, variant: Variant::First })
+}
+
+/// Takes the names of sets of learned addresses from a list of names, and says which there were.
+pub(crate) fn split_off_learned(names: &mut Vec<String>) -> Learned {
+    let mut take = |which, family| {
+        let Some(set) = learned_set(which, family) else { return false };
+        let before = names.len();
+        names.retain(|name| *name != set.base);
+        names.len() < before
+    };
+    let mut families = |which| Families { v4: take(which, Family::V4), v6: take(which, Family::V6) };
+    Learned { dst: families(PrefixList::Dst), bypass: families(PrefixList::Bypass) }
 }
 
 /// The objects that hold a plan, within its table; the sets are named in one variant.
@@ -582,6 +606,12 @@ impl Ruleset<'_> {
                 self.rule(name, "to be left alone", &[&[bypass, RETURN]]);
             }
         }
+        for family in self.learned(PrefixList::Bypass) {
+            if let Some(set) = learned_set(PrefixList::Bypass, family) {
+                let bypass = Statement::DestinationIn { family, set };
+                self.rule(name, "learned, to be left alone", &[&[bypass, RETURN]]);
+            }
+        }
         self.return_replies(selection);
         if plan.dst.is_none() {
             self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &goto_unless_local(selection)]);
@@ -593,6 +623,24 @@ impl Ruleset<'_> {
                 self.rule(name, TO_BE_INTERCEPTED, &[selection.first.as_slice(), &named]);
             }
         }
+        for family in self.learned(PrefixList::Dst) {
+            if let Some(set) = learned_set(PrefixList::Dst, family) {
+                let learned =
+                    [Statement::DestinationIn { family, set }, Statement::Verdict(Verdict::Goto(selection.then))];
+                self.rule(name, "learned, to be intercepted", &[selection.first.as_slice(), &learned]);
+            }
+        }
+    }
+
+    /// The families whose set of learned addresses the rules ask. Without `dst` every destination is meant already.
+    fn learned(&self, which: PrefixList) -> impl Iterator<Item = Family> + use<> {
+        let Learned { dst, bypass } = self.plan.learned;
+        let learned = match which {
+            PrefixList::Dst if self.plan.dst.is_some() => dst,
+            PrefixList::Bypass => bypass,
+            _ => Families::default(),
+        };
+        self.plan.families.iter().filter(move |family| learned.contains(*family))
     }
 
     /// Leaves alone what arrived by an interface or from an Ethernet address that is not selected. What this host sends has
@@ -619,7 +667,9 @@ impl Ruleset<'_> {
     /// What would be the selection's chain is one rule.
     fn has_no_addresses(&self, selection: &Selection) -> bool {
         let plan = self.plan;
-        let given = plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some() || plan.bypass_src.is_some();
+        let learned = self.learned(PrefixList::Bypass).next().is_some();
+        let given =
+            plan.src.is_some() || plan.bypass.is_some() || plan.dst.is_some() || plan.bypass_src.is_some() || learned;
         let by_arrival =
             plan.bypass_interfaces != Interfaces::default() || plan.macs.is_some() || !plan.bypass_macs.is_empty();
         let own = selection.name == SELECT_LOCAL;

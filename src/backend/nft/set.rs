@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use crate::model::{Family, IdRange, MacAddr, PortRange};
 use crate::netlink::wire::Attrs;
@@ -74,7 +75,17 @@ pub(crate) enum Key {
     /// The kernel makes a hash table that grows and shrinks of a set without a size (`nft_rhash_type`); with one it
     /// would make a table that cannot grow, and refuse what is more.
     Network(Family),
+    /// Addresses that leave the set at their timeout. The kernel stores such a set in the hash table of
+    /// [`Key::Network`], with a size too (only `nft_rhash_type` supports timeouts).
+    Expiring(Family),
 }
+
+/// The most addresses in one [`Key::Expiring`] set. The kernel refuses more with ENFILE.
+pub(crate) const EXPIRING_MAX: u32 = 1_000_000;
+
+/// Seconds between two walks in which the kernel frees expired elements. Lookups ignore expired elements at once. The
+/// kernel's default is one second, in which a walk through a full set takes a noticeable part of a CPU.
+const COLLECT_EVERY_SECONDS: u32 = 10;
 
 /// What is put in a set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,11 +99,15 @@ pub(crate) enum Elements {
     /// Sorted and apart from each other.
     Addresses(Family, Vec<Range>),
     Networks(Vec<IpAddr>),
+    /// Each leaves the set after a time.
+    Expiring(Vec<IpAddr>, Duration),
 }
 
 impl Set {
     /// NFT_SET_INTERVAL.
     const INTERVAL: u32 = 4;
+    /// NFT_SET_TIMEOUT.
+    const TIMEOUT: u32 = 16;
 
     pub fn encode(&self, attrs: &mut Attrs<'_>) {
         // `nft` knows the key types by these numbers; to the kernel they mean nothing.
@@ -106,6 +121,8 @@ impl Set {
             Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
             Key::Network(Family::V4) => (0, 7, 4),
             Key::Network(Family::V6) => (0, 8, 16),
+            Key::Expiring(Family::V4) => (Self::TIMEOUT, 7, 4),
+            Key::Expiring(Family::V6) => (Self::TIMEOUT, 8, 16),
         };
         attrs.string(2, &self.name.to_string());
         attrs.be32(3, flags);
@@ -114,6 +131,11 @@ impl Set {
         attrs.be32(10, self.id);
         if matches!(self.key, Key::Interface | Key::Uid | Key::Gid) {
             attrs.bytes(13, &HOST_ORDER);
+        }
+        if let Key::Expiring(_) = self.key {
+            // NFTA_SET_DESC, NFTA_SET_DESC_SIZE; NFTA_SET_GC_INTERVAL in milliseconds.
+            attrs.nest(9, |a| a.be32(1, EXPIRING_MAX));
+            attrs.be32(12, COLLECT_EVERY_SECONDS * 1000);
         }
     }
 }
@@ -127,6 +149,10 @@ const HOST_ORDER: [u8; 6] = {
 
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Key::Expiring(family) = self.key {
+            let addr = if family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
+            return write!(f, "type {addr}; size {EXPIRING_MAX}; flags timeout; gc-interval {COLLECT_EVERY_SECONDS}s;");
+        }
         f.write_str(match self.key {
             Key::Port => "type inet_service; flags interval;",
             Key::Interface => "type ifname;",
@@ -135,8 +161,8 @@ impl fmt::Display for Set {
             Key::Gid => "type gid; flags interval;",
             Key::Address(Family::V4) => "type ipv4_addr; flags interval;",
             Key::Address(Family::V6) => "type ipv6_addr; flags interval;",
-            Key::Network(Family::V4) => "type ipv4_addr;",
-            Key::Network(Family::V6) => "type ipv6_addr;",
+            Key::Network(Family::V4) | Key::Expiring(Family::V4) => "type ipv4_addr;",
+            Key::Network(Family::V6) | Key::Expiring(Family::V6) => "type ipv6_addr;",
         })
     }
 }
@@ -190,6 +216,14 @@ impl Elements {
                     }
                 }
             }
+            Elements::Expiring(addrs, ttl) => {
+                for addr in addrs {
+                    match addr {
+                        IpAddr::V4(addr) => expiring(list, &addr.octets(), *ttl),
+                        IpAddr::V6(addr) => expiring(list, &addr.octets(), *ttl),
+                    }
+                }
+            }
         }
     }
 }
@@ -202,6 +236,18 @@ fn element(list: &mut Attrs<'_>, key: &[u8], end: bool) {
             a.be32(3, END);
         }
         a.nest(1, |a| a.bytes(1, key));
+    });
+}
+
+/// An element with its timeout and, equal to it, the time that is left. Linux 6.12 changes the time that is left of an
+/// element that exists; earlier kernels leave the element as it is.
+fn expiring(list: &mut Attrs<'_>, key: &[u8], ttl: Duration) {
+    let milliseconds = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).to_be_bytes();
+    list.nest(1, |a| {
+        a.nest(1, |a| a.bytes(1, key));
+        // NFTA_SET_ELEM_TIMEOUT, NFTA_SET_ELEM_EXPIRATION.
+        a.bytes(4, &milliseconds);
+        a.bytes(5, &milliseconds);
     });
 }
 
@@ -223,6 +269,10 @@ impl fmt::Display for Elements {
                 }),
             ),
             Elements::Networks(networks) => comma_separated(f, networks),
+            Elements::Expiring(addrs, ttl) => {
+                let ms = ttl.as_millis();
+                comma_separated(f, addrs.iter().map(|addr| format!("{addr} timeout {ms}ms expires {ms}ms")))
+            }
         }
     }
 }

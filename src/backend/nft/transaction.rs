@@ -465,6 +465,7 @@ mod tests {
             interfaces: None,
             table: None,
             priority: None,
+            learned: Default::default(),
         };
         let objects = ruleset::compile(&plan, Variant::default()).unwrap();
         let rule = objects.last().unwrap();

@@ -23,6 +23,7 @@ impl Instance {
         }
         self.require_table()?;
         let blocked = is_ipv6_blocked(&mut plan, &mut self.route)?;
+        plan.learned = self.plan.learned;
         let current = self.is_current();
         self.changing(|rules| {
             let routing = routing(&plan, rules.slot(), blocked);
@@ -69,14 +70,7 @@ impl Instance {
     /// What it costs does not grow with the set. Once in a while it takes as long as [`Instance::replace`]: when so many
     /// prefixes of a length have come that they get a set of their own.
     pub fn update(&mut self, set: Set, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
-        self.require_table()?;
-        if !self.is_current() {
-            return Err(Error::new(
-                libc::ESTALE,
-                "the process that installed the rules has changed them since this process was forked, so that the sets are \
-                 not known here: call tp_replace_rules first",
-            ));
-        }
+        self.require_current()?;
         let missing = |name: &str| {
             Error::invalid_with(format_args!(
                 "there is no {name} set to update: the rules were installed with {name} NULL, which restricts nothing; tp_replace_rules can give one"
@@ -92,11 +86,30 @@ impl Instance {
             Set::Src => PrefixList::Src,
             Set::Bypass => PrefixList::Bypass,
         };
-        let families = self.plan.families;
-        if let Some(prefix) = add.iter().chain(remove).find(|prefix| !families.contains(prefix.family())) {
-            return Err(Error::invalid_with(format_args!("prefix {prefix}: these rules do not serve its family")));
-        }
+        self.require_families(add.iter().chain(remove).copied())?;
         self.changing(|rules| rules.update_known(which, add, remove))
+    }
+
+    /// The table exists, and this process knows what it holds.
+    pub(super) fn require_current(&mut self) -> Result<()> {
+        self.require_table()?;
+        if self.is_current() {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::ESTALE,
+            "the process that installed the rules has changed them since this process was forked, so that the sets are \
+             not known here: call tp_replace_rules first",
+        ))
+    }
+
+    pub(super) fn require_families(&self, mut prefixes: impl Iterator<Item = Prefix>) -> Result<()> {
+        match prefixes.find(|prefix| !self.plan.families.contains(prefix.family())) {
+            Some(prefix) => {
+                Err(Error::invalid_with(format_args!("prefix {prefix}: these rules do not serve its family")))
+            }
+            None => Ok(()),
+        }
     }
 
     fn update_known(&mut self, which: PrefixList, add: &[Prefix], remove: &[Prefix]) -> Result<()> {
@@ -155,8 +168,9 @@ impl Instance {
     }
 
     /// Makes a table hold a plan, whatever another process has put there.
-    pub(super) fn take_over(&mut self, plan: Plan, routing: Routing) -> Result<()> {
-        let contents = table::contents(&mut self.nft, &self.table)?;
+    pub(super) fn take_over(&mut self, mut plan: Plan, routing: Routing) -> Result<()> {
+        let mut contents = table::contents(&mut self.nft, &self.table)?;
+        plan.learned = ruleset::split_off_learned(&mut contents.sets);
         let old = self.without_idle_sets(contents)?;
         self.variant = old.sets.first().map_or(Variant::default(), |name| Variant::of(name));
         self.swap(plan, routing, &old)
@@ -182,7 +196,7 @@ impl Instance {
     }
 
     /// From the plan in force to another.
-    fn swap_for(&mut self, plan: Plan, routing: Routing) -> Result<()> {
+    pub(super) fn swap_for(&mut self, plan: Plan, routing: Routing) -> Result<()> {
         let old = names_of(&ruleset::compile(&self.plan, self.variant)?);
         self.swap(plan, routing, &old)
     }

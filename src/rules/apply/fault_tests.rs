@@ -1,11 +1,14 @@
 //! Whatever message the kernel refuses, nothing is left, or everything is as it was.
 
+use std::net::IpAddr;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use socket2::Socket;
 
+use super::learn::Renewal;
 use super::*;
 use crate::netlink::Transport;
 use crate::prefix::Prefix;
@@ -232,6 +235,127 @@ fn update_that_fails_at_any_message_changes_nothing() {
             rules.remove().unwrap();
             outcome
         });
+    }
+}
+
+#[test]
+fn learn_that_fails_at_any_message_changes_nothing() {
+    enter_own_network();
+    let addr = |text: &str| text.parse().unwrap();
+    let (first, both) = ([addr("192.0.2.9")], [addr("192.0.2.10"), addr("2001:db8::9")]);
+    for (set, renewal) in [(Set::Dst, Renewal::Add), (Set::Bypass, Renewal::AddDeleteAdd)] {
+        for learned_before in [false, true] {
+            each_message(|left| {
+                let faults = Arc::new(AtomicUsize::new(NEVER));
+                let (nft, route) = spoiling(&faults);
+                let mut rules = Instance::install_by_nft(plan::make(&full()).unwrap(), nft, route).unwrap();
+                if learned_before {
+                    rules.learn(set, &first, DAY).unwrap();
+                }
+                let (before, plan) = (without_times(&sorted_state()), rules.plan.clone());
+                faults.store(left.load(Ordering::Relaxed), Ordering::Relaxed);
+                let outcome = rules.learn_by(set, &both, DAY, renewal);
+                left.store(faults.swap(NEVER, Ordering::Relaxed), Ordering::Relaxed);
+                let after = without_times(&sorted_state());
+                assert_eq!(outcome.is_err(), after == before, "{before:?}\n---- and then\n{after:?}");
+                assert_eq!(outcome.is_err(), rules.plan == plan);
+                rules.remove().unwrap();
+                outcome
+            });
+        }
+    }
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A state without the times that addresses have left.
+fn without_times(state: &[String]) -> Vec<String> {
+    let is_time = |word: &str| word.ends_with("ms") && word.starts_with(|letter: char| letter.is_ascii_digit());
+    state.iter().filter(|word| !is_time(word)).cloned().collect()
+}
+
+/// Milliseconds until an address leaves a set, at most.
+fn time_left(set: &str, addr: &str) -> Option<u128> {
+    let listed = run(&format!("nft -j list set inet libtproxy-tproxy {set}"));
+    let (_, behind) = listed.split_once(&format!("\"val\": \"{addr}\""))?;
+    let (_, seconds) = behind.split_once("\"expires\": ")?;
+    let seconds: u128 = seconds.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().unwrap();
+    Some((seconds + 1) * 1000)
+}
+
+#[test]
+fn learn_again_gives_new_time_on_every_kernel() {
+    enter_own_network();
+    for renewal in [Renewal::Add, Renewal::AddDeleteAdd] {
+        if renewal == Renewal::Add && Renewal::of_this_kernel() != Renewal::Add {
+            continue;
+        }
+        let mut rules = Instance::install(&full()).unwrap();
+        let addrs = ["192.0.2.9".parse().unwrap(), "2001:db8::9".parse().unwrap(), "192.0.2.9".parse().unwrap()];
+        for time in [DAY, 2 * DAY, DAY, DAY / 2] {
+            rules.learn_by(Set::Dst, &addrs, time, renewal).unwrap();
+            for (set, addr) in [("learned-dst4", "192.0.2.9"), ("learned-dst6", "2001:db8::9")] {
+                let left = time_left(set, addr).unwrap();
+                let whole = time.as_millis();
+                assert!((whole - whole / 4..=whole + 1000).contains(&left), "{renewal:?} {set}: {left} of {whole} ms");
+            }
+        }
+        rules.remove().unwrap();
+    }
+}
+
+/// A transport that counts what is sent and received: messages and bytes.
+struct Counting {
+    socket: Socket,
+    counts: Arc<[AtomicUsize; 4]>,
+}
+
+impl Counting {
+    fn count(&self, at: usize, len: usize) {
+        self.counts[at].fetch_add(1, Ordering::Relaxed);
+        self.counts[at + 1].fetch_add(len, Ordering::Relaxed);
+    }
+}
+
+impl Transport for Counting {
+    fn send(&mut self, bytes: &[u8]) -> sys::Result<()> {
+        self.count(0, bytes.len());
+        Transport::send(&mut self.socket, bytes)
+    }
+
+    fn receive(&mut self, buffer: &mut Vec<u8>) -> sys::Result<()> {
+        Transport::receive(&mut self.socket, buffer)?;
+        self.count(2, buffer.len());
+        Ok(())
+    }
+}
+
+#[test]
+fn learn_costs_the_same_beside_many_elements() {
+    enter_own_network();
+    let counts = Arc::new([const { AtomicUsize::new(0) }; 4]);
+    let counting = |family| {
+        let socket = Channel::socket(family).unwrap();
+        Channel::over(Box::new(Counting { socket, counts: counts.clone() }))
+    };
+    for renewal in [Renewal::Add, Renewal::AddDeleteAdd] {
+        let (nft, route) = (counting(libc::NETLINK_NETFILTER), counting(libc::NETLINK_ROUTE));
+        let mut rules = Instance::install_by_nft(plan::make(&full()).unwrap(), nft, route).unwrap();
+        let addrs = |first: u32, count: u32| -> Vec<IpAddr> {
+            (first..first + count).map(|number| std::net::Ipv4Addr::from(number).into()).collect()
+        };
+        rules.learn_by(Set::Dst, &addrs(1, 1), DAY, renewal).unwrap();
+        let mut cost = |count: u32, from: u32| {
+            counts.iter().for_each(|count| count.store(0, Ordering::Relaxed));
+            rules.learn_by(Set::Dst, &addrs(from, count), DAY, renewal).unwrap();
+            counts.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>()
+        };
+        let few = (cost(1, 2), cost(1, 2));
+        (1..=50).for_each(|n| _ = cost(2000, n * 2000));
+        let many = (cost(1, 10), cost(1, 10));
+        assert_eq!(few, many, "messages and bytes sent, and received: for a new and for a known address");
+        assert!(few.0[0] <= 3 && few.0[1] + few.0[3] < 2000, "{few:?}");
+        rules.remove().unwrap();
     }
 }
 

@@ -367,6 +367,7 @@ fn plan(persist: bool, table: Option<u32>, priority: Option<u32>) -> Plan {
         interfaces: None,
         table,
         priority,
+        learned: Default::default(),
     }
 }
 
