@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use socket2::SockAddr;
 use tproxy::ffi::*;
 
-use super::{Failed, Rules, ip, render};
+use super::{Failed, Rules, ip, render, try_render};
 
 /// A configuration as a test says it. Each method sets one field and gives the configuration back. A list that is not set
 /// is NULL, which means "not restricted".
@@ -153,6 +153,10 @@ impl RulesConfig {
 
     pub fn render(&self, format: u32) -> String {
         render(self, format)
+    }
+
+    pub fn try_render(&self, format: u32) -> Result<String, Failed> {
+        try_render(self, format)
     }
 }
 

@@ -76,7 +76,7 @@ impl Net {
     }
 
     /// A path by which `ip link ... netns` finds this namespace.
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 

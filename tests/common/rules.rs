@@ -88,18 +88,23 @@ pub fn purge(name: Option<&str>) -> Result<(), Failed> {
 
 /// The script of `tp_render_rules`.
 pub fn render(config: &impl AsConfig, format: u32) -> String {
+    try_render(config, format).unwrap()
+}
+
+/// The same, or its error.
+pub fn try_render(config: &impl AsConfig, format: u32) -> Result<String, Failed> {
     let call = |buffer: *mut std::ffi::c_char, len: &mut usize| {
         config.with(|config| {
             // SAFETY: NULL, or room for len bytes; what the config points to is alive during the call.
-            checked(unsafe { tp_render_rules(config, size_of::<tp_rules_config>(), format, buffer, len) }).unwrap()
+            checked(unsafe { tp_render_rules(config, size_of::<tp_rules_config>(), format, buffer, len) })
         })
     };
     let mut len = 0;
-    call(std::ptr::null_mut(), &mut len);
+    call(std::ptr::null_mut(), &mut len)?;
     let mut script = vec![0u8; len];
-    call(script.as_mut_ptr().cast(), &mut len);
+    call(script.as_mut_ptr().cast(), &mut len)?;
     assert_eq!(script.pop(), Some(0));
-    String::from_utf8(script).unwrap()
+    Ok(String::from_utf8(script).unwrap())
 }
 
 /// Rules that only divert: nothing is intercepted.
