@@ -23,17 +23,23 @@ fn expect_intercepted(lab: &Lab, listener: &TcpListener) {
 }
 
 /// What wg-quick adds, which sends packets elsewhere before any rule behind it.
-fn start_vpn(net: &Net, place: &str) {
+fn start_vpn(net: &Net, place: Option<u32>) {
+    let place = |behind| place.map(|first: u32| format!("pref {}", first + behind)).unwrap_or_default();
     for family in ["-4", "-6"] {
         net.ip(&format!("{family} route add blackhole default table 51820"));
-        net.ip(&format!("{family} rule add not fwmark 51820 table 51820 {place}"));
+        net.ip(&format!("{family} rule add not fwmark 51820 table 51820 {}", place(1)));
+        net.ip(&format!("{family} rule add table main suppress_prefixlength 0 {}", place(0)));
     }
 }
 
 /// The preferences of the library's rules.
 fn places(net: &Net, family: &str) -> Vec<u32> {
-    let rules = net.ip(&format!("{family} rule show proto 116"));
-    rules.lines().map(|line| line.split(':').next().unwrap().parse().unwrap()).collect()
+    let rules = net.ip(&format!("{family} rule show"));
+    rules
+        .lines()
+        .filter(|line| line.ends_with("proto 116"))
+        .map(|line| line.split(':').next().unwrap().parse().unwrap())
+        .collect()
 }
 
 fn errno(outcome: Result<(), Failed>) -> i32 {
@@ -97,7 +103,7 @@ fn verify_rules_without_table_is_enoent() {
 fn verify_rules_moves_ahead_of_vpn() {
     for backend in BACKENDS {
         // Without a place, the kernel puts the rule before the second that there is.
-        for place in ["", "pref 100", "pref 201"] {
+        for place in [None, Some(100), Some(201)] {
             let lab = Lab::new();
             let listener = lab.proxy.run(|| listen(at(ip("::"), 3129), 0)).unwrap();
             let config = RulesConfig::of(&listener).backend(backend).ports(&[80]);
@@ -138,6 +144,7 @@ fn verify_rules_moves_ahead_of_vpn() {
             for family in ["-4", "-6"] {
                 lab.proxy.ip(&format!("{family} rule del fwmark 0x2000/0x2000"));
                 lab.proxy.ip(&format!("{family} rule del table 51820"));
+                lab.proxy.ip(&format!("{family} rule del table main suppress_prefixlength 0"));
                 lab.proxy.ip(&format!("{family} route flush table 51820"));
             }
             if backend == TP_BACKEND_NFT {
