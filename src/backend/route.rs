@@ -586,7 +586,7 @@ impl Entry {
     }
 
     /// What follows `ip` in the command that would add it.
-    pub fn to_add(&self) -> impl fmt::Display {
+    pub fn addition(&self) -> impl fmt::Display {
         self.command(Operation::Add)
     }
 

@@ -38,7 +38,7 @@ impl Instance {
                 format_args!(
                     "routing of these rules is missing (`ip {}`), so that packets time out: call tp_verify_rules with \
                      TP_VERIFY_REPAIR",
-                    missing.to_add()
+                    missing.addition()
                 ),
             ));
         }
