@@ -128,8 +128,8 @@
  *   tp_connect_from, tp_connect_socket, tp_replier_open, tp_reply
  *                                                CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
- *   tp_rules_stats, tp_read_stats, tp_verify_rules, tp_list_rules,
- *   tp_purge_rules                                               CAP_NET_ADMIN
+ *   tp_learn_addresses, tp_rules_stats, tp_read_stats, tp_verify_rules,
+ *   tp_list_rules, tp_purge_rules                                CAP_NET_ADMIN
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
  *   tp_accept, tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
  *   tp_unmap_addr, tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
