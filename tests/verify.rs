@@ -280,6 +280,7 @@ fn list_rules_reports_each_instance() {
         let second = RulesConfig::of(&redirected).ports(&[81]).flags(TP_RULES_REDIRECT).name("b-iptables");
         let _second = second.backend(TP_BACKEND_IPTABLES).install().unwrap();
         config.clone().name("d-persists").flags(TP_RULES_PERSIST).install().unwrap().abandon();
+        eventually("the rules have no owner", || list_rules().unwrap().iter().any(|one| one.owner_pid == 0));
         // A table in the library's form, with words that mean nothing; and the tables of a sweep and of a successor.
         net.nft("add table inet libtproxy-e-odd { comment \"libtproxy: priority 900 table 900\"; }");
         net.nft("add table inet libtproxy-f-foreign { comment \"another\"; }");
@@ -343,10 +344,13 @@ fn list_rules_reports_replacement() {
         let listed = list_rules().unwrap();
         assert_eq!((listed.len(), listed[0].mark, listed[0].families), (1, (0x40, 0xc0), TP_FAMILY_IPV4));
         rules.abandon();
+        // A child of another test may hold the descriptors until it calls exec(2).
+        eventually("the rules have no owner", || list_rules().unwrap()[0].owner_pid == 0);
         assert_eq!(list_rules().unwrap(), [Listed { owner_pid: 0, ..listed[0].clone() }]);
         let rules = config.install().unwrap();
         assert_eq!(list_rules().unwrap()[0].mark, (0x2000, 0x3000));
         rules.abandon();
+        eventually("the rules have no owner", || list_rules().unwrap()[0].owner_pid == 0);
         assert_eq!(net.nft("list tables").lines().count(), 2);
         purge(Some("tproxy")).unwrap();
         assert_eq!(net.nft("list tables"), "");
