@@ -72,9 +72,10 @@
  * iptables-save, iptables-restore, ip6tables-save and ip6tables-restore. No other
  * program is run. These calls run them:
  *   tp_install_rules(), if it installs iptables rules
- *   tp_replace_rules(), tp_update_rules(), tp_remove_rules(), tp_rules_stats()
- *     and tp_read_stats(), for iptables rules
- *   tp_purge_rules(), if the kernel has iptables chains of this library
+ *   tp_replace_rules(), tp_update_rules(), tp_remove_rules(), tp_rules_stats(),
+ *     tp_read_stats() and tp_verify_rules(), for iptables rules
+ *   tp_purge_rules() and tp_list_rules(), if the kernel has iptables chains of
+ *     this library
  *   tp_self_test(), if it tests iptables rules
  * Programs are searched for in /usr/sbin, /sbin, /usr/bin and /bin, never in
  * PATH. Their environment consists of PATH and LC_ALL, which the library sets.
@@ -127,8 +128,8 @@
  *   tp_connect_from, tp_connect_socket, tp_replier_open, tp_reply
  *                                                CAP_NET_RAW or CAP_NET_ADMIN
  *   tp_install_rules, tp_remove_rules, tp_replace_rules, tp_update_rules,
- *   tp_learn_addresses, tp_rules_stats, tp_read_stats, tp_purge_rules
- *                                                               CAP_NET_ADMIN
+ *   tp_learn_addresses, tp_rules_stats, tp_read_stats, tp_verify_rules,
+ *   tp_list_rules, tp_purge_rules                                CAP_NET_ADMIN
  *   tp_self_test                                    CAP_SYS_ADMIN and the above
  *   tp_accept, tp_orig_dst, tp_msg_orig_dst, tp_recvfrom, tp_recv_datagrams,
  *   tp_unmap_addr, tp_render_rules, tp_check, tp_forget_rules, tp_replier_close          none
@@ -401,6 +402,13 @@ typedef struct tp_replier tp_replier;
  * Destinations that are never intercepted. For tp_update_rules() and tp_learn_addresses().
  */
 #define TP_SET_BYPASS 3
+
+/**
+ * Puts missing or overtaken routing back. For tp_verify_rules().
+ *
+ * @since 0.2.0
+ */
+#define TP_VERIFY_REPAIR 1
 
 /**
  * Script of `ip` and `nft` commands. For tp_render_rules().
@@ -912,6 +920,70 @@ struct tp_rules_stats {
      */
     uint64_t direct_bytes;
 };
+
+/**
+ * Instance of rules, as tp_list_rules() reports it.
+ */
+struct tp_instance {
+    /**
+     * Name of the instance.
+     */
+    const char *name;
+    /**
+     * TP_BACKEND_NFT or TP_BACKEND_IPTABLES.
+     */
+    uint32_t backend;
+    /**
+     * TP_RULES_ flags of its configuration.
+     */
+    uint32_t flags;
+    /**
+     * TP_FAMILY_ bits; 0 if unknown.
+     */
+    uint32_t families;
+    /**
+     * TP_PROTO_ bits; 0 if unknown.
+     */
+    uint32_t protocols;
+    /**
+     * Mark of packets for local sockets, and its mask; 0 if unknown.
+     */
+    uint32_t mark;
+    /**
+     * Mask of mark.
+     */
+    uint32_t mark_mask;
+    /**
+     * Routing table; 0 if unknown.
+     */
+    uint32_t table;
+    /**
+     * First routing rule priority; 0 if unknown.
+     */
+    uint32_t priority;
+    /**
+     * Process that owns the rules. 0: none, because they are persistent or their owner has ended. -1: a process in
+     * another PID namespace, or one that cannot be seen from here.
+     */
+    int64_t owner_pid;
+    /**
+     * Address of its first listener, or NULL if it has none or it is unknown.
+     */
+    const struct sockaddr *listen_addr;
+    /**
+     * Size of listen_addr, or 0.
+     */
+    socklen_t listen_addrlen;
+    /**
+     * Counters since the rules were installed.
+     */
+    struct tp_rules_stats stats;
+};
+
+/**
+ * Function that receives an instance. The struct and all data it points to are valid only during the call.
+ */
+typedef void (*tp_instance_fn)(const struct tp_instance *instance, void *context);
 
 /**
  * Result of one check.
@@ -1598,6 +1670,11 @@ void tp_replier_close(struct tp_replier *replier);
  *
  * Ports below 1024 count as ports of services, not of clients: replies to such ports are not recognized.
  *
+ * A listener that serves only one family leaves packets of the other family alone: with a listener on 0.0.0.0,
+ * forwarded IPv6 packets bypass the proxy. A listener on [::] serves both, and rules for both are installed
+ * whether this host has IPv6 or not. While IPv6 is disabled on lo, the kernel refuses the route that they need:
+ * until tp_verify_rules() or tp_replace_rules() completes it, selected IPv6 packets are dropped.
+ *
  * If the selections of several instances overlap, the first installed instance intercepts.
  *
  * Packets that no other host can legitimately send are never intercepted. If they match the selection,
@@ -1705,8 +1782,9 @@ void tp_forget_rules(struct tp_rules *rules);
  * Atomically replaces the configuration of installed rules.
  *
  * One transaction: each packet is processed by either the old or the new rules. Counters are preserved.
- * The name, TP_RULES_PERSIST, the table and the priority cannot change: leave table and priority 0 or
- * repeat their values. On failure the old rules are unchanged.
+ * The name and TP_RULES_PERSIST cannot change. table and priority can: routing is added at its new place
+ * before it is deleted at the old one. If they are 0, routing stays where it is, unless a routing rule of
+ * another program takes intercepted packets first. On failure the old rules are unchanged.
  *
  * @param rules   handle from tp_install_rules().
  * @param config  new configuration.
@@ -1727,6 +1805,67 @@ void tp_forget_rules(struct tp_rules *rules);
 int tp_replace_rules(struct tp_rules *rules,
                      const struct tp_rules_config *config,
                      size_t size);
+
+/**
+ * Verifies that installed rules still work, and optionally repairs their routing.
+ *
+ * Other programs can delete routing rules and routes (`ip rule flush`), or add routing rules that take
+ * intercepted packets first, as wg-quick does. Connections then time out. With TP_VERIFY_REPAIR, missing
+ * routing is added again, and routing that another program has overtaken is moved ahead of that program's
+ * rules. It is added at its new place before it is deleted at the old one. If the configuration has a
+ * priority, routing is not moved: use tp_replace_rules(). Also completes rules that were installed while
+ * IPv6 was disabled on lo.
+ *
+ * @param rules  handle from tp_install_rules().
+ * @param flags  0 or TP_VERIFY_REPAIR.
+ * @return 0 if the rules are as installed, or -1 with errno:
+ *   ENOENT    the table was removed, or now belongs to another instance, or the chains of iptables were
+ *             removed
+ *   ESTALE    routing is missing, or a routing rule of another program may take intercepted packets first,
+ *             or IPv6 was disabled on lo when the rules were installed
+ *   ESTALE    another process has changed the rules since this process was forked
+ *   ENOTCONN  no socket receives the packets that the rules intercept
+ *   EFAULT    rules is NULL
+ *   EINVAL    flags has an unknown bit
+ *   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
+ *   EBUSY     this is a forked child, and the process that installed the rules is running
+ *   EDEADLK   another thread was in a call on the handle when this process was forked
+ *   ENETDOWN  the interface lo is down, with TP_VERIFY_REPAIR
+ *
+ * With TP_VERIFY_REPAIR the other errors of tp_install_rules() are possible too. Reads the routing rules and
+ * at most 10,000 sockets of each family and protocol. With TP_BACKEND_IPTABLES, runs iptables-save; see
+ * "Programs" in tproxy(7).
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_verify_rules(struct tp_rules *rules,
+                    uint32_t flags);
+
+/**
+ * Lists the instances of rules in this network namespace, whichever process installed them.
+ *
+ * Includes persistent instances, and chains of iptables whose process was killed.
+ *
+ * @param report   called once per instance, in the order of their names.
+ * @param context  passed to report.
+ * @return number of instances, or -1 with errno and report not called:
+ *   EFAULT           report is NULL
+ *   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
+ *   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
+ *                    a program of iptables failed; see "Programs" in tproxy(7)
+ *   EMFILE           the descriptor limit of the process is reached
+ *   ENFILE           the descriptor limit of the system is reached
+ *   ENOBUFS, ENOMEM  not enough memory
+ *
+ * Runs iptables-save only if the kernel has chains of this library.
+ *
+ * Thread-safe.
+ *
+ * @since 0.2.0
+ */
+int tp_list_rules(tp_instance_fn report, void *context);
 
 /**
  * Removes what a dead or persistent instance left behind: its rules, if they are persistent, and routing.

@@ -7,6 +7,70 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 use crate::name;
 
+/// How rules treat what they select, as their configuration says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Options {
+    /// How packets reach the listeners.
+    pub mode: Mode,
+    /// Traffic that this host sends is intercepted too.
+    pub local_output: bool,
+    /// Traffic is forwarded while no listener exists.
+    pub fail_open: bool,
+    /// Packets addressed directly to a listener are accepted.
+    pub allow_direct: bool,
+    /// Intercepted packets are exempt from connection tracking.
+    pub notrack: bool,
+    /// The rules stay when their process ends.
+    pub persist: bool,
+    /// Only TCP packets that begin a connection are intercepted.
+    pub new_only: bool,
+    /// Replies of this host's servers are delivered to transparent sockets.
+    pub local_servers: bool,
+}
+
+impl Options {
+    /// As bits: TP_RULES_*.
+    pub(crate) fn bits(self) -> u32 {
+        let mode = match self.mode {
+            Mode::Tproxy => 0,
+            Mode::DivertOnly => 1,
+            Mode::Redirect => 2,
+        };
+        let flags = [
+            self.local_output,
+            self.fail_open,
+            self.allow_direct,
+            self.notrack,
+            self.persist,
+            self.new_only,
+            self.local_servers,
+        ];
+        flags.into_iter().zip(2..).fold(mode, |bits, (flag, number)| bits | u32::from(flag) << number)
+    }
+
+    /// `None`: there are bits that mean nothing here.
+    pub(crate) fn from_bits(bits: u32) -> Option<Options> {
+        let flag = |number: u32| bits & 1 << number != 0;
+        let options = Options {
+            mode: match bits & 3 {
+                0 => Mode::Tproxy,
+                1 => Mode::DivertOnly,
+                2 => Mode::Redirect,
+                _ => return None,
+            },
+            local_output: flag(2),
+            fail_open: flag(3),
+            allow_direct: flag(4),
+            notrack: flag(5),
+            persist: flag(6),
+            new_only: flag(7),
+            local_servers: flag(8),
+        };
+        (options.bits() == bits).then_some(options)
+    }
+}
+
 /// A set of address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Families {

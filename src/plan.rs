@@ -1,8 +1,9 @@
 //! The plan: computed from a config (`rules/plan.rs`), and installed by a backend.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::model::{Families, Family, IdRange, MacAddr, Mark, Mode, PortRange, Protocol, Protocols};
+use crate::backend::nft::table::Record;
+use crate::model::{Backend, Families, Family, IdRange, MacAddr, Mark, Mode, Options, PortRange, Protocol, Protocols};
 use crate::ports;
 use crate::prefix::PrefixSet;
 
@@ -197,6 +198,34 @@ impl Plan {
         let v4 = self.families.v4 && serves(Family::V4);
         let v6 = self.families.v6 && serves(Family::V6);
         Families { v4, v6 }.only()
+    }
+
+    /// What the table says of the plan.
+    pub fn record(&self, backend: Backend) -> Record {
+        let address = |listener: &Intercept| {
+            let wildcard = match self.families.only().or(listener.family) {
+                Some(Family::V4) => Ipv4Addr::UNSPECIFIED.into(),
+                _ => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            SocketAddr::new(listener.addr.unwrap_or(wildcard), listener.port)
+        };
+        Record {
+            backend,
+            options: Options {
+                mode: self.mode,
+                local_output: self.local_output,
+                fail_open: self.fail_open,
+                allow_direct: !self.guard,
+                notrack: self.notrack,
+                persist: self.persist,
+                new_only: self.new_only,
+                local_servers: self.local_servers,
+            },
+            families: self.families,
+            protocols: self.protocols,
+            mark: self.mark,
+            listen_addr: self.intercepts.first().map(address),
+        }
     }
 
     /// Restricts the plan to IPv4, for a host without IPv6.

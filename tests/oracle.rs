@@ -140,7 +140,9 @@ fn run(case: &Case, ways: &[Way]) -> (usize, Vec<Disagreement>) {
             let fate = fate(&case.instances, p);
             let outcomes = (expected(p, fate, without_rules[packet]), outcomes[packet]);
             compared += 1;
-            if outcomes.0 != outcomes.1 && !known::differs(&case.instances, p, matches!(way, Way::Iptables | Way::IptablesScript)) {
+            if outcomes.0 != outcomes.1
+                && !known::differs(&case.instances, p, matches!(way, Way::Iptables | Way::IptablesScript))
+            {
                 disagreements.push(Disagreement { way: *way, packet, expected: fate, outcomes });
             }
         }
@@ -192,7 +194,11 @@ fn install_rules_of_random_configs_agrees_with_model() {
             let again = run(&minimal, &[first.way]).1;
             let shown: Vec<String> = again.iter().chain(&disagreements[..1]).take(1).map(|d| d.to_string()).collect();
             let replay = format!("{seed}:{}:{steps:?}", first.packet).replace(' ', "");
-            println!("{} disagreements with seed {seed}; the first, made minimal:\n{minimal}{}\nORACLE_REPLAY={replay}\n", disagreements.len(), shown.concat());
+            println!(
+                "{} disagreements with seed {seed}; the first, made minimal:\n{minimal}{}\nORACLE_REPLAY={replay}\n",
+                disagreements.len(),
+                shown.concat()
+            );
             found.push(seed);
         }
         seed += 1;

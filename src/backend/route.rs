@@ -585,6 +585,11 @@ impl Entry {
         }
     }
 
+    /// What follows `ip` in the command that would add it.
+    pub fn addition(&self) -> impl fmt::Display {
+        self.command(Operation::Add)
+    }
+
     /// What follows `ip` in the command that would do the same.
     fn command(&self, operation: Operation) -> impl fmt::Display {
         let verb = match operation {

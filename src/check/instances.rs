@@ -92,7 +92,7 @@ pub(super) fn instances(tables: &[Table], chains: &[Chain], holders: &HashMap<u3
     let chains = by_instance(chains);
     let instance = |table: &Table| {
         let name = table::instance_of(&table.name).filter(|name| is_name(name))?;
-        let mut slot = table.slot?;
+        let mut slot = table::speaker(tables, table).slot?;
         // Any program can write such a comment. Four consecutive priorities must exist.
         slot.priority = slot.priority.min(u32::MAX - RULES);
         let own: &[&Chain] = chains.get(name).map(Vec::as_slice).unwrap_or_default();

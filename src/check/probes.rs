@@ -62,8 +62,8 @@ pub(super) fn nf_tables(channel: &mut Channel) -> Vec<(&'static Kind, Result<(),
         (findings::NFT_SOCKET, TABLE, Change::Add(&socket)),
         (findings::NFT_TPROXY, TABLE, Change::Add(&tproxy)),
         (findings::NFT_FIB, TABLE, Change::Add(&fib)),
-        (findings::OWNER, OWNED, Change::Claim { slot: &slot, persist: false }),
-        (findings::PERSIST, PERSISTENT, Change::Claim { slot: &slot, persist: true }),
+        (findings::OWNER, OWNED, Change::Claim { slot: &slot, record: None, persist: false }),
+        (findings::PERSIST, PERSISTENT, Change::Claim { slot: &slot, record: None, persist: true }),
     ];
     let (mut kinds, mut changes) = (Vec::new(), Vec::new());
     for (kind, table, change) in tried {

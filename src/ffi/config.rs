@@ -103,6 +103,11 @@ pub const TP_SET_SRC: u32 = 2;
 /// Destinations that are never intercepted. For tp_update_rules() and tp_learn_addresses().
 pub const TP_SET_BYPASS: u32 = 3;
 
+/// Puts missing or overtaken routing back. For tp_verify_rules().
+///
+/// @since 0.2.0
+pub const TP_VERIFY_REPAIR: u32 = 0x1;
+
 /// Script of `ip` and `nft` commands. For tp_render_rules().
 pub const TP_FORMAT_NFT: u32 = 1;
 /// Script of `ip` and `iptables-restore` commands. For tp_render_rules().

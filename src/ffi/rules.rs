@@ -1,7 +1,9 @@
 //! Rules.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::time::Duration;
+
+use libc::{sockaddr, socklen_t};
 
 use super::arg::{self, SizedOut};
 use super::config::*;
@@ -41,6 +43,11 @@ pub struct tp_rules {
 ///     receives the client's datagrams to that address and port directly.
 ///
 /// Ports below 1024 count as ports of services, not of clients: replies to such ports are not recognized.
+///
+/// A listener that serves only one family leaves packets of the other family alone: with a listener on 0.0.0.0,
+/// forwarded IPv6 packets bypass the proxy. A listener on [::] serves both, and rules for both are installed
+/// whether this host has IPv6 or not. While IPv6 is disabled on lo, the kernel refuses the route that they need:
+/// until tp_verify_rules() or tp_replace_rules() completes it, selected IPv6 packets are dropped.
 ///
 /// If the selections of several instances overlap, the first installed instance intercepts.
 ///
@@ -182,8 +189,9 @@ pub unsafe extern "C" fn tp_forget_rules(rules: *mut tp_rules) {
 /// Atomically replaces the configuration of installed rules.
 ///
 /// One transaction: each packet is processed by either the old or the new rules. Counters are preserved.
-/// The name, TP_RULES_PERSIST, the table and the priority cannot change: leave table and priority 0 or
-/// repeat their values. On failure the old rules are unchanged.
+/// The name and TP_RULES_PERSIST cannot change. table and priority can: routing is added at its new place
+/// before it is deleted at the old one. If they are 0, routing stays where it is, unless a routing rule of
+/// another program takes intercepted packets first. On failure the old rules are unchanged.
 ///
 /// @param rules   handle from tp_install_rules().
 /// @param config  new configuration.
@@ -210,6 +218,144 @@ pub unsafe extern "C" fn tp_replace_rules(rules: *mut tp_rules, config: *const t
         // SAFETY: by the caller's word.
         rules.replace(&unsafe { decode(&config) }?)?;
         Ok(0)
+    })
+}
+
+/// Verifies that installed rules still work, and optionally repairs their routing.
+///
+/// Other programs can delete routing rules and routes (`ip rule flush`), or add routing rules that take
+/// intercepted packets first, as wg-quick does. Connections then time out. With TP_VERIFY_REPAIR, missing
+/// routing is added again, and routing that another program has overtaken is moved ahead of that program's
+/// rules. It is added at its new place before it is deleted at the old one. If the configuration has a
+/// priority, routing is not moved: use tp_replace_rules(). Also completes rules that were installed while
+/// IPv6 was disabled on lo.
+///
+/// @param rules  handle from tp_install_rules().
+/// @param flags  0 or TP_VERIFY_REPAIR.
+/// @return 0 if the rules are as installed, or -1 with errno:
+///   ENOENT    the table was removed, or now belongs to another instance, or the chains of iptables were
+///             removed
+///   ESTALE    routing is missing, or a routing rule of another program may take intercepted packets first,
+///             or IPv6 was disabled on lo when the rules were installed
+///   ESTALE    another process has changed the rules since this process was forked
+///   ENOTCONN  no socket receives the packets that the rules intercept
+///   EFAULT    rules is NULL
+///   EINVAL    flags has an unknown bit
+///   EBADF     the program closed the descriptors of the handle, or their numbers are now used otherwise
+///   EBUSY     this is a forked child, and the process that installed the rules is running
+///   EDEADLK   another thread was in a call on the handle when this process was forked
+///   ENETDOWN  the interface lo is down, with TP_VERIFY_REPAIR
+///
+/// With TP_VERIFY_REPAIR the other errors of tp_install_rules() are possible too. Reads the routing rules and
+/// at most 10,000 sockets of each family and protocol. With TP_BACKEND_IPTABLES, runs iptables-save; see
+/// "Programs" in tproxy(7).
+///
+/// Thread-safe.
+///
+/// @since 0.2.0
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_verify_rules(rules: *mut tp_rules, flags: u32) -> c_int {
+    guard(|| {
+        let flags = arg::flags(flags, TP_VERIFY_REPAIR)?;
+        // SAFETY: by the caller's word.
+        let rules = unsafe { installed(rules) }?;
+        if flags & TP_VERIFY_REPAIR != 0 { rules.repair() } else { rules.verify() }?;
+        Ok(0)
+    })
+}
+
+/// Instance of rules, as tp_list_rules() reports it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tp_instance {
+    /// Name of the instance.
+    pub name: *const c_char,
+    /// TP_BACKEND_NFT or TP_BACKEND_IPTABLES.
+    pub backend: u32,
+    /// TP_RULES_ flags of its configuration.
+    pub flags: u32,
+    /// TP_FAMILY_ bits; 0 if unknown.
+    pub families: u32,
+    /// TP_PROTO_ bits; 0 if unknown.
+    pub protocols: u32,
+    /// Mark of packets for local sockets, and its mask; 0 if unknown.
+    pub mark: u32,
+    /// Mask of mark.
+    pub mark_mask: u32,
+    /// Routing table; 0 if unknown.
+    pub table: u32,
+    /// First routing rule priority; 0 if unknown.
+    pub priority: u32,
+    /// Process that owns the rules. 0: none, because they are persistent or their owner has ended. -1: a process in
+    /// another PID namespace, or one that cannot be seen from here.
+    pub owner_pid: i64,
+    /// Address of its first listener, or NULL if it has none or it is unknown.
+    pub listen_addr: *const sockaddr,
+    /// Size of listen_addr, or 0.
+    pub listen_addrlen: socklen_t,
+    /// Counters since the rules were installed.
+    pub stats: tp_rules_stats,
+}
+
+/// Function that receives an instance. The struct and all data it points to are valid only during the call.
+#[allow(non_camel_case_types)]
+pub type tp_instance_fn = Option<unsafe extern "C" fn(instance: *const tp_instance, context: *mut c_void)>;
+
+/// Lists the instances of rules in this network namespace, whichever process installed them.
+///
+/// Includes persistent instances, and chains of iptables whose process was killed.
+///
+/// @param report   called once per instance, in the order of their names.
+/// @param context  passed to report.
+/// @return number of instances, or -1 with errno and report not called:
+///   EFAULT           report is NULL
+///   EPERM            CAP_NET_ADMIN is missing in the owner of this network namespace
+///   EAGAIN, ETIMEDOUT, EOPNOTSUPP, EIO
+///                    a program of iptables failed; see "Programs" in tproxy(7)
+///   EMFILE           the descriptor limit of the process is reached
+///   ENFILE           the descriptor limit of the system is reached
+///   ENOBUFS, ENOMEM  not enough memory
+///
+/// Runs iptables-save only if the kernel has chains of this library.
+///
+/// Thread-safe.
+///
+/// @since 0.2.0
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tp_list_rules(report: tp_instance_fn, context: *mut c_void) -> c_int {
+    guard(|| {
+        let report = report.ok_or_else(|| arg::null("report"))?;
+        let instances = rules::list()?;
+        for instance in &instances {
+            let name = CString::new(instance.name.as_str()).unwrap_or_default();
+            let addr = instance.listen_addr.map(socket2::SockAddr::from);
+            let pair = |first: bool, second: bool| u32::from(first) | u32::from(second) << 1;
+            let found = tp_instance {
+                name: name.as_ptr(),
+                backend: match instance.backend {
+                    rules::Backend::Iptables => TP_BACKEND_IPTABLES,
+                    _ => TP_BACKEND_NFT,
+                },
+                flags: instance.options.bits(),
+                families: pair(instance.families.v4, instance.families.v6),
+                protocols: pair(instance.protocols.tcp, instance.protocols.udp),
+                mark: instance.mark.value,
+                mark_mask: instance.mark.mask,
+                table: instance.table,
+                priority: instance.priority,
+                owner_pid: match instance.owner {
+                    rules::Owner::None => 0,
+                    rules::Owner::Process(pid) => i64::from(pid),
+                    rules::Owner::Elsewhere => -1,
+                },
+                listen_addr: addr.as_ref().map_or(std::ptr::null(), |addr| addr.as_ptr().cast()),
+                listen_addrlen: addr.as_ref().map_or(0, socket2::SockAddr::len),
+                stats: as_c(&instance.stats),
+            };
+            // SAFETY: the caller's function, and its context; name and address live until it returns.
+            unsafe { report(&raw const found, context) };
+        }
+        Ok(instances.len() as c_int)
     })
 }
 

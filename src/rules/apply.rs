@@ -12,7 +12,7 @@ use std::os::fd::BorrowedFd;
 use crate::backend::nft::object::Object;
 use crate::backend::nft::ruleset::{self, PrefixList};
 use crate::backend::nft::set::Variant;
-use crate::backend::nft::table;
+use crate::backend::nft::table::{self, Record};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::cgroup;
@@ -36,6 +36,9 @@ pub struct Instance {
     /// How the sets in force are named.
     variant: Variant,
     routing: Routing,
+    /// What the table that speaks for the instance says, and which of the successors of its own table that is.
+    record: Record,
+    successor: Option<usize>,
     installed: Installed,
     /// The table belongs to the channel's socket. It does not on a host without nf_tables, where there is none.
     claimed: bool,
@@ -142,15 +145,16 @@ impl Instance {
         let mut blocked = !shows_later && is_ipv6_blocked(&mut plan, &mut route)?;
         let mut excluded_tables = Vec::new();
         let (table, variant) = (table::name_of(&plan.name), Variant::default());
-        let (routing, adopted) = loop {
-            let claim = slot::claim(&plan, &mut nft, &mut route, &excluded_tables)?;
+        let (routing, adopted, successor) = loop {
+            let record = plan.record(Backend::Nft);
+            let claim = slot::claim(&plan, &record, &mut nft, &mut route, &excluded_tables)?;
             if claim.adopted {
                 blocked = is_ipv6_blocked(&mut plan, &mut route)?;
-                break (routing(&plan, claim.slot, blocked), true);
+                break (routing(&plan, claim.slot, blocked), true, claim.successor);
             }
             let routing = routing(&plan, claim.slot, blocked);
             match install_at(&plan, &table, &routing, &mut nft, &mut route) {
-                Ok(()) => break (routing, false),
+                Ok(()) => break (routing, false, None),
                 // Somebody's route is in a table that nobody asked for by number: take another.
                 Err(Refused { error, route_taken: true }) if plan.table.is_none() && error.errno() == libc::EEXIST => {
                     excluded_tables.push(routing.table);
@@ -165,9 +169,23 @@ impl Instance {
             }
         };
         let installed = Installed::Nft;
-        let mut rules = Instance { nft, route, table, plan, variant, routing, installed, claimed: true, ownership };
+        let record = plan.record(Backend::Nft);
+        let mut rules = Instance {
+            nft,
+            route,
+            table,
+            plan,
+            variant,
+            routing,
+            record,
+            successor,
+            installed,
+            claimed: true,
+            ownership,
+        };
         if adopted {
-            rules.take_over(rules.plan.clone(), rules.routing)?;
+            rules.read_speaker()?;
+            rules.move_for(rules.plan.clone(), blocked, Instance::take_over)?;
         }
         Ok(rules)
     }
@@ -263,11 +281,15 @@ impl Instance {
             Installed::Nft => Ok(()),
         };
         let routing = route::delete(&mut self.route, &self.routing);
+        let successors = match self.is_current() {
+            true => self.delete_successor(self.successor),
+            false => self.delete_successor(Some(0)).and(self.delete_successor(Some(1))),
+        };
         let table = match self.installed {
             Installed::Iptables => by_iptables::unclaim(&mut self.nft, &self.table),
             Installed::Nft => delete_table(&mut self.nft, &self.table),
         };
-        rules.and(routing).and(table)
+        rules.and(routing).and(successors).and(table)
     }
 }
 
@@ -285,11 +307,23 @@ pub fn stats_of(name: &str) -> Result<Stats> {
     if !tables.iter().any(|other| other.name == table && other.slot.is_some()) {
         return Err(Error::with(libc::ENOENT, format_args!("there are no rules of this name (table inet {table})")));
     }
+    Ok(counted_of(&name)?.0)
+}
+
+/// What the rules of an instance have done, and whether they are those of iptables.
+pub(super) fn counted_of(instance: &str) -> Result<(Stats, bool)> {
+    let (mut nft, _) = channels()?;
+    let table = table::name_of(instance);
     // With iptables the table holds but the name and the slot.
     match table::contents(&mut nft, &table)?.chains.is_empty() {
-        true => by_iptables::counted_by_iptables(&name, Families::ALL),
-        false => counted(&mut nft, &table),
+        true => Ok((counted_by_iptables(instance)?, true)),
+        false => Ok((counted(&mut nft, &table)?, false)),
     }
+}
+
+/// What the chains of an instance have done.
+pub(super) fn counted_by_iptables(instance: &str) -> Result<Stats> {
+    by_iptables::counted_by_iptables(instance, Families::ALL)
 }
 
 /// The counters of a table.
@@ -321,7 +355,8 @@ pub fn purge(name: Option<&str>) -> Result<()> {
     let wanted = name.as_deref().map(table::name_of);
     let (_, tables) = table::list(&mut nft)?;
     for table in &tables {
-        let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name);
+        let successors = name.as_deref().map(table::successors_of).unwrap_or_default();
+        let named = wanted.as_ref().is_some_and(|wanted| *wanted == table.name) || successors.contains(&table.name);
         match (table.slot, table.owner) {
             (_, Some(_)) if named => {
                 let owner = slot::owner_of(table).unwrap_or_default();
@@ -437,7 +472,7 @@ fn is_set(object: &Object) -> bool {
     matches!(object, Object::Set(_) | Object::Elements { .. })
 }
 
-fn channels() -> Result<(Channel, Channel)> {
+pub(super) fn channels() -> Result<(Channel, Channel)> {
     let nft = Channel::open(libc::NETLINK_NETFILTER).map_err(|e| {
         let errno = match e.0 {
             libc::EPROTONOSUPPORT => libc::EOPNOTSUPP,
@@ -477,3 +512,4 @@ mod change;
 #[cfg(test)]
 mod fault_tests;
 mod learn;
+mod verify;

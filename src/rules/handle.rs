@@ -100,6 +100,31 @@ impl Rules {
         self.lock()?.learn(set, addrs, ttl)
     }
 
+    /// Checks that the rules are as they were installed.
+    ///
+    /// ENOENT: the table is gone. ESTALE: routing is missing, or a routing rule of another program may take packets first, or
+    /// IPv6 could not be routed when the rules were installed. ENOTCONN: no socket receives what the rules intercept.
+    /// [`Rules::repair`] fixes routing.
+    ///
+    /// ```no_run
+    /// # fn example(rules: &tproxy::rules::Rules) -> Result<(), tproxy::Error> {
+    /// if let Err(error) = rules.verify() {
+    ///     eprintln!("{error}");
+    ///     rules.repair()?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn verify(&self) -> Result<()> {
+        self.lock()?.verify(false)
+    }
+
+    /// Puts back routing that is missing, or that a routing rule of another program has overtaken, and then is
+    /// [`Rules::verify`].
+    pub fn repair(&self) -> Result<()> {
+        self.lock()?.verify(true)
+    }
+
     /// What the rules have done so far.
     ///
     /// ```no_run

@@ -6,11 +6,11 @@
 //! that a living instance has, and what no table speaks for is a dead one's.
 
 use crate::backend::holder;
-use crate::backend::nft::table::{self, RoutingSlot, Table};
+use crate::backend::nft::table::{self, Record, RoutingSlot, Table};
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, RULES};
 use crate::error::{Error, Result};
-use crate::model::Families;
+use crate::model::{Families, Mode};
 use crate::netlink::Channel;
 use crate::plan::Plan;
 
@@ -38,10 +38,23 @@ pub(super) struct Claim {
     pub slot: RoutingSlot,
     /// The instance was there, without an owner: its rules are in force.
     pub adopted: bool,
+    /// Which of the successors of its table speaks for it.
+    pub successor: Option<usize>,
+}
+
+/// Which of the successors of an instance's table this is.
+pub(super) fn successor(instance: &str, table: &str) -> Option<usize> {
+    table::successors_of(instance).iter().position(|name| name == table)
 }
 
 /// Claims the instance's name and a slot. `excluded_tables` are routing tables that have turned out not to be free.
-pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, excluded_tables: &[u32]) -> Result<Claim> {
+pub(super) fn claim(
+    plan: &Plan,
+    record: &Record,
+    nft: &mut Channel,
+    route: &mut Channel,
+    excluded_tables: &[u32],
+) -> Result<Claim> {
     let name = table::name_of(&plan.name);
     let mut removed_stale = false;
     retried(|| {
@@ -55,16 +68,20 @@ pub(super) fn claim(plan: &Plan, nft: &mut Channel, route: &mut Channel, exclude
             (generation, tables) = listed(nft)?;
             rules = route::rules(route, plan.families)?;
         }
-        if let Some(slot) = orphaned_slot(&name, plan, &tables)? {
+        if let Some((slot, speaker)) = orphaned_slot(&name, plan, &tables)? {
             commit(nft, &name, Some(generation), &[Change::Adopt])?;
-            return Ok(Claim { slot, adopted: true });
+            if speaker != name {
+                commit(nft, &speaker, None, &[Change::Adopt])?;
+            }
+            return Ok(Claim { slot, adopted: true, successor: successor(&plan.name, &speaker) });
         }
         let slot = choose(plan, &tables, &rules, excluded_tables)?;
-        commit(nft, &name, Some(generation), &[Change::Claim { slot: &slot, persist: plan.persist }])?;
+        let claim = Change::Claim { slot: &slot, record: Some(record), persist: plan.persist };
+        commit(nft, &name, Some(generation), &[claim])?;
         // What a dead instance left there, and no remove_stale has removed.
         let in_use: Vec<u32> = slots(&tables).map(|slot| slot.table).collect();
         match route::delete_found(route, &left_at(&slot, &rules), &in_use) {
-            Ok(()) => Ok(Claim { slot, adopted: false }),
+            Ok(()) => Ok(Claim { slot, adopted: false, successor: None }),
             Err(error) => Err(error.after(commit(nft, &name, None, &[Change::DeleteTable]))),
         }
     })
@@ -76,7 +93,125 @@ pub(super) fn pick_unclaimed(plan: &Plan, route: &mut Channel) -> Result<Claim> 
     let slot = choose(plan, &[], &rules, &[])?;
     // Whose routes these rules lead to cannot be known.
     route::delete_rules(route, &left_at(&slot, &rules))?;
-    Ok(Claim { slot, adopted: false })
+    Ok(Claim { slot, adopted: false, successor: None })
+}
+
+/// Claims what an instance of this process is to have from now on, by a successor of its table. Its present slot stays claimed.
+pub(super) fn claim_successor(
+    plan: &Plan,
+    record: &Record,
+    present: RoutingSlot,
+    number: usize,
+    nft: &mut Channel,
+    route: &mut Channel,
+) -> Result<RoutingSlot> {
+    let names = table::successors_of(&plan.name);
+    let (own, Some(name)) = (table::name_of(&plan.name), names.get(number)) else { return Ok(present) };
+    retried(|| {
+        let (generation, mut tables) = listed(nft)?;
+        if tables.iter().any(|table| table.name == *name) {
+            commit(nft, name, Some(generation), &[Change::DeleteTable])?;
+            return Err(Error::new(libc::ERESTART, "what was left there is removed"));
+        }
+        tables.retain(|table| table.name != own && !names.contains(&table.name));
+        let rules = route::rules(route, Families::ALL)?;
+        let slot = relocated(plan, present, &tables, &rules)?;
+        commit(
+            nft,
+            name,
+            Some(generation),
+            &[Change::Claim { slot: &slot, record: Some(record), persist: plan.persist }],
+        )?;
+        if slot.priority == present.priority {
+            return Ok(slot);
+        }
+        // What a dead instance left there, and no remove_stale has removed.
+        let in_use: Vec<u32> = slots(&tables).map(|slot| slot.table).chain([present.table]).collect();
+        match route::delete_found(route, &left_at(&slot, &rules), &in_use) {
+            Ok(()) => Ok(slot),
+            Err(error) => Err(error.after(commit(nft, name, None, &[Change::DeleteTable]))),
+        }
+    })
+}
+
+/// The slot that an instance should have: what it asks for, or else what it has, unless a rule of another program takes its
+/// packets there. `tables`: those of other instances.
+pub(super) fn relocated(
+    plan: &Plan,
+    present: RoutingSlot,
+    tables: &[Table],
+    rules: &[FoundRule],
+) -> Result<RoutingSlot> {
+    let table = plan.table.unwrap_or(present.table);
+    let keeps = plan.priority.is_none() && overtaking(plan, present, rules).is_none();
+    let priorities = match plan.priority {
+        Some(priority) => vec![priority],
+        None if keeps => vec![present.priority],
+        None => {
+            let limit = limit(plan, rules);
+            let mut ahead = priorities(plan, limit);
+            ahead.retain(|priority| u64::from(*priority) + u64::from(RULES) <= u64::from(limit));
+            // Where there is no room ahead it stays.
+            ahead.push(present.priority);
+            ahead
+        }
+    };
+    let mut refused = None;
+    for priority in priorities {
+        let slot = RoutingSlot { priority, table };
+        if slot == present {
+            return Ok(slot);
+        }
+        let overlaps = priority != present.priority && priority.abs_diff(present.priority) < RULES;
+        match occupant(&slot, tables, rules) {
+            Some(Occupant::Rule(_)) if priority == present.priority => return Ok(slot),
+            None if !overlaps => return Ok(slot),
+            None => {
+                refused = refused.or(Some(Error::with(
+                    libc::EBUSY,
+                    format_args!(
+                        "priority {priority}: these rules have {}-{} until the new ones are in force: choose another that                          does not overlap",
+                        present.priority,
+                        present.last()
+                    ),
+                )));
+            }
+            Some(occupant) => refused = refused.or_else(|| Some(refusal(&slot, &occupant))),
+        }
+    }
+    Err(refused.unwrap_or_else(|| Error::new(libc::EBUSY, "every place for routing rules is taken")))
+}
+
+/// The first rule of another program that decides where the packets go of an instance that has this slot.
+pub(super) fn overtaking<'a>(plan: &Plan, slot: RoutingSlot, rules: &'a [FoundRule]) -> Option<&'a FoundRule> {
+    takers(plan, rules).filter(|rule| rule.priority <= slot.last()).min_by_key(|rule| rule.priority)
+}
+
+/// The rules of other programs that could decide where the packets of an instance go.
+fn takers<'a>(plan: &Plan, rules: &'a [FoundRule]) -> impl Iterator<Item = &'a FoundRule> {
+    let (mark, looped, families) = (plan.mark, plan.loop_mark, plan.families);
+    // NAT needs no routing.
+    let needs_routing = plan.mode != Mode::Redirect;
+    rules.iter().filter(move |rule| needs_routing && families.contains(rule.family) && rule.may_take(mark, looped))
+}
+
+/// The preference before which the rules of an instance have to be.
+fn limit(plan: &Plan, rules: &[FoundRule]) -> u32 {
+    takers(plan, rules).map(|rule| rule.priority).min().unwrap_or(u32::MAX)
+}
+
+/// The preferences at which an instance may begin, the best first: the usual ones ahead of the limit, those right before it,
+/// and last, where there is no room ahead, the usual ones behind it.
+fn priorities(plan: &Plan, limit: u32) -> Vec<u32> {
+    if let Some(priority) = plan.priority {
+        return vec![priority; PLACES as usize];
+    }
+    let usual = || (0..PLACES).map(|number| FIRST_PRIORITY + number * RULES);
+    let is_ahead = |first: &u32| first.saturating_add(RULES) <= limit;
+    let before = (1..=PLACES).filter_map(|number| limit.checked_sub(number * RULES)).filter(|first| *first > 0);
+    // If the usual ones are ahead, they are enough.
+    let before = before.filter(|first| *first < FIRST_PRIORITY);
+    usual().filter(is_ahead).chain(before).chain(usual().filter(|first| !is_ahead(first))).collect()
 }
 
 /// The rules of ours that are in a slot.
@@ -122,7 +257,7 @@ fn remove_stale(nft: &mut Channel, route: &mut Channel) -> Result<Option<u32>> {
             let mut rules = route::rules(route, Families::ALL)?;
             rules.retain(|rule| rule.ours && !tried.contains(rule) && !is_in_use(&tables, rule));
             let Some(slot) = place_of_first(&mut rules) else { return Ok(Next::Nothing) };
-            commit(nft, SWEEPER, Some(generation), &[Change::Claim { slot: &slot, persist: false }])?;
+            commit(nft, SWEEPER, Some(generation), &[Change::Claim { slot: &slot, record: None, persist: false }])?;
             // A table that a living instance has is not a dead one's, whoever speaks of it.
             let in_use: Vec<u32> = slots(&tables).map(|slot| slot.table).collect();
             Ok(Next::Clean(rules, in_use))
@@ -208,8 +343,8 @@ fn is_in_use(tables: &[Table], rule: &FoundRule) -> bool {
     slots(tables).any(|slot| rule.is_behind(slot.priority))
 }
 
-/// The slot of the instance's orphaned table; `None`: the name is free.
-fn orphaned_slot(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<RoutingSlot>> {
+/// The slot of the instance's orphaned table, and the table that says it; `None`: the name is free.
+fn orphaned_slot(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<(RoutingSlot, String)>> {
     let Some(table) = tables.iter().find(|table| table.name == name) else { return Ok(None) };
     if let Some(owner) = owner_of(table) {
         return Err(Error::with(
@@ -217,7 +352,8 @@ fn orphaned_slot(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Rou
             format_args!("{owner} has rules of this name (table inet {name}): end it, or give yours another `name`"),
         ));
     }
-    match table.slot {
+    let speaker = table::speaker(tables, table);
+    match table.slot.and(speaker.slot) {
         Some(slot) if table.persistent && plan.persist => {
             let other = |wanted: Option<u32>, found| wanted.is_some_and(|wanted| wanted != found);
             if other(plan.priority, slot.priority) || other(plan.table, slot.table) {
@@ -227,7 +363,7 @@ fn orphaned_slot(name: &str, plan: &Plan, tables: &[Table]) -> Result<Option<Rou
                     slot.priority, slot.table
                 )));
             }
-            Ok(Some(slot))
+            Ok(Some((slot, speaker.name.clone())))
         }
         Some(_) if table.persistent => Err(Error::new(
             libc::EEXIST,
@@ -265,8 +401,8 @@ fn numbered(plan: &Plan, number: u32) -> RoutingSlot {
 /// The first slot that neither a table of ours nor a rule of someone else occupies.
 fn choose(plan: &Plan, tables: &[Table], rules: &[FoundRule], excluded_tables: &[u32]) -> Result<RoutingSlot> {
     let mut occupied = None;
-    for number in 0..PLACES {
-        let slot = numbered(plan, number);
+    for (number, priority) in (0..).zip(priorities(plan, limit(plan, rules))) {
+        let slot = RoutingSlot { priority, ..numbered(plan, number) };
         match occupant(&slot, tables, rules) {
             None if !excluded_tables.contains(&slot.table) => return Ok(slot),
             None => {}

@@ -44,6 +44,11 @@ impl Rules {
         checked(unsafe { tp_learn_addresses(self.0, set, addrs.as_ptr(), addrs.len(), ttl_seconds) }).map(drop)
     }
 
+    pub fn verify(&self, flags: u32) -> Result<(), Failed> {
+        // SAFETY: a handle that was not removed.
+        checked(unsafe { tp_verify_rules(self.0, flags) }).map(drop)
+    }
+
     pub fn stats(&self) -> tp_rules_stats {
         // SAFETY: integers, for which all zero is valid.
         let mut stats: tp_rules_stats = unsafe { std::mem::zeroed() };
@@ -84,6 +89,59 @@ pub fn purge(name: Option<&str>) -> Result<(), Failed> {
     let name = name.map(|name| std::ffi::CString::new(name).unwrap());
     // SAFETY: NULL or NUL-terminated.
     checked(unsafe { tp_purge_rules(name.as_ref().map_or(std::ptr::null(), |name| name.as_ptr())) }).map(drop)
+}
+
+/// An instance as `tp_list_rules` reports it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed {
+    pub name: String,
+    pub backend: u32,
+    pub flags: u32,
+    pub families: u32,
+    pub protocols: u32,
+    pub mark: (u32, u32),
+    pub table: u32,
+    pub priority: u32,
+    pub owner_pid: i64,
+    pub listen_addr: Option<std::net::SocketAddr>,
+    pub intercepted: u64,
+}
+
+/// The instances in this thread's network namespace.
+pub fn list_rules() -> Result<Vec<Listed>, Failed> {
+    unsafe extern "C" fn report(instance: *const tp_instance, found: *mut std::ffi::c_void) {
+        // SAFETY: valid during the call, and the vector below.
+        let (it, found) = unsafe { (&*instance, &mut *found.cast::<Vec<Listed>>()) };
+        let listen_addr = (!it.listen_addr.is_null()).then(|| {
+            // SAFETY: as many bytes as it says, which fit an address of IPv4 or IPv6.
+            let storage = unsafe {
+                let mut storage: libc::sockaddr_storage = std::mem::zeroed();
+                let bytes = (&raw mut storage).cast::<u8>();
+                bytes.copy_from_nonoverlapping(it.listen_addr.cast(), it.listen_addrlen as usize);
+                socket2::SockAddr::new(std::mem::transmute::<libc::sockaddr_storage, _>(storage), it.listen_addrlen)
+            };
+            storage.as_socket().unwrap()
+        });
+        found.push(Listed {
+            // SAFETY: NUL-terminated.
+            name: unsafe { std::ffi::CStr::from_ptr(it.name) }.to_str().unwrap().to_owned(),
+            backend: it.backend,
+            flags: it.flags,
+            families: it.families,
+            protocols: it.protocols,
+            mark: (it.mark, it.mark_mask),
+            table: it.table,
+            priority: it.priority,
+            owner_pid: it.owner_pid,
+            listen_addr,
+            intercepted: it.stats.intercepted_packets,
+        });
+    }
+    let mut found: Vec<Listed> = Vec::new();
+    // SAFETY: a function, and the vector that it fills.
+    let number = checked(unsafe { tp_list_rules(Some(report), (&raw mut found).cast()) })?;
+    assert_eq!(number as usize, found.len());
+    Ok(found)
 }
 
 /// The script of `tp_render_rules`.

@@ -60,8 +60,7 @@ const FLAGS: [(u32, &str); 9] = [
     (TP_RULES_LOCAL_SERVERS, "LOCAL_SERVERS"),
 ];
 
-const LISTEN: [&str; 9] =
-    ["::", "::", "::", "::", "0.0.0.0", "198.51.100.1", "127.0.0.1", "::1", "2001:db8:1::1"];
+const LISTEN: [&str; 9] = ["::", "::", "::", "::", "0.0.0.0", "198.51.100.1", "127.0.0.1", "::1", "2001:db8:1::1"];
 const PORTS: [&[(u16, u16)]; 10] = [
     &[(80, 80)],
     &[(53, 53), (443, 443)],
@@ -139,12 +138,14 @@ impl Choices {
     fn prefixes(&mut self, pool: &[&'static str], families: u32) -> Option<Vec<&'static str>> {
         match self.0.below(8) {
             0 => {
-                let served = |prefix: &&str| families & if prefix.contains(':') { TP_FAMILY_IPV6 } else { TP_FAMILY_IPV4 } != 0;
+                let served =
+                    |prefix: &&str| families & if prefix.contains(':') { TP_FAMILY_IPV6 } else { TP_FAMILY_IPV4 } != 0;
                 let pool: Vec<&str> = pool.iter().copied().filter(served).collect();
                 Some((0..self.0.below(6)).map(|_| self.of(&pool)).collect())
             }
             1 | 2 => {
-                let served = |prefix: &&str| families & if prefix.contains(':') { TP_FAMILY_IPV6 } else { TP_FAMILY_IPV4 } != 0;
+                let served =
+                    |prefix: &&str| families & if prefix.contains(':') { TP_FAMILY_IPV6 } else { TP_FAMILY_IPV4 } != 0;
                 let pool: Vec<&str> = pool.iter().copied().filter(served).collect();
                 Some((0..1 + self.0.below(6)).map(|_| self.of(&pool)).collect())
             }
@@ -181,7 +182,8 @@ impl Choices {
         if flags & TP_RULES_NOTRACK != 0 && flags & TP_RULES_LOCAL_OUTPUT != 0 {
             flags &= !TP_RULES_LOCAL_SERVERS;
         }
-        let mut instance = Instance { flags, families, protocols, listen: (listen, 3129 + index as u16), ..Instance::default() };
+        let mut instance =
+            Instance { flags, families, protocols, listen: (listen, 3129 + index as u16), ..Instance::default() };
         if intercepts {
             instance.ports = (!self.one_in(4)).then(|| self.of(&PORTS).to_vec());
             instance.dst = self.prefixes(&DST, families);
@@ -199,7 +201,8 @@ impl Choices {
         let kind = self.of(&[Kind::Syn, Kind::Syn, Kind::Ack, Kind::SynAck, Kind::Udp, Kind::Udp, Kind::Error]);
         let [clients, servers, hosts] = [CLIENTS, SERVERS, HOSTS].map(|addresses| ip(self.of(&addresses[family])));
         let foreign = ip(FOREIGN[family]);
-        let mut p = Packet { from, kind, src: clients, dst: servers, port: self.of(&TARGETS), reply: false, exempt: false };
+        let mut p =
+            Packet { from, kind, src: clients, dst: servers, port: self.of(&TARGETS), reply: false, exempt: false };
         (p.src, p.dst) = match from {
             From::Client => (clients, self.of(&[servers, servers, servers, hosts, foreign])),
             From::Server => (servers, self.of(&[clients, clients, hosts, foreign])),
@@ -279,7 +282,9 @@ pub fn simpler(case: &Case, step: usize) -> Option<Case> {
         n if n < 8 + FLAGS.len() => instance.flags &= !FLAGS[n - 8].0,
         n => {
             let (list, at) = ((n - 8 - FLAGS.len()) / 6, (n - 8 - FLAGS.len()) % 6);
-            let list = [&mut instance.dst, &mut instance.src, &mut instance.bypass, &mut instance.interfaces].into_iter().nth(list);
+            let list = [&mut instance.dst, &mut instance.src, &mut instance.bypass, &mut instance.interfaces]
+                .into_iter()
+                .nth(list);
             if let Some(Some(list)) = list.filter(|list| list.as_ref().is_some_and(|list| at < list.len())) {
                 list.remove(at);
             }

@@ -10,7 +10,10 @@ pub fn differs(instances: &[Instance], p: &Packet, iptables: bool) -> bool {
     // Without dst, packets from and to 0.0.0.0/8 are intercepted, not dropped.
     let unspecified = (zero(p.src) || zero(p.dst)) && instances.iter().any(|i| i.dst.is_none());
     // A connection to a transparent listener on a foreign address is not diverted with iptables.
-    let listener = iptables && p.kind == Kind::Syn && p.port == DIVERT_PORT && instances.iter().any(|i| !i.has(TP_RULES_DIVERT_ONLY));
+    let listener = iptables
+        && p.kind == Kind::Syn
+        && p.port == DIVERT_PORT
+        && instances.iter().any(|i| !i.has(TP_RULES_DIVERT_ONLY));
     // Packets of this host to reserved addresses are intercepted, if there is one instance.
     let local = p.from == From::Host && within(p.dst, "::/80") && !within(p.dst, "::1/128");
     // Of two instances that redirect with nf_tables, the last installed has the packet.

@@ -166,7 +166,9 @@ impl Instance {
     fn names(&self, p: &Packet) -> bool {
         let listed = |list: &Option<Vec<&str>>, addr| list.as_ref().is_none_or(|list| in_any(addr, list));
         let interface = if p.from == From::Client { "eth0" } else { "eth1" };
-        let by = |list: &Vec<&str>| list.iter().any(|n| *n == interface || n.ends_with('*') && interface.starts_with(&n[..n.len() - 1]));
+        let by = |list: &Vec<&str>| {
+            list.iter().any(|n| *n == interface || n.ends_with('*') && interface.starts_with(&n[..n.len() - 1]))
+        };
         !self.has(TP_RULES_DIVERT_ONLY)
             && self.serves(p)
             && !(self.has(TP_RULES_NEW_ONLY) && p.protocol() == TP_PROTO_TCP && p.kind != Kind::Syn)
@@ -235,7 +237,8 @@ pub fn fate(instances: &[Instance], p: &Packet) -> Fate {
     if p.from == From::Host {
         return Fate::Untouched;
     }
-    let first = (0..instances.len()).find(|n| selects(&instances[*n]) && !(instances[*n].dead && instances[*n].has(TP_RULES_FAIL_OPEN)));
+    let first = (0..instances.len())
+        .find(|n| selects(&instances[*n]) && !(instances[*n].dead && instances[*n].has(TP_RULES_FAIL_OPEN)));
     match first {
         None => Fate::Untouched,
         Some(_) if is_hostile(p) => Fate::Dropped,

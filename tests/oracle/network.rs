@@ -45,8 +45,7 @@ rule add pref 32000 lookup 253
 ";
 
 fn batch(net: &Net, lines: &str) {
-    let mut child =
-        net.run(|| Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap());
+    let mut child = net.run(|| Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap());
     child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "{lines}");
 }
@@ -132,7 +131,13 @@ impl Network {
         batch(&host, &BATCH.replace("WORLD", &world.path()));
         batch(&world, "link set c addrgenmode none up\nlink set s addrgenmode none up\n");
         host.forward();
-        for name in ["icmp_ratelimit", "conf/all/rp_filter", "conf/default/rp_filter", "conf/eth0/rp_filter", "conf/eth1/rp_filter"] {
+        for name in [
+            "icmp_ratelimit",
+            "conf/all/rp_filter",
+            "conf/default/rp_filter",
+            "conf/eth0/rp_filter",
+            "conf/eth1/rp_filter",
+        ] {
             host.sysctl(&format!("ipv4/{name}"), "0");
         }
         host.sysctl("ipv6/icmp/ratelimit", "0");
@@ -174,7 +179,11 @@ impl Network {
         };
         let kinds = [(TP_PROTO_TCP, Type::STREAM), (TP_PROTO_UDP, Type::DGRAM)];
         self.host.run(|| {
-            kinds.into_iter().filter(|(protocol, _)| instance.protocols & protocol != 0).map(|(_, kind)| open(kind)).collect()
+            kinds
+                .into_iter()
+                .filter(|(protocol, _)| instance.protocols & protocol != 0)
+                .map(|(_, kind)| open(kind))
+                .collect()
         })
     }
 
@@ -189,7 +198,11 @@ impl Network {
                 if p.reply {
                     let opener = p.opener();
                     answered = self.tag();
-                    self.inject(&hosts, &opener, &packet::bytes(&opener, packet::port_of(answered), p.port, answered, None));
+                    self.inject(
+                        &hosts,
+                        &opener,
+                        &packet::bytes(&opener, packet::port_of(answered), p.port, answered, None),
+                    );
                 }
                 let tag = self.tag();
                 tags.push((tag, answered));
@@ -222,12 +235,13 @@ impl Network {
         let _ = hosts;
         for (end, mac) in self.world.iter().zip(MACS) {
             // An ARP request for the host's own address, which it answers after what came before on this processor.
-            let (own, other, index) = if mac == MACS[0] { ([198, 51, 100, 1], [198, 51, 100, 2], 1) } else { ([203, 0, 113, 1], [203, 0, 113, 2], 2) };
+            let (own, other, index) = if mac == MACS[0] {
+                ([198, 51, 100, 1], [198, 51, 100, 2], 1)
+            } else {
+                ([203, 0, 113, 1], [203, 0, 113, 2], 2)
+            };
             let from = [2, 0, 0, 0, 1, index];
-            let frame = [
-                &mac[..], &from, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &from, &other, &[0; 6], &own,
-            ]
-            .concat();
+            let frame = [&mac[..], &from, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &from, &other, &[0; 6], &own].concat();
             drain(end);
             send_frame(end, &frame);
             let arrived = || {
@@ -257,7 +271,9 @@ impl Network {
         // A multicast address goes to a multicast frame, as hosts send it.
         let to = match p.dst {
             IpAddr::V4(dst) if dst.is_broadcast() || dst.octets()[3] == 255 => [0xff; 6],
-            IpAddr::V4(dst) if dst.is_multicast() => [1, 0, 0x5e, dst.octets()[1] & 0x7f, dst.octets()[2], dst.octets()[3]],
+            IpAddr::V4(dst) if dst.is_multicast() => {
+                [1, 0, 0x5e, dst.octets()[1] & 0x7f, dst.octets()[2], dst.octets()[3]]
+            }
             IpAddr::V6(dst) if dst.is_multicast() => {
                 let o = dst.octets();
                 [0x33, 0x33, o[12], o[13], o[14], o[15]]

@@ -22,6 +22,31 @@ import tproxy
 from tproxy import AddressSet, Backend, Family, Format, Protocol, RulesFlag
 
 
+def test_rules_verify_and_list_rules(net: Net) -> None:
+    """Missing routing is reported and repaired; the instances are listed with what they were asked for."""
+
+    def use() -> None:
+        with tproxy.listen("[::]:3129") as listener, tproxy.install_rules(name="a", listeners=[listener]) as rules:
+            rules.verify()
+            (listed,) = tproxy.list_rules()
+            assert (listed.name, listed.backend, listed.owner_pid) == ("a", Backend.NFT, os.getpid())
+            assert (listed.flags, listed.families, listed.protocols) == (
+                RulesFlag(0),
+                Family.IPV4 | Family.IPV6,
+                Protocol.TCP,
+            )
+            assert listed.listen_addr is not None and listed.listen_addr[:2] == ("::", 3129)
+            net.ip(f"rule del pref {listed.priority}")
+            with pytest.raises(OSError) as caught:
+                rules.verify()
+            assert caught.value.errno == errno.ESTALE
+            rules.verify(repair=True)
+            rules.verify()
+        assert tproxy.list_rules() == []
+
+    net.run(use)
+
+
 @contextmanager
 def proxy(lab: Lab, **config: object) -> Iterator[tuple[tproxy.Rules, socket.socket]]:
     """Rules, and a listener on the proxy's host that answers every intercepted connection."""

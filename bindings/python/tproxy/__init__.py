@@ -22,7 +22,17 @@ from ._ctypes import tp_version as _tp_version
 from ._datagrams import Batch, Datagram, Replier, ReplierStats, recv_datagrams, recvfrom
 from ._errors import Error
 from ._flags import AddressSet, Backend, DatagramFlag, Family, Format, Protocol, ReplierFlag, RulesFlag, SocketFlag
-from ._rules import Rules, RulesConfig, RulesStats, install_rules, purge_rules, read_stats, render_rules
+from ._rules import (
+    Instance,
+    Rules,
+    RulesConfig,
+    RulesStats,
+    install_rules,
+    list_rules,
+    purge_rules,
+    read_stats,
+    render_rules,
+)
 from ._sockets import (
     accept,
     bind_nonlocal,
@@ -47,6 +57,7 @@ __all__ = [
     "Family",
     "Finding",
     "Format",
+    "Instance",
     "PortRange",
     "Prefix",
     "Protocol",
@@ -66,6 +77,7 @@ __all__ = [
     "connect_from",
     "connect_socket",
     "install_rules",
+    "list_rules",
     "listen",
     "open_connection_from",
     "open_datagram_endpoint",

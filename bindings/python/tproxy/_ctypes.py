@@ -73,6 +73,8 @@ TP_SET_DST = 1
 TP_SET_SRC = 2
 TP_SET_BYPASS = 3
 
+TP_VERIFY_REPAIR = 1
+
 TP_FORMAT_NFT = 1
 TP_FORMAT_IPTABLES = 2
 
@@ -194,6 +196,27 @@ class tp_finding(ctypes.Structure):
     ]
 
 
+
+
+class tp_instance(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("backend", c_uint32),
+        ("flags", c_uint32),
+        ("families", c_uint32),
+        ("protocols", c_uint32),
+        ("mark", c_uint32),
+        ("mark_mask", c_uint32),
+        ("table", c_uint32),
+        ("priority", c_uint32),
+        ("owner_pid", ctypes.c_int64),
+        ("listen_addr", POINTER(sockaddr_storage)),
+        ("listen_addrlen", socklen_t),
+        ("stats", tp_rules_stats),
+    ]
+
+
+tp_instance_fn = ctypes.CFUNCTYPE(None, POINTER(tp_instance), c_void_p)
 tp_finding_fn = ctypes.CFUNCTYPE(None, POINTER(tp_finding), c_void_p)
 
 
@@ -261,6 +284,8 @@ tp_install_rules = _function("tp_install_rules", c_int, POINTER(tp_rules_config)
 tp_remove_rules = _function("tp_remove_rules", c_int, c_void_p)
 tp_forget_rules = _function("tp_forget_rules", None, c_void_p)
 tp_replace_rules = _function("tp_replace_rules", c_int, c_void_p, POINTER(tp_rules_config), c_size_t)
+tp_verify_rules = _function("tp_verify_rules", c_int, c_void_p, c_uint32)
+tp_list_rules = _function("tp_list_rules", c_int, tp_instance_fn, c_void_p)
 tp_purge_rules = _function("tp_purge_rules", c_int, c_char_p)
 tp_update_rules = _function(
     "tp_update_rules", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, POINTER(tp_prefix), c_size_t

@@ -11,7 +11,7 @@ from ctypes import byref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 from . import _ctypes as c
-from ._address import Address, IdRange, Prefix, ProtocolPorts, encode, ids, macs, ports, prefixes
+from ._address import Address, IdRange, Prefix, ProtocolPorts, SockAddr, decode, encode, ids, macs, ports, prefixes
 from ._errors import checked
 from ._flags import AddressSet, Backend, Family, Format, Protocol, RulesFlag
 from ._sockets import HasFileno, descriptor, uint32
@@ -249,6 +249,17 @@ class Rules:
         with self._lock:
             checked(c.tp_replace_rules(self._installed(), byref(struct), ctypes.sizeof(struct)))
 
+    def verify(self, *, repair: bool = False) -> None:
+        """Verifies that the rules still work. With ``repair``, puts missing or overtaken routing back first.
+
+        FileNotFoundError: the table is gone. errno ESTALE: routing is missing,
+        or a routing rule of another program may take intercepted packets first,
+        or IPv6 was disabled on lo when the rules were installed. errno
+        ENOTCONN: no socket receives what the rules intercept.
+        """
+        with self._lock:
+            checked(c.tp_verify_rules(self._installed(), c.TP_VERIFY_REPAIR if repair else 0))
+
     def stats(self) -> RulesStats:
         """Returns the counters."""
         stats = c.tp_rules_stats()
@@ -323,6 +334,60 @@ def read_stats(name: str | None = None) -> RulesStats:
     stats = c.tp_rules_stats()
     checked(c.tp_read_stats(_name(name), byref(stats), ctypes.sizeof(stats)))
     return _stats(stats)
+
+
+class Instance(NamedTuple):
+    """Instance of rules, as :func:`list_rules` returns it."""
+
+    name: str
+    backend: Backend
+    #: Flags of its configuration.
+    flags: RulesFlag
+    #: Families and protocols that it serves; 0 if unknown.
+    families: Family
+    protocols: Protocol
+    #: Packet mark that routes to a local socket, and its mask; 0 if unknown.
+    mark: int
+    mark_mask: int
+    #: Routing table and first rule priority; 0 if unknown.
+    table: int
+    priority: int
+    #: Process that owns the rules. 0: none; -1: a process that cannot be seen from here.
+    owner_pid: int
+    #: Address of its first listener; ``None`` if it has none or it is unknown.
+    listen_addr: SockAddr | None
+    stats: RulesStats
+
+
+def list_rules() -> list[Instance]:
+    """Returns the instances of rules in this network namespace, whichever process installed them.
+
+    PermissionError: CAP_NET_ADMIN is missing.
+    """
+    instances: list[Instance] = []
+
+    # ctypes would only print an exception of this callback. The data is valid only during the callback.
+    def report(instance: ctypes._Pointer[c.tp_instance], _: object) -> None:
+        it = instance.contents
+        instances.append(
+            Instance(
+                (it.name or b"").decode(),
+                Backend(it.backend),
+                RulesFlag(it.flags),
+                Family(it.families),
+                Protocol(it.protocols),
+                it.mark,
+                it.mark_mask,
+                it.table,
+                it.priority,
+                it.owner_pid,
+                decode(it.listen_addr.contents) if it.listen_addr else None,
+                _stats(it.stats),
+            )
+        )
+
+    checked(c.tp_list_rules(c.tp_instance_fn(report), None))
+    return instances
 
 
 def purge_rules(name: str | None = None) -> None:

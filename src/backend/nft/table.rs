@@ -1,10 +1,12 @@
 //! Our tables among those of the host, and what each says about its instance.
 
 use std::fmt;
+use std::net::SocketAddr;
 
 use super::{SUBSYSTEM, header};
 use crate::backend::route;
 use crate::error::{Error, Result};
+use crate::model::{Backend, Families, Mark, Options, Protocols};
 use crate::netlink::{Channel, channel, wire};
 use crate::sys;
 
@@ -25,7 +27,95 @@ pub(crate) fn name_of(instance: &str) -> String {
 
 /// The instance that a table of this name would be of.
 pub(crate) fn instance_of(table: &str) -> Option<&str> {
-    table.strip_prefix(PREFIX)
+    table.strip_prefix(PREFIX).filter(|name| !name.starts_with('-'))
+}
+
+/// The names of the tables that speak for an instance once its slot or its record has changed: the kernel keeps the comment
+/// of a table as it was made. There are two, so that one is there before the other goes. No instance can have such a name.
+pub(crate) fn successors_of(instance: &str) -> [String; 2] {
+    ["-1-", "-2-"].map(|number| [PREFIX, number, instance].concat())
+}
+
+/// The table that says which slot and record an instance has: its own, or a successor with the same owner.
+pub(crate) fn speaker<'a>(tables: &'a [Table], own: &'a Table) -> &'a Table {
+    let Some(name) = instance_of(&own.name) else { return own };
+    let names = successors_of(name);
+    let same_owner = |other: &&Table| other.owner_port == own.owner_port && other.persistent == own.persistent;
+    let successor = tables.iter().filter(|other| names.contains(&other.name) && other.slot.is_some()).find(same_owner);
+    successor.unwrap_or(own)
+}
+
+/// What an instance was asked for, as far as its rules do not say it. The table has it beside its comment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub backend: Backend,
+    pub options: Options,
+    pub families: Families,
+    pub protocols: Protocols,
+    pub mark: Mark,
+    /// `None`: there is no listener.
+    pub listen_addr: Option<SocketAddr>,
+}
+
+impl Record {
+    /// The kind of the record in the user data of a table. nft has 0 for the comment, and ignores kinds that it does not know.
+    const KIND: u8 = 116;
+
+    fn text(&self) -> String {
+        let Record { backend, options, families, protocols, mark, listen_addr } = self;
+        let pair = |first: bool, second: bool| u32::from(first) | u32::from(second) << 1;
+        let backend = u32::from(*backend == Backend::Iptables);
+        let (families, protocols) = (pair(families.v4, families.v6), pair(protocols.tcp, protocols.udp));
+        let numbers = format!("{backend} {} {families} {protocols} {} {}", options.bits(), mark.value, mark.mask);
+        match listen_addr {
+            Some(addr) => format!("{numbers} {addr}"),
+            None => numbers,
+        }
+    }
+
+    /// Anyone may have written it.
+    fn parse(text: &str) -> Option<Record> {
+        let mut words = text.split(' ');
+        let mut number = || words.next()?.parse::<u32>().ok();
+        let [backend, options, families, protocols, value, mask] =
+            [number()?, number()?, number()?, number()?, number()?, number()?];
+        let listen_addr = words.next().map(|word| word.parse().ok());
+        if words.next().is_some() || listen_addr == Some(None) || backend > 1 || families > 3 || protocols > 3 {
+            return None;
+        }
+        Some(Record {
+            backend: if backend == 1 { Backend::Iptables } else { Backend::Nft },
+            options: Options::from_bits(options)?,
+            families: Families { v4: families & 1 != 0, v6: families & 2 != 0 },
+            protocols: Protocols { tcp: protocols & 1 != 0, udp: protocols & 2 != 0 },
+            mark: Mark { value, mask },
+            listen_addr: listen_addr.flatten(),
+        })
+    }
+}
+
+/// Appends the comment and the record of a table as its user data: kind, length and NUL-terminated text of each.
+pub(super) fn encode_words(attrs: &mut wire::Attrs<'_>, kind: u16, slot: &RoutingSlot, record: Option<&Record>) {
+    let (comment, record) = (slot.comment(), record.map(Record::text).unwrap_or_default());
+    let of = |kind: u8, text: &str| {
+        let len = u8::try_from(text.len() + 1).ok().filter(|len| *len > 1)?;
+        Some([&[kind, len], text.as_bytes(), &[0]].concat())
+    };
+    let all = [of(0, &comment), of(Record::KIND, &record)];
+    attrs.bytes(kind, &all.into_iter().flatten().flatten().collect::<Vec<u8>>());
+}
+
+/// The text of a kind in the user data of a table.
+fn words(data: &[u8], wanted: u8) -> Option<&str> {
+    let mut rest = data;
+    while let [kind, len, behind @ ..] = rest {
+        let (text, others) = behind.split_at_checked(usize::from(*len))?;
+        if *kind == wanted {
+            return wire::string(text);
+        }
+        rest = others;
+    }
+    None
 }
 
 /// An instance's slot among the routing rules, and its routing table. The
@@ -73,6 +163,8 @@ pub(crate) struct Table {
     pub name: String,
     /// `None`: it is not one of ours.
     pub slot: Option<RoutingSlot>,
+    /// `None`: it is not one of ours, or of another version.
+    pub record: Option<Record>,
     /// The process that opened the socket which owns it.
     pub owner: Option<u32>,
     /// The port of that socket.
@@ -121,11 +213,12 @@ fn parse(attrs: &[u8]) -> Option<Table> {
     const FLAGS: u16 = 2;
     const USERDATA: u16 = 6;
     const OWNER_PORT: u16 = 7;
-    let comment = wire::attribute(attrs, USERDATA).and_then(|data| wire::string(data.get(2..)?));
+    let data = wire::attribute(attrs, USERDATA).unwrap_or_default();
     let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
     Some(Table {
         name: wire::string_of(attrs, NAME)?.to_owned(),
-        slot: comment.and_then(RoutingSlot::parse),
+        slot: words(data, 0).and_then(RoutingSlot::parse),
+        record: words(data, Record::KIND).and_then(Record::parse),
         owner: wire::be32_of(attrs, OWNER_PORT).map(channel::process_of_port),
         owner_port: wire::be32_of(attrs, OWNER_PORT),
         persistent: flags & PERSIST != 0,
@@ -215,6 +308,34 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn record_is_read_back(
+            numbers in (0..2u32, 0..512u32, 0..4u32, 0..4u32, any::<u32>(), any::<u32>()),
+            addr: Option<SocketAddr>,
+        ) {
+            let (backend, options, families, protocols, value, mask) = numbers;
+            let text = format!("{backend} {options} {families} {protocols} {value} {mask}");
+            let text = addr.map_or(text.clone(), |addr| format!("{text} {addr}"));
+            if let Some(record) = Record::parse(&text) {
+                prop_assert_eq!(Record::parse(&record.text()), Some(record));
+                let slot = RoutingSlot { priority: 200, table: 7470 };
+                let mut buffer = wire::Buffer::default();
+                buffer.message(0, 0, 1, &[], |a| {
+                    a.string(1, "libtproxy-t");
+                    encode_words(a, 6, &slot, Some(&record));
+                });
+                let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
+                let parsed = parse(message.payload).unwrap();
+                prop_assert_eq!((parsed.slot, parsed.record), (Some(slot), Some(record)));
+            }
+        }
+
+        #[test]
+        fn record_of_any_text_does_not_panic(text: String, data: Vec<u8>, kind: u8) {
+            Record::parse(&text);
+            words(&data, kind);
+        }
+
         #[test]
         fn slot_possible_is_read_back_from_comment(priority in 1..=route::PRIORITY_MAX, table in 1..u32::MAX) {
             let slot = RoutingSlot { priority, table };

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::object::{Object, comment};
+use super::object::Object;
 use super::set::{Elements, SetName};
-use super::table::{OWNER, PERSIST, RoutingSlot};
+use super::table::{OWNER, PERSIST, Record, RoutingSlot, encode_words};
 use super::{INET, SUBSYSTEM, header};
 use crate::error::{Error, Result};
 use crate::netlink::wire::{self, Buffer};
@@ -30,6 +30,7 @@ pub(crate) enum Change<'a> {
     /// Makes the table, which must not be there.
     Claim {
         slot: &'a RoutingSlot,
+        record: Option<&'a Record>,
         persist: bool,
     },
     /// Takes an orphan.
@@ -219,10 +220,10 @@ impl Change<'_> {
             Change::Add(object) => object.message(),
         };
         batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
-            Change::Claim { slot, persist } => {
+            Change::Claim { slot, record, persist } => {
                 a.string(1, table);
                 a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                comment(a, 6, &slot.comment());
+                encode_words(a, 6, slot, *record);
             }
             Change::Adopt => {
                 a.string(1, table);
@@ -257,7 +258,7 @@ impl fmt::Display for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("nft ")?;
         match self.change {
-            Change::Claim { slot, persist } => {
+            Change::Claim { slot, persist, .. } => {
                 let flags = if *persist { "owner, persist" } else { "owner" };
                 write!(f, "create table inet {} {{ comment \"{slot}\"; flags {flags}; }}", self.table)
             }
@@ -409,7 +410,7 @@ mod tests {
         let (request, create, exclusive) = (libc::NLM_F_REQUEST, libc::NLM_F_CREATE, libc::NLM_F_EXCL);
         for (change, operation, flags) in [
             (Change::AddTable, 0, create),
-            (Change::Claim { slot: &slot, persist: true }, 0, create | exclusive),
+            (Change::Claim { slot: &slot, record: None, persist: true }, 0, create | exclusive),
             (Change::Adopt, 0, 0),
             (Change::DeleteTable, 2, 0),
             (Change::DeleteChain("c"), 5, 0),

@@ -274,6 +274,7 @@ mod tests {
         let table = (slot, any::<Option<u32>>()).prop_map(|(slot, owner)| Table {
             name: "libtproxy-tproxy".to_owned(),
             slot: Some(slot),
+            record: None,
             owner,
             owner_port: owner.map(|_| 1),
             persistent: true,
@@ -633,6 +634,7 @@ mod tests {
             let table = Table {
                 name: "libtproxy-tproxy".to_owned(),
                 slot: Some(RoutingSlot { priority: 200, table: 7470 }),
+                record: None,
                 owner: Some(1),
                 owner_port: Some(1024),
                 persistent: false,

@@ -12,7 +12,8 @@ impl Instance {
     pub(super) fn install_by_iptables(mut plan: Plan, mut nft: Channel, mut route: Channel) -> Result<Instance> {
         let ownership = Ownership::new()?;
         let blocked = is_ipv6_blocked(&mut plan, &mut route)?;
-        let (claim, claimed) = match slot::claim(&plan, &mut nft, &mut route, &[]) {
+        let record = plan.record(Backend::Iptables);
+        let (claim, claimed) = match slot::claim(&plan, &record, &mut nft, &mut route, &[]) {
             Err(error) if error.errno() == libc::EOPNOTSUPP => (slot::pick_unclaimed(&plan, &mut route)?, false),
             claim => (claim?, true),
         };
@@ -22,7 +23,9 @@ impl Instance {
         }
         let variant = Variant::default();
         let installed = Installed::Iptables;
-        let mut rules = Instance { nft, route, table, plan, variant, routing, installed, claimed, ownership };
+        let successor = None;
+        let mut rules =
+            Instance { nft, route, table, plan, variant, routing, record, successor, installed, claimed, ownership };
         match enforce(&rules.plan) {
             Ok(()) => Ok(rules),
             Err(error) => Err(error.after(rules.undo())),
@@ -41,7 +44,7 @@ impl Instance {
 
     /// Runs programs in the network namespace that the rules are in. They work in that of the thread that starts them,
     /// which may have moved to another since the rules were installed.
-    fn in_its_network<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub(super) fn in_its_network<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let failed = |what: &str, needed: &str, e: sys::Errno| {
             let needed = if e.0 == libc::EPERM { needed } else { "" };
             Error::with(

@@ -9,7 +9,9 @@ use crate::prefix::{self, Prefix, PrefixSet};
 impl Instance {
     /// Replaces what is asked for: every packet is treated by the old rules or by the new.
     ///
-    /// The name stays, and so do the routing table and the preferences. On failure the old rules are as they were.
+    /// The name stays. Where another routing table or priority is asked for, or a rule of another program takes the packets
+    /// before ours, routing moves: it is added at its new place before it is deleted at the old. On failure the old rules are
+    /// as they were.
     pub fn replace(&mut self, config: &Config) -> Result<()> {
         let mut plan = plan_here(config)?;
         if plan.name != self.plan.name || plan.persist != self.plan.persist {
@@ -17,17 +19,15 @@ impl Instance {
                 "name and TP_RULES_PERSIST cannot be replaced: remove the rules and install anew",
             ));
         }
-        let changed = |wanted: Option<u32>, has| wanted.is_some_and(|wanted| wanted != has);
-        if changed(plan.priority, self.routing.priority) || changed(plan.table, self.routing.table) {
-            return Err(Error::invalid("priority and table cannot be replaced: remove the rules and install anew"));
-        }
         self.require_table()?;
         let blocked = is_ipv6_blocked(&mut plan, &mut self.route)?;
         plan.learned = self.plan.learned;
         let current = self.is_current();
+        if !current {
+            self.read_speaker()?;
+        }
         self.changing(|rules| {
-            let routing = routing(&plan, rules.slot(), blocked);
-            rules.replace_plan(plan, routing, current)
+            rules.move_for(plan, blocked, |rules, plan, routing| rules.replace_plan(plan, routing, current))
         })
     }
 
@@ -54,6 +54,80 @@ impl Instance {
         match done {
             Ok(()) => Ok(()),
             Err(error) => Err(error.after(deleted)),
+        }
+    }
+
+    /// Makes a change with routing at the slot that the plan should have, which is claimed before and is the only one
+    /// afterwards.
+    pub(super) fn move_for(
+        &mut self,
+        plan: Plan,
+        blocked: bool,
+        change: impl FnOnce(&mut Instance, Plan, Routing) -> Result<()>,
+    ) -> Result<()> {
+        let (present, former) = (self.slot(), self.successor);
+        let record = plan.record(self.backend());
+        let before = route::rules(&mut self.route, Families::ALL)?;
+        let moves = plan.priority.is_some_and(|wanted| wanted != present.priority)
+            || plan.table.is_some_and(|wanted| wanted != present.table)
+            || plan.priority.is_none() && slot::overtaking(&plan, present, &before).is_some();
+        let (slot, successor) = if !moves && record == self.record {
+            (present, None)
+        } else if self.claimed {
+            let number = usize::from(former == Some(0));
+            let (nft, route) = (&mut self.nft, &mut self.route);
+            (slot::claim_successor(&plan, &record, present, number, nft, route)?, Some(number))
+        } else {
+            (slot::relocated(&plan, present, &[], &before)?, None)
+        };
+        let routing = routing(&plan, slot, blocked);
+        if let Err(error) = change(self, plan, routing) {
+            return Err(error.after(self.delete_successor(successor)));
+        }
+        self.record = record;
+        if successor.is_some() {
+            self.successor = successor;
+        }
+        // What resists affects no packet, and goes with the next change or sweep.
+        let left = before.iter().filter(|rule| rule.ours && rule.is_behind(present.priority) && !routing.has(rule));
+        let _ = route::delete_rules(&mut self.route, &left.copied().collect::<Vec<FoundRule>>());
+        if slot.table != present.table {
+            let _ = route::delete_routes(&mut self.route, present.table);
+        }
+        if successor.is_some() {
+            let _ = self.delete_successor(former);
+        }
+        Ok(())
+    }
+
+    /// Deletes a successor of the instance's table, if there is one.
+    pub(super) fn delete_successor(&mut self, number: Option<usize>) -> Result<()> {
+        let names = table::successors_of(&self.plan.name);
+        match number.and_then(|number| names.get(number)) {
+            Some(name) => delete_table(&mut self.nft, name),
+            None => Ok(()),
+        }
+    }
+
+    /// Learns from the kernel which slot and record the instance has.
+    pub(super) fn read_speaker(&mut self) -> Result<()> {
+        let (_, tables) = table::list(&mut self.nft)?;
+        let own = tables.iter().find(|table| table.name == self.table);
+        let Some(speaker) = own.map(|own| table::speaker(&tables, own)) else { return Ok(()) };
+        self.successor = slot::successor(&self.plan.name, &speaker.name);
+        if let Some(slot) = speaker.slot {
+            (self.routing.priority, self.routing.table) = (slot.priority, slot.table);
+        }
+        if let Some(record) = speaker.record {
+            self.record = record;
+        }
+        Ok(())
+    }
+
+    fn backend(&self) -> Backend {
+        match self.installed {
+            Installed::Nft => Backend::Nft,
+            Installed::Iptables => Backend::Iptables,
         }
     }
 

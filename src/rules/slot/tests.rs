@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::backend::route::{PRIORITY_MAX, is_system_table};
-use crate::model::{Mark, Mode, Protocols};
+use crate::model::{Backend, Mark, Mode, Protocols};
 use crate::netlink::Transport;
 use crate::netlink::wire::{self, Buffer};
 use crate::sys;
@@ -420,14 +420,14 @@ proptest! {
         let slots = spoken_for(&kernel.tables);
         let rules = kernel.rules.clone();
         let (kernel, mut nft, mut route) = connected(kernel);
-        let claimed = claim(&plan(persist, wanted, priority), &mut nft, &mut route, &[]);
+        let claimed = claim(&plan(persist, wanted, priority), &plan(persist, None, None).record(Backend::Nft), &mut nft, &mut route, &[]);
         let kernel = kernel.lock().unwrap();
         prop_assert!(kernel.deleted_rules.iter().all(Rule::is_ours), "{:?}", kernel.deleted_rules);
         let mine = |table: &u32| is_system_table(*table) || slots.iter().any(|(_, routes)| routes == table);
         prop_assert!(!kernel.deleted_routes.iter().any(mine), "{:?}", kernel.deleted_routes);
         let others = |rules: &[Rule]| rules.iter().filter(|rule| !rule.is_ours()).cloned().collect::<Vec<_>>();
         prop_assert_eq!(others(&kernel.rules), others(&rules));
-        let Ok(Claim { slot, adopted }) = claimed else { return Ok(()) };
+        let Ok(Claim { slot, adopted, .. }) = claimed else { return Ok(()) };
         prop_assert!((1..=PRIORITY_MAX).contains(&slot.priority) && !is_system_table(slot.table), "{}", slot);
         let own = [(u64::from(slot.priority), slot.table)];
         if adopted {
@@ -489,7 +489,9 @@ fn claim_of_stale_slot_keeps_tables_of_the_living() {
         table(SWEEPER, "libtproxy: priority 500 table 9"),
     ];
     let (kernel, mut nft, mut route) = connected(Kernel { rules: vec![left], tables, ..Kernel::default() });
-    let claimed = claim(&plan(false, None, None), &mut nft, &mut route, &[]).unwrap();
+    let claimed =
+        claim(&plan(false, None, None), &plan(false, None, None).record(Backend::Nft), &mut nft, &mut route, &[])
+            .unwrap();
     assert_eq!(claimed.slot, RoutingSlot { priority: 200, table: 7470 });
     let kernel = kernel.lock().unwrap();
     assert_eq!((kernel.rules.len(), &kernel.deleted_routes), (0, &Vec::new()));
