@@ -584,7 +584,7 @@ static void rules(int closed, int file, int unix_fd)
     int listener = tp_listen(sa(&addr), sizeof addr, 1, 0);
     tp_rules *const untouched = (tp_rules *)(void *)&addr;
     tp_rules *out = untouched;
-    const struct tp_port_range port = { 80, 80 };
+    const struct tp_port_range port = { .first = 80, .last = 80 };
     const struct tp_rules_config start = { .listeners = &listener, .n_listeners = 1, .ports = &port, .n_ports = 1 };
     struct tp_rules_config config = start;
 #define INSTALL() tp_install_rules(&config, sizeof config, &out)
@@ -619,7 +619,7 @@ static void rules(int closed, int file, int unix_fd)
     WITH(EINVAL, config.mark = 2, config.mark_mask = 1);
     WITH(EINVAL, config.table = 255);
     WITH(EINVAL, config.priority = 40000);
-    const struct tp_port_range backwards = { 2, 1 }, zero = { 0, 0 };
+    const struct tp_port_range backwards = { .first = 2, .last = 1 }, zero = { .first = 0 };
     WITH(EINVAL, config.ports = &backwards);
     WITH(EINVAL, config.ports = &zero);
     WITH(EINVAL, config.flags = TP_RULES_DIVERT_ONLY);

@@ -111,7 +111,7 @@ static void make_each_call(const int *stream)
     char buffer[100];
     struct msghdr msg = { 0 };
     struct tp_datagram datagram = { .data = buffer, .capacity = sizeof buffer };
-    struct tp_port_range http = { 80, 80 };
+    struct tp_port_range http = { .first = 80, .last = 80 };
     struct tp_rules_config config = { .listen_addr = sa, .listen_addrlen = sizeof here, .ports = &http, .n_ports = 1 };
     struct tp_prefix prefix = { .family = AF_INET, .len = 32, .addr = { 192, 0, 2, 99 } };
     struct tp_rules_stats counted;

@@ -74,7 +74,7 @@ int main(void)
     FAILS(tp_reply(replier, &datagram, 1));
     tp_replier_close(replier);
 
-    struct tp_port_range http = { 80, 80 };
+    struct tp_port_range http = { .first = 80, .last = 80 };
     struct tp_rules_config config = { .listeners = &listener, .n_listeners = 1, .ports = &http, .n_ports = 1 };
     struct tp_rules_stats stats;
     const uint32_t backends[] = { TP_BACKEND_NFT, TP_BACKEND_IPTABLES };

@@ -29,7 +29,7 @@ int main(int argc, char **argv)
     report("purge", tp_purge_rules(NULL));
 
     struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons(3129) };
-    struct tp_port_range http = { 80, 80 };
+    struct tp_port_range http = { .first = 80, .last = 80 };
     struct tp_rules_config config = {
         .backend = TP_BACKEND_IPTABLES,
         .listen_addr = (struct sockaddr *)&address,
