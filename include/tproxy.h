@@ -9,7 +9,7 @@
  *     struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(3129) };
  *     int listener = tp_listen((struct sockaddr *)&any, sizeof any, -1, 0);
  *
- *     struct tp_port_range http = { 80, 80 };
+ *     struct tp_port_range http = { .first = 80, .last = 80 };
  *     struct tp_rules_config config = { 0 };
  *     config.listeners = &listener, config.n_listeners = 1;
  *     config.ports = &http, config.n_ports = 1;
