@@ -146,8 +146,11 @@ impl Instance {
             .collect();
         // The kernel makes the hash table as large as the set may become (`nft_rhash_init`), which takes 16 MiB, and shrinks
         // it when an element is deleted (`rhashtable_remove_fast`): so one is.
-        let add_and_delete = |[set, element]| [Some(Change::Add(set)), Some(Change::Add(element)), deletion(element)];
-        let changes: Vec<Change<'_>> = made.iter().map(|[a, b]| [a, b]).flat_map(add_and_delete).flatten().collect();
+        let mut changes = Vec::new();
+        for [set, element] in &made {
+            changes.extend([Change::Add(set), Change::Add(element)]);
+            changes.extend(deletion(element));
+        }
         commit(&mut self.nft, &self.table, None, &changes)
     }
 
