@@ -481,6 +481,9 @@ pub unsafe extern "C" fn tp_update_rules(
 ///   ESTALE      another process has changed the rules since this process was forked, so the sets are not known
 ///               here: call tp_replace_rules() first
 ///
+/// When a bypassed address expires, its TCP connections are intercepted and reset, unless TP_RULES_NEW_ONLY is
+/// set.
+///
 /// Connections that a flow table has offloaded are not ended, unlike by tp_update_rules(): they continue as they
 /// were, because ending them would discard the cached routes of this host at each call.
 ///
