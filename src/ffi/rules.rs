@@ -481,6 +481,12 @@ pub unsafe extern "C" fn tp_update_rules(
 ///   ESTALE      another process has changed the rules since this process was forked, so the sets are not known
 ///               here: call tp_replace_rules() first
 ///
+/// When a bypassed address expires, its TCP connections are intercepted and reset, unless TP_RULES_NEW_ONLY is
+/// set.
+///
+/// Connections that a flow table has offloaded are not ended, unlike by tp_update_rules(): they continue as they
+/// were, because ending them would discard the cached routes of this host at each call.
+///
 /// The kernel frees the memory of expired addresses, and stops counting them, within ten seconds of their end.
 /// Kernels before Linux 6.12 count an address of the call three times until it is learned, so that they report
 /// ENOSPC earlier.

@@ -692,6 +692,20 @@ static void rules(int closed, int file, int unix_fd)
     EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, eight, 1, eight, 1));
     EXPECT(0, tp_update_rules(out, TP_SET_BYPASS, NULL, 0, NULL, 0));
 
+    const struct tp_prefix one = { .family = AF_INET, .len = 32, .addr = { 192, 0, 2, 1 } };
+    EXPECT(EFAULT, tp_learn_addresses(NULL, TP_SET_BYPASS, &one, 1, 1));
+    EXPECT(EFAULT, tp_learn_addresses(out, TP_SET_BYPASS, NULL, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, 0, &one, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_DST, &one, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_SRC, &one, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_BYPASS, eight, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_BYPASS, &prefixes[0], 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_BYPASS, &v6, 1, 1));
+    EXPECT(EINVAL, tp_learn_addresses(out, TP_SET_BYPASS, &one, 1, 0));
+    EXPECT(0, tp_learn_addresses(out, TP_SET_BYPASS, NULL, 0, 1));
+    EXPECT(0, tp_learn_addresses(out, TP_SET_BYPASS, &one, 1, UINT32_MAX));
+    EXPECT(0, tp_learn_addresses(out, TP_SET_BYPASS, &one, 1, 1));
+
     char script[8192];
     memset(script, 0x5A, sizeof script);
     size_t room = 10, needed = 0;

@@ -252,12 +252,12 @@ def hostile_messages(programs):
     tail = struct.pack("!HH", 1, 1)
     for bad in (
         b"", b"x", head, head + b"\xc0\x0c" + tail, head + b"\x3fa" + tail, head + name(LISTED), head + b"\x40" + b"a" * 64 + b"\0" + tail,
-        head + (b"\x01a" * 127) + b"\0" + tail,
+        head + (b"\x01a" * 128) + b"\0" + tail,
         head[:4] + b"\0\2" + head[6:] + name(LISTED) + tail, head[:2] + b"\x81" + head[3:] + name(LISTED) + tail,
     ):  # fmt: skip
         assert ask(resolver, bad, limit(0.2)) is None, bad
-    # A dot in a label, and a NUL.
-    for odd in (b"\x0bwww.example\x03com\0", b"\x04a\0.b\x07example\x03com\0", b"\0"):
+    # The longest name, a dot in a label, a NUL in a label, and the root.
+    for odd in (b"\x01a" * 127 + b"\0", b"\x0bwww.example\x03com\0", b"\x04a\0.b\x07example\x03com\0", b"\0"):
         assert ask(resolver, head + odd + tail) is not None, odd
         assert "192.0.2.250" not in learned(), odd
     for text in ("xexample.com", "example.com.evil.example", "com", "example.co"):

@@ -74,6 +74,12 @@ int update(void)
     return tp_update_rules(rules, TP_SET_BYPASS, &prefix, 1, NULL, 0);
 }
 
+int learn(void)
+{
+    struct tp_prefix addr = { .family = AF_INET, .len = 32, .addr = { 192, 0, 2, 98 } };
+    return tp_learn_addresses(rules, TP_SET_BYPASS, &addr, 1, 1000);
+}
+
 int install_again(void)
 {
     struct tp_port_range http = { .first = 80, .last = 80 };
@@ -91,6 +97,7 @@ void all_calls_work(void)
 {
     CHECK(stats() == 0);
     CHECK(update() == 0);
+    CHECK(learn() == 0 || (errno == EOPNOTSUPP && backend != TP_BACKEND_NFT));
     CHECK(replace() == 0);
     CHECK(read_stats() == 0);
     CHECK(tp_remove_rules(rules) == 0);

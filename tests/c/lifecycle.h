@@ -52,6 +52,7 @@ int stats(void);
 int read_stats(void);
 int replace(void);
 int update(void);
+int learn(void);
 void install(void);
 int install_again(void);
 void all_calls_work(void);

@@ -32,6 +32,7 @@ static void calls_fail_with_ebadf(void)
     FAILS_SAYING(EBADF, "closed", stats());
     FAILS_SAYING(EBADF, "closed", replace());
     FAILS_SAYING(EBADF, "closed", update());
+    FAILS_SAYING(EBADF, "closed", learn());
     FAILS_SAYING(EBADF, "closed", tp_remove_rules(rules));
     tp_replier_close(replier);
     alarm(0);

@@ -37,6 +37,7 @@ static void parent_exit_handler(void)
         wait_for_end_of_installer();
         FAILS_SAYING(ENOENT, "gone", stats());
         FAILS_SAYING(ENOENT, "gone", update());
+        FAILS_SAYING(ENOENT, "gone", learn());
         FAILS_SAYING(ENOENT, "gone", replace());
         CHECK(tp_remove_rules(rules) == 0);
         done();
@@ -133,6 +134,7 @@ static void prefork_master_changes(void)
         say("ready");
         CHECK(wait_for_end_of_installer() == 0);
         FAILS_SAYING(ESTALE, "tp_replace_rules", update());
+        FAILS_SAYING(ESTALE, "tp_replace_rules", learn());
         CHECK(replace() == 0);
         all_calls_work();
         done();
@@ -155,6 +157,7 @@ static void siblings(void)
         CHECK(read(removed[0], &byte, 1) == 1);
         FAILS_SAYING(ENOENT, "gone", stats());
         FAILS_SAYING(ENOENT, "gone", update());
+        FAILS_SAYING(ENOENT, "gone", learn());
         FAILS_SAYING(ENOENT, "gone", replace());
         CHECK(tp_remove_rules(rules) == 0 && write(tried[1], &byte, 1) == 1);
         _exit(0);
@@ -267,6 +270,7 @@ static void child_may_not(void)
     FAILS_SAYING(EBUSY, "lives", stats());
     FAILS_SAYING(EBUSY, "lives", replace());
     FAILS_SAYING(EBUSY, "lives", update());
+    FAILS_SAYING(EBUSY, "lives", learn());
     CHECK(read_stats() == 0);
     CHECK(tp_remove_rules(rules) == 0);
 }

@@ -74,6 +74,15 @@ static int update(void)
     return tp_update_rules(rules, TP_SET_BYPASS, prefixes, PREFIXES / 2, NULL, 0);
 }
 
+static int learn(void)
+{
+    enum { ADDRESSES = 4000 };
+    static struct tp_prefix addrs[ADDRESSES];
+    for (unsigned i = 0; i < ADDRESSES; i++)
+        addrs[i] = (struct tp_prefix){ .family = AF_INET, .len = 32, .addr = { 192, 0, (uint8_t)(i >> 8), (uint8_t)i } };
+    return tp_learn_addresses(rules, TP_SET_BYPASS, addrs, ADDRESSES, 100);
+}
+
 /* The rules of a child have another name than those of its parent. */
 static int replace_child(void)
 {
@@ -160,6 +169,7 @@ int main(void)
     failed |= each("tp_replier_open", replier_open, 0);
     failed |= each("tp_install_rules", install, LARGE) | each("tp_replace_rules", replace_child, LARGE);
     failed |= each("tp_update_rules", update, LARGE) | each("tp_render_rules", render, LARGE);
+    failed |= each("tp_learn_addresses", learn, LARGE);
     failed |= each("tp_check", check, LARGE) | each("tp_purge_rules", purge, LARGE);
     return failed;
 }

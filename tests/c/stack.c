@@ -132,6 +132,14 @@ static int update(void)
     return tp_update_rules(rules, TP_SET_BYPASS, prefixes, 500, NULL, 0);
 }
 
+static int learn(void)
+{
+    static struct tp_prefix addrs[500];
+    for (unsigned i = 0; i < 500; i++)
+        addrs[i] = (struct tp_prefix){ .family = AF_INET, .len = 32, .addr = { 192, 0, (uint8_t)(i >> 8), (uint8_t)i } };
+    return tp_learn_addresses(rules, TP_SET_BYPASS, addrs, 500, 100);
+}
+
 static int rules_stats(void)
 {
     struct tp_rules_stats stats;
@@ -239,6 +247,7 @@ int main(void)
     expect("tp_install_rules, an error", install_error, FAILS, RULES);
     expect("tp_replace_rules", replace, SUCCEEDS, RULES);
     expect("tp_update_rules", update, SUCCEEDS, RULES);
+    expect("tp_learn_addresses", learn, SUCCEEDS, RULES);
     expect("tp_rules_stats", rules_stats, SUCCEEDS, RULES);
     expect("tp_read_stats", read_stats, SUCCEEDS, RULES);
     expect("tp_render_rules", render, SUCCEEDS, RULES);

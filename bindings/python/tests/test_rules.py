@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from net import PATIENCE, V4, Hosts, Lab, Net, answer_one, limit
@@ -177,6 +177,42 @@ def test_update_rules_adds_and_removes_prefixes(lab: Lab, hosts: Hosts) -> None:
         assert refused.value.errno == errno.EINVAL
 
 
+def test_learn_addresses_leave_after_their_time(lab: Lab, hosts: Hosts) -> None:
+    """Learned addresses add to the prefixes of the configuration, and replace keeps them."""
+    host = ipaddress.ip_address(hosts.server)
+
+    def eventually(who: str) -> bool:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            # The listener resets a connection whose bypass ends while it is open.
+            with suppress(ConnectionResetError):
+                if answer(lab, hosts.server, 80) == who:
+                    return True
+        return False
+
+    with proxy(lab, ports=[80], dst=[]) as (rules, listener):
+        assert answer(lab, hosts.server, 80) == "server"
+        rules.learn(AddressSet.DST, [host], 100_000)
+        assert answer(lab, hosts.server, 80) == "proxy"
+        rules.replace(listeners=[listener], ports=[80, 81], dst=[])
+        assert answer(lab, hosts.server, 80) == "proxy"
+        rules.learn(AddressSet.BYPASS, [hosts.server], 1)
+        assert eventually("proxy")
+        rules.learn(AddressSet.DST, [hosts.server], 1)
+        assert eventually("server")
+        for which, addresses, ttl in (
+            (AddressSet.SRC, [host], 1),
+            (AddressSet.DST, ["192.0.2.0/24"], 1),
+            (AddressSet.DST, [host], 0),
+            (7, [host], 1),
+        ):
+            with pytest.raises(tproxy.Error) as refused:
+                rules.learn(which, addresses, ttl)
+            assert refused.value.errno == errno.EINVAL
+        with pytest.raises(ValueError, match="ttl"):
+            rules.learn(AddressSet.DST, [host], -1)
+
+
 def test_install_rules_with_empty_list_intercepts_nothing(lab: Lab, hosts: Hosts) -> None:
     """None is the same as no list; prefixes can be added to an empty one."""
     unrestricted = {"ports": None, "dst": None, "src": None, "bypass": None, "interfaces": None}
@@ -258,6 +294,7 @@ def test_rules_end_with_the_block(net: Net) -> None:
         for call in (
             rules.stats,
             lambda: rules.update(AddressSet.DST),
+            lambda: rules.learn(AddressSet.DST, [], 1),
             lambda: rules.replace(listeners=[listener]),
         ):
             with pytest.raises(ValueError, match="removed"):

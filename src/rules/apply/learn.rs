@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::*;
-use crate::backend::nft::set::{EXPIRING_MAX, Elements, Key, Set as NftSet, SetName};
+use crate::backend::nft::set::{EXPIRING_MAX, Elements, Key, Set as NftSet};
 use crate::memory;
 use crate::model::Family;
 use crate::plan::Learned;
@@ -91,7 +91,7 @@ impl Instance {
             of_family.dedup();
             for piece in of_family.chunks(IN_A_MESSAGE) {
                 let piece = memory::collect(piece.iter().map(|addr| Ok(*addr)))?;
-                memory::push(&mut elements, (set, Elements::Expiring(piece, ttl)))?;
+                memory::push(&mut elements, Object::Elements { set, elements: Elements::Expiring(piece, ttl) })?;
             }
         }
         let present = *learned_of(&mut self.plan.learned, which);
@@ -111,7 +111,7 @@ impl Instance {
         &mut self,
         which: PrefixList,
         missing: Families,
-        elements: &[(SetName, Elements)],
+        elements: &[Object],
         renewal: Renewal,
     ) -> Result<()> {
         let before = self.plan.learned;
@@ -131,7 +131,7 @@ impl Instance {
 
     fn make_sets(&mut self, which: PrefixList, families: Families) -> Result<()> {
         let named = families.iter().filter_map(|family| Some((family, ruleset::learned_set(which, family)?)));
-        let made: Vec<(SetName, Object, Elements)> = named
+        let made: Vec<[Object; 2]> = named
             .enumerate()
             .map(|(index, (family, name))| {
                 let id = index as u32 + 1;
@@ -139,19 +139,17 @@ impl Instance {
                     Family::V4 => IpAddr::from([0; 4]),
                     Family::V6 => IpAddr::from([0; 16]),
                 };
-                let one = Elements::Expiring(vec![none], Duration::from_secs(1));
-                (name, Object::Set(NftSet { name, key: Key::Expiring(family), id }), one)
+                let elements = Elements::Expiring(vec![none], Duration::from_secs(1));
+                let set = Object::Set(NftSet { name, key: Key::Expiring(family), id });
+                [set, Object::Elements { set: name, elements }]
             })
             .collect();
         // The kernel makes the hash table as large as the set may become (`nft_rhash_init`), which takes 16 MiB, and shrinks
         // it when an element is deleted (`rhashtable_remove_fast`): so one is.
-        let mut changes = Vec::with_capacity(made.len() * 3);
-        let fill: Vec<Object> =
-            made.iter().map(|(set, _, one)| Object::Elements { set: *set, elements: one.clone() }).collect();
-        for ((set, object, one), fill) in made.iter().zip(&fill) {
-            changes.push(Change::Add(object));
-            changes.push(Change::Add(fill));
-            changes.push(Change::DeleteElements { set: *set, elements: one });
+        let mut changes = Vec::new();
+        for [set, element] in &made {
+            changes.extend([Change::Add(set), Change::Add(element)]);
+            changes.extend(deletion(element));
         }
         commit(&mut self.nft, &self.table, None, &changes)
     }
@@ -163,15 +161,12 @@ impl Instance {
     }
 
     /// Adds elements to sets that exist, in one transaction.
-    fn add_learned(&mut self, elements: &[(SetName, Elements)], renewal: Renewal) -> Result<()> {
+    fn add_learned(&mut self, elements: &[Object], renewal: Renewal) -> Result<()> {
         if elements.is_empty() {
             return Ok(());
         }
-        let objects: Vec<Object> = memory::collect(
-            elements.iter().map(|(set, elements)| Ok(Object::Elements { set: *set, elements: elements.clone() })),
-        )?;
-        let add = || objects.iter().map(Change::Add);
-        let delete = elements.iter().map(|(set, elements)| Change::DeleteElements { set: *set, elements });
+        let add = || elements.iter().map(Change::Add);
+        let delete = elements.iter().filter_map(deletion);
         let changes: Vec<Change<'_>> = match renewal {
             Renewal::Add => add().collect(),
             Renewal::AddDeleteAdd => add().chain(delete).chain(add()).collect(),
@@ -191,6 +186,14 @@ impl Instance {
 
 /// The longest time: that of `ttl_seconds`.
 const MAX_TTL: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// Deletes the elements that an object adds.
+fn deletion(object: &Object) -> Option<Change<'_>> {
+    match object {
+        Object::Elements { set, elements } => Some(Change::DeleteElements { set: *set, elements }),
+        _ => None,
+    }
+}
 
 fn learned_of(learned: &mut Learned, which: PrefixList) -> &mut Families {
     match which {
