@@ -240,7 +240,7 @@ int main(int argc, char **argv)
         listeners[i] = workers[i].listener;
     }
 
-    struct tp_port_range ports[MAX_RANGES];
+    struct tp_port_range ports[MAX_RANGES] = { 0 };
     struct tp_rules_config config = { 0 };
     config.listeners = listeners, config.n_listeners = n;
     config.ports = ports, config.n_ports = parse_ports(argv + optind + 1, ports);

@@ -417,7 +417,7 @@ int main(int argc, char **argv)
     if (listener < 0)
         errx(1, "%s", tp_last_error());
 
-    struct tp_port_range ports[MAX_RANGES];
+    struct tp_port_range ports[MAX_RANGES] = { 0 };
     struct tp_rules_config config = { 0 };
     config.listeners = &listener, config.n_listeners = 1;
     config.ports = ports, config.n_ports = parse_ports(argv + 2, ports);

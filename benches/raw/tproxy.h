@@ -28,6 +28,7 @@ typedef struct tp_rules tp_rules;
 
 struct tp_port_range {
     uint16_t first, last;
+    uint32_t protocols;
 };
 
 struct tp_prefix {

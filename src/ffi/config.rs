@@ -329,7 +329,7 @@ pub struct tp_rules_config {
 }
 
 /// The size of the first version of tp_rules_config: where its last field ends.
-pub(super) const FIRST_VERSION: usize = std::mem::offset_of!(tp_rules_config, n_interfaces) + size_of::<usize>();
+pub(super) const FIRST_VERSION: usize = std::mem::offset_of!(tp_rules_config, n_reject_ports) + size_of::<usize>();
 
 /// Counters of the rules, in packets and in bytes. Bytes include the IP header.
 #[repr(C)]
