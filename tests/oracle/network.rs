@@ -165,7 +165,10 @@ impl Network {
             }
             (capture, sockets)
         });
-        Network { host, world: ends, capture, sockets, next_tag: AtomicU32::new(1) }
+        let network = Network { host, world: ends, capture, sockets, next_tag: AtomicU32::new(1) };
+        // A link drops packets for a moment after it has come up.
+        network.host.run(|| network.settle());
+        network
     }
 
     pub fn host(&self) -> &Net {
