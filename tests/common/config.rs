@@ -147,6 +147,16 @@ impl RulesConfig {
         RulesConfig { ports: Some(ports.iter().map(|(port, protocols)| port_of(*port, *protocols)).collect()), ..self }
     }
 
+    /// The three lists of ports, with ranges.
+    pub fn port_lists(
+        self,
+        ports: Option<Vec<tp_port_range>>,
+        bypass_ports: Vec<tp_port_range>,
+        reject_ports: Vec<tp_port_range>,
+    ) -> RulesConfig {
+        RulesConfig { ports, bypass_ports: Some(bypass_ports), reject_ports: Some(reject_ports), ..self }
+    }
+
     pub fn install(&self) -> Result<Rules, Failed> {
         Rules::install(self)
     }

@@ -4,8 +4,8 @@ use std::fmt;
 
 use tproxy::ffi::*;
 
+use crate::case::{DIVERT_PORT, FOREIGN, From, Instance, Kind, Packet, PortRange};
 use crate::common::*;
-use crate::model::{DIVERT_PORT, FOREIGN, From, Instance, Kind, Packet};
 
 /// Configurations in the order of installation, and packets that are sent one after the other.
 #[derive(Clone)]
@@ -17,7 +17,7 @@ pub struct Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for instance in &self.instances {
-            let Instance { flags, families, protocols, ports, dst, src, bypass, interfaces, listen, dead } = instance;
+            let Instance { flags, families, protocols, listen, dead, .. } = instance;
             write!(f, "  instance {} port {}", listen.0, listen.1)?;
             for (flag, name) in FLAGS {
                 if flags & flag != 0 {
@@ -25,13 +25,27 @@ impl fmt::Display for Case {
                 }
             }
             write!(f, " families {families} protocols {protocols}")?;
-            for (name, list) in [("dst", dst), ("src", src), ("bypass", bypass), ("interfaces", interfaces)] {
-                if let Some(list) = list {
-                    write!(f, " {name} {list:?}")?;
+            let lists: [(&str, &dyn fmt::Debug); 14] = [
+                ("ports", &instance.ports),
+                ("bypass_ports", &instance.bypass_ports),
+                ("reject_ports", &instance.reject_ports),
+                ("dst", &instance.dst),
+                ("src", &instance.src),
+                ("bypass", &instance.bypass),
+                ("bypass_src", &instance.bypass_src),
+                ("interfaces", &instance.interfaces),
+                ("bypass_interfaces", &instance.bypass_interfaces),
+                ("macs", &instance.macs),
+                ("bypass_macs", &instance.bypass_macs),
+                ("uids, gids", &(&instance.uids, &instance.gids)),
+                ("bypass_uids, bypass_gids", &(&instance.bypass_uids, &instance.bypass_gids)),
+                ("bypass_mark", &instance.bypass_mark),
+            ];
+            for (name, list) in lists {
+                let list = format!("{list:?}");
+                if !["None", "[]", "(None, None)", "([], [])", "(0, 0)"].contains(&list.as_str()) {
+                    write!(f, " {name} {list}")?;
                 }
-            }
-            if let Some(ports) = ports {
-                write!(f, " ports {ports:?}")?;
             }
             writeln!(f, "{}", if *dead { " dead" } else { "" })?;
         }
@@ -61,17 +75,21 @@ const FLAGS: [(u32, &str); 9] = [
 ];
 
 const LISTEN: [&str; 9] = ["::", "::", "::", "::", "0.0.0.0", "198.51.100.1", "127.0.0.1", "::1", "2001:db8:1::1"];
-const PORTS: [&[(u16, u16)]; 10] = [
-    &[(80, 80)],
-    &[(53, 53), (443, 443)],
-    &[(1, 1023)],
-    &[(1024, 65535)],
-    &[(1, 65535)],
-    &[(2000, 7777)],
-    &[(3129, 3131)],
-    &[(80, 80), (20000, 65535)],
-    &[(7777, 7777)],
+const PORTS: [&[PortRange]; 14] = [
+    &[(80, 80, 0)],
+    &[(53, 53, 0), (443, 443, 0)],
+    &[(1, 1023, 0)],
+    &[(1024, 65535, 0)],
+    &[(1, 65535, 0)],
+    &[(2000, 7777, 0)],
+    &[(3129, 3131, 0)],
+    &[(80, 80, 0), (20000, 65535, 0)],
+    &[(7777, 7777, 0)],
     &[],
+    &[(80, 80, 1), (1, 65535, 2)],
+    &[(1, 500, 1), (53, 53, 3)],
+    &[(443, 443, 2)],
+    &[(80, 7777, 1), (53, 53, 2)],
 ];
 const DST: [&str; 20] = [
     "0.0.0.0/0",
@@ -108,6 +126,9 @@ const SRC: [&str; 10] = [
     "2001:db8:1::1/128",
 ];
 const INTERFACES: [&[&str]; 5] = [&["eth0"], &["eth1"], &["eth*"], &["absent", "eth1"], &[]];
+const MACS: [&[From]; 4] = [&[From::Client], &[From::Server], &[From::Client, From::Server], &[]];
+/// Root, whom every user namespace has, and nobody.
+const IDS: [&[(u32, u32)]; 2] = [&[(0, 0)], &[]];
 const CLIENTS: [[&str; 2]; 2] = [["10.1.0.5", "10.2.0.5"], ["2001:db8:a:1::5", "2001:db8:a:2::5"]];
 const SERVERS: [[&str; 2]; 2] = [["192.0.2.10", "192.0.2.20"], ["2001:db8:9::10", "2001:db8:9::20"]];
 const HOSTS: [[&str; 2]; 2] = [["198.51.100.1", "203.0.113.1"], ["2001:db8:1::1", "2001:db8:2::1"]];
@@ -189,6 +210,20 @@ impl Choices {
             instance.dst = self.prefixes(&DST, families);
             instance.src = self.prefixes(&SRC, families);
             instance.bypass = self.prefixes(&DST[1..], families);
+            instance.bypass_ports = if self.one_in(5) { self.of(&PORTS).to_vec() } else { Vec::new() };
+            instance.reject_ports = if self.one_in(5) { self.of(&PORTS).to_vec() } else { Vec::new() };
+            instance.bypass_src =
+                if self.one_in(2) { Vec::new() } else { self.prefixes(&SRC, families).unwrap_or_default() };
+            instance.bypass_interfaces = if self.one_in(8) { self.of(&INTERFACES).to_vec() } else { Vec::new() };
+            instance.macs = self.one_in(8).then(|| self.of(&MACS).to_vec());
+            instance.bypass_macs = if self.one_in(8) { self.of(&MACS).to_vec() } else { Vec::new() };
+            if flags & TP_RULES_LOCAL_OUTPUT != 0 && flags & TP_RULES_NOTRACK == 0 && self.one_in(2) {
+                instance.bypass_mark = self.of(&[(0, 0), (0, 0), (7, 0xf), (5, 5), (7, u32::MAX), (8, 8)]);
+                instance.uids = self.one_in(3).then(|| self.of(&IDS).to_vec());
+                instance.gids = self.one_in(3).then(|| self.of(&IDS).to_vec());
+                instance.bypass_uids = if self.one_in(6) { self.of(&IDS).to_vec() } else { Vec::new() };
+                instance.bypass_gids = if self.one_in(6) { self.of(&IDS).to_vec() } else { Vec::new() };
+            }
             instance.interfaces = self.one_in(4).then(|| self.of(&INTERFACES).to_vec());
             instance.dead = self.one_in(6);
         }
@@ -201,8 +236,16 @@ impl Choices {
         let kind = self.of(&[Kind::Syn, Kind::Syn, Kind::Ack, Kind::SynAck, Kind::Udp, Kind::Udp, Kind::Error]);
         let [clients, servers, hosts] = [CLIENTS, SERVERS, HOSTS].map(|addresses| ip(self.of(&addresses[family])));
         let foreign = ip(FOREIGN[family]);
-        let mut p =
-            Packet { from, kind, src: clients, dst: servers, port: self.of(&TARGETS), reply: false, exempt: false };
+        let mut p = Packet {
+            from,
+            kind,
+            src: clients,
+            dst: servers,
+            port: self.of(&TARGETS),
+            reply: false,
+            exempt: false,
+            mark: 0,
+        };
         (p.src, p.dst) = match from {
             From::Client => (clients, self.of(&[servers, servers, servers, hosts, foreign])),
             From::Server => (servers, self.of(&[clients, clients, hosts, foreign])),
@@ -210,7 +253,16 @@ impl Choices {
         };
         match self.0.below(10) {
             0 => p.src = ip(self.of(&ODD_SRC[family])),
-            1 => p.dst = ip(self.of(&ODD_DST[family])),
+            1 => {
+                p.dst = ip(self.of(&ODD_DST[family]));
+                if from == From::Host && matches!(p.dst, std::net::IpAddr::V4(dst) if dst.octets()[3] == 255) {
+                    // The kernel finds the routes of broadcasts before it comes to the library's rules.
+                    p.dst = servers;
+                }
+                if p.dst == ip("fe80::1") && from != From::Client {
+                    p.dst = ip("fe80::2");
+                }
+            }
             _ => {
                 let known = match from {
                     From::Client => p.dst == servers || p.dst == hosts,
@@ -222,6 +274,7 @@ impl Choices {
         }
         if from == From::Host {
             p.exempt = self.one_in(4);
+            p.mark = if p.exempt { 0x2000 } else { self.of(&[0, 0, 7]) };
             if kind == Kind::Error {
                 p.kind = Kind::Udp;
             }
@@ -253,7 +306,7 @@ impl Case {
 /// The case with something left out; `None`: there are fewer ways to do that.
 pub fn simpler(case: &Case, step: usize) -> Option<Case> {
     let mut new = case.clone();
-    let per_instance = FLAGS.len() + 7 + 6 * 4;
+    let per_instance = FLAGS.len() + 7 + 6 * 4 + 11;
     if step >= case.instances.len() * (per_instance + 1) {
         let p = &mut new.packets[0];
         match step - case.instances.len() * (per_instance + 1) {
@@ -279,8 +332,30 @@ pub fn simpler(case: &Case, step: usize) -> Option<Case> {
         7 if instance.flags & TP_RULES_REDIRECT == 0 => (instance.listen.0, instance.families) = ("::", 3),
         7 => {}
         n if n < 8 + FLAGS.len() && FLAGS[n - 8].0 == TP_RULES_REDIRECT => {}
-        n if n < 8 + FLAGS.len() => instance.flags &= !FLAGS[n - 8].0,
+        n if n < 8 + FLAGS.len() => {
+            instance.flags &= !FLAGS[n - 8].0;
+            if instance.flags & TP_RULES_LOCAL_OUTPUT == 0 {
+                // These are not valid without it.
+                (instance.uids, instance.gids, instance.bypass_mark) = (None, None, (0, 0));
+                instance.bypass_uids.clear();
+                instance.bypass_gids.clear();
+            }
+        }
+        n if n < 8 + FLAGS.len() + 11 => match n - 8 - FLAGS.len() {
+            0 => instance.bypass_ports.clear(),
+            1 => instance.reject_ports.clear(),
+            2 => instance.bypass_src.clear(),
+            3 => instance.bypass_interfaces.clear(),
+            4 => instance.macs = None,
+            5 => instance.bypass_macs.clear(),
+            6 => instance.uids = None,
+            7 => instance.gids = None,
+            8 => instance.bypass_uids.clear(),
+            9 => instance.bypass_gids.clear(),
+            _ => instance.bypass_mark = (0, 0),
+        },
         n => {
+            let n = n - 11;
             let (list, at) = ((n - 8 - FLAGS.len()) / 6, (n - 8 - FLAGS.len()) % 6);
             let list = [&mut instance.dst, &mut instance.src, &mut instance.bypass, &mut instance.interfaces]
                 .into_iter()

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use socket2::{Domain, Protocol, Socket, Type};
 use tproxy::ffi::*;
 
+use crate::case::{DIVERT_PORT, FOREIGN, From, Instance, Packet};
 use crate::common::*;
-use crate::model::{DIVERT_PORT, FOREIGN, From, Instance, Packet};
 use crate::packet::{self, Sign};
 
 /// Ports of services of the host.
@@ -48,6 +48,11 @@ fn batch(net: &Net, lines: &str) {
     let mut child = net.run(|| Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap());
     child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "{lines}");
+}
+
+/// The Ethernet address from which packets come.
+pub fn mac_of(from: From) -> [u8; 6] {
+    [2, 0, 0, 0, 1, if from == From::Client { 1 } else { 2 }]
 }
 
 /// What became of a packet.
@@ -160,7 +165,10 @@ impl Network {
             }
             (capture, sockets)
         });
-        Network { host, world: ends, capture, sockets, next_tag: AtomicU32::new(1) }
+        let network = Network { host, world: ends, capture, sockets, next_tag: AtomicU32::new(1) };
+        // A link drops packets for a moment after it has come up.
+        network.host.run(|| network.settle());
+        network
     }
 
     pub fn host(&self) -> &Net {
@@ -210,14 +218,14 @@ impl Network {
                     if p.reply { (p.port, packet::port_of(answered)) } else { (packet::port_of(tag), p.port) };
                 if p.reply {
                     // The answer comes when the host has seen what it answers.
-                    self.settle(&hosts);
+                    self.settle();
                 }
                 self.inject(&hosts, p, &packet::bytes(p, sport, dport, tag, p.reply.then_some(answered)));
                 // The buffer of the socket is small.
                 self.read_wire(&mut seen);
             }
             for _ in 0..4 {
-                self.settle(&hosts);
+                self.settle();
             }
             self.read_sockets(self.sockets.iter().chain(listeners.iter().flat_map(|l| l.iter())), &mut seen);
             self.read_wire(&mut seen);
@@ -230,9 +238,8 @@ impl Network {
         self.next_tag.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Waits until the host has forwarded what no rules select, behind everything that was sent before.
-    fn settle(&self, hosts: &Senders) {
-        let _ = hosts;
+    /// Waits until the host has handled everything that was sent before.
+    fn settle(&self) {
         for (end, mac) in self.world.iter().zip(MACS) {
             // An ARP request for the host's own address, which it answers after what came before on this processor.
             let (own, other, index) = if mac == MACS[0] {
@@ -243,21 +250,20 @@ impl Network {
             let from = [2, 0, 0, 0, 1, index];
             let frame = [&mac[..], &from, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &from, &other, &[0; 6], &own].concat();
             drain(end);
-            send_frame(end, &frame);
-            let arrived = || {
-                let mut frame = [0; 2000];
-                while let Some(len) = receive(end, &mut frame) {
-                    if len > 22 && frame[12..14] == [8, 6] && frame[21] == 2 {
+            let answers = || {
+                let mut frame = [0; 100];
+                std::iter::from_fn(|| receive(end, &mut frame).map(|len| len > 21 && frame[21] == 2)).any(|reply| reply)
+            };
+            // The kernel drops packets when it has no memory for them: also these.
+            eventually("the host answers ARP", || {
+                send_frame(end, &frame);
+                while datagrams::readable(end, limit(500)) {
+                    if answers() {
                         return true;
                     }
                 }
                 false
-            };
-            let deadline = std::time::Instant::now() + patience();
-            while !arrived() {
-                assert!(std::time::Instant::now() < deadline, "the host does not answer ARP");
-                std::thread::yield_now();
-            }
+            });
         }
     }
 
@@ -280,7 +286,7 @@ impl Network {
             }
             _ => mac,
         };
-        send_frame(end, &[&to[..], &[2, 0, 0, 0, 1, mac[5]], &ether_type, bytes].concat());
+        send_frame(end, &[&to[..], &mac_of(p.from), &ether_type, bytes].concat());
     }
 
     fn read_sockets<'a>(&self, sockets: impl Iterator<Item = &'a (Outcome, Socket)>, seen: &mut HashMap<u32, Outcome>) {
@@ -379,6 +385,9 @@ impl Senders {
                 const IPV6_HDRINCL: i32 = 36; // include/uapi/linux/in6.h
                 datagrams::set_option(&socket, libc::SOL_IPV6, IPV6_HDRINCL, 1);
             }
+            if !v6 {
+                socket.set_broadcast(true).unwrap();
+            }
             if exempt {
                 if v6 {
                     datagrams::set_option(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1);
@@ -394,6 +403,9 @@ impl Senders {
 
     fn send(&self, p: &Packet, bytes: &[u8]) {
         let socket = &self.0[usize::from(p.dst.is_ipv6()) + 2 * usize::from(p.exempt)];
+        if !p.exempt {
+            socket.set_mark(p.mark).unwrap();
+        }
         // What cannot be sent is not sent: the kernel refuses some addresses.
         let _ = socket.send_to(bytes, &at(p.dst, 0).into());
     }

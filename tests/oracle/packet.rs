@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use crate::model::{DIVERT_PORT, Kind, Packet};
+use crate::case::{DIVERT_PORT, Kind, Packet};
 
 pub fn port_of(tag: u32) -> u16 {
     20000 + (tag % 40000) as u16
