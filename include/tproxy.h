@@ -1671,8 +1671,8 @@ void tp_replier_close(struct tp_replier *replier);
  * Ports below 1024 count as ports of services, not of clients: replies to such ports are not recognized.
  *
  * A listener that serves only one family leaves packets of the other family alone: with a listener on 0.0.0.0,
- * forwarded IPv6 packets bypass the proxy. A listener on [::] serves both, and rules for both are installed
- * whether this host has IPv6 or not. While IPv6 is disabled on lo, the kernel refuses the route that they need:
+ * forwarded IPv6 packets bypass the proxy. A listener on the IPv6 wildcard address serves both, and rules for both
+ * are installed whether this host has IPv6 or not. While IPv6 is disabled on lo, the kernel refuses the route that they need:
  * until tp_verify_rules() or tp_replace_rules() completes it, selected IPv6 packets are dropped.
  *
  * If the selections of several instances overlap, the first installed instance intercepts.

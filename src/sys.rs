@@ -11,14 +11,12 @@ pub(crate) use crate::errno::{Errno, Result, SavedErrno, errno, set_errno};
 
 #[cfg(any(feature = "check", feature = "iptables"))]
 mod child;
-#[cfg(feature = "check")]
 mod host;
 #[cfg(any(feature = "check", feature = "iptables"))]
 mod network;
 
 #[cfg(any(feature = "check", feature = "iptables"))]
 pub(crate) use child::*;
-#[cfg(feature = "check")]
 pub(crate) use host::*;
 #[cfg(any(feature = "check", feature = "iptables"))]
 pub(crate) use network::*;

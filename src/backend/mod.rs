@@ -5,5 +5,6 @@ pub(crate) mod holder;
 pub(crate) mod iptables;
 pub(crate) mod nft;
 pub(crate) mod route;
+pub(crate) mod sockets;
 #[cfg(any(feature = "check", feature = "iptables"))]
 pub(crate) mod xtables;

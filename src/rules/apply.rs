@@ -17,7 +17,7 @@ use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::route::{self, FoundRule, Routing};
 use crate::cgroup;
 use crate::error::{Error, Result};
-use crate::model::{Backend, Families, Mode};
+use crate::model::{Backend, Families, Family, Mode};
 use crate::netlink::Channel;
 use crate::plan::Plan;
 use crate::process::{Revision, generation};
@@ -319,6 +319,11 @@ pub(super) fn counted_of(instance: &str) -> Result<(Stats, bool)> {
         true => Ok((counted_by_iptables(instance)?, true)),
         false => Ok((counted(&mut nft, &table)?, false)),
     }
+}
+
+/// The names of instances that have chains of iptables.
+pub(super) fn instances_by_iptables(family: Family) -> Result<Vec<String>> {
+    by_iptables::instances(family)
 }
 
 /// What the chains of an instance have done.

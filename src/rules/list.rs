@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use super::apply::{self, Stats};
 use super::plan;
 use crate::backend::holder::{self, Holder};
-use crate::backend::iptables;
 use crate::backend::nft::table::{self, Table};
 use crate::error::Result;
 use crate::model::{Backend, Families, Mark, Options, Protocols};
@@ -138,7 +137,7 @@ fn listed(name: &str, speaker: &Table, owner: Owner) -> Result<Listed> {
 fn unclaimed(known: &[Listed]) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for family in Families::ALL.iter() {
-        names.extend(iptables::instances(family, None)?);
+        names.extend(apply::instances_by_iptables(family)?);
     }
     names.sort_unstable();
     names.dedup();

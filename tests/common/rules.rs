@@ -118,7 +118,10 @@ pub fn list_rules() -> Result<Vec<Listed>, Failed> {
                 let mut storage: libc::sockaddr_storage = std::mem::zeroed();
                 let bytes = (&raw mut storage).cast::<u8>();
                 bytes.copy_from_nonoverlapping(it.listen_addr.cast(), it.listen_addrlen as usize);
-                socket2::SockAddr::new(std::mem::transmute::<libc::sockaddr_storage, socket2::SockAddrStorage>(storage), it.listen_addrlen)
+                socket2::SockAddr::new(
+                    std::mem::transmute::<libc::sockaddr_storage, socket2::SockAddrStorage>(storage),
+                    it.listen_addrlen,
+                )
             };
             storage.as_socket().unwrap()
         });

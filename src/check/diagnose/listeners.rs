@@ -7,9 +7,9 @@ use super::commands::{named, removal, removal_of_jump};
 use super::{Context, flag, host, routing};
 use crate::backend::holder::Holder;
 use crate::backend::nft::table;
+use crate::backend::sockets::Listener;
 use crate::check::findings::{self, Findings, Kind, Severity};
 use crate::check::inspect::filter::{Origin, Part, Verdict};
-use crate::check::inspect::sockets::Listener;
 use crate::check::instances::{self, Instance, Interception};
 use crate::model::Protocol;
 

@@ -135,10 +135,10 @@ mod tests {
     use super::*;
     use crate::backend::holder::{Holder, Process};
     use crate::backend::nft::table::{RoutingSlot, Table};
+    use crate::backend::sockets::{Listener, Listeners};
     use crate::check::host_state::{Descriptors, Routes};
     use crate::check::inspect::filter::{Condition, Hook, HookPoint, Origin, Part, PortSet, Verdict};
     use crate::check::inspect::routing::{self, Action, Interface, Route};
-    use crate::check::inspect::sockets::{Listener, Listeners};
     use crate::check::procfs::Sysctls;
     use crate::model::{Families, Family, Mark, Protocol};
     use crate::name::Name;

@@ -7,5 +7,4 @@
 pub(crate) mod filter;
 pub(crate) mod nft;
 pub(crate) mod routing;
-pub(crate) mod sockets;
 pub(crate) mod xtables;

@@ -125,6 +125,11 @@ pub(super) fn purge(name: Option<&str>, living: impl Fn(&str) -> bool) -> Result
     Families::ALL.iter().map(of_family).fold(Ok(()), Result::and)
 }
 
+/// The names of instances that have chains.
+pub(super) fn instances(family: Family) -> Result<Vec<String>> {
+    iptables::instances(family, None)
+}
+
 /// What the chains counted. TPROXY drops what finds no listener, and counts it as intercepted.
 pub(super) fn counted_by_iptables(instance: &str, families: Families) -> Result<Stats> {
     let mut stats = Stats::default();

@@ -2,7 +2,7 @@
 //! the listener.
 
 use super::*;
-use crate::check::inspect::sockets::{self, Listeners};
+use crate::backend::sockets::{self, Listeners};
 use crate::model::Family;
 use crate::plan::Intercept;
 

@@ -20,6 +20,11 @@ impl Instance {
         Err(Error::lacks(FEATURE))
     }
 
+    /// No program is run: it is the network namespace of the calling thread.
+    pub(super) fn in_its_network<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        body()
+    }
+
     pub(super) fn remove_chains(&self) -> Result<()> {
         Err(Error::lacks(FEATURE))
     }
@@ -28,7 +33,7 @@ impl Instance {
         Err(Error::lacks(FEATURE))
     }
 
-    pub(super) fn replace_in_iptables(&mut self, _: Plan) -> Result<()> {
+    pub(super) fn replace_in_iptables(&mut self, _: Plan, _: Routing) -> Result<()> {
         Err(Error::lacks(FEATURE))
     }
 }
@@ -40,6 +45,10 @@ pub(super) fn unclaim(nft: &mut Channel, table: &str) -> Result<()> {
 /// Chains of another build of the library stay: purging the rest must work without iptables.
 pub(super) fn purge(_: Option<&str>, _: impl Fn(&str) -> bool) -> Result<()> {
     Ok(())
+}
+
+pub(super) fn instances(_: Family) -> Result<Vec<String>> {
+    Ok(Vec::new())
 }
 
 pub(super) fn counted_by_iptables(_: &str, _: Families) -> Result<Stats> {
