@@ -47,7 +47,7 @@ pub fn differs(instances: &[Instance], p: &Packet, iptables: bool) -> bool {
     // Some refusals of what is sent to several hosts are answered.
     let to_several = is_shared(p.dst) && any(refuses);
     // Datagrams of transparent sockets are refused by an instance for TCP, and replies by one that redirects.
-    let refused = any(refuses) && p.kind == Kind::Udp && (p.exempt || p.reply && has(TP_RULES_REDIRECT));
+    let refused = any(refuses) && (p.exempt && p.kind == Kind::Udp || p.reply && has(TP_RULES_REDIRECT));
     // The kernel finds the routes of this host's multicasts before the library's rules.
     let multicast = p.from == From::Host && p.dst.is_multicast();
     refused
