@@ -46,7 +46,18 @@ pub fn differs(instances: &[Instance], p: &Packet, iptables: bool) -> bool {
     let own = p.from == From::Host && is_reserved(p.dst) && !is_own(p.dst);
     // Some refusals of what is sent to several hosts are answered.
     let to_several = is_shared(p.dst) && any(refuses);
-    by_backend || unspecified || reserved || own || to_several || is_undetermined(instances, p, iptables)
+    // Datagrams of transparent sockets are refused by an instance for TCP, and replies by one that redirects.
+    let refused = any(refuses) && (p.exempt && p.kind == Kind::Udp || p.reply && has(TP_RULES_REDIRECT));
+    // The kernel finds the routes of this host's multicasts before the library's rules.
+    let multicast = p.from == From::Host && p.dst.is_multicast();
+    refused
+        || multicast
+        || by_backend
+        || unspecified
+        || reserved
+        || own
+        || to_several
+        || is_undetermined(instances, p, iptables)
 }
 
 /// Whether connection tracking takes the packet for a part of the connection depends on a random sequence number: a

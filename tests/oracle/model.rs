@@ -82,7 +82,9 @@ fn has_port(ports: &[PortRange], p: &Packet) -> bool {
 
 /// Whether connection tracking knows what the packet answers.
 fn is_reply(instances: &[Instance], p: &Packet, iptables: bool) -> bool {
-    let untracked = |i: &Instance, p: &Packet| i.has(TP_RULES_NOTRACK) && i.names(p);
+    // Datagrams are tracked where the selection has ports of clients.
+    let low = |i: &Instance| i.ports.as_ref().is_some_and(|ports| ports.iter().all(|(_, last, _)| *last < 1024));
+    let untracked = |i: &Instance, p: &Packet| i.has(TP_RULES_NOTRACK) && i.names(p) && (p.kind != Kind::Udp || low(i));
     p.reply && {
         let opener = p.opener();
         let redirected = |n: usize| instances[n].has(TP_RULES_REDIRECT);
