@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use crate::model::{Family, Protocol};
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, wire};
 use crate::sys;
 
@@ -59,10 +60,9 @@ const SOCKETS_MAX: usize = 10_000;
 
 /// Reads every listening TCP socket and every bound, unconnected UDP socket.
 pub(crate) fn listeners() -> sys::Result<Listeners> {
-    /// SOCK_DIAG_BY_FAMILY; TCP_LISTEN and TCP_CLOSE (a UDP socket that is not connected), as bits.
-    const BY_FAMILY: u16 = 20;
-    const LISTEN: u32 = 1 << 10;
-    const CLOSE: u32 = 1 << 7;
+    /// Bits of socket states. An unconnected UDP socket has TCP_CLOSE.
+    const LISTEN: u32 = 1 << TCP_LISTEN;
+    const CLOSE: u32 = 1 << TCP_CLOSE;
     let mut listeners = Listeners::default();
     for family in [Family::V4, Family::V6] {
         for (protocol, states) in [(Protocol::Tcp, LISTEN), (Protocol::Udp, CLOSE)] {
@@ -72,7 +72,9 @@ pub(crate) fn listeners() -> sys::Result<Listeners> {
             request[1] = protocol.number();
             request[4..8].copy_from_slice(&states.to_ne_bytes());
             let mut channel = Channel::open_wide(libc::NETLINK_SOCK_DIAG)?;
-            match channel.read_first(BY_FAMILY, &request, &|_| {}, SOCKETS_MAX, &|payload| parse(protocol, payload)) {
+            match channel
+                .read_first(SOCK_DIAG_BY_FAMILY, &request, &|_| {}, SOCKETS_MAX, &|payload| parse(protocol, payload))
+            {
                 Ok(read) => {
                     listeners.found.extend(read.found);
                     listeners.objects += read.objects;
@@ -90,9 +92,7 @@ pub(crate) fn listeners() -> sys::Result<Listeners> {
 
 /// `struct inet_diag_msg` and its attributes.
 fn parse(protocol: Protocol, payload: &[u8]) -> Option<Listener> {
-    /// INET_DIAG_SKV6ONLY and INET_DIAG_SOCKOPT; the bit of IP_TRANSPARENT in the latter's first byte.
-    const V6_ONLY: u16 = 11;
-    const OPTIONS: u16 = 22;
+    /// IP_TRANSPARENT in the first byte of `struct inet_diag_sockopt`.
     const TRANSPARENT: u8 = 1 << 5;
     const LEN: usize = 72;
     let family = match i32::from(*payload.first()?) {
@@ -113,8 +113,8 @@ fn parse(protocol: Protocol, payload: &[u8]) -> Option<Listener> {
         protocol,
         addr: (!addr.is_unspecified()).then_some(addr),
         port,
-        v6_only: flag(V6_ONLY) == Some(1),
-        transparent: flag(OPTIONS).map(|options| options & TRANSPARENT != 0),
+        v6_only: flag(INET_DIAG_SKV6ONLY) == Some(1),
+        transparent: flag(INET_DIAG_SOCKOPT).map(|options| options & TRANSPARENT != 0),
         interface: wire::u32_at(payload, 40)?,
         waiting: wire::u32_at(payload, 56)?,
         backlog: wire::u32_at(payload, 60)?,

@@ -7,6 +7,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::model::Family;
 use crate::name::Name;
+use crate::netlink::uapi::*;
 use crate::netlink::wire::{u16_at, u32_at};
 use crate::sys;
 
@@ -82,17 +83,14 @@ fn ask_legacy(socket: &Socket, family: Family, option: i32, table: &str, buffer:
 }
 
 fn legacy_info(socket: &Socket, family: Family, table: &str) -> sys::Result<[u8; INFO]> {
-    /// IPT_SO_GET_INFO, the same number for IPv6.
-    const GET_INFO: i32 = 64;
     let mut info = [0; INFO];
-    ask_legacy(socket, family, GET_INFO, table, &mut info)?;
+    ask_legacy(socket, family, IPT_SO_GET_INFO, table, &mut info)?;
     Ok(info)
 }
 
 /// Reads a table: `struct ipt_getinfo` and the entries. EFBIG: the entries exceed the maximum size.
 pub(crate) fn legacy_entries(family: Family, table: &str, most: usize) -> sys::Result<([u8; INFO], Vec<u8>)> {
-    /// IPT_SO_GET_ENTRIES, the same number for IPv6, and the head of `struct ipt_get_entries`.
-    const GET_ENTRIES: i32 = 65;
+    /// Size of the head of `struct ipt_get_entries`.
     const HEAD: usize = 40;
     /// EAGAIN: the table was replaced between the two queries, and its size has changed.
     const TRIES: usize = 16;
@@ -109,7 +107,7 @@ pub(crate) fn legacy_entries(family: Family, table: &str, most: usize) -> sys::R
         if let Some(point) = entries.get_mut(NAME..NAME + 4) {
             point.copy_from_slice(&(size as u32).to_ne_bytes());
         }
-        match ask_legacy(&socket, family, GET_ENTRIES, table, &mut entries) {
+        match ask_legacy(&socket, family, IPT_SO_GET_ENTRIES, table, &mut entries) {
             Ok(()) => {
                 entries.drain(..HEAD);
                 return Ok((info, entries));
@@ -138,7 +136,7 @@ const V4: Layout = Layout {
     out_interface: 32,
     protocol: 80,
     flags: 82,
-    goto: 2,
+    goto: IPT_F_GOTO,
     target_offset: 88,
     next_offset: 90,
     len: 112,
@@ -149,7 +147,7 @@ const V6: Layout = Layout {
     out_interface: 80,
     protocol: 128,
     flags: 131,
-    goto: 4,
+    goto: IP6T_F_GOTO,
     target_offset: 140,
     next_offset: 142,
     len: 168,
@@ -158,7 +156,7 @@ const V6: Layout = Layout {
 /// `struct xt_entry_match` and `xt_entry_target`: size, name, revision.
 const XT_HEADER: usize = 32;
 
-pub(crate) struct Entry<'a> {
+pub(crate) struct LegacyEntry<'a> {
     pub at: usize,
     pub next: usize,
     pub bytes: &'a [u8],
@@ -166,7 +164,7 @@ pub(crate) struct Entry<'a> {
     pub target: (&'a str, u32, &'a [u8]),
 }
 
-impl Entry<'_> {
+impl LegacyEntry<'_> {
     /// Returns the name of the chain that begins after this entry: the entry has the target ERROR with the name.
     pub fn begins(&self) -> Option<Name> {
         let ("ERROR", _, name) = self.target else { return None };
@@ -188,7 +186,7 @@ pub(crate) fn layout(family: Family) -> &'static Layout {
 }
 
 /// Reads the entries of a table up to the first invalid one.
-pub(crate) fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = Entry<'_>> {
+pub(crate) fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = LegacyEntry<'_>> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let entry = entry(layout(family), blob, at)?;
@@ -197,7 +195,7 @@ pub(crate) fn entries_of(family: Family, blob: &[u8]) -> impl Iterator<Item = En
     })
 }
 
-fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {
+fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<LegacyEntry<'a>> {
     let rest = blob.get(at..)?;
     let target_offset = usize::from(u16_at(rest, layout.target_offset)?);
     let len = usize::from(u16_at(rest, layout.next_offset)?);
@@ -206,5 +204,5 @@ fn entry<'a>(layout: &Layout, blob: &'a [u8], at: usize) -> Option<Entry<'a>> {
     }
     let bytes = rest.get(..len)?;
     let (_, name, revision, data) = extension(bytes.get(target_offset..)?)?;
-    Some(Entry { at, next: at + len, bytes, target_offset, target: (name, revision, data) })
+    Some(LegacyEntry { at, next: at + len, bytes, target_offset, target: (name, revision, data) })
 }

@@ -6,27 +6,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::uapi::*;
 use super::wire::{self, Attrs, Buffer};
 use crate::memory;
 use crate::process::Held;
 use crate::sys;
 
-/// NLMSG_ERROR: an acknowledgement (error 0) or an error.
-const ERROR: u16 = 2;
-/// NLMSG_DONE: the end of a dump.
-const DONE: u16 = 3;
-/// The first message type that belongs to a family and not to netlink itself.
-const FIRST_OF_FAMILY: u16 = 0x10;
-/// NLM_F_DUMP_INTR: what was dumped changed meanwhile.
-const DUMP_INTERRUPTED: u16 = 0x10;
-/// NLM_F_ACK_TLVS: an extended acknowledgement follows.
-const EXTENDED: u16 = 0x200;
-/// NLMSGERR_ATTR_MSG and NLMSGERR_ATTR_OFFS.
-const TEXT: u16 = 1;
-const OFFSET: u16 = 2;
-/// NETLINK_CAP_ACK (errors need not repeat our message), NETLINK_EXT_ACK (but
-/// say more), NETLINK_GET_STRICT_CHK (a dump with a filter is filtered).
-const SOCKET_OPTIONS: [i32; 3] = [10, 11, 12];
+const SOCKET_OPTIONS: [i32; 3] = [NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK];
 /// The kernel fills no more with one part of a dump than the buffer that it was given before, and the first with at most
 /// 8 KiB (`netlink_dump`, NLMSG_GOODSIZE).
 pub(crate) const RECEIVE_BUFFER: usize = 8 << 10;
@@ -210,13 +196,13 @@ impl Channel {
         self.send(messages)?;
         let mut answers = Answers::default();
         self.drain(&mut |message| {
-            if message.kind == ERROR {
+            if message.kind == NLMSG_ERROR {
                 match parse_error(message) {
                     Some(failure) if failure.errno != 0 => answers.failures.push(failure),
                     _ => answers.acked |= message.seq == last,
                 }
             }
-            message.kind == ERROR && message.seq == last
+            message.kind == NLMSG_ERROR && message.seq == last
         })?;
         Ok(answers)
     }
@@ -337,11 +323,11 @@ impl Channel {
                 others(message);
                 return false;
             }
-            interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+            interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
             match message.kind {
-                DONE => done = Some(wire::u32_at(message.payload, 0).map_or(0, |e| (e as i32).wrapping_neg())),
-                ERROR => done = Some(parse_error(message).map_or(libc::EPROTO, |failure| failure.errno)),
-                kind if kind >= FIRST_OF_FAMILY => {
+                NLMSG_DONE => done = Some(wire::u32_at(message.payload, 0).map_or(0, |e| (e as i32).wrapping_neg())),
+                NLMSG_ERROR => done = Some(parse_error(message).map_or(libc::EPROTO, |failure| failure.errno)),
+                kind if kind >= NLMSG_MIN_TYPE => {
                     objects += 1;
                     bytes += MESSAGE_HEADER + message.payload.len();
                     if let Err(sys::Errno(errno)) = each(message.payload) {
@@ -409,7 +395,7 @@ fn keep(list: &mut Dumped, payload: &[u8]) -> sys::Result<()> {
 
 /// The payload of the answer to a question for one object.
 fn object(message: &wire::Message<'_>) -> sys::Result<Option<Vec<u8>>> {
-    if message.kind >= FIRST_OF_FAMILY {
+    if message.kind >= NLMSG_MIN_TYPE {
         return Ok(Some(message.payload.to_vec()));
     }
     match parse_error(message) {
@@ -453,15 +439,15 @@ fn parse_error(message: &wire::Message<'_>) -> Option<Failure> {
     /// The error code, then the header of the message that it answers.
     const EXTENSION_AT: usize = 4 + 16;
     let errno = (wire::u32_at(message.payload, 0)? as i32).wrapping_neg();
-    let extension = match message.flags & EXTENDED {
+    let extension = match message.flags & NLM_F_ACK_TLVS {
         0 => &[],
         _ => message.payload.get(EXTENSION_AT..).unwrap_or_default(),
     };
     Some(Failure {
         seq: message.seq,
         errno,
-        text: wire::string_of(extension, TEXT).map(str::to_owned),
-        offset: wire::u32_of(extension, OFFSET).map(|v| v as usize),
+        text: wire::string_of(extension, NLMSGERR_ATTR_MSG).map(str::to_owned),
+        offset: wire::u32_of(extension, NLMSGERR_ATTR_OFFS).map(|v| v as usize),
     })
 }
 
@@ -493,9 +479,9 @@ mod tests {
         let mut buffer = Buffer::default();
         let mut header = (-errno).to_ne_bytes().to_vec();
         header.extend_from_slice(&[0; 16]);
-        buffer.message(ERROR, EXTENDED, seq, &header, |a| {
-            a.string(TEXT, text);
-            a.u32(OFFSET, 28);
+        buffer.message(NLMSG_ERROR, NLM_F_ACK_TLVS, seq, &header, |a| {
+            a.string(NLMSGERR_ATTR_MSG, text);
+            a.u32(NLMSGERR_ATTR_OFFS, 28);
         });
         buffer.bytes().unwrap().to_vec()
     }
@@ -532,7 +518,7 @@ mod tests {
     #[test]
     fn dump_without_end_is_given_up() {
         let mut buffer = Buffer::default();
-        buffer.message(FIRST_OF_FAMILY, 0, 1, &[0; 1 << 20], |_| {});
+        buffer.message(NLMSG_MIN_TYPE, 0, 1, &[0; 1 << 20], |_| {});
         let mut channel = Channel::over(Box::new(Endless(buffer.bytes().unwrap().to_vec())));
         assert_eq!(channel.dump(1, &[], &|_| {}).unwrap_err(), sys::Errno(libc::EFBIG));
     }
@@ -546,7 +532,7 @@ mod tests {
             buffer.message(kind, 0, seq, payload, |_| {});
             buffer.bytes().unwrap().to_vec()
         };
-        let answers = [message(0x10, 1, b"one."), message(0x10, 2, b"all."), message(DONE, 2, &[0; 4])];
+        let answers = [message(0x10, 1, b"one."), message(0x10, 2, b"all."), message(NLMSG_DONE, 2, &[0; 4])];
         let (one, all) = channel(answers.to_vec()).get_then_dump(1, 1, &[]).unwrap();
         assert_eq!((one.unwrap().as_slice(), all), (&b"one."[..], vec![b"all.".to_vec()]));
         let [one, all, done] = answers;

@@ -4,6 +4,7 @@
 //! Messages are native-endian. Attribute values are bytes here; which order
 //! they are in is the business of whoever puts them.
 
+use super::uapi::{NLA_F_NESTED, NLA_TYPE_MASK};
 use crate::name::Name;
 use crate::sys;
 
@@ -13,10 +14,6 @@ const ALIGN: usize = 4;
 const MESSAGE_HEADER: usize = 16;
 /// `struct nlattr`: length, type.
 const ATTRIBUTE_HEADER: usize = 4;
-/// NLA_F_NESTED.
-const NESTED: u16 = 0x8000;
-/// NLA_F_NESTED and NLA_F_NET_BYTEORDER are flags in an attribute's type.
-const TYPE_MASK: u16 = 0x3fff;
 
 fn align(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
@@ -196,7 +193,7 @@ impl Attrs<'_> {
     #[inline(always)]
     pub fn nest(&mut self, kind: u16, attrs: impl FnOnce(&mut Attrs<'_>)) {
         let start = self.buffer.len;
-        self.header(kind | NESTED, 0);
+        self.header(kind | NLA_F_NESTED, 0);
         attrs(&mut Attrs { buffer: self.buffer });
         self.end(start);
     }
@@ -261,7 +258,7 @@ fn attribute_at(bytes: &[u8], at: usize) -> Option<(u16, &[u8])> {
     // Taken apart at once: a check of a host reads tens of thousands of them.
     let [len, more_len, kind, more_kind] = *rest.first_chunk::<ATTRIBUTE_HEADER>()?;
     let value = rest.get(ATTRIBUTE_HEADER..u16::from_ne_bytes([len, more_len]) as usize)?;
-    Some((u16::from_ne_bytes([kind, more_kind]) & TYPE_MASK, value))
+    Some((u16::from_ne_bytes([kind, more_kind]) & NLA_TYPE_MASK, value))
 }
 
 /// The value of the first attribute of a kind.
@@ -328,7 +325,12 @@ pub(crate) fn path_to(message: &[u8], header: usize, offset: usize) -> Vec<(usiz
 
 /// A string attribute, without its NUL.
 pub(crate) fn string(value: &[u8]) -> Option<&str> {
-    std::str::from_utf8(value.split(|b| *b == 0).next()?).ok()
+    std::str::from_utf8(until_nul(value)).ok()
+}
+
+/// The bytes of a string attribute, without its NUL.
+pub(crate) fn until_nul(value: &[u8]) -> &[u8] {
+    value.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {

@@ -8,13 +8,12 @@ use std::time::Duration;
 use crate::check::inspect::routing::{self, Interface};
 use crate::error::{Error, Result};
 use crate::netlink::Channel;
-use crate::self_test::link::{self, Mac};
+use crate::netlink::rtnl::link::{LOOPBACK, Mac, VethEnd};
+use crate::self_test::link;
 use crate::sys;
 
 const OUTSIDE_MAC: Mac = [2, 0, 0, 0, 0, 1];
 const INSIDE_MAC: Mac = [2, 0, 0, 0, 0, 2];
-/// LOOPBACK_IFINDEX.
-const LOOPBACK: u32 = 1;
 
 /// The two namespaces. This thread is in the inner one. They end with their last descriptor and socket.
 pub(super) struct Network {
@@ -34,7 +33,9 @@ impl Network {
         let inside = unshared()?;
         let mut here = channel()?;
         link::set_up(&mut here, LOOPBACK)?;
-        link::add_pair(&mut here, (interface, INSIDE_MAC), ("eth0", OUTSIDE_MAC, in_client_ns.as_fd()))?;
+        let near = VethEnd { name: interface, mac: INSIDE_MAC };
+        let far = VethEnd { name: "eth0", mac: OUTSIDE_MAC };
+        link::add_pair(&mut here, near, far, in_client_ns.as_fd())?;
         let link = index(&mut here, interface)?;
         let outside_link = index(&mut there, "eth0")?;
         link::set_up(&mut here, link)?;
@@ -46,11 +47,11 @@ impl Network {
     pub fn connect(&self, client: IpAddr, gateway: IpAddr) -> Result<()> {
         let mut there = self.in_client_ns(channel)??;
         link::add_address(&mut there, self.outside_link, client)?;
-        link::add_neighbour(&mut there, self.outside_link, gateway, INSIDE_MAC)?;
+        link::add_neighbor(&mut there, self.outside_link, gateway, INSIDE_MAC)?;
         link::add_route(&mut there, self.outside_link, gateway, true)?;
         let mut here = channel()?;
         link::add_address(&mut here, self.link, gateway)?;
-        link::add_neighbour(&mut here, self.link, client, OUTSIDE_MAC)?;
+        link::add_neighbor(&mut here, self.link, client, OUTSIDE_MAC)?;
         link::add_route(&mut here, self.link, client, false)?;
         self.wait_for(client, gateway)
     }

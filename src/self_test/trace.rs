@@ -9,6 +9,7 @@ use crate::backend::nft::statement::Statement;
 use crate::backend::nft::transaction::{Change, commit};
 use crate::backend::nft::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, Transport, wire};
 use crate::sys;
 
@@ -17,13 +18,13 @@ const TABLE: &str = "libtproxy--trace";
 
 /// Hooks and priorities of its chains, before and after all other chains.
 const WATCHED: [(&str, Hook); 7] = [
-    ("prerouting, first", Hook::watching(0, "prerouting", -400)),
-    ("prerouting, last", Hook::watching(0, "prerouting", 400)),
-    ("input, first", Hook::watching(1, "input", -400)),
-    ("input, last", Hook::watching(1, "input", 400)),
-    ("forward, first", Hook::watching(2, "forward", -400)),
-    ("forward, last", Hook::watching(2, "forward", 400)),
-    ("postrouting, last", Hook::watching(4, "postrouting", 400)),
+    ("prerouting, first", Hook::watching(NF_INET_PRE_ROUTING, "prerouting", -400)),
+    ("prerouting, last", Hook::watching(NF_INET_PRE_ROUTING, "prerouting", 400)),
+    ("input, first", Hook::watching(NF_INET_LOCAL_IN, "input", -400)),
+    ("input, last", Hook::watching(NF_INET_LOCAL_IN, "input", 400)),
+    ("forward, first", Hook::watching(NF_INET_FORWARD, "forward", -400)),
+    ("forward, last", Hook::watching(NF_INET_FORWARD, "forward", 400)),
+    ("postrouting, last", Hook::watching(NF_INET_POST_ROUTING, "postrouting", 400)),
 ];
 
 /// A trace message: a packet in a chain.
@@ -56,12 +57,10 @@ pub(crate) struct Tracer {
 
 impl Tracer {
     pub fn start(nft: &mut Channel) -> Result<Tracer> {
-        /// NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTRACE.
-        const ADD_MEMBERSHIP: i32 = 1;
-        const TRACES: i32 = 9;
         let failed = |e: sys::Errno| Error::io(format_args!("nft monitor trace"), e);
         let reports = Channel::socket(libc::NETLINK_NETFILTER).map_err(failed)?;
-        sys::setsockopt_int(reports.as_fd(), libc::SOL_NETLINK, ADD_MEMBERSHIP, TRACES).map_err(failed)?;
+        sys::setsockopt_int(reports.as_fd(), libc::SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTRACE)
+            .map_err(failed)?;
         let mut objects: Vec<Object> =
             WATCHED.into_iter().map(|(name, hook)| Object::Chain { name, hook: Some(hook) }).collect::<Vec<_>>();
         objects.push(Object::Rule { chain: WATCHED[0].0, statements: vec![Statement::Trace], comment: "follow" });
@@ -73,45 +72,35 @@ impl Tracer {
 
     /// Returns the trace messages since the last call.
     pub fn steps(&mut self) -> Vec<Step> {
-        const TRACE: u16 = 17;
         let mut steps = Vec::new();
         // Messages that did not fit the buffer are lost. The other messages are still useful.
         while self.reports.receive(&mut self.buffer).is_ok() {
             let messages = wire::messages(&self.buffer);
-            steps.extend(messages.filter(|m| m.kind == SUBSYSTEM | TRACE).filter_map(|m| parse(m.payload)));
+            steps.extend(messages.filter(|m| m.kind == SUBSYSTEM | NFT_MSG_TRACE).filter_map(|m| parse(m.payload)));
         }
         steps
     }
 }
 
 fn parse(payload: &[u8]) -> Option<Step> {
-    // NFTA_TRACE_*; NFT_TRACETYPE_RULE; NFTA_VERDICT_CODE.
-    const TABLE: u16 = 1;
-    const CHAIN: u16 = 2;
-    const RULE_HANDLE: u16 = 3;
-    const TYPE: u16 = 4;
-    const VERDICT: u16 = 5;
-    const ID: u16 = 6;
-    const NETWORK_HEADER: u16 = 8;
-    const NFPROTO: u16 = 15;
-    const POLICY: u16 = 16;
-    const OF_RULE: u32 = 3;
-    const DROP: u32 = 0;
     let attrs = payload.get(header(0, 0).len()..)?;
     let number = |kind| wire::be32_of(attrs, kind);
     let text = |kind| Some(wire::string_of(attrs, kind)?.to_owned());
-    let verdict = wire::attribute(attrs, VERDICT).and_then(|v| wire::attribute(v, 1)).and_then(wire::be32);
-    let family = number(NFPROTO)?;
+    let verdict =
+        wire::attribute(attrs, NFTA_TRACE_VERDICT).and_then(|verdict| wire::be32_of(verdict, NFTA_VERDICT_CODE));
+    let family = number(NFTA_TRACE_NFPROTO)?;
     // RFC 791: the protocol is the 10th byte; RFC 8200: the next header is the 7th.
-    let at = if family == libc::AF_INET as u32 { 9 } else { 6 };
+    let at = if family == NFPROTO_IPV4.into() { 9 } else { 6 };
     Some(Step {
-        packet: number(ID)?,
+        packet: number(NFTA_TRACE_ID)?,
         family,
-        protocol: wire::attribute(attrs, NETWORK_HEADER).and_then(|bytes| bytes.get(at).copied()),
-        table: text(TABLE)?,
-        chain: text(CHAIN)?,
-        rule: wire::attribute(attrs, RULE_HANDLE).and_then(wire::be64).filter(|_| number(TYPE) == Some(OF_RULE)),
-        dropped: verdict == Some(DROP) || number(POLICY) == Some(DROP),
+        protocol: wire::attribute(attrs, NFTA_TRACE_NETWORK_HEADER).and_then(|bytes| bytes.get(at).copied()),
+        table: text(NFTA_TRACE_TABLE)?,
+        chain: text(NFTA_TRACE_CHAIN)?,
+        rule: wire::attribute(attrs, NFTA_TRACE_RULE_HANDLE)
+            .and_then(wire::be64)
+            .filter(|_| number(NFTA_TRACE_TYPE) == Some(NFT_TRACETYPE_RULE)),
+        dropped: verdict == Some(NF_DROP) || number(NFTA_TRACE_POLICY) == Some(NF_DROP),
     })
 }
 

@@ -1,4 +1,4 @@
-//! PrefixList chains of ours the kernel has, in either variant of iptables.
+//! Which chains of ours the kernel has, in either variant of iptables.
 //!
 //! It is read from the kernel itself: no program has to be run where there are none, and after one was run the kernel
 //! says whether it did what it was to do.
@@ -7,6 +7,7 @@ use crate::backend::nft::{SUBSYSTEM, header};
 use crate::backend::xtables;
 use crate::error::{Error, Result};
 use crate::model::Family;
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, wire};
 use crate::sys;
 
@@ -22,13 +23,6 @@ pub(super) enum Variant {
 impl Variant {
     pub const ALL: [Variant; 2] = [Variant::Legacy, Variant::Nft];
 }
-
-/// NFT_MSG_GETCHAIN, NFT_MSG_GETRULE; NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME; NFTA_RULE_TABLE (linux/netfilter/nf_tables.h).
-const GET_CHAIN: u16 = 4;
-const GET_RULE: u16 = 7;
-const CHAIN_TABLE: u16 = 1;
-const CHAIN_NAME: u16 = 3;
-const RULE_TABLE: u16 = 1;
 
 /// The tables that have chains of ours.
 const TABLES: [&str; 3] = ["mangle", "nat", "filter"];
@@ -90,11 +84,11 @@ fn nftables<T: Default>(ask: impl FnOnce() -> sys::Result<T>) -> Result<T> {
 
 /// Returns the table and the name of every chain of a family. Names that are not UTF-8 are omitted.
 fn chain_names(channel: &mut Channel, family: Family) -> sys::Result<Vec<(String, String)>> {
-    let dumped = channel.dump(SUBSYSTEM | GET_CHAIN, &header(family.nfproto(), 0), &|_| {})?;
+    let dumped = channel.dump(SUBSYSTEM | NFT_MSG_GETCHAIN, &header(family.nfproto(), 0), &|_| {})?;
     let names = |payload: &[u8]| {
         let attrs = payload.get(header(0, 0).len()..)?;
         let text = |kind| Some(wire::name_of(attrs, kind)?.as_str()?.to_owned());
-        Some((text(CHAIN_TABLE)?, text(CHAIN_NAME)?))
+        Some((text(NFTA_CHAIN_TABLE)?, text(NFTA_CHAIN_NAME)?))
     };
     Ok(dumped.iter().filter_map(|payload| names(payload)).collect())
 }
@@ -104,8 +98,13 @@ fn nft_has_rules(family: Family) -> sys::Result<bool> {
     for table in xtables::NFT_TABLES {
         let mut channel = Channel::open(libc::NETLINK_NETFILTER)?;
         let header = header(family.nfproto(), 0);
-        let rules =
-            channel.read_first(SUBSYSTEM | GET_RULE, &header, &|a| a.string(RULE_TABLE, table), 1, &|_| Some(()))?;
+        let rules = channel.read_first(
+            SUBSYSTEM | NFT_MSG_GETRULE,
+            &header,
+            &|a| a.string(NFTA_RULE_TABLE, table),
+            1,
+            &|_| Some(()),
+        )?;
         if rules.objects > 0 {
             return Ok(true);
         }

@@ -4,7 +4,8 @@
 use std::fmt;
 
 use super::set::{Elements, Set, SetName};
-use super::statement::{Expressions, OBJECT_COUNTER, Statement};
+use super::statement::Statement;
+use crate::netlink::uapi::*;
 use crate::netlink::wire::Attrs;
 
 /// An object within a table.
@@ -21,35 +22,34 @@ pub(crate) enum Object {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Hook {
     kind: &'static str,
-    /// NF_INET_PRE_ROUTING or NF_INET_LOCAL_OUT, and its name.
+    /// NF_INET_* and its name.
     number: u32,
     name: &'static str,
-    /// `linux/netfilter_ipv4.h`, NF_IP_PRI_*.
+    /// NF_IP_PRI_*.
     priority: i32,
 }
 
 impl Hook {
     /// Before connection tracking.
-    pub const RAW_PREROUTING: Hook = Hook { kind: "filter", number: 0, name: "prerouting", priority: -300 };
-    pub const RAW_OUTPUT: Hook = Hook { kind: "filter", number: 3, name: "output", priority: -300 };
+    pub const RAW_PREROUTING: Hook =
+        Hook { kind: "filter", number: NF_INET_PRE_ROUTING, name: "prerouting", priority: NF_IP_PRI_RAW };
+    pub const RAW_OUTPUT: Hook =
+        Hook { kind: "filter", number: NF_INET_LOCAL_OUT, name: "output", priority: NF_IP_PRI_RAW };
     /// After connection tracking, before routing; on the way out, before routing anew.
-    pub const MANGLE_PREROUTING: Hook = Hook { kind: "filter", number: 0, name: "prerouting", priority: -150 };
-    pub const MANGLE_OUTPUT: Hook = Hook { kind: "route", number: 3, name: "output", priority: -150 };
+    pub const MANGLE_PREROUTING: Hook =
+        Hook { kind: "filter", number: NF_INET_PRE_ROUTING, name: "prerouting", priority: NF_IP_PRI_MANGLE };
+    pub const MANGLE_OUTPUT: Hook =
+        Hook { kind: "route", number: NF_INET_LOCAL_OUT, name: "output", priority: NF_IP_PRI_MANGLE };
     /// Where destinations are translated.
-    pub const NAT_PREROUTING: Hook = Hook { kind: "nat", number: 0, name: "prerouting", priority: -100 };
+    pub const NAT_PREROUTING: Hook =
+        Hook { kind: "nat", number: NF_INET_PRE_ROUTING, name: "prerouting", priority: NF_IP_PRI_NAT_DST };
     /// Where packets are only watched.
     pub const fn watching(number: u32, name: &'static str, priority: i32) -> Hook {
         Hook { kind: "filter", number, name, priority }
     }
-    pub const NAT_OUTPUT: Hook = Hook { kind: "nat", number: 3, name: "output", priority: -100 };
+    pub const NAT_OUTPUT: Hook =
+        Hook { kind: "nat", number: NF_INET_LOCAL_OUT, name: "output", priority: NF_IP_PRI_NAT_DST };
 }
-
-// Message types, NFT_MSG_*.
-const NEW_CHAIN: u16 = 3;
-const NEW_RULE: u16 = 6;
-const NEW_SET: u16 = 9;
-const NEW_ELEMENTS: u16 = 12;
-const NEW_OBJECT: u16 = 18;
 
 impl Object {
     /// The message type and its creation flags.
@@ -57,47 +57,48 @@ impl Object {
         const CREATE: u16 = libc::NLM_F_CREATE as u16;
         const APPEND: u16 = libc::NLM_F_APPEND as u16;
         match self {
-            Object::Chain { .. } => (NEW_CHAIN, CREATE),
-            Object::Rule { .. } => (NEW_RULE, CREATE | APPEND),
-            Object::Set(_) => (NEW_SET, CREATE),
-            Object::Elements { .. } => (NEW_ELEMENTS, CREATE),
-            Object::Counter { .. } => (NEW_OBJECT, CREATE),
+            Object::Chain { .. } => (NFT_MSG_NEWCHAIN, CREATE),
+            Object::Rule { .. } => (NFT_MSG_NEWRULE, CREATE | APPEND),
+            Object::Set(_) => (NFT_MSG_NEWSET, CREATE),
+            Object::Elements { .. } => (NFT_MSG_NEWSETELEM, CREATE),
+            Object::Counter { .. } => (NFT_MSG_NEWOBJ, CREATE),
         }
     }
 
     /// The attributes of the message that makes this object in a table.
     pub fn encode(&self, table: &str, attrs: &mut Attrs<'_>) {
-        attrs.string(1, table);
         match self {
             Object::Counter { name } => {
-                attrs.string(2, name);
-                attrs.be32(3, OBJECT_COUNTER);
+                attrs.string(NFTA_OBJ_TABLE, table);
+                attrs.string(NFTA_OBJ_NAME, name);
+                attrs.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
                 // It begins at zero.
-                attrs.nest(4, |_| {});
+                attrs.nest(NFTA_OBJ_DATA, |_| {});
             }
-            Object::Set(set) => set.encode(attrs),
-            Object::Elements { set, elements } => {
-                attrs.string(2, &set.to_string());
-                attrs.nest(3, |a| elements.encode(a));
+            Object::Set(set) => {
+                attrs.string(NFTA_SET_TABLE, table);
+                set.encode(attrs);
             }
+            Object::Elements { set, elements } => elements.encode_in(attrs, table, set),
             Object::Chain { name, hook } => {
-                attrs.string(3, name);
+                attrs.string(NFTA_CHAIN_TABLE, table);
+                attrs.string(NFTA_CHAIN_NAME, name);
                 if let Some(hook) = hook {
-                    attrs.nest(4, |a| {
-                        a.be32(1, hook.number);
-                        a.be32(2, hook.priority as u32);
+                    attrs.nest(NFTA_CHAIN_HOOK, |a| {
+                        a.be32(NFTA_HOOK_HOOKNUM, hook.number);
+                        a.be32(NFTA_HOOK_PRIORITY, hook.priority as u32);
                     });
                     // Without a policy, what no rule decides goes its way.
-                    attrs.string(7, hook.kind);
+                    attrs.string(NFTA_CHAIN_TYPE, hook.kind);
                 }
             }
             Object::Rule { chain, statements, comment } => {
-                attrs.string(2, chain);
-                attrs.nest(4, |a| {
-                    let mut rule = Expressions(a);
-                    statements.iter().for_each(|statement| statement.encode(&mut rule));
+                attrs.string(NFTA_RULE_TABLE, table);
+                attrs.string(NFTA_RULE_CHAIN, chain);
+                attrs.nest(NFTA_RULE_EXPRESSIONS, |a| {
+                    statements.iter().for_each(|statement| statement.encode(a));
                 });
-                self::comment(attrs, 7, comment);
+                self::comment(attrs, NFTA_RULE_USERDATA, comment);
             }
         }
     }
@@ -154,9 +155,9 @@ mod tests {
     fn comment_is_cut_to_what_its_length_can_say() {
         for (len, kept) in [(0, 0), (1, 1), (253, 253), (254, 254), (255, 254), (300, 254)] {
             let mut buffer = Buffer::default();
-            buffer.message(NEW_RULE, 0, 1, &[], |attrs| comment(attrs, 7, &"x".repeat(len)));
+            buffer.message(NFT_MSG_NEWRULE, 0, 1, &[], |attrs| comment(attrs, NFTA_RULE_USERDATA, &"x".repeat(len)));
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
-            let data = wire::attribute(message.payload, 7).unwrap();
+            let data = wire::attribute(message.payload, NFTA_RULE_USERDATA).unwrap();
             let expected = [&[0, kept as u8 + 1], "x".repeat(kept).as_bytes(), &[0]].concat();
             assert_eq!(data, expected, "{len}");
         }

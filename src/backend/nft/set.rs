@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::model::{Family, IdRange, MacAddr, PortRange};
+use crate::netlink::uapi::*;
 use crate::netlink::wire::Attrs;
 use crate::prefix::{self, Range};
 
@@ -104,41 +105,44 @@ pub(crate) enum Elements {
 }
 
 impl Set {
-    /// NFT_SET_INTERVAL.
-    const INTERVAL: u32 = 4;
-    /// NFT_SET_TIMEOUT.
-    const TIMEOUT: u32 = 16;
-
     pub fn encode(&self, attrs: &mut Attrs<'_>) {
-        // `nft` knows the key types by these numbers; to the kernel they mean nothing.
         let (flags, key_type, key_len) = match self.key {
-            Key::Port => (Self::INTERVAL, 13, 2),
-            Key::Interface => (0, 41, 16),
-            Key::Mac => (0, 9, 6),
-            Key::Uid => (Self::INTERVAL, 24, 4),
-            Key::Gid => (Self::INTERVAL, 25, 4),
-            Key::Address(Family::V4) => (Self::INTERVAL, 7, 4),
-            Key::Address(Family::V6) => (Self::INTERVAL, 8, 16),
-            Key::Network(Family::V4) => (0, 7, 4),
-            Key::Network(Family::V6) => (0, 8, 16),
-            Key::Expiring(Family::V4) => (Self::TIMEOUT, 7, 4),
-            Key::Expiring(Family::V6) => (Self::TIMEOUT, 8, 16),
+            Key::Port => (NFT_SET_INTERVAL, TYPE_INET_SERVICE, 2),
+            Key::Interface => (0, TYPE_IFNAME, libc::IFNAMSIZ as u32),
+            Key::Mac => (0, TYPE_ETHER_ADDR, libc::ETH_ALEN as u32),
+            Key::Uid => (NFT_SET_INTERVAL, TYPE_UID, 4),
+            Key::Gid => (NFT_SET_INTERVAL, TYPE_GID, 4),
+            Key::Address(Family::V4) => (NFT_SET_INTERVAL, TYPE_IPADDR, 4),
+            Key::Address(Family::V6) => (NFT_SET_INTERVAL, TYPE_IP6ADDR, 16),
+            Key::Network(Family::V4) => (0, TYPE_IPADDR, 4),
+            Key::Network(Family::V6) => (0, TYPE_IP6ADDR, 16),
+            Key::Expiring(Family::V4) => (NFT_SET_TIMEOUT, TYPE_IPADDR, 4),
+            Key::Expiring(Family::V6) => (NFT_SET_TIMEOUT, TYPE_IP6ADDR, 16),
         };
-        attrs.string(2, &self.name.to_string());
-        attrs.be32(3, flags);
-        attrs.be32(4, key_type);
-        attrs.be32(5, key_len);
-        attrs.be32(10, self.id);
+        attrs.string(NFTA_SET_NAME, &self.name.to_string());
+        attrs.be32(NFTA_SET_FLAGS, flags);
+        attrs.be32(NFTA_SET_KEY_TYPE, key_type);
+        attrs.be32(NFTA_SET_KEY_LEN, key_len);
+        attrs.be32(NFTA_SET_ID, self.id);
         if matches!(self.key, Key::Interface | Key::Uid | Key::Gid) {
-            attrs.bytes(13, &HOST_ORDER);
+            attrs.bytes(NFTA_SET_USERDATA, &HOST_ORDER);
         }
         if let Key::Expiring(_) = self.key {
-            // NFTA_SET_DESC, NFTA_SET_DESC_SIZE; NFTA_SET_GC_INTERVAL in milliseconds.
-            attrs.nest(9, |a| a.be32(1, EXPIRING_MAX));
-            attrs.be32(12, COLLECT_EVERY_SECONDS * 1000);
+            attrs.nest(NFTA_SET_DESC, |a| a.be32(NFTA_SET_DESC_SIZE, EXPIRING_MAX));
+            // In milliseconds.
+            attrs.be32(NFTA_SET_GC_INTERVAL, COLLECT_EVERY_SECONDS * 1000);
         }
     }
 }
+
+// The types of keys, as `nft` numbers them in its `datatype.h`. The kernel only stores the numbers.
+const TYPE_IPADDR: u32 = 7;
+const TYPE_IP6ADDR: u32 = 8;
+const TYPE_ETHER_ADDR: u32 = 9;
+const TYPE_INET_SERVICE: u32 = 13;
+const TYPE_UID: u32 = 24;
+const TYPE_GID: u32 = 25;
+const TYPE_IFNAME: u32 = 41;
 
 /// What tells `nft` that a set's keys are in host order, without which it shows
 /// none: NFTNL_UDATA_SET_KEYBYTEORDER, 4 bytes, BYTEORDER_HOST_ENDIAN.
@@ -168,8 +172,15 @@ impl fmt::Display for Set {
 }
 
 impl Elements {
+    /// The attributes of the message that adds them to a set, or deletes them from it.
+    pub fn encode_in(&self, attrs: &mut Attrs<'_>, table: &str, set: &SetName) {
+        attrs.string(NFTA_SET_ELEM_LIST_TABLE, table);
+        attrs.string(NFTA_SET_ELEM_LIST_SET, &set.to_string());
+        attrs.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |a| self.encode(a));
+    }
+
     /// Each element by itself; of a range, its first key and the first key behind it. At the top there is none behind.
-    pub fn encode(&self, list: &mut Attrs<'_>) {
+    fn encode(&self, list: &mut Attrs<'_>) {
         match self {
             Elements::Ports(ranges) => {
                 for range in ranges {
@@ -229,13 +240,11 @@ impl Elements {
 }
 
 fn element(list: &mut Attrs<'_>, key: &[u8], end: bool) {
-    /// NFT_SET_ELEM_INTERVAL_END.
-    const END: u32 = 1;
-    list.nest(1, |a| {
+    list.nest(NFTA_LIST_ELEM, |a| {
         if end {
-            a.be32(3, END);
+            a.be32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
         }
-        a.nest(1, |a| a.bytes(1, key));
+        a.nest(NFTA_SET_ELEM_KEY, |a| a.bytes(NFTA_DATA_VALUE, key));
     });
 }
 
@@ -243,11 +252,10 @@ fn element(list: &mut Attrs<'_>, key: &[u8], end: bool) {
 /// element that exists; earlier kernels leave the element as it is.
 fn expiring(list: &mut Attrs<'_>, key: &[u8], ttl: Duration) {
     let milliseconds = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).to_be_bytes();
-    list.nest(1, |a| {
-        a.nest(1, |a| a.bytes(1, key));
-        // NFTA_SET_ELEM_TIMEOUT, NFTA_SET_ELEM_EXPIRATION.
-        a.bytes(4, &milliseconds);
-        a.bytes(5, &milliseconds);
+    list.nest(NFTA_LIST_ELEM, |a| {
+        a.nest(NFTA_SET_ELEM_KEY, |a| a.bytes(NFTA_DATA_VALUE, key));
+        a.bytes(NFTA_SET_ELEM_TIMEOUT, &milliseconds);
+        a.bytes(NFTA_SET_ELEM_EXPIRATION, &milliseconds);
     });
 }
 

@@ -7,6 +7,7 @@ use super::{SUBSYSTEM, header};
 use crate::backend::route;
 use crate::error::{Error, Result};
 use crate::model::{Backend, Families, Mark, Options, Protocols};
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, channel, wire};
 use crate::sys;
 
@@ -14,11 +15,6 @@ use crate::sys;
 /// names alone ("tproxy", "ip") are words of the nft language, which could
 /// then not show the table.
 const PREFIX: &str = "libtproxy-";
-
-/// NFT_TABLE_F_OWNER: the table belongs to the socket that made it, and dies with it,
-pub(super) const OWNER: u32 = 2;
-/// unless NFT_TABLE_F_PERSIST: then it becomes an orphan, which another may adopt.
-pub(super) const PERSIST: u32 = 4;
 
 /// The name of an instance's table.
 pub(crate) fn name_of(instance: &str) -> String {
@@ -175,9 +171,6 @@ pub(crate) struct Table {
 
 /// The generation of the whole ruleset, and the tables that it has at least had then.
 pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
-    const GET_TABLE: u16 = 1;
-    const GET_GENERATION: u16 = 16;
-    const GENERATION_ID: u16 = 1;
     let failed = |e: sys::Errno| {
         let errno = e.0;
         match errno {
@@ -192,12 +185,12 @@ pub(crate) fn list(channel: &mut Channel) -> Result<(u32, Vec<Table>)> {
             _ => Error::with(errno, format_args!("nft list tables: {e}")),
         }
     };
-    let header = header(super::INET, 0);
+    let header = header(NFPROTO_INET, 0);
     let (generation, tables) =
-        channel.get_then_dump(SUBSYSTEM | GET_GENERATION, SUBSYSTEM | GET_TABLE, &header).map_err(failed)?;
+        channel.get_then_dump(SUBSYSTEM | NFT_MSG_GETGEN, SUBSYSTEM | NFT_MSG_GETTABLE, &header).map_err(failed)?;
     let generation = generation
         .as_deref()
-        .and_then(|payload| wire::attribute(payload.get(header.len()..)?, GENERATION_ID))
+        .and_then(|payload| wire::attribute(payload.get(header.len()..)?, NFTA_GEN_ID))
         .and_then(wire::be32)
         .ok_or_else(|| Error::new(libc::EPROTO, "nf_tables did not tell its generation"))?;
     Ok((generation, tables.iter().filter_map(|payload| parse(payload.get(header.len()..)?)).collect::<Vec<_>>()))
@@ -209,19 +202,15 @@ pub(crate) fn find(channel: &mut Channel, name: &str) -> Result<Option<Table>> {
 }
 
 fn parse(attrs: &[u8]) -> Option<Table> {
-    const NAME: u16 = 1;
-    const FLAGS: u16 = 2;
-    const USERDATA: u16 = 6;
-    const OWNER_PORT: u16 = 7;
-    let data = wire::attribute(attrs, USERDATA).unwrap_or_default();
-    let flags = wire::be32_of(attrs, FLAGS).unwrap_or(0);
+    let data = wire::attribute(attrs, NFTA_TABLE_USERDATA).unwrap_or_default();
+    let flags = wire::be32_of(attrs, NFTA_TABLE_FLAGS).unwrap_or(0);
     Some(Table {
-        name: wire::string_of(attrs, NAME)?.to_owned(),
+        name: wire::string_of(attrs, NFTA_TABLE_NAME)?.to_owned(),
         slot: words(data, 0).and_then(RoutingSlot::parse),
         record: words(data, Record::KIND).and_then(Record::parse),
-        owner: wire::be32_of(attrs, OWNER_PORT).map(channel::process_of_port),
-        owner_port: wire::be32_of(attrs, OWNER_PORT),
-        persistent: flags & PERSIST != 0,
+        owner: wire::be32_of(attrs, NFTA_TABLE_OWNER).map(channel::process_of_port),
+        owner_port: wire::be32_of(attrs, NFTA_TABLE_OWNER),
+        persistent: flags & NFT_TABLE_F_PERSIST != 0,
     })
 }
 
@@ -233,15 +222,11 @@ pub(crate) struct Contents {
 }
 
 pub(crate) fn contents(channel: &mut Channel, table: &str) -> Result<Contents> {
-    const GET_CHAIN: u16 = 4;
-    const GET_SET: u16 = 10;
-    const CHAIN_NAME: u16 = 3;
-    const SET_NAME: u16 = 2;
     let mut names = |get: u16, name: u16| -> Result<Vec<String>> {
         let dumped = dump_of(channel, table, get)?;
         Ok(dumped.iter().filter_map(|attrs| Some(wire::string_of(attrs, name)?.to_owned())).collect::<Vec<_>>())
     };
-    Ok(Contents { chains: names(GET_CHAIN, CHAIN_NAME)?, sets: names(GET_SET, SET_NAME)? })
+    Ok(Contents { chains: names(NFT_MSG_GETCHAIN, NFTA_CHAIN_NAME)?, sets: names(NFT_MSG_GETSET, NFTA_SET_NAME)? })
 }
 
 /// A counter's name, packets and bytes.
@@ -249,25 +234,21 @@ pub(crate) type Count = (String, u64, u64);
 
 /// The counters of a table.
 pub(crate) fn counters(channel: &mut Channel, table: &str) -> Result<Vec<Count>> {
-    const GET_OBJECT: u16 = 19;
-    const NAME: u16 = 2;
-    const DATA: u16 = 4;
-    const BYTES: u16 = 1;
-    const PACKETS: u16 = 2;
     let parse = |attrs: &Vec<u8>| {
-        let name = wire::string_of(attrs, NAME)?;
-        let data = wire::attribute(attrs, DATA)?;
+        let name = wire::string_of(attrs, NFTA_OBJ_NAME)?;
+        let data = wire::attribute(attrs, NFTA_OBJ_DATA)?;
         let number = |kind| wire::attribute(data, kind).and_then(wire::be64);
-        Some((name.to_owned(), number(PACKETS)?, number(BYTES)?))
+        Some((name.to_owned(), number(NFTA_COUNTER_PACKETS)?, number(NFTA_COUNTER_BYTES)?))
     };
-    Ok(dump_of(channel, table, GET_OBJECT)?.iter().filter_map(parse).collect::<Vec<_>>())
+    Ok(dump_of(channel, table, NFT_MSG_GETOBJ)?.iter().filter_map(parse).collect::<Vec<_>>())
 }
 
 /// The attributes of each object of a kind in a table. The kernel filters some kinds by table and some not.
 fn dump_of(channel: &mut Channel, table: &str, get: u16) -> Result<Vec<Vec<u8>>> {
-    /// In every kind of object the first attribute is the table's name.
-    const TABLE: u16 = 1;
-    let header = header(super::INET, 0);
+    /// The name of the table has the same number in every kind of object.
+    const TABLE: u16 = NFTA_OBJ_TABLE;
+    const _: () = assert!(TABLE == NFTA_CHAIN_TABLE && TABLE == NFTA_SET_TABLE);
+    let header = header(NFPROTO_INET, 0);
     let dumped = channel
         .dump(SUBSYSTEM | get, &header, &|a| a.string(TABLE, table))
         .map_err(|e| Error::io(format_args!("nft list table inet {table}"), e))?;
@@ -292,13 +273,15 @@ mod tests {
         let parsed = |flags: Option<u32>, port: Option<u32>| {
             let mut buffer = wire::Buffer::default();
             buffer.message(0, 0, 1, &[], |a| {
-                a.string(1, "libtproxy-t");
-                flags.iter().for_each(|flags| a.be32(2, *flags));
-                port.iter().for_each(|port| a.be32(7, *port));
+                a.string(NFTA_TABLE_NAME, "libtproxy-t");
+                flags.iter().for_each(|flags| a.be32(NFTA_TABLE_FLAGS, *flags));
+                port.iter().for_each(|port| a.be32(NFTA_TABLE_OWNER, *port));
             });
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
             parse(message.payload).unwrap()
         };
+        const OWNER: u32 = NFT_TABLE_F_OWNER;
+        const PERSIST: u32 = NFT_TABLE_F_PERSIST;
         for (flags, persistent) in [(0, false), (1, false), (OWNER, false), (PERSIST, true), (OWNER | PERSIST, true)] {
             assert_eq!(parsed(Some(flags), None).persistent, persistent, "{flags}");
         }
@@ -321,8 +304,8 @@ mod tests {
                 let slot = RoutingSlot { priority: 200, table: 7470 };
                 let mut buffer = wire::Buffer::default();
                 buffer.message(0, 0, 1, &[], |a| {
-                    a.string(1, "libtproxy-t");
-                    encode_words(a, 6, &slot, Some(&record));
+                    a.string(NFTA_TABLE_NAME, "libtproxy-t");
+                    encode_words(a, NFTA_TABLE_USERDATA, &slot, Some(&record));
                 });
                 let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
                 let parsed = parse(message.payload).unwrap();

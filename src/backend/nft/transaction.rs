@@ -4,21 +4,18 @@ use std::fmt;
 
 use super::object::Object;
 use super::set::{Elements, SetName};
-use super::table::{OWNER, PERSIST, Record, RoutingSlot, encode_words};
-use super::{INET, SUBSYSTEM, header};
+use super::table::{Record, RoutingSlot, encode_words};
+use super::{SUBSYSTEM, header};
 use crate::error::{Error, Result};
+use crate::netlink::uapi::*;
 use crate::netlink::wire::{self, Buffer};
 use crate::netlink::{Channel, Failure};
 
-/// NFNL_MSG_BATCH_BEGIN and _END; the resource id is the subsystem.
-const BEGIN: u16 = 0x10;
-const END: u16 = 0x11;
-/// NFNL_BATCH_GENID: only if the ruleset is still of this generation.
-const GENERATION: u16 = 1;
-const RESOURCE: u16 = 10;
-
 /// More bytes than most messages have.
 const MOST_NEED: usize = 240;
+
+/// The table survives its owner, and another socket may adopt it.
+const ORPHANABLE: u32 = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -58,9 +55,9 @@ pub(crate) fn commit(
 ) -> Result<()> {
     let mut batch = Buffer::with_room((changes.len() + 2) * MOST_NEED);
     let begin = channel.next_seq();
-    batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |a| {
+    batch.message(NFNL_MSG_BATCH_BEGIN, REQUEST, begin, &header(0, NFNL_SUBSYS_NFTABLES), |a| {
         if let Some(generation) = generation {
-            a.be32(GENERATION, generation);
+            a.be32(NFNL_BATCH_GENID, generation);
         }
     });
     let mut sent = Vec::with_capacity(changes.len());
@@ -72,7 +69,7 @@ pub(crate) fn commit(
         change.encode(&mut batch, seq, ack, table);
     }
     let last = sent.last().map_or(begin, |(seq, ..)| *seq);
-    batch.message(END, REQUEST, channel.next_seq(), &header(0, RESOURCE), |_| {});
+    batch.message(NFNL_MSG_BATCH_END, REQUEST, channel.next_seq(), &header(0, NFNL_SUBSYS_NFTABLES), |_| {});
 
     let answers = channel.exchange(&batch, last).map_err(|e| {
         let errno = e.0;
@@ -104,7 +101,7 @@ pub(crate) fn commit(
 pub(crate) fn dry_run(channel: &mut Channel, changes: &[(&str, Change<'_>)]) -> Vec<Result<()>> {
     let mut batch = Buffer::default();
     let begin = channel.next_seq();
-    batch.message(BEGIN, REQUEST, begin, &header(0, RESOURCE), |_| {});
+    batch.message(NFNL_MSG_BATCH_BEGIN, REQUEST, begin, &header(0, NFNL_SUBSYS_NFTABLES), |_| {});
     let mut sent = Vec::with_capacity(changes.len());
     for (table, change) in changes {
         let seq = channel.next_seq();
@@ -187,62 +184,49 @@ fn fix(errno: i32, expression: Option<&str>, whole: bool, table: bool) -> (i32, 
 
 /// The name of the expression of a rule that the kernel points at.
 fn expression_at(message: &[u8], offset: Option<usize>) -> Option<&str> {
-    /// NFTA_RULE_EXPRESSIONS, NFTA_EXPR_NAME.
-    const EXPRESSIONS: u16 = 4;
-    const NAME: u16 = 1;
     let path = wire::path_to(message, header(0, 0).len(), offset?);
-    let (_, EXPRESSIONS) = path.first()? else { return None };
+    let (_, NFTA_RULE_EXPRESSIONS) = path.first()? else { return None };
     let (index, _) = path.get(1)?;
-    let list = wire::attribute(wire::body(message, header(0, 0).len()), EXPRESSIONS)?;
+    let list = wire::attribute(wire::body(message, header(0, 0).len()), NFTA_RULE_EXPRESSIONS)?;
     let (_, expression) = wire::attributes(list).nth(*index)?;
-    wire::string_of(expression, NAME)
+    wire::string_of(expression, NFTA_EXPR_NAME)
 }
 
 impl Change<'_> {
     fn encode(&self, batch: &mut Buffer, seq: u32, ack: u16, table: &str) {
-        // NFT_MSG_*.
-        const NEW_TABLE: u16 = 0;
-        const DELETE_TABLE: u16 = 2;
-        const DELETE_CHAIN: u16 = 5;
-        const DELETE_RULE: u16 = 8;
-        const DELETE_SET: u16 = 11;
-        const DELETE_ELEMENTS: u16 = 14;
         let exclusively = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
         let (op, flags) = match self {
-            Change::AddTable => (NEW_TABLE, libc::NLM_F_CREATE as u16),
-            Change::Claim { .. } => (NEW_TABLE, exclusively),
-            Change::Adopt => (NEW_TABLE, 0),
-            Change::DeleteTable => (DELETE_TABLE, 0),
-            Change::DeleteRules => (DELETE_RULE, 0),
-            Change::DeleteSet(_) => (DELETE_SET, 0),
-            Change::DeleteChain(_) => (DELETE_CHAIN, 0),
-            Change::DeleteElements { .. } => (DELETE_ELEMENTS, 0),
+            Change::AddTable => (NFT_MSG_NEWTABLE, libc::NLM_F_CREATE as u16),
+            Change::Claim { .. } => (NFT_MSG_NEWTABLE, exclusively),
+            Change::Adopt => (NFT_MSG_NEWTABLE, 0),
+            Change::DeleteTable => (NFT_MSG_DELTABLE, 0),
+            Change::DeleteRules => (NFT_MSG_DELRULE, 0),
+            Change::DeleteSet(_) => (NFT_MSG_DELSET, 0),
+            Change::DeleteChain(_) => (NFT_MSG_DELCHAIN, 0),
+            Change::DeleteElements { .. } => (NFT_MSG_DELSETELEM, 0),
             Change::Add(object) => object.message(),
         };
-        batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(INET, 0), |a| match self {
+        batch.message(SUBSYSTEM | op, REQUEST | flags | ack, seq, &header(NFPROTO_INET, 0), |a| match self {
             Change::Claim { slot, record, persist } => {
-                a.string(1, table);
-                a.be32(2, if *persist { OWNER | PERSIST } else { OWNER });
-                encode_words(a, 6, slot, *record);
+                a.string(NFTA_TABLE_NAME, table);
+                a.be32(NFTA_TABLE_FLAGS, if *persist { ORPHANABLE } else { NFT_TABLE_F_OWNER });
+                encode_words(a, NFTA_TABLE_USERDATA, slot, *record);
             }
             Change::Adopt => {
-                a.string(1, table);
-                a.be32(2, OWNER | PERSIST);
+                a.string(NFTA_TABLE_NAME, table);
+                a.be32(NFTA_TABLE_FLAGS, ORPHANABLE);
             }
-            Change::AddTable | Change::DeleteTable | Change::DeleteRules => a.string(1, table),
+            Change::AddTable | Change::DeleteTable => a.string(NFTA_TABLE_NAME, table),
+            Change::DeleteRules => a.string(NFTA_RULE_TABLE, table),
             Change::DeleteSet(name) => {
-                a.string(1, table);
-                a.string(2, name);
+                a.string(NFTA_SET_TABLE, table);
+                a.string(NFTA_SET_NAME, name);
             }
             Change::DeleteChain(name) => {
-                a.string(1, table);
-                a.string(3, name);
+                a.string(NFTA_CHAIN_TABLE, table);
+                a.string(NFTA_CHAIN_NAME, name);
             }
-            Change::DeleteElements { set, elements } => {
-                a.string(1, table);
-                a.string(2, &set.to_string());
-                a.nest(3, |a| elements.encode(a));
-            }
+            Change::DeleteElements { set, elements } => elements.encode_in(a, table, set),
             Change::Add(object) => object.encode(table, a),
         });
     }

@@ -11,6 +11,7 @@ use crate::check::findings::{self, Finding, Findings, Kind, Severity};
 use crate::check::inspect::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, Rule, Verdict};
 use crate::check::instances::{self, Interception};
 use crate::model::{Family, Mark};
+use crate::netlink::uapi::{IP_CT_ESTABLISHED, NF_CT_STATE_BIT};
 
 pub(super) fn check_filters(context: &Context<'_>, found: &mut Findings) {
     let mut groups: HashMap<Group, Vec<&Interception<'_>>> = HashMap::new();
@@ -384,8 +385,7 @@ fn keep_port(context: &Context<'_>, found: &mut Findings) {
 
 /// Whether a rule accepts packets because their connection is established.
 fn accepts_answers(rule: &Rule) -> bool {
-    /// NF_CT_STATE_BIT(IP_CT_ESTABLISHED).
-    const ESTABLISHED: u32 = 2;
+    const ESTABLISHED: u32 = NF_CT_STATE_BIT(IP_CT_ESTABLISHED);
     let known = |part: &Part| match part {
         Part::OnlyIf(Condition::Connection { states }) => states.is_none_or(|states| states & ESTABLISHED != 0),
         _ => false,

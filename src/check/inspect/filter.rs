@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crate::model::Family;
 use crate::name::Name;
+use crate::netlink::uapi::*;
 
 /// Origin of a chain, which determines the program that can change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,11 +27,16 @@ pub(crate) enum HookPoint {
 }
 
 impl HookPoint {
-    /// NF_INET_PRE_ROUTING to NF_INET_POST_ROUTING.
+    /// Of NF_INET_*.
     pub fn of_number(number: u32) -> Option<HookPoint> {
-        let places =
-            [HookPoint::Prerouting, HookPoint::Input, HookPoint::Forward, HookPoint::Output, HookPoint::Postrouting];
-        places.get(number as usize).copied()
+        match number {
+            NF_INET_PRE_ROUTING => Some(HookPoint::Prerouting),
+            NF_INET_LOCAL_IN => Some(HookPoint::Input),
+            NF_INET_FORWARD => Some(HookPoint::Forward),
+            NF_INET_LOCAL_OUT => Some(HookPoint::Output),
+            NF_INET_POST_ROUTING => Some(HookPoint::Postrouting),
+            _ => None,
+        }
     }
 }
 

@@ -10,17 +10,10 @@ use crate::backend::nft::{SUBSYSTEM, header, table};
 use crate::backend::xtables::NFT_TABLES;
 use crate::model::Family;
 use crate::name::Name;
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, FirstRead, wire};
 use crate::sys;
 use reader::{Read, Reader};
-
-/// NFPROTO_INET, and NFPROTO_UNSPEC for every family.
-const INET: u8 = 1;
-const EVERY: u8 = 0;
-const GET_CHAIN: u16 = 4;
-const GET_RULE: u16 = 7;
-const GET_SET: u16 = 10;
-const GET_ELEMENTS: u16 = 13;
 
 /// Maximum number of chains and of rules. A Kubernetes host has about ten thousand. Each takes some microseconds and some hundred
 /// bytes.
@@ -60,13 +53,13 @@ struct SetPlace {
 /// EPERM without CAP_NET_ADMIN.
 pub(crate) fn read() -> sys::Result<Found> {
     let mut found = Found::default();
-    let (chains, _) = found.first(GET_CHAIN, CHAINS_MAX, "chains", &parse_chain)?;
+    let (chains, _) = found.first(NFT_MSG_GETCHAIN, CHAINS_MAX, "chains", &parse_chain)?;
     let mut numbers = HashMap::new();
     for (family, chain) in chains {
         numbers.insert((family, chain.table.clone(), chain.name.clone()), found.ruleset.chains.len());
         found.ruleset.chains.push(chain);
     }
-    let (rules, all) = found.first(GET_RULE, RULES_MAX, "rules", &parse_rule)?;
+    let (rules, all) = found.first(NFT_MSG_GETRULE, RULES_MAX, "rules", &parse_rule)?;
     let mut sets: HashMap<SetPlace, usize> = HashMap::new();
     // Chains of this library are read first.
     let mut first: Vec<usize> = Vec::new();
@@ -112,7 +105,7 @@ impl Found {
         parse: &dyn Fn(&[u8]) -> Option<T>,
     ) -> sys::Result<(Vec<T>, bool)> {
         let mut channel = Channel::open_wide(libc::NETLINK_NETFILTER)?;
-        let read = channel.read_first(SUBSYSTEM | kind, &header(EVERY, 0), &|_| {}, most, parse)?;
+        let read = channel.read_first(SUBSYSTEM | kind, &header(NFPROTO_UNSPEC, 0), &|_| {}, most, parse)?;
         let FirstRead { found, objects, all } = read;
         self.objects += objects;
         if !all {
@@ -129,7 +122,7 @@ impl Found {
         }
         // Other sets may be concatenations that begin with a port, and are not interpreted.
         let before = self.objects;
-        let (of_ports, _) = self.first(GET_SET, SETS_MAX, "sets", &parse_set)?;
+        let (of_ports, _) = self.first(NFT_MSG_GETSET, SETS_MAX, "sets", &parse_set)?;
         let of_ports: HashSet<SetPlace> = of_ports.into_iter().collect();
         for place in &mut self.places {
             place.take_if(|place| !of_ports.contains(place));
@@ -196,9 +189,9 @@ impl Found {
 /// Families whose chains process IP packets.
 fn family_of(nfproto: u8) -> Option<Option<Family>> {
     match nfproto {
-        INET => Some(None),
-        2 => Some(Some(Family::V4)),
-        10 => Some(Some(Family::V6)),
+        NFPROTO_INET => Some(None),
+        NFPROTO_IPV4 => Some(Some(Family::V4)),
+        NFPROTO_IPV6 => Some(Some(Family::V6)),
         _ => None,
     }
 }
@@ -212,22 +205,18 @@ fn origin_of(family: Option<Family>, table: &Name) -> Origin {
 }
 
 fn parse_chain(payload: &[u8]) -> Option<(u8, Chain)> {
-    const TABLE: u16 = 1;
-    const NAME: u16 = 3;
-    const HOOK: u16 = 4;
-    const POLICY: u16 = 5;
-    const HOOK_NUMBER: u16 = 1;
-    const HOOK_PRIORITY: u16 = 2;
     let nfproto = *payload.first()?;
     let family = family_of(nfproto)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let (table, name) = (wire::name_of(attrs, TABLE)?, wire::name_of(attrs, NAME)?);
-    let hook = wire::attribute(attrs, HOOK).and_then(|hook| {
+    let (table, name) = (wire::name_of(attrs, NFTA_CHAIN_TABLE)?, wire::name_of(attrs, NFTA_CHAIN_NAME)?);
+    let hook = wire::attribute(attrs, NFTA_CHAIN_HOOK).and_then(|hook| {
         let number = |kind| wire::be32_of(hook, kind);
-        Some(Hook { point: HookPoint::of_number(number(HOOK_NUMBER)?)?, priority: number(HOOK_PRIORITY)? as i32 })
+        Some(Hook {
+            point: HookPoint::of_number(number(NFTA_HOOK_HOOKNUM)?)?,
+            priority: number(NFTA_HOOK_PRIORITY)? as i32,
+        })
     });
-    // NF_DROP is 0.
-    let drops = hook.is_some() && wire::be32_of(attrs, POLICY) == Some(0);
+    let drops = hook.is_some() && wire::be32_of(attrs, NFTA_CHAIN_POLICY) == Some(NF_DROP);
     let shouts = |name: &Name| !name.as_bytes().is_empty() && name.as_bytes().iter().all(u8::is_ascii_uppercase);
     let origin = match hook {
         Some(_) if !shouts(&name) => Origin::Nft,
@@ -245,55 +234,41 @@ struct Whereabouts {
 }
 
 fn parse_rule(payload: &[u8]) -> Option<(Whereabouts, Read)> {
-    const TABLE: u16 = 1;
-    const CHAIN: u16 = 2;
-    const HANDLE: u16 = 3;
-    const EXPRESSIONS: u16 = 4;
     let family = *payload.first()?;
     family_of(family)?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let place = Whereabouts { family, table: wire::name_of(attrs, TABLE)?, chain: wire::name_of(attrs, CHAIN)? };
+    let place = Whereabouts {
+        family,
+        table: wire::name_of(attrs, NFTA_RULE_TABLE)?,
+        chain: wire::name_of(attrs, NFTA_RULE_CHAIN)?,
+    };
     let mut reader = Reader::default();
-    for (_, expression) in wire::attributes(wire::attribute(attrs, EXPRESSIONS).unwrap_or_default()) {
+    for (_, expression) in wire::attributes(wire::attribute(attrs, NFTA_RULE_EXPRESSIONS).unwrap_or_default()) {
         reader.expression(expression);
     }
-    reader.read.rule.handle = wire::attribute(attrs, HANDLE).and_then(wire::be64).unwrap_or(0);
+    reader.read.rule.handle = wire::attribute(attrs, NFTA_RULE_HANDLE).and_then(wire::be64).unwrap_or(0);
     Some((place, reader.read))
 }
 
 /// Returns a set whose keys have the size of a port.
 fn parse_set(payload: &[u8]) -> Option<SetPlace> {
-    const TABLE: u16 = 1;
-    const NAME: u16 = 2;
-    const KEY_LEN: u16 = 5;
     let family = *payload.first()?;
     let attrs = payload.get(header(0, 0).len()..)?;
-    let place = SetPlace { family, table: wire::name_of(attrs, TABLE)?, set: wire::name_of(attrs, NAME)? };
-    (wire::be32_of(attrs, KEY_LEN) == Some(2)).then_some(place)
+    let place =
+        SetPlace { family, table: wire::name_of(attrs, NFTA_SET_TABLE)?, set: wire::name_of(attrs, NFTA_SET_NAME)? };
+    (wire::be32_of(attrs, NFTA_SET_KEY_LEN) == Some(2)).then_some(place)
 }
-
-// NFTA_SET_ELEM_LIST_TABLE, _SET, _ELEMENTS; NFTA_LIST_ELEM; NFTA_SET_ELEM_KEY, _FLAGS; NFTA_DATA_VALUE;
-// NFT_SET_ELEM_INTERVAL_END, _CATCHALL.
-const OF_TABLE: u16 = 1;
-const OF_SET: u16 = 2;
-const ELEMENTS: u16 = 3;
-const ELEMENT: u16 = 1;
-const KEY: u16 = 1;
-const FLAGS: u16 = 3;
-const VALUE: u16 = 1;
-const INTERVAL_END: u32 = 1;
-const CATCHALL: u32 = 2;
 
 /// Returns the first elements of a set and whether they are all, if the set exists; and the channel, if it can still be used.
 fn elements(mut channel: Channel, place: &SetPlace) -> (Option<(Vec<Element>, bool)>, Option<Channel>) {
     /// A message has some hundred elements. Another message or the end follows the first.
     const MESSAGES_MAX: usize = 2;
     let of = |a: &mut wire::Attrs<'_>| {
-        a.name(OF_TABLE, &place.table);
-        a.name(OF_SET, &place.set);
+        a.name(NFTA_SET_ELEM_LIST_TABLE, &place.table);
+        a.name(NFTA_SET_ELEM_LIST_SET, &place.set);
     };
     let parse = |payload: &[u8]| Some(parse_elements(payload.get(header(0, 0).len()..)?));
-    match channel.read_first(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &of, MESSAGES_MAX, &parse) {
+    match channel.read_first(SUBSYSTEM | NFT_MSG_GETSETELEM, &header(place.family, 0), &of, MESSAGES_MAX, &parse) {
         Ok(FirstRead { found, all, .. }) => (Some((found.concat(), all)), Some(channel).filter(|_| all)),
         Err(_) => (None, None),
     }
@@ -302,11 +277,13 @@ fn elements(mut channel: Channel, place: &SetPlace) -> (Option<(Vec<Element>, bo
 /// Queries whether a set contains a port; `None`: the query fails. (The element `*`, which matches all other keys, is not queried.)
 fn is_in(channel: &mut Channel, place: &SetPlace, port: u16) -> Option<bool> {
     let named = |a: &mut wire::Attrs<'_>| {
-        a.name(OF_TABLE, &place.table);
-        a.name(OF_SET, &place.set);
-        a.nest(ELEMENTS, |a| a.nest(ELEMENT, |a| a.nest(KEY, |a| a.bytes(VALUE, &port.to_be_bytes()))));
+        a.name(NFTA_SET_ELEM_LIST_TABLE, &place.table);
+        a.name(NFTA_SET_ELEM_LIST_SET, &place.set);
+        a.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |a| {
+            a.nest(NFTA_LIST_ELEM, |a| a.nest(NFTA_SET_ELEM_KEY, |a| a.bytes(NFTA_DATA_VALUE, &port.to_be_bytes())));
+        });
     };
-    match channel.get_with(SUBSYSTEM | GET_ELEMENTS, &header(place.family, 0), &named) {
+    match channel.get_with(SUBSYSTEM | NFT_MSG_GETSETELEM, &header(place.family, 0), &named) {
         Ok(Some(_)) => Some(true),
         Err(sys::Errno(libc::ENOENT)) => Some(false),
         _ => None,
@@ -324,11 +301,16 @@ struct Element {
 
 fn parse_elements(attrs: &[u8]) -> Vec<Element> {
     let element = |(_, element): (u16, &[u8])| {
-        let flags = wire::be32_of(element, FLAGS).unwrap_or(0);
-        let key = wire::attribute(element, KEY).and_then(|key| wire::attribute(key, VALUE)).map(<[u8]>::to_vec);
-        (key.is_some() || flags & CATCHALL != 0).then_some(Element { key, end: flags & INTERVAL_END != 0 })
+        let flags = wire::be32_of(element, NFTA_SET_ELEM_FLAGS).unwrap_or(0);
+        let key = wire::attribute(element, NFTA_SET_ELEM_KEY)
+            .and_then(|key| wire::attribute(key, NFTA_DATA_VALUE))
+            .map(<[u8]>::to_vec);
+        (key.is_some() || flags & NFT_SET_ELEM_CATCHALL != 0)
+            .then_some(Element { key, end: flags & NFT_SET_ELEM_INTERVAL_END != 0 })
     };
-    wire::attributes(wire::attribute(attrs, ELEMENTS).unwrap_or_default()).filter_map(element).collect()
+    wire::attributes(wire::attribute(attrs, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default())
+        .filter_map(element)
+        .collect()
 }
 
 /// Converts elements to ranges. The set may have more elements.
@@ -382,9 +364,8 @@ mod tests {
     fn read_back(statements: Vec<Statement>) -> Rule {
         let object = Object::Rule { chain: "c", statements, comment: "" };
         let mut buffer = Buffer::default();
-        buffer.message(1, 0, 1, &header(INET, 0), |a| object.encode("t", a));
+        buffer.message(1, 0, 1, &header(NFPROTO_INET, 0), |a| object.encode("t", a));
         let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
-        // NFTA_RULE_CHAIN is 2 in both directions; the expressions are attribute 4.
         parse_rule(message.payload).unwrap().1.rule
     }
 
@@ -470,7 +451,7 @@ mod tests {
             let statements = vec![Statement::MarkIs(Mark::DEFAULT), Statement::Tproxy { family: None, addr: None, port: 1 }];
             let object = Object::Rule { chain: "c", statements, comment: "" };
             let mut buffer = Buffer::default();
-            buffer.message(1, 0, 1, &header(INET, 0), |a| object.encode("t", a));
+            buffer.message(1, 0, 1, &header(NFPROTO_INET, 0), |a| object.encode("t", a));
             let message = wire::messages(buffer.bytes().unwrap()).next().unwrap();
             parse_rule(message.payload.get(..cut.min(message.payload.len())).unwrap());
         }

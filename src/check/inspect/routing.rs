@@ -4,6 +4,10 @@ use std::net::IpAddr;
 
 use crate::model::{Family, Mark};
 use crate::name::Name;
+use crate::netlink::rtnl::link::{self, Link};
+use crate::netlink::rtnl::route::RouteMessage;
+use crate::netlink::rtnl::rule::{RuleMessage, RuleOption};
+use crate::netlink::uapi::*;
 use crate::netlink::{Channel, FirstRead, wire};
 use crate::sys;
 
@@ -48,107 +52,76 @@ pub(crate) struct Rule {
     pub unknown: bool,
 }
 
-// FR_ACT_*, FRA_* of `linux/fib_rules.h`.
-const ACT_TO_TABLE: u8 = 1;
-const ACT_GOTO: u8 = 2;
-const ACT_NOP: u8 = 3;
-const ACT_BLACKHOLE: u8 = 6;
-const ACT_UNREACHABLE: u8 = 7;
-const INVERT: u32 = 2;
-const DST: u16 = 1;
-const SRC: u16 = 2;
-const IIF: u16 = 3;
-const GOTO: u16 = 4;
-const PRIORITY: u16 = 6;
-const MARK: u16 = 10;
-const SUPPRESS_GROUP: u16 = 13;
-const SUPPRESS_PREFIX: u16 = 14;
-const TABLE: u16 = 15;
-const MASK: u16 = 16;
-const OIF: u16 = 17;
-const PADDING: u16 = 18;
-const L3MDEV: u16 = 19;
-const UIDS: u16 = 20;
-const PROTOCOL: u16 = 21;
-const IP_PROTOCOL: u16 = 22;
-const SOURCE_PORT: u16 = 23;
-const DESTINATION_PORT: u16 = 24;
-
 /// Maximum number of rules that are read per family. The kernel compares each packet with each rule, so hosts have few.
 const RULES_MAX: usize = 10_000;
 
 /// Reads the rules of a family, in the order of evaluation.
 pub(crate) fn rules(family: Family) -> sys::Result<FirstRead<Rule>> {
-    let header = [family.nfproto(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut channel = Channel::open_wide(libc::NETLINK_ROUTE)?;
-    channel.read_first(libc::RTM_GETRULE, &header, &|_| {}, RULES_MAX, &|payload| parse_rule(family, payload))
+    let header = RuleMessage::query(family.nfproto());
+    channel.read_first(libc::RTM_GETRULE, &header, &|_| {}, RULES_MAX, &|payload| read_rule(family, payload))
 }
 
-fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
-    let attrs = payload.get(12..)?;
-    let number = |kind| wire::u32_of(attrs, kind);
-    // `struct fib_rule_hdr`: the lengths of both prefixes, and the type of service.
-    let (to_len, from_len, tos) = (*payload.get(1)?, *payload.get(2)?, *payload.get(3)?);
+fn read_rule(family: Family, payload: &[u8]) -> Option<Rule> {
+    let read = RuleMessage::decode(payload)?;
     let mut others: Vec<(&'static str, Name)> = Vec::new();
     let mut other = |option: &'static str, value: String| others.push((option, Name::from(value.as_str())));
-    let (mut unknown, mut conditional, mut by_interface) = (false, tos != 0, false);
-    if tos != 0 {
-        other("tos", format!("{tos:#x}"));
+    let (mut unknown, mut conditional, mut by_interface) = (false, read.tos != 0, false);
+    if read.tos != 0 {
+        other("tos", format!("{:#x}", read.tos));
     }
     let mut outgoing = None;
-    for (kind, value) in wire::attributes(attrs) {
-        let two = |at| wire::u16_at(value, at);
-        let ports = || Some(format!("{}-{}", two(0)?, two(2)?));
-        let (option, words) = match kind {
-            IIF | GOTO | PRIORITY | MARK | MASK | TABLE | PADDING | PROTOCOL => continue,
-            // The kernel reports all ones if nothing is suppressed.
-            SUPPRESS_PREFIX | SUPPRESS_GROUP if wire::u32_at(value, 0) == Some(u32::MAX) => continue,
-            L3MDEV if value.first() != Some(&1) => continue,
-            OIF => {
+    for condition in &read.others {
+        let (option, words) = match *condition {
+            RuleOption::Oifname(name) => {
                 by_interface = true;
-                outgoing = Some(Name::new(value));
+                outgoing = Some(Name::new(name));
                 continue;
             }
-            L3MDEV => {
+            RuleOption::L3mdev => {
                 by_interface = true;
-                ("l3mdev", Some(String::new()))
+                other("l3mdev", String::new());
+                continue;
             }
-            SUPPRESS_PREFIX => ("suppress_prefixlength", wire::u32_at(value, 0).map(|len| len.to_string())),
-            SUPPRESS_GROUP => ("suppress_ifgroup", wire::u32_at(value, 0).map(|group| group.to_string())),
-            DST => ("to", prefix(value, to_len)),
-            SRC => ("from", prefix(value, from_len)),
-            UIDS => {
-                let range = || Some(format!("{}-{}", wire::u32_at(value, 0)?, wire::u32_at(value, 4)?));
-                ("uidrange", range())
-            }
-            IP_PROTOCOL => ("ipproto", value.first().map(|number| number.to_string())),
-            SOURCE_PORT => ("sport", ports()),
-            DESTINATION_PORT => ("dport", ports()),
-            _ => ("", None),
+            RuleOption::SuppressPrefixlen(len) => ("suppress_prefixlength", Some(len.to_string())),
+            RuleOption::SuppressIfgroup(group) => ("suppress_ifgroup", Some(group.to_string())),
+            RuleOption::Dst(addr) => ("to", prefix(addr, read.dst_len)),
+            RuleOption::UidRange(first, last) => ("uidrange", Some(format!("{first}-{last}"))),
+            RuleOption::IpProto(number) => ("ipproto", Some(number.to_string())),
+            RuleOption::SportRange(first, last) => ("sport", Some(format!("{first}-{last}"))),
+            RuleOption::DportRange(first, last) => ("dport", Some(format!("{first}-{last}"))),
+            RuleOption::Unknown(_) => ("", None),
         };
-        conditional |= kind != L3MDEV;
+        conditional = true;
         match words {
             Some(words) => other(option, words),
+            None => unknown = true,
+        }
+    }
+    if let Some(src) = read.src {
+        conditional = true;
+        match prefix(src, read.src_len) {
+            Some(words) => other("from", words),
             None => unknown = true,
         }
     }
     others.extend(outgoing.map(|name| ("oif", name)));
     Some(Rule {
         family,
-        priority: number(PRIORITY).unwrap_or(0),
-        protocol: wire::u8_of(attrs, PROTOCOL).unwrap_or(0),
-        action: match *payload.get(7)? {
-            ACT_TO_TABLE => Action::Lookup(number(TABLE).unwrap_or(u32::from(*payload.get(4)?))),
-            ACT_GOTO => Action::Goto(number(GOTO)?),
-            ACT_NOP => Action::Nop,
-            ACT_BLACKHOLE => Action::Blackhole,
-            ACT_UNREACHABLE => Action::Unreachable,
+        priority: read.priority,
+        protocol: read.protocol,
+        action: match read.action {
+            FR_ACT_TO_TBL => Action::Lookup(read.table),
+            FR_ACT_GOTO => Action::Goto(read.goto?),
+            FR_ACT_NOP => Action::Nop,
+            FR_ACT_BLACKHOLE => Action::Blackhole,
+            FR_ACT_UNREACHABLE => Action::Unreachable,
             _ => Action::Prohibit,
         },
-        mark: number(MARK).map(|value| Mark { value, mask: number(MASK).unwrap_or(u32::MAX) }),
-        incoming: wire::name_of(attrs, IIF),
+        mark: read.fwmark.map(|value| Mark { value, mask: read.fwmask.unwrap_or(u32::MAX) }),
+        incoming: read.iifname.map(Name::new),
         conditional,
-        inverted: wire::u32_at(payload, 8)? & INVERT != 0,
+        inverted: read.flags & FIB_RULE_INVERT != 0,
         by_interface,
         others,
         unknown,
@@ -201,35 +174,25 @@ impl Route {
 ///
 /// A table of IPv4 begins with its default route; one of IPv6 ends with it (`fib6_walk_continue`).
 pub(crate) fn routes(family: Family, table: u32, local: bool, most: usize) -> sys::Result<FirstRead<Route>> {
-    const ROUTE_TABLE: u16 = 15;
-    let mut header = [0; 12];
-    header[0] = family.nfproto();
-    if local {
-        header[7] = libc::RTN_LOCAL;
-    }
+    let kind = if local { libc::RTN_LOCAL } else { libc::RTN_UNSPEC };
+    let query = RouteMessage { family: family.nfproto(), table, kind, ..RouteMessage::default() };
     let mut channel = Channel::open(libc::NETLINK_ROUTE)?;
     // Linux before 4.20 sends the routes of all tables.
-    let parse = |payload: &[u8]| parse_route(family, payload).filter(|route| route.table == table);
-    match channel.read_first(libc::RTM_GETROUTE, &header, &|a| a.u32(ROUTE_TABLE, table), most, &parse) {
+    let parse = |payload: &[u8]| read_route(family, payload).filter(|route| route.table == table);
+    match channel.read_first(libc::RTM_GETROUTE, &query.header(), &|a| query.encode(a), most, &parse) {
         // The table has never had a route.
         Err(sys::Errno(libc::ENOENT)) => Ok(FirstRead { found: Vec::new(), objects: 0, all: true }),
         read => read,
     }
 }
 
-fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
-    /// RTA_DST, RTA_TABLE; `struct rtmsg`: the destination's length, the table, the type.
-    const DESTINATION: u16 = 1;
-    const ROUTE_TABLE: u16 = 15;
-    let attrs = payload.get(12..)?;
-    let len = *payload.get(1)?;
-    let destination = match (len, wire::attribute(attrs, DESTINATION)) {
-        (0, _) => None,
-        (_, Some(bytes)) => Some(prefix(bytes, len)?),
-        (_, None) => return None,
+fn read_route(family: Family, payload: &[u8]) -> Option<Route> {
+    let read = RouteMessage::decode(payload)?;
+    let destination = match read.dst_len {
+        0 => None,
+        len => Some(prefix(read.dst?, len)?),
     };
-    let table = wire::u32_of(attrs, ROUTE_TABLE);
-    Some(Route { family, table: table.unwrap_or(u32::from(*payload.get(4)?)), destination, kind: *payload.get(7)? })
+    Some(Route { family, table: read.table, destination, kind: read.kind })
 }
 
 /// A network interface.
@@ -255,49 +218,34 @@ impl Interface {
     }
 }
 
-/// IPV4_DEVCONF_* minus one, and the names of the sysctls. Reading one from /proc takes as long as this whole dump.
-const SWITCHES: [(usize, &str); 5] =
-    [(0, "forwarding"), (7, "rp_filter"), (22, "accept_local"), (23, "src_valid_mark"), (25, "route_localnet")];
+/// IPV4_DEVCONF_* and the names of the sysctls. Reading one from /proc takes as long as this whole dump.
+const SWITCHES: [(usize, &str); 5] = [
+    (IPV4_DEVCONF_FORWARDING, "forwarding"),
+    (IPV4_DEVCONF_RP_FILTER, "rp_filter"),
+    (IPV4_DEVCONF_ACCEPT_LOCAL, "accept_local"),
+    (IPV4_DEVCONF_SRC_VMARK, "src_valid_mark"),
+    (IPV4_DEVCONF_ROUTE_LOCALNET, "route_localnet"),
+];
 
 /// Maximum number of interfaces that are read.
 const INTERFACES_MAX: usize = 4096;
 
 pub(crate) fn interfaces(channel: &mut Channel) -> sys::Result<FirstRead<Interface>> {
-    // IFLA_EXT_MASK; RTEXT_FILTER_SKIP_STATS.
-    const FILTER: u16 = 29;
-    const NO_STATISTICS: u32 = 1 << 3;
-    let filter = |a: &mut wire::Attrs<'_>| a.u32(FILTER, NO_STATISTICS);
-    channel.read_first(libc::RTM_GETLINK, &[0; 16], &filter, INTERFACES_MAX, &parse_interface)
+    let filter = |a: &mut wire::Attrs<'_>| a.u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    channel.read_first(libc::RTM_GETLINK, &link::EVERY, &filter, INTERFACES_MAX, &read_interface)
 }
 
-fn parse_interface(payload: &[u8]) -> Option<Interface> {
-    /// IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_AF_SPEC, AF_INET, IFLA_INET_CONF (numbers in the order
-    /// of IPV4_DEVCONF_*); `struct ifinfomsg`: index, flags.
-    const NAME: u16 = 3;
-    const MASTER: u16 = 10;
-    const LINK_INFO: u16 = 18;
-    const KIND: u16 = 1;
-    const BY_FAMILY: u16 = 26;
-    const IPV4: u16 = libc::AF_INET as u16;
-    const CONF: u16 = 1;
-    /// AF_INET6, IFLA_INET6_CONF, DEVCONF_ACCEPT_RA.
-    const IPV6: u16 = libc::AF_INET6 as u16;
-    const CONF_V6: u16 = 2;
-    const ACCEPT_RA: usize = 3;
-    let attrs = payload.get(16..)?;
-    let kind = wire::attribute(attrs, LINK_INFO).and_then(|info| wire::name_of(info, KIND));
-    let conf = wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV4)?, CONF));
-    let switch = |(at, name): (usize, _)| Some((name, wire::u32_at(conf?, 4 * at)?));
-    let conf_v6 =
-        wire::attribute(attrs, BY_FAMILY).and_then(|all| wire::attribute(wire::attribute(all, IPV6)?, CONF_V6));
+fn read_interface(payload: &[u8]) -> Option<Interface> {
+    let read = Link::decode(payload)?;
+    let switch = |(number, name): (usize, _)| Some((name, read.ipv4_conf(number)?));
     Some(Interface {
-        index: wire::u32_at(payload, 4)?,
-        name: wire::name_of(attrs, NAME)?,
-        up: wire::u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
-        kind: kind.unwrap_or_default(),
-        master: wire::u32_of(attrs, MASTER).unwrap_or(0),
+        index: read.index,
+        name: Name::new(read.name),
+        up: read.flags & libc::IFF_UP as u32 != 0,
+        kind: read.kind.map(Name::new).unwrap_or_default(),
+        master: read.master.unwrap_or(0),
         switches: SWITCHES.into_iter().filter_map(switch).collect(),
-        accept_ra: conf_v6.and_then(|conf| wire::u32_at(conf, 4 * ACCEPT_RA)),
+        accept_ra: read.ipv6_conf(DEVCONF_ACCEPT_RA),
     })
 }
 
@@ -310,8 +258,9 @@ mod tests {
     fn interface(switches: usize) -> Vec<u8> {
         let mut buffer = crate::netlink::wire::Buffer::default();
         buffer.message(1, 0, 1, &[0; 16], |a| {
-            a.string(3, "eth0");
-            a.nest(26, |a| a.nest(2, |a| a.bytes(1, &(0..switches).map(|n| (n / 4) as u8).collect::<Vec<_>>())));
+            a.string(IFLA_IFNAME, "eth0");
+            let conf: Vec<u8> = (0..switches).map(|n| (n / 4) as u8).collect();
+            a.nest(IFLA_AF_SPEC, |a| a.nest(libc::AF_INET as u16, |a| a.bytes(IFLA_INET_CONF, &conf)));
         });
         wire::messages(buffer.bytes().unwrap()).next().unwrap().payload.to_vec()
     }
@@ -322,26 +271,26 @@ mod tests {
         let all =
             [("forwarding", 0), ("rp_filter", 7), ("accept_local", 22), ("src_valid_mark", 23), ("route_localnet", 25)];
         let expected = all.map(|(name, number)| (name, named(number)));
-        assert_eq!(parse_interface(&interface(33 * 4)).unwrap().switches, expected);
+        assert_eq!(read_interface(&interface(33 * 4)).unwrap().switches, expected);
         // Older kernels have fewer.
-        assert_eq!(parse_interface(&interface(23 * 4)).unwrap().switches, expected[..3]);
+        assert_eq!(read_interface(&interface(23 * 4)).unwrap().switches, expected[..3]);
     }
 
     proptest! {
         #[test]
         fn interface_truncated_is_read_as_far_as_it_goes(switches in 0..140usize, cut in 0..200usize) {
             let whole = interface(switches);
-            let seen = parse_interface(whole.get(..cut.min(whole.len())).unwrap());
+            let seen = read_interface(whole.get(..cut.min(whole.len())).unwrap());
             prop_assert!(seen.is_none_or(|seen| seen.switches.len() <= SWITCHES.len()));
         }
 
         #[test]
         fn routing_dump_of_any_bytes_does_not_panic(payload in prop_oneof![wire::odd::answer(12), wire::odd::answer(16)]) {
             for family in [Family::V4, Family::V6] {
-                parse_rule(family, &payload);
-                parse_route(family, &payload);
+                read_rule(family, &payload);
+                read_route(family, &payload);
             }
-            parse_interface(&payload);
+            read_interface(&payload);
         }
     }
 }

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::filter::{Chain, Condition, Hook, HookPoint, Origin, Part, Rule, Verdict};
-use crate::backend::xtables::{Entry, Layout, entries_of, extension, layout, legacy_entries};
+use crate::backend::xtables::{Layout, LegacyEntry, entries_of, extension, layout, legacy_entries};
 use crate::model::Family;
 use crate::name::Name;
+use crate::netlink::uapi::*;
 use crate::netlink::wire::{u16_at, u32_at};
 use crate::sys;
 
@@ -17,17 +18,17 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
         "comment" => return Vec::new(),
         // xt_mark_mtinfo1: mark, mask, invert.
         "mark" => (Condition::Mark { mask: number(4), value: number(0) }, info.get(8) == Some(&1)),
-        // xt_addrtype_info_v1: source, dest, flags (XT_ADDRTYPE_INVERT_DEST 2); XT_ADDRTYPE_LOCAL is 4.
+        // xt_addrtype_info_v1: source, dest, flags.
         "addrtype" => match u16_at(info, 2) {
-            Some(4) => (Condition::DestinationIsLocal, number(4) & 2 != 0),
+            Some(XT_ADDRTYPE_LOCAL) => (Condition::DestinationIsLocal, number(4) & XT_ADDRTYPE_INVERT_DEST != 0),
             _ => (Condition::Other, false),
         },
         "tcp" | "udp" => return ports(name, info),
         "socket" => (Condition::TransparentSocket, false),
-        // xt_rpfilter_info: XT_RPFILTER_VALID_MARK 2, _INVERT 8.
+        // xt_rpfilter_info: flags.
         "rpfilter" => {
             let flags = info.first().copied().unwrap_or(0);
-            (Condition::RpFilterMiss { mark: flags & 2 != 0 }, flags & 8 == 0)
+            (Condition::RpFilterMiss { mark: flags & XT_RPFILTER_VALID_MARK != 0 }, flags & XT_RPFILTER_INVERT == 0)
         }
         // xt_conntrack_mtinfo3: state_mask is the 16-bit number behind the addresses, ports and match flags.
         "conntrack" | "state" => (Condition::Connection { states: connection_states(name, info) }, false),
@@ -37,7 +38,7 @@ pub(crate) fn matched(name: &str, info: &[u8]) -> Vec<Part> {
 }
 
 /// xt_tcp and xt_udp: source ports, destination ports; for TCP an option, a mask and a value of flags; inversion flags
-/// (XT_TCP_INV_DSTPT 2, the same for UDP).
+/// (XT_TCP_INV_DSTPT, the same for UDP).
 fn ports(name: &str, info: &[u8]) -> Vec<Part> {
     const ALL: (u16, u16) = (0, u16::MAX);
     let range = |at| (u16_at(info, at).unwrap_or(ALL.0), u16_at(info, at + 2).unwrap_or(ALL.1));
@@ -46,7 +47,7 @@ fn ports(name: &str, info: &[u8]) -> Vec<Part> {
     let inverted = byte(if tcp { 11 } else { 8 });
     let (first, last) = range(4);
     let mut parts = Vec::new();
-    if inverted & 2 != 0 {
+    if inverted & XT_TCP_INV_DSTPT != 0 {
         parts.push(Part::OnlyIfNot(Condition::Ports(first, last)));
     } else if (first, last) != ALL {
         parts.push(Part::OnlyIf(Condition::Ports(first, last)));
@@ -72,8 +73,8 @@ pub(crate) fn target(name: &str, revision: u32, info: &[u8]) -> Vec<Part> {
     match name {
         // xt_mark_tginfo2: mark, mask.
         "MARK" => vec![Part::SetMark { keep: !number(4), set: Some(number(0)) }],
-        // xt_connmark_tginfo1: ctmark, ctmask, nfmask, mode (XT_CONNMARK_RESTORE 2).
-        "CONNMARK" if info.get(12) == Some(&2) => vec![Part::SetMark { keep: !number(8), set: None }],
+        // xt_connmark_tginfo1: ctmark, ctmask, nfmask, mode.
+        "CONNMARK" if info.get(12) == Some(&XT_CONNMARK_RESTORE) => vec![Part::SetMark { keep: !number(8), set: None }],
         "TPROXY" => tproxy(revision, info),
         // nf_nat_range2: flags, lowest address. In revision 0, the number of ranges precedes them.
         "DNAT" => {
@@ -136,7 +137,7 @@ pub(crate) fn legacy_chains(family: Family, table: &str) -> sys::Result<Vec<Chai
 
 fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Chain> {
     let layout = layout(family);
-    let entries: Vec<Entry<'_>> = entries_of(family, blob).collect();
+    let entries: Vec<LegacyEntry<'_>> = entries_of(family, blob).collect();
     // A chain begins at the entry of a hook, or after an entry with the target ERROR.
     let mut chains: Vec<(usize, Chain, Option<usize>)> = Vec::new();
     let new = |name: Name, hook: Option<Hook>| Chain {
@@ -181,12 +182,9 @@ fn parse_legacy(family: Family, table: &str, info: &[u8], blob: &[u8]) -> Vec<Ch
     chains.into_iter().map(chain).collect()
 }
 
-fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>) -> Vec<Part> {
+fn legacy_rule(layout: &Layout, entry: &LegacyEntry<'_>, chains: &HashMap<usize, Name>) -> Vec<Part> {
     let mut parts = Vec::new();
     let bytes = entry.bytes;
-    /// IPT_INV_VIA_IN, IPT_INV_PROTO, the same for IPv6.
-    const NOT_INTERFACE: u8 = 1;
-    const NOT_PROTOCOL: u8 = 0x40;
     let inverted = bytes.get(layout.flags + 1).copied().unwrap_or(0);
     let only_if = |condition, inverting| match inverted & inverting {
         0 => Part::OnlyIf(condition),
@@ -194,18 +192,18 @@ fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>
     };
     let protocol = u16_at(bytes, layout.protocol).unwrap_or(0);
     if protocol != 0 {
-        parts.push(only_if(Condition::Protocol(protocol as u8), NOT_PROTOCOL));
+        parts.push(only_if(Condition::Protocol(protocol as u8), XT_INV_PROTO));
     }
     let addresses = bytes.get(..layout.in_interface).unwrap_or_default();
     // Addresses with their masks, interfaces, and inversion flags.
     let interface = bytes.get(layout.in_interface..layout.in_interface + 16).unwrap_or_default();
     let outgoing = bytes.get(layout.out_interface).copied().unwrap_or(0);
     if interface.starts_with(b"lo\0") {
-        parts.push(only_if(Condition::Loopback, NOT_INTERFACE));
+        parts.push(only_if(Condition::Loopback, IPT_INV_VIA_IN));
     } else if interface.first().is_some_and(|byte| *byte != 0) {
         parts.push(Part::OnlyIf(Condition::Other));
     }
-    let others = inverted & !(NOT_INTERFACE | NOT_PROTOCOL);
+    let others = inverted & !(IPT_INV_VIA_IN | XT_INV_PROTO);
     if addresses.iter().any(|byte| *byte != 0) || outgoing != 0 || others != 0 {
         parts.push(Part::OnlyIf(Condition::Other));
     }
@@ -227,13 +225,12 @@ fn legacy_rule(layout: &Layout, entry: &Entry<'_>, chains: &HashMap<usize, Name>
 /// Converts the standard target: -1 - NF_DROP, -1 - NF_ACCEPT, XT_RETURN, or the offset of a chain. The offset of the next rule means no
 /// verdict.
 fn standard(verdict: i32, next: usize, goto: bool, chains: &HashMap<usize, Name>) -> Option<Verdict> {
-    const DROP: i32 = -1;
-    const ACCEPT: i32 = -2;
-    const RETURN: i32 = -5;
+    const DROP: i32 = -1 - NF_DROP as i32;
+    const ACCEPT: i32 = -1 - NF_ACCEPT as i32;
     match verdict {
         DROP => Some(Verdict::Drop),
         ACCEPT => Some(Verdict::Accept),
-        RETURN => Some(Verdict::Return),
+        XT_RETURN => Some(Verdict::Return),
         at if usize::try_from(at).is_ok_and(|at| at == next) => None,
         at => {
             let name = usize::try_from(at).ok().and_then(|at| chains.get(&at));
@@ -256,14 +253,14 @@ fn legacy_name(point: HookPoint) -> &'static str {
     }
 }
 
-/// NF_IP_PRI_* of `linux/netfilter_ipv4.h`.
+/// The priorities, which are those of IPv6 too.
 fn legacy_priority(table: &str, point: HookPoint) -> i32 {
     match (table, point) {
-        ("raw", _) => -300,
-        ("mangle", _) => -150,
-        ("nat", HookPoint::Prerouting | HookPoint::Output) => -100,
-        ("nat", _) => 100,
-        ("security", _) => 50,
+        ("raw", _) => NF_IP_PRI_RAW,
+        ("mangle", _) => NF_IP_PRI_MANGLE,
+        ("nat", HookPoint::Prerouting | HookPoint::Output) => NF_IP_PRI_NAT_DST,
+        ("nat", _) => NF_IP_PRI_NAT_SRC,
+        ("security", _) => NF_IP_PRI_SECURITY,
         _ => 0,
     }
 }

@@ -10,18 +10,14 @@ use super::*;
 use crate::backend::route::{PRIORITY_MAX, is_system_table};
 use crate::model::{Backend, Mark, Mode, Protocols};
 use crate::netlink::Transport;
+use crate::netlink::uapi::*;
 use crate::netlink::wire::{self, Buffer};
 use crate::sys;
 
-// Of `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`.
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-const BEGIN: u16 = 0x10;
-const END: u16 = 0x11;
-const NEW_TABLE: u16 = 10 << 8;
-const GET_TABLE: u16 = 10 << 8 | 1;
-const DELETE_TABLE: u16 = 10 << 8 | 2;
-const GET_GENERATION: u16 = 10 << 8 | 16;
+const NEW_TABLE: u16 = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE;
+const GET_TABLE: u16 = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE;
+const DELETE_TABLE: u16 = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELTABLE;
+const GET_GENERATION: u16 = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN;
 
 /// A routing rule as a kernel has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,7 +25,7 @@ struct Rule {
     v6: bool,
     priority: u32,
     protocol: u8,
-    /// FR_ACT_TO_TABLE 1, FR_ACT_GOTO 2, FR_ACT_NOP 3, FR_ACT_BLACKHOLE 6.
+    /// FR_ACT_*.
     action: u8,
     /// The table, or the rule to go on with.
     target: u32,
@@ -48,37 +44,37 @@ impl Rule {
         let plain = self.protocol == 116 && self.selector.is_none() && !self.inverted;
         plain
             && match self.action {
-                1 => self.mask != 0 && self.input.is_none() && ![0, 253, 254, 255].contains(&self.target),
-                2 => {
+                FR_ACT_TO_TBL => self.mask != 0 && self.input.is_none() && ![0, 253, 254, 255].contains(&self.target),
+                FR_ACT_GOTO => {
                     self.mask != 0 && self.input == Some("lo") && u64::from(self.priority) + 3 == u64::from(self.target)
                 }
-                3 => self.mask == 0 && self.input.is_none(),
+                FR_ACT_NOP => self.mask == 0 && self.input.is_none(),
                 _ => false,
             }
     }
 
     fn payload(&self) -> (Vec<u8>, impl Fn(&mut wire::Attrs<'_>)) {
-        let flags: u32 = if self.inverted { 2 } else { 0 };
+        let flags: u32 = if self.inverted { FIB_RULE_INVERT } else { 0 };
         let family = if self.v6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
         let mut header = vec![family, 0, 0, 0, 0, 0, 0, self.action];
         header.extend(flags.to_ne_bytes());
         let rule = self.clone();
         let attrs = move |a: &mut wire::Attrs<'_>| {
-            a.u32(15, if rule.action == 1 { rule.target } else { 0 });
-            a.u32(14, u32::MAX);
-            a.u8(21, rule.protocol);
-            if rule.action == 2 {
-                a.u32(4, rule.target);
+            a.u32(FRA_TABLE, if rule.action == FR_ACT_TO_TBL { rule.target } else { 0 });
+            a.u32(FRA_SUPPRESS_PREFIXLEN, u32::MAX);
+            a.u8(FRA_PROTOCOL, rule.protocol);
+            if rule.action == FR_ACT_GOTO {
+                a.u32(FRA_GOTO, rule.target);
             }
             if let Some(name) = rule.input {
-                a.string(3, name);
+                a.string(FRA_IIFNAME, name);
             }
             if rule.priority != 0 {
-                a.u32(6, rule.priority);
+                a.u32(FRA_PRIORITY, rule.priority);
             }
             if rule.mask != 0 {
-                a.u32(10, rule.mark);
-                a.u32(16, rule.mask);
+                a.u32(FRA_FWMARK, rule.mark);
+                a.u32(FRA_FWMASK, rule.mask);
             }
             if let Some(kind) = rule.selector {
                 a.u32(kind, 7);
@@ -119,42 +115,45 @@ impl Kernel {
         assert!(self.requests < REQUESTS_MAX, "it never ends");
         let mut answers = Vec::new();
         let messages: Vec<_> = wire::messages(bytes).collect();
-        let is_batch = messages.first().is_some_and(|message| message.kind == BEGIN);
+        let is_batch = messages.first().is_some_and(|message| message.kind == NFNL_MSG_BATCH_BEGIN);
         for message in messages {
-            let attrs = message.payload.get(if message.kind >> 8 == 10 || is_batch { 4.. } else { 12.. }).unwrap();
+            let attrs = message
+                .payload
+                .get(if message.kind >> 8 == NFNL_SUBSYS_NFTABLES || is_batch { 4.. } else { 12.. })
+                .unwrap();
             let answer = match message.kind {
-                BEGIN => match wire::be32_of(attrs, 1) {
+                NFNL_MSG_BATCH_BEGIN => match wire::be32_of(attrs, NFNL_BATCH_GENID) {
                     Some(generation) if generation != self.generation => {
                         return vec![error(message.seq, libc::ERESTART)];
                     }
                     _ => continue,
                 },
-                END => continue,
+                NFNL_MSG_BATCH_END => continue,
                 GET_GENERATION => {
                     let generation = self.generation;
-                    answers.push(one(message.kind, message.seq, &[0; 4], |a| a.be32(1, generation)));
+                    answers.push(one(message.kind, message.seq, &[0; 4], |a| a.be32(NFTA_GEN_ID, generation)));
                     continue;
                 }
                 GET_TABLE => {
                     for table in &self.tables {
-                        answers.push(one(message.kind, message.seq, &[1, 0, 0, 0], |a| {
-                            a.string(1, &table.name);
-                            a.be32(2, table.flags);
+                        answers.push(one(message.kind, message.seq, &[NFPROTO_INET, 0, 0, 0], |a| {
+                            a.string(NFTA_TABLE_NAME, &table.name);
+                            a.be32(NFTA_TABLE_FLAGS, table.flags);
                             let mut data = vec![0, table.comment.len() as u8 + 1];
                             data.extend(table.comment.as_bytes());
                             data.push(0);
-                            a.bytes(6, &data);
+                            a.bytes(NFTA_TABLE_USERDATA, &data);
                             if let Some(owner) = table.owner {
-                                a.be32(7, owner);
+                                a.be32(NFTA_TABLE_OWNER, owner);
                             }
                         }));
                     }
-                    answers.push(one(DONE, message.seq, &[0; 4], |_| {}));
+                    answers.push(one(NLMSG_DONE, message.seq, &[0; 4], |_| {}));
                     continue;
                 }
                 NEW_TABLE => self.add_table(attrs),
                 DELETE_TABLE => {
-                    let name = wire::string_of(attrs, 1).unwrap();
+                    let name = wire::string_of(attrs, NFTA_TABLE_NAME).unwrap();
                     let before = self.tables.len();
                     self.tables.retain(|table| table.name != name);
                     self.generation += 1;
@@ -167,12 +166,12 @@ impl Kernel {
                         let (header, attrs) = rule.payload();
                         answers.push(one(libc::RTM_NEWRULE, message.seq, &header, attrs));
                     }
-                    answers.push(one(DONE, message.seq, &[0; 4], |_| {}));
+                    answers.push(one(NLMSG_DONE, message.seq, &[0; 4], |_| {}));
                     continue;
                 }
                 libc::RTM_DELRULE => self.delete_rule(message.payload, attrs),
                 libc::RTM_DELROUTE => {
-                    self.deleted_routes.push(wire::u32_of(attrs, 15).unwrap());
+                    self.deleted_routes.push(wire::u32_of(attrs, RTA_TABLE).unwrap());
                     libc::ESRCH
                 }
                 kind => panic!("message {kind}"),
@@ -185,14 +184,14 @@ impl Kernel {
     }
 
     fn add_table(&mut self, attrs: &[u8]) -> i32 {
-        let name = wire::string_of(attrs, 1).unwrap().to_owned();
+        let name = wire::string_of(attrs, NFTA_TABLE_NAME).unwrap().to_owned();
         self.generation += 1;
         if let Some(table) = self.tables.iter_mut().find(|table| table.name == name) {
             table.owner = Some(1 << 10);
             return 0;
         }
-        let comment = wire::string(&wire::attribute(attrs, 6).unwrap()[2..]).unwrap().to_owned();
-        self.tables.push(NftTable { name, comment, flags: 2, owner: Some(1 << 10) });
+        let comment = wire::string(&wire::attribute(attrs, NFTA_TABLE_USERDATA).unwrap()[2..]).unwrap().to_owned();
+        self.tables.push(NftTable { name, comment, flags: NFT_TABLE_F_OWNER, owner: Some(1 << 10) });
         0
     }
 
@@ -201,14 +200,14 @@ impl Kernel {
         let number = |kind| wire::u32_of(attrs, kind);
         let at = self.rules.iter().position(|rule| {
             let family = if rule.v6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
-            let target = if header[7] == 2 { number(4) } else { number(15) };
+            let target = if header[7] == FR_ACT_GOTO { number(FRA_GOTO) } else { number(FRA_TABLE) };
             header[0] == family
                 && header[7] == rule.action
-                && number(6).is_none_or(|priority| priority == rule.priority)
-                && wire::u8_of(attrs, 21).is_none_or(|protocol| protocol == rule.protocol)
+                && number(FRA_PRIORITY).is_none_or(|priority| priority == rule.priority)
+                && wire::u8_of(attrs, FRA_PROTOCOL).is_none_or(|protocol| protocol == rule.protocol)
                 && target.is_none_or(|target| target == 0 || target == rule.target)
-                && number(10).is_none_or(|mark| mark == rule.mark || rule.mask == 0)
-                && wire::string_of(attrs, 3).is_none_or(|name| rule.input == Some(name))
+                && number(FRA_FWMARK).is_none_or(|mark| mark == rule.mark || rule.mask == 0)
+                && wire::string_of(attrs, FRA_IIFNAME).is_none_or(|name| rule.input == Some(name))
         });
         let Some(at) = at else { return libc::ENOENT };
         let rule = if self.stubborn { self.rules[at].clone() } else { self.rules.remove(at) };
@@ -231,7 +230,7 @@ fn one(kind: u16, seq: u32, header: &[u8], attrs: impl FnOnce(&mut wire::Attrs<'
 fn error(seq: u32, errno: i32) -> Vec<u8> {
     let mut header = (-errno).to_ne_bytes().to_vec();
     header.extend([0; 16]);
-    one(ERROR, seq, &header, |_| {})
+    one(NLMSG_ERROR, seq, &header, |_| {})
 }
 
 struct Connection(Arc<Mutex<Kernel>>, VecDeque<Vec<u8>>);
@@ -274,9 +273,12 @@ fn table() -> impl Strategy<Value = u32> {
 
 /// Rules of which many are nearly ours.
 fn rule() -> impl Strategy<Value = Rule> {
-    let selectors = prop_oneof![6 => Just(None), 1 => proptest::sample::select(vec![1u16, 2, 11, 12, 17, 20, 22, 24]).prop_map(Some)];
+    // FRA_FLOW and FRA_TUN_ID are 11 and 12.
+    let selectors = vec![FRA_DST, FRA_SRC, 11, 12, FRA_OIFNAME, FRA_UID_RANGE, FRA_IP_PROTO, FRA_DPORT_RANGE];
+    let selectors = prop_oneof![6 => Just(None), 1 => proptest::sample::select(selectors).prop_map(Some)];
     let input = prop_oneof![4 => Just(None), 1 => Just(Some("eth0")), 2 => Just(Some("lo"))];
-    let actions = proptest::sample::select(vec![1u8, 1, 2, 3, 6]);
+    let actions = vec![FR_ACT_TO_TBL, FR_ACT_TO_TBL, FR_ACT_GOTO, FR_ACT_NOP, FR_ACT_BLACKHOLE];
+    let actions = proptest::sample::select(actions);
     let protocol = prop_oneof![4 => Just(116u8), 1 => any::<u8>()];
     let mark = prop_oneof![Just((0x2000u32, 0x3000u32)), Just((0, 0)), any::<(u32, u32)>()];
     let flags = (any::<bool>(), proptest::bool::weighted(0.1), proptest::bool::weighted(0.7));
@@ -448,7 +450,7 @@ fn sweep_of_rules_that_come_back_ends() {
         v6: false,
         priority: 300,
         protocol: 116,
-        action: 1,
+        action: FR_ACT_TO_TBL,
         target: 100,
         mark: 1,
         mask: 1,
@@ -475,7 +477,7 @@ fn claim_of_stale_slot_keeps_tables_of_the_living() {
         v6: false,
         priority: 201,
         protocol: 116,
-        action: 1,
+        action: FR_ACT_TO_TBL,
         target: 7471,
         mark: 0x2000,
         mask: 0x3000,
