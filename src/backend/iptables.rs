@@ -230,12 +230,13 @@ impl Builder<'_> {
                 ));
                 Builder::refuse_reserved(&mut chain, refuse);
             }
-            Family::V4 if self.plan.dst.is_some() => {
-                chain.rule(format_args!("! -i lo -d 127.0.0.0/8 -j {refuse}"));
-                chain.rule(format_args!("-s 0.0.0.0/8 -j {refuse}"));
+            Family::V4 => {
+                if self.plan.dst.is_some() {
+                    chain.rule(format_args!("! -i lo -d 127.0.0.0/8 -j {refuse}"));
+                    chain.rule(format_args!("-s 0.0.0.0/8 -j {refuse}"));
+                }
                 chain.rule(format_args!("-d 0.0.0.0/8 -j {refuse}"));
             }
-            Family::V4 => {}
         }
         chain.rule(format_args!("{}", self.jump("i")));
         chain

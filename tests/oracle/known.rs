@@ -38,8 +38,8 @@ pub fn differs(instances: &[Instance], p: &Packet, iptables: bool) -> bool {
                 || has(TP_RULES_NOTRACK) && p.reply && (3129..=3131).contains(&p.port)
         }
     };
-    // Without dst, packets from and to 0.0.0.0/8 are intercepted, not dropped.
-    let unspecified = (zero(p.src) || zero(p.dst)) && any(|i| i.dst.is_none());
+    // Without dst, packets from 0.0.0.0/8 are intercepted; routing drops them.
+    let unspecified = zero(p.src) && any(|i| i.dst.is_none());
     // Packets with reserved addresses to the port of a wildcard listener are dropped, whether they are selected or not.
     let reserved = (within(p.src, "::/80") || within(p.dst, "::/80")) && (3129..=3131).contains(&p.port);
     // Packets of this host to reserved addresses are intercepted, if there is one instance.

@@ -492,14 +492,16 @@ impl Ruleset<'_> {
         let spoofed = [Statement::FromLoopback(false), Statement::SourceIsNoOther];
         self.rule(VET, "not from another host", &[&spoofed, &drop]);
         self.refuse_reserved(VET);
-        if self.plan.dst.is_some() && self.plan.families.v4 {
-            // Without `dst` no local destination comes here. The kernel lets both pass on their way to a local socket:
-            // 127.0.0.0/8 with net.ipv4.conf.*.route_localnet, 0.0.0.0 to 0.0.0.0 always (`ip_route_input_slow`).
-            let loopback = [Statement::FromLoopback(false), Statement::Network8(Side::Destination, 127)];
-            self.rule(VET, "to loopback", &[&loopback, &drop]);
-            for side in [Side::Source, Side::Destination] {
-                self.rule(VET, "unspecified", &[&[Statement::Network8(side, 0)], &drop]);
+        if self.plan.families.v4 {
+            if self.plan.dst.is_some() {
+                // Without `dst` no local destination comes here. The kernel lets both pass on their way to a local socket:
+                // 127.0.0.0/8 with net.ipv4.conf.*.route_localnet, 0.0.0.0 to 0.0.0.0 always (`ip_route_input_slow`).
+                let loopback = [Statement::FromLoopback(false), Statement::Network8(Side::Destination, 127)];
+                self.rule(VET, "to loopback", &[&loopback, &drop]);
+                self.rule(VET, "unspecified", &[&[Statement::Network8(Side::Source, 0)], &drop]);
             }
+            // Only 0.0.0.0 itself is no address of another host to the kernel (since Linux 5.3).
+            self.rule(VET, "unspecified", &[&[Statement::Network8(Side::Destination, 0)], &drop]);
         }
         self.rule(VET, TO_BE_INTERCEPTED, &[&[Statement::Verdict(Verdict::Goto(INTERCEPT))]]);
     }
