@@ -63,7 +63,7 @@ rust_tests() {
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then bad=1; fi
     [ "$bad" = 0 ] || tail -n 100 "$work/log"
     # For the runner a skipped test has passed.
-    skips=$(skips "$work/log" | tee /dev/stderr | wc -l)
+    skips=$(skips "$work/log" | tee -a /dev/stderr | wc -l)
     good=$((good - skips)) bad=$((bad + $(possible "$work/log")))
     echo "$good passed, $bad failed, $skips skipped"
     count "$good" "$bad" "$skips"
