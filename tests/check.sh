@@ -85,6 +85,9 @@ if [ -n "$root" ]; then
     done
 fi
 
+# Tests wait for packets more than they compute: more of them at a time than there are processors.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-4}
+
 say 'source: format, lints, documentation'
 one 'cargo fmt' cargo fmt --check
 one 'cargo clippy' cargo clippy --all-targets --quiet -- -D warnings
