@@ -154,7 +154,7 @@
  *
  * Stack. Calls on sockets and datagrams use at most 4 KB, including on failure;
  * tp_recv_datagrams() uses 3 KB plus 100 bytes per datagram that it may receive.
- * Calls on rules, tp_check() and tp_self_test() use at most 16 KB.
+ * Calls on rules, tp_check() and tp_self_test() use at most 24 KB.
  *
  * Memory. tp_socket(), tp_connect_from(), tp_connect_socket(), tp_accept(),
  * tp_orig_dst(), tp_unmap_addr(), tp_msg_orig_dst(), tp_recvfrom(),

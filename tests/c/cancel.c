@@ -153,6 +153,8 @@ static void make_each_call(const int *stream)
         config.backend = i == 0 ? TP_BACKEND_NFT : TP_BACKEND_IPTABLES;
         WORKS("tp_install_rules", tp_install_rules(&config, sizeof config, &rules) == 0 && tp_install_rules(&config, sizeof config, &rules) == -1);
         WORKS("tp_update_rules", tp_update_rules(rules, TP_SET_BYPASS, &prefix, 1, NULL, 0) == 0 && tp_update_rules(rules, 99, NULL, 0, NULL, 0) == -1);
+        WORKS("tp_verify_rules", tp_verify_rules(rules, 99) == -1);
+        WORKS("tp_list_rules", tp_list_rules(NULL, NULL) == -1);
         WORKS("tp_learn_addresses", tp_learn_addresses(rules, TP_SET_BYPASS, &prefix, 1, 9) == -i && tp_learn_addresses(rules, 99, NULL, 0, 9) == -1);
         WORKS("tp_replace_rules", tp_replace_rules(rules, &config, sizeof config) == 0 && tp_replace_rules(rules, &config, 1) == -1);
         WORKS("tp_rules_stats", tp_rules_stats(rules, &counted, sizeof counted) == 0 && tp_rules_stats(NULL, NULL, 0) == -1);

@@ -60,6 +60,8 @@ int main(void)
     PANICS("tp_replace_rules", tp_replace_rules(NULL, &config, sizeof config));
     PANICS("tp_purge_rules", tp_purge_rules(NULL));
     PANICS("tp_update_rules", tp_update_rules(NULL, TP_SET_DST, NULL, 0, NULL, 0));
+    PANICS("tp_list_rules", tp_list_rules(NULL, NULL));
+    PANICS("tp_verify_rules", tp_verify_rules(NULL, 0));
     PANICS("tp_learn_addresses", tp_learn_addresses(NULL, TP_SET_DST, NULL, 0, 1));
     PANICS("tp_rules_stats", tp_rules_stats(NULL, &stats, sizeof stats));
     PANICS("tp_read_stats", tp_read_stats(NULL, &stats, sizeof stats));

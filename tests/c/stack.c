@@ -215,7 +215,7 @@ int main(void)
         return 1;
     }
     /* The limits that the header states, under "Stack". */
-    enum { SOCKETS = 4096, RULES = 16384 };
+    enum { SOCKETS = 4096, RULES = 24576 };
     expect("tp_socket", open_socket, SUCCEEDS, SOCKETS);
     expect("tp_socket, an error", socket_error, FAILS, SOCKETS);
     expect("tp_listen", open_listener, SUCCEEDS, SOCKETS);
