@@ -92,6 +92,7 @@ MEMBERS: dict[str, Any] = {
     "int": ctypes.c_int,
     "unsigned int": ctypes.c_uint32,
     "unsigned long": ctypes.c_size_t,
+    "long": ctypes.c_int64,
     "void *": ctypes.c_void_p,
     "const char *": ctypes.c_char_p,
     "const char *const *": ctypes.POINTER(ctypes.c_char_p),
@@ -102,6 +103,7 @@ MEMBERS: dict[str, Any] = {
     "const struct tp_id_range *": ctypes.POINTER(c.tp_id_range),
     "const struct tp_mac *": ctypes.POINTER(c.tp_mac),
     "struct sockaddr_storage": c.sockaddr_storage,
+    "struct tp_rules_stats": c.tp_rules_stats,
 }
 
 
@@ -181,6 +183,7 @@ def check_pointer(text: str, ours: Any) -> None:
     for opaque in ("void*", "sockaddr*", "msghdr*", "tp_rules*", "tp_replier*"):
         exact[opaque] = (ctypes.c_void_p,)
     exact["tp_finding_fn"] = (c.tp_finding_fn,)
+    exact["tp_instance_fn"] = (c.tp_instance_fn,)
     for struct, _ in STRUCTS:
         exact[struct + "*"] = (ctypes.POINTER(getattr(c, struct)),)
     assert ours in exact[pointee], f"{text} is not {ours}"

@@ -196,6 +196,20 @@ class tp_finding(ctypes.Structure):
     ]
 
 
+tp_finding_fn = ctypes.CFUNCTYPE(None, POINTER(tp_finding), c_void_p)
+
+
+class tp_rules_stats(ctypes.Structure):
+    _fields_ = [
+        ("intercepted_packets", c_uint64),
+        ("intercepted_bytes", c_uint64),
+        ("diverted_packets", c_uint64),
+        ("diverted_bytes", c_uint64),
+        ("dropped_packets", c_uint64),
+        ("dropped_bytes", c_uint64),
+        ("direct_packets", c_uint64),
+        ("direct_bytes", c_uint64),
+    ]
 
 
 class tp_instance(ctypes.Structure):
@@ -217,20 +231,6 @@ class tp_instance(ctypes.Structure):
 
 
 tp_instance_fn = ctypes.CFUNCTYPE(None, POINTER(tp_instance), c_void_p)
-tp_finding_fn = ctypes.CFUNCTYPE(None, POINTER(tp_finding), c_void_p)
-
-
-class tp_rules_stats(ctypes.Structure):
-    _fields_ = [
-        ("intercepted_packets", c_uint64),
-        ("intercepted_bytes", c_uint64),
-        ("diverted_packets", c_uint64),
-        ("diverted_bytes", c_uint64),
-        ("dropped_packets", c_uint64),
-        ("dropped_bytes", c_uint64),
-        ("direct_packets", c_uint64),
-        ("direct_bytes", c_uint64),
-    ]
 
 
 # The loader releases the GIL around every call, and keeps errno for the thread.
@@ -290,9 +290,7 @@ tp_purge_rules = _function("tp_purge_rules", c_int, c_char_p)
 tp_update_rules = _function(
     "tp_update_rules", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, POINTER(tp_prefix), c_size_t
 )
-tp_learn_addresses = _function(
-    "tp_learn_addresses", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, c_uint32
-)
+tp_learn_addresses = _function("tp_learn_addresses", c_int, c_void_p, c_uint32, POINTER(tp_prefix), c_size_t, c_uint32)
 # C keeps structs and functions apart; here a function of a struct's name has a '_' after it.
 tp_rules_stats_ = _function("tp_rules_stats", c_int, c_void_p, POINTER(tp_rules_stats), c_size_t)
 tp_read_stats = _function("tp_read_stats", c_int, c_char_p, POINTER(tp_rules_stats), c_size_t)

@@ -238,9 +238,7 @@ class Rules:
         learned = prefixes(addresses)
         with self._lock:
             checked(
-                c.tp_learn_addresses(
-                    self._installed(), uint32("set", which), learned, len(learned), uint32("ttl", ttl)
-                )
+                c.tp_learn_addresses(self._installed(), uint32("set", which), learned, len(learned), uint32("ttl", ttl))
             )
 
     def replace(self, **config: Unpack[RulesConfig]) -> None:
